@@ -1,0 +1,42 @@
+# Two commands for a visitor: `make demo`, then `make test`. Everything is installed into .venv, nothing elsewhere.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format train-mini clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## install codi and its pinned dependencies into .venv
+
+# The stamp makes a second `make setup` free, and a changed dependency list install again.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo 'installing into .venv: a few minutes on a new machine'
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: $(STAMP)  ## upscale real pictures in 1, 2 and 4 steps, train for a minute, write demo/index.html
+	$(BIN)/codi demo --out demo
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff (rules and layout) and pyright (types)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Resumes from the shipped weights; lowest priority, so that it only uses idle cores.
+train-mini: $(STAMP)  ## go on training the embedded model, at lowest priority
+	nice -n 19 $(BIN)/codi pretrain recipes/mini.yaml --out runs/mini
+
+clean:  ## remove what was made here, but not .venv and not runs/
+	rm -rf demo build dist .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,196 @@
+"""Samples to training batches: an endless stream that is a pure function of (seed, position)."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .samples import CorruptSample, Sample, Source
+
+MIN_READ = 20  # distinct files read before the share of corrupt ones is judged
+
+
+@dataclass
+class Batch:
+    """`image` float32 (B, 3, S, S) in [0, 1], `text` and `instruction` one string a sample, `extras` the columns of
+    `Sample.extras` stacked to (B, C, S, S), `index` the samples' numbers in the source."""
+
+    image: Tensor
+    text: list[str]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    index: list[int] = field(default_factory=list)
+    instruction: list[str] = field(default_factory=list)
+
+
+def batches(
+    source: Source,
+    batch_size: int,
+    size: int,
+    seed: int,
+    start: int = 0,
+    report: str | Path | None = None,
+    max_corrupt: float = 0.05,
+    prefetch: bool = False,
+) -> Generator[Batch, None, None]:
+    """An endless stream of batches of `size` x `size` pixels.
+
+    Position p (counted in images from 0) holds sample `permutation[p mod n]` of epoch `p div n`; both the permutation
+    and the crop are drawn from streams keyed by (`seed`, epoch) and (`seed`, p). So `start=p` goes on exactly where a
+    run that had drawn p images stopped, whatever happened before, and whatever the batch size.
+
+    A corrupt file is replaced by the next readable one in order. `report` names a JSON file that lists them:
+    {"read": distinct files read, "skipped": ..., "files": [{"file", "why"}]}. `prefetch` prepares up to two batches in
+    a thread; close the generator to end it. Raises UserError for arguments out of range, and while drawing when more
+    than the share `max_corrupt` of at least 20 distinct files is corrupt, or when no file at all is readable.
+    """
+    for name, value, least in (
+        ("batch size", batch_size, 1),
+        ("size", size, 1),
+        ("seed", seed, 0),
+        ("start", start, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value}: too small: give at least {least}")
+    stream = _Stream(source, size, seed, None if report is None else Path(report), max_corrupt)
+    drawn = _draw(stream, batch_size, start)
+    return _prefetched(drawn) if prefetch else drawn
+
+
+def _draw(stream: _Stream, batch_size: int, start: int) -> Generator[Batch, None, None]:
+    position = start
+    try:
+        while True:
+            yield _collate(stream.at(range(position, position + batch_size)))
+            position += batch_size
+    finally:
+        stream.write_report()
+
+
+def _collate(samples: list[Sample]) -> Batch:
+    extras: dict[str, Tensor] = {}
+    for column in samples[0].extras:
+        grids = [s.extras[column] for s in samples]
+        for grid, sample in zip(grids, samples, strict=True):
+            if grid.shape != grids[0].shape:
+                raise UserError(f"{sample.name}: its {column} has another bit depth than others': convert it")
+        extras[column] = torch.stack(grids)
+    return Batch(
+        image=torch.stack([s.image for s in samples]),
+        text=[s.text for s in samples],
+        extras=extras,
+        index=[s.index for s in samples],
+        instruction=[s.instruction for s in samples],
+    )
+
+
+class _Stream:
+    """The samples by position, with what is known of corrupt files (which changes no sample, only saves reading)."""
+
+    def __init__(self, source: Source, size: int, seed: int, report: Path | None, max_corrupt: float) -> None:
+        self.source, self.size, self.seed = source, size, seed
+        self.report, self.max_corrupt = report, max_corrupt
+        self.read: set[int] = set()
+        self.corrupt: dict[int, CorruptSample] = {}
+        self._order = (-1, np.empty(0, int))
+
+    def item(self, position: int) -> int:
+        epoch, at = divmod(position, len(self.source))
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.source))
+        return int(self._order[1][at])
+
+    def at(self, positions: range) -> list[Sample]:
+        """The samples at these positions, each replaced by the next readable one where it is corrupt."""
+        found: dict[int, Sample] = {}
+        looking = {p: p for p in positions}  # position -> where its sample is looked for
+        while looking:
+            for wanted, at in looking.items():
+                while self.item(at) in self.corrupt:
+                    at += 1
+                looking[wanted] = at
+            crops = [np.random.default_rng([self.seed, p, 1]) for p in looking]
+            results = self.source.read([self.item(at) for at in looking.values()], self.size, crops)
+            known = len(self.corrupt)
+            for wanted, result in zip(list(looking), results, strict=True):
+                self.read.add(result.index)
+                if isinstance(result, Sample):
+                    found[wanted] = result
+                    del looking[wanted]
+                else:
+                    self.corrupt[result.index] = result
+            if len(self.corrupt) > known:
+                self.write_report()
+            if self.corrupt:
+                self._judge()
+        return [found[p] for p in positions]
+
+    def _judge(self) -> None:
+        first = next(iter(self.corrupt.values()))
+        if len(self.corrupt) == len(self.source):
+            raise UserError(f"{first.file}: {first.why}; no other file is readable either: check the data set")
+        # Before the whole set is read the share is an estimate: take off a one-sided 95 % margin, or an unlucky start
+        # would stop a run on a set that is well below the limit.
+        seen_all = len(self.read) == len(self.source)
+        certain = len(self.corrupt) - (0 if seen_all else 1.64 * len(self.corrupt) ** 0.5)
+        if len(self.read) >= MIN_READ and certain / len(self.read) > self.max_corrupt:
+            raise UserError(
+                f"{first.file}: {first.why}; {len(self.corrupt)} of {len(self.read)} files are corrupt, more than "
+                f"{self.max_corrupt:.0%}: repair or remove them" + (f" (list in {self.report})" if self.report else "")
+            )
+
+    def write_report(self) -> None:
+        """Writes the report whole or not at all."""
+        if self.report is None:
+            return
+        files = [{"file": c.file, "why": c.why} for _, c in sorted(self.corrupt.items())]
+        content = {"read": len(self.read), "skipped": len(files), "files": files}
+        partial = self.report.with_name(self.report.name + ".partial")
+        try:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, self.report)
+        except OSError as error:
+            raise UserError(f"{self.report}: cannot be written ({error.strerror}): name another report file") from None
+
+
+def _prefetched(drawn: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """The same batches, prepared up to two ahead in a thread. Errors come out where the batch would have."""
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                put(next(drawn))
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+        drawn.close()

@@ -1,0 +1,96 @@
+"""One sample, the protocol of what yields samples, and what every source of picture files shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from .crops import cut, draw_square, load_picture, why_unreadable
+
+
+@dataclass
+class Sample:
+    """`image` float32 (3, S, S) in [0, 1]; `extras`: one tensor (C, S, S) a column asked for, cropped like the image:
+    8-bit pictures in [0, 1] (RGB; one channel for `mask`), 16-bit ones (1, S, S) with the raw numbers of the file
+    (millimetres in a depth map, ids in an instance mask; 0 is "none")."""
+
+    index: int
+    name: str
+    image: Tensor
+    text: str = ""
+    instruction: str = ""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CorruptSample:
+    """A sample that could not be read: the file's name and one line on why."""
+
+    index: int
+    file: str
+    why: str
+
+
+class Source(Protocol):
+    """A numbered list of samples."""
+
+    def __len__(self) -> int: ...
+
+    def describe(self) -> str:
+        """One line for people: what this is and how many samples it holds."""
+        ...
+
+    def read(
+        self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
+    ) -> list[Sample | CorruptSample]:
+        """The samples at `indices` as `size` x `size` pixels. `crops`: one generator a sample that draws its random
+        crop; None takes the largest centred square."""
+        ...
+
+
+@dataclass
+class Row:
+    """A sample before decoding: the bytes of its picture files."""
+
+    image: bytes
+    text: str = ""
+    instruction: str = ""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+
+class PictureSource(ABC):
+    """What all sources of picture files share: decoding, cropping, and turning failures into `CorruptSample`."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def describe(self) -> str: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call this sample in a report."""
+
+    @abstractmethod
+    def row(self, index: int) -> Row:
+        """The undecoded sample. Raises OSError or ValueError where it cannot be had."""
+
+    def read(
+        self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
+    ) -> list[Sample | CorruptSample]:
+        return [self._read(i, size, None if crops is None else crops[at]) for at, i in enumerate(indices)]
+
+    def _read(self, index: int, size: int, rng: np.random.Generator | None) -> Sample | CorruptSample:
+        try:
+            row = self.row(index)
+            picture = load_picture(row.image, least=2 * size)
+            square = draw_square(picture.width, picture.height, size, rng)
+            extras = {c: cut(load_picture(data), square, size, c) for c, data in row.pictures.items()}
+            return Sample(index, self.name(index), cut(picture, square, size), row.text, row.instruction, extras)
+        except Exception as error:  # Pillow's decoders raise nearly every type there is on damaged bytes
+            return CorruptSample(index, self.name(index), why_unreadable(error))

@@ -1,0 +1,292 @@
+"""Where training pictures come from: folders, WebDataset tars, `datasets` names and scenes, all read the same way.
+
+A source is a numbered list of samples. Reading picture files never raises: a file that cannot be decoded comes back
+as a `CorruptSample`, so that the caller decides how many of them are too many. What is wrong with the data set as a
+whole (a missing folder, a broken metadata.jsonl) is a `UserError` when the source is opened.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError, nearest
+from .crops import SUFFIXES
+from .render import COLUMNS, check_size, chunk, render_chunk
+from .samples import CorruptSample, PictureSource, Row, Sample, Source
+from .scenes import SPLITS
+
+SCHEMES = ("scenes", "datasets")
+SCENE_COUNTS = {"train": 20_000, "held-out": 500, "composition": 500}
+
+
+def open_source(spec: str | Path, columns: Sequence[str] = ()) -> Source:
+    """Opens training data.
+
+    `spec` is one of: a folder (Hugging Face imagefolder: pictures, in sub-folders too, and optionally metadata.jsonl
+    with `file_name`, `text`, `instruction` and columns that name further pictures); WebDataset shards (a .tar, a glob
+    or a folder of them); `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of a `datasets` data set).
+    `columns` names the picture columns to read into `extras`, e.g. `("mask",)`; every sample must have them.
+    In a tar, column `mask` is member KEY.mask.png. Raises UserError for data that is missing, empty or malformed.
+    """
+    spec = str(spec)
+    path = Path(spec)
+    if not path.exists():
+        scheme, colon, rest = spec.partition(":")
+        if colon and scheme == "scenes":
+            return _open_scenes(spec, rest, columns)
+        if colon and scheme == "datasets":
+            return DatasetsSource(rest, columns)
+        if colon and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
+            hint = nearest(scheme, SCHEMES)
+            raise UserError(f"{spec}: unknown scheme {scheme!r}{hint}: give a folder, .tar files, scenes: or datasets:")
+        shards = sorted(Path(p) for p in glob.glob(spec))
+        if shards:
+            return TarSource(spec, shards, columns)
+        raise UserError(f"{spec}: no such file or folder: give a folder of pictures, .tar files or scenes:SPLIT")
+    if path.is_file():
+        if path.suffix != ".tar":
+            raise UserError(
+                f"{spec}: neither a folder nor a .tar: give a folder of pictures, .tar files or scenes:SPLIT"
+            )
+        return TarSource(spec, [path], columns)
+    shards = sorted(path.glob("*.tar"))
+    if shards and not any(p.suffix.lower() in SUFFIXES or p.name == "metadata.jsonl" for p in path.iterdir()):
+        return TarSource(spec, shards, columns)
+    return FolderSource(path, columns)
+
+
+def _words(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str | None):
+        raise UserError(f"{where}: {key} is {value!r}, not a string: put it in quotes")
+    return value or ""
+
+
+class FolderSource(PictureSource):
+    """A folder of pictures. With metadata.jsonl (anywhere in it; names are relative to it) its lines are the list, in
+    their order; without, every picture below the folder, sorted, with text ""."""
+
+    def __init__(self, folder: Path, columns: Sequence[str] = ()) -> None:
+        self.folder, self.columns = folder, tuple(columns)
+        self._rows: list[tuple[Path, str, str, dict[str, Path]]] = []
+        self.metadata = sorted(folder.rglob("metadata.jsonl"))
+        for path in self.metadata:
+            self._rows.extend(self._listed(path))
+        if not self.metadata:
+            if columns:
+                raise UserError(
+                    f"{folder}: no metadata.jsonl, so no {columns[0]}: add one with a line for each picture"
+                )
+            found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            self._rows = [(p, "", "", {}) for p in sorted(found)]
+        if not self._rows:
+            raise UserError(f"{folder}: no pictures in it: put {', '.join(SUFFIXES)} files there")
+
+    def _listed(self, metadata: Path) -> Iterator[tuple[Path, str, str, dict[str, Path]]]:
+        for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
+            where = f"{metadata}: line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where} is not JSON ({error}): write one JSON object a line") from None
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise UserError(f'{where} has no file_name: write {{"file_name": "a.png", "text": "..."}}')
+            files = {}
+            for column in ("file_name", *self.columns):
+                if not isinstance(row.get(column), str):
+                    raise UserError(f"{where} has no {column}: name the picture of every sample")
+                files[column] = metadata.parent / row[column]
+                if not files[column].is_file():
+                    raise UserError(f"{where} names {row[column]}, which is missing: restore it or drop the line")
+            image = files.pop("file_name")
+            yield image, _words(row, "text", where), _words(row, "instruction", where), files
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def describe(self) -> str:
+        return f"{self.folder}: {len(self):,} pictures, {'metadata.jsonl' if self.metadata else 'no captions'}"
+
+    def name(self, index: int) -> str:
+        return str(self._rows[index][0].relative_to(self.folder))
+
+    def row(self, index: int) -> Row:
+        image, text, instruction, files = self._rows[index]
+        return Row(image.read_bytes(), text, instruction, {c: p.read_bytes() for c, p in files.items()})
+
+
+class TarSource(PictureSource):
+    """WebDataset shards: KEY.jpg (.png, .webp, ...) with KEY.json (`text`, `instruction`) or KEY.txt beside it and
+    KEY.<column>.png for further pictures. Each tar is walked once for its offsets; nothing is unpacked."""
+
+    def __init__(self, spec: str, shards: Sequence[Path], columns: Sequence[str] = ()) -> None:
+        self.spec, self.shards, self.columns = spec, list(shards), tuple(columns)
+        self._groups: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []  # shard, key, extension -> offset, bytes
+        suffixes = [s[1:] for s in SUFFIXES]
+        for shard in self.shards:
+            for key, members in self._index(shard).items():
+                columns_at = {c: next((f"{c}.{s}" for s in suffixes if f"{c}.{s}" in members), "") for c in columns}
+                image = next((s for s in suffixes if s in members), None)
+                if image is None:
+                    continue
+                for column, extension in columns_at.items():
+                    if not extension:
+                        raise UserError(f"{shard}: {key} has no {column}: add a member {key}.{column}.png")
+                found = {"image": members[image]} | {c: members[e] for c, e in columns_at.items()}
+                self._groups.append((shard, key, found | {e: members[e] for e in ("json", "txt") if e in members}))
+        if not self._groups:
+            raise UserError(f"{spec}: no pictures in it: name members KEY.jpg or KEY.png, with KEY.json or KEY.txt")
+
+    @staticmethod
+    def _index(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
+        groups: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    folder, _, base = member.name.rpartition("/")
+                    stem, dot, extension = base.partition(".")
+                    if member.isreg() and stem and dot:
+                        key = f"{folder}/{stem}" if folder else stem
+                        groups.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+        except tarfile.TarError as error:
+            raise UserError(f"{shard}: not a whole, uncompressed tar ({error}): pack or copy it again") from None
+        except OSError as error:
+            raise UserError(f"{shard}: cannot be read ({error.strerror}): check its permissions") from None
+        return groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def describe(self) -> str:
+        return f"{self.spec}: {len(self):,} pictures in {len(self.shards)} tar file{'s' * (len(self.shards) > 1)}"
+
+    def name(self, index: int) -> str:
+        shard, key, _ = self._groups[index]
+        return f"{shard}/{key}"
+
+    def row(self, index: int) -> Row:
+        shard, _, members = self._groups[index]
+        data = {}
+        with shard.open("rb") as file:  # opened anew each time: a shared file position would not be thread-safe
+            for name, (offset, length) in members.items():
+                file.seek(offset)
+                data[name] = file.read(length)
+        text, instruction = data.get("txt", b"").decode().strip(), ""
+        if "json" in data:
+            fields = json.loads(data["json"])
+            text, instruction = _words(fields, "text", "its json") or text, _words(fields, "instruction", "its json")
+        return Row(data["image"], text, instruction, {c: data[c] for c in self.columns})
+
+
+class DatasetsSource(PictureSource):
+    """The train split of a data set of the Hugging Face `datasets` library: columns `image`, `text`, `instruction`."""
+
+    def __init__(self, dataset: str, columns: Sequence[str] = ()) -> None:
+        try:
+            import datasets  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UserError(f"datasets:{dataset}: the datasets library is missing: pip install datasets") from None
+        try:
+            self._table: Any = datasets.load_dataset(dataset, split="train")
+        except Exception as error:  # a missing name, no network, a broken script: each has a type of its own
+            why = " ".join(str(error).split())
+            raise UserError(f"datasets:{dataset}: cannot be loaded ({why}): check the name and the network") from None
+        self.dataset, self.columns = dataset, tuple(columns)
+        for column in ("image", *columns):
+            if column not in self._table.column_names:
+                has = ", ".join(self._table.column_names)
+                raise UserError(f"datasets:{dataset}: no column {column}: it has {has}")
+            self._table = self._table.cast_column(column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def describe(self) -> str:
+        return f"datasets:{self.dataset}: {len(self):,} pictures"
+
+    def name(self, index: int) -> str:
+        return f"datasets:{self.dataset}[{index}]"
+
+    def row(self, index: int) -> Row:
+        row = self._table[index]
+        data = {c: row[c]["bytes"] or Path(row[c]["path"]).read_bytes() for c in ("image", *self.columns)}
+        return Row(data.pop("image"), str(row.get("text") or ""), str(row.get("instruction") or ""), data)
+
+
+def _open_scenes(spec: str, rest: str, columns: Sequence[str]) -> SceneSource:
+    split, *numbers = rest.split(":")
+    if split not in SPLITS:
+        raise UserError(f"{spec}: unknown split {split!r}{nearest(split, SPLITS)}: use one of {', '.join(SPLITS)}")
+    if len(numbers) > 2 or not all(re.fullmatch(r"-?\d+", n) for n in numbers):
+        raise UserError(f"{spec}: COUNT and SEED are whole numbers: write scenes:SPLIT:COUNT:SEED")
+    count, seed = [*map(int, numbers), *(SCENE_COUNTS[split], 0)[len(numbers) :]]
+    if count < 1 or seed < 0:
+        raise UserError(
+            f"{spec}: a count of at least 1 and a seed of at least 0 are needed: write scenes:{split}:500:0"
+        )
+    for column in columns:
+        if column not in COLUMNS:
+            raise UserError(f"{spec}: scenes have no {column}{nearest(column, COLUMNS)}: they have {COLUMNS}")
+    return SceneSource(split, count, seed, columns)
+
+
+class SceneSource:
+    """Scenes of `data.scenes`, rendered when first read and kept (up to `memory` bytes): what `codi data render`
+    writes, without the files. `conditioning_image` is depth in millimetres, `mask` instance ids."""
+
+    def __init__(
+        self, split: str, count: int, seed: int = 0, columns: Sequence[str] = (), memory: int = 1 << 30
+    ) -> None:
+        self.split, self.count, self.seed, self.columns = split, count, seed, tuple(columns)
+        self._room = memory
+        self._kept: dict[tuple[int, int], Sample] = {}  # (size, index) -> sample with integer tensors
+
+    def __len__(self) -> int:
+        return self.count
+
+    def describe(self) -> str:
+        return f"scenes: {self.count:,} of {self.split}, seed {self.seed}"
+
+    def read(
+        self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
+    ) -> list[Sample | CorruptSample]:
+        """As `Source.read`; scenes fit every size, so that `crops` changes nothing. Raises UserError for a size that
+        the ray caster does not render."""
+        check_size(size)
+        fresh: dict[int, Sample] = {}
+        missing = [i for i in dict.fromkeys(indices) if (size, i) not in self._kept]
+        for at in range(0, len(missing), chunk(size)):
+            for sample in self._render(missing[at : at + chunk(size)], size):
+                fresh[sample.index] = sample
+                self._keep(sample, size)
+        return [self._finish(fresh[i] if i in fresh else self._kept[size, i]) for i in indices]
+
+    def _render(self, indices: Sequence[int], size: int) -> Iterator[Sample]:
+        out = render_chunk(self.split, indices, size, self.seed, edits="edited_image" in self.columns)
+        for k, i in enumerate(indices):
+            # Clones, because a slice would keep the whole chunk alive.
+            extras = {c: out.columns[c][k].clone() for c in self.columns}
+            name, caption, instruction = f"scenes:{self.split}[{i}]", out.scenes[k].caption, out.edits[k].instruction
+            yield Sample(i, name, out.image[k].clone(), caption, instruction, extras)
+
+    def _keep(self, sample: Sample, size: int) -> None:
+        weight = sum(t.numel() * t.element_size() for t in (sample.image, *sample.extras.values())) + 2048
+        if weight <= self._room:
+            self._room -= weight
+            self._kept[size, sample.index] = sample
+
+    @staticmethod
+    def _finish(kept: Sample) -> Sample:
+        extras = {c: t.float() / 255 if c == "edited_image" else t.float() for c, t in kept.extras.items()}
+        return replace(kept, image=kept.image.float() / 255, extras=extras)

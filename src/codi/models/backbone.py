@@ -1,0 +1,151 @@
+"""The pretrained latent diffusion model: loading it, and its U-Net split into encoder and decoder halves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..errors import UserError
+from ..schedule import DiscreteSchedule
+from . import codec
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "weights"  # what ships inside the package
+
+
+@dataclass
+class Backbone:
+    """The parts of a Stable Diffusion checkpoint, as diffusers and transformers classes."""
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDIMScheduler
+
+    @property
+    def schedule(self) -> DiscreteSchedule:
+        return DiscreteSchedule.from_config(self.scheduler.config)
+
+    @property
+    def family(self) -> str:
+        return family(self.unet, self.vae, self.scheduler)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Backbone:
+        for part in (self.vae, self.unet, self.text_encoder):
+            part.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+        return self
+
+    def freeze(self) -> Backbone:
+        for part in (self.vae, self.unet, self.text_encoder):
+            part.requires_grad_(False).eval()
+        return self
+
+
+def family(unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMScheduler) -> str:
+    """Which checkpoints an adapter fits: all fine-tunes of one architecture that predict the same quantity.
+
+    A readable fingerprint such as "4ch-f8-320/640/1280/1280x2-text768-epsilon".
+    """
+    c = unet.config
+    widths = "/".join(str(w) for w in c["block_out_channels"])
+    return (
+        f"{c['in_channels']}ch-f{codec.downscale(vae)}-{widths}x{c['layers_per_block']}-"
+        f"text{c['cross_attention_dim']}-{scheduler.config['prediction_type']}"
+    )
+
+
+def find_model(name: str | Path) -> str:
+    """'mini' -> the embedded checkpoint's folder; anything else is a path or a hub id, returned as it is."""
+    embedded = EMBEDDED / str(name)
+    return str(embedded) if (embedded / "model_index.json").is_file() else str(name)
+
+
+def load_backbone(name: str | Path, dtype: torch.dtype = torch.float32) -> Backbone:
+    """Loads 'mini', a diffusers Stable Diffusion folder, a single .safetensors file, or a hub id.
+
+    Only safetensors are read. Raises UserError where there is no such model or its weights are broken.
+    """
+    source = find_model(name)
+    path = Path(source)
+    looks_local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    try:
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise UserError(f"{name}: not a .safetensors file, and others may run code: convert it first")
+            pipe = StableDiffusionPipeline.from_single_file(source, torch_dtype=dtype)
+        elif looks_local and not (path / "model_index.json").is_file():
+            raise UserError(
+                f"{name}: no model there (a diffusers folder has a model_index.json): "
+                "give 'mini', such a folder, a .safetensors file or a hub id"
+            )
+        else:
+            pipe = StableDiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises many kinds; the user needs one line
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: the model could not be loaded ({reason}): check the path or id") from error
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    backbone = Backbone(pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, scheduler)  # type: ignore[arg-type]
+    for part in ("vae", "unet", "text_encoder"):
+        require_finite(getattr(backbone, part), f"{name}/{part}")
+    return backbone
+
+
+def require_finite(module: torch.nn.Module, name: str) -> None:
+    """Raises UserError if a weight of `module` is missing, NaN or infinite."""
+    for key, value in module.state_dict().items():
+        if value.is_meta:
+            raise UserError(f"{name}: weight {key!r} is missing: fetch or train the file again")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"{name}: weight {key!r} is NaN or infinite: fetch or train the file again")
+
+
+def unet_down(
+    unet: UNet2DConditionModel,
+    z: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    added: dict[str, Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The U-Net's encoder and middle block: (skip features..., middle feature) and the time embedding.
+
+    `z` (B, C, h, w), `timestep` (B,) or (1,), `text` (B, L, D), `added` SDXL's extra conditions.
+    `unet_up(unet, *unet_down(...))` is exactly `unet(...)`: the seam where adapters put their features.
+    """
+    timestep = timestep.to(z.device).expand(len(z))
+    embedding = unet.time_embedding(unet.get_time_embed(sample=z, timestep=timestep))
+    extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
+    embedding = embedding if extra is None else embedding + extra
+    h = unet.conv_in(z)
+    features = [h]
+    for block in unet.down_blocks:
+        attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        h, skips = block(hidden_states=h, temb=embedding, **attends)
+        features.extend(skips)
+    attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
+    # Pruned checkpoints (BK-SDM) have no middle block.
+    features.append(h if unet.mid_block is None else unet.mid_block(h, embedding, **attends))  # type: ignore[misc]
+    return features, embedding
+
+
+def unet_up(unet: UNet2DConditionModel, features: list[Tensor], embedding: Tensor, text: Tensor) -> Tensor:
+    """The U-Net's decoder: features of `unet_down` -> the network's prediction (B, C, h, w)."""
+    *skips, h = features
+    for block in unet.up_blocks:
+        count = len(block.resnets)  # type: ignore[arg-type]
+        mine, skips = skips[-count:], skips[:-count]
+        attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        # The next skip's size, not twice ours: odd latents are rounded up on the way down.
+        size = skips[-1].shape[2:] if skips else None
+        h = block(hidden_states=h, temb=embedding, res_hidden_states_tuple=tuple(mine), upsample_size=size, **attends)
+    if unet.conv_norm_out is not None:
+        h = unet.conv_act(unet.conv_norm_out(h))
+    return unet.conv_out(h)

@@ -1,0 +1,33 @@
+"""The latent codec: pictures in [0, 1] <-> scaled latents. The only place that knows of [-1, 1] and scaling factors."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+def downscale(vae: AutoencoderKL) -> int:
+    """Pixels per latent cell along a side (8 for Stable Diffusion)."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def encode(vae: AutoencoderKL, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> latent (B, C, H/f, W/f) of about unit variance. H, W multiples of f.
+
+    Without a generator the posterior's mean (conditions, evaluation); with one, a sample of it (training targets).
+    """
+    posterior = vae.encode(image.to(vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
+    latent = posterior.mean
+    if generator is not None:
+        noise = torch.randn(latent.shape, generator=generator).to(latent)
+        latent = latent + posterior.std * noise
+    shift = vae.config.get("shift_factor") or 0.0
+    return (latent - shift) * vae.config["scaling_factor"]
+
+
+def decode(vae: AutoencoderKL, latent: Tensor, clamp: bool = True) -> Tensor:
+    """Latent -> (B, 3, H, W) in [0, 1]; without `clamp` the gradient survives out of range."""
+    shift = vae.config.get("shift_factor") or 0.0
+    image = vae.decode(latent.to(vae.dtype) / vae.config["scaling_factor"] + shift).sample / 2 + 0.5  # type: ignore[union-attr]
+    return image.clamp(0, 1) if clamp else image

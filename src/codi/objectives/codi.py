@@ -1,0 +1,89 @@
+r"""Conditional diffusion distillation (CoDi, CVPR 2024, arXiv 2310.01407), one training step.
+
+    t ~ [dt, T],  s = t - dt,  z_t = alpha_t x + sigma_t eps
+    x_t, e_t = prediction of w_theta(z_t, c, t)                       online network
+    z_s      = alpha_s x_t + sigma_s e_t                              one DDIM step of the adapted model itself
+    e_s      = noise prediction of w_theta-(z_s, c, s)                average network, no gradient
+    loss     = d_eps(e_t, e_s) + d_x(x, x_t)
+
+Every argument's default is the paper's choice, but for one: its boundary scaling is off, because x = alpha z - sigma v
+meets the boundary condition already and the scaling halves a pretrained network's signal prediction at high noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..schedule import Schedule
+from .batch import LatentBatch, Network, mean_square
+from .distances import SignalDistance, latent
+
+SIGMA_DATA = 0.5
+
+
+def boundary_scaling(x: Tensor, z: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """The paper's x <- c_skip z_t + c_out x with c_skip = sd^2 / (u^2 + sd^2), c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5.
+
+    The paper does not say what its t is in units; here u = t / T, in [0, 1]. Returns (x, eps) with
+    eps = (z_t - alpha_t x) / sigma_t; where sigma_t = 0 the signal is z_t and eps is 0.
+    """
+    u = (t.double() / schedule.horizon).to(z).reshape(-1, *[1] * (z.ndim - 1))
+    skip = SIGMA_DATA**2 / (u**2 + SIGMA_DATA**2)
+    out = SIGMA_DATA * u / (u**2 + SIGMA_DATA**2).sqrt()
+    x = skip * z + out * x
+    alpha, sigma = schedule.alpha_sigma(t, z)
+    return x, torch.where(sigma > 0, (z - alpha * x) / sigma.clamp_min(1e-12), torch.zeros_like(z))
+
+
+def codi(
+    student: Network,
+    target: Network,
+    batch: LatentBatch,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+    *,
+    dt: float = 1,
+    shared_t: bool = True,
+    consistency: str = "noise",
+    ode: str = "own",
+    teacher: Network | None = None,
+    d_x: SignalDistance = latent,
+    boundary: bool = False,
+    consistency_weight: float = 1.0,
+    signal_weight: float = 1.0,
+    t: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Named losses {"consistency", "signal"} of one batch; a weight of 0 leaves its term out.
+
+    `student` trains, `target` is its average. `dt` in schedule time (levels of T for a checkpoint). `shared_t`: one time
+    for the whole batch. `consistency`: compare "noise" or "signal" predictions. `ode`: who makes z_s, the adapted model
+    ("own") or a frozen `teacher` ("teacher": the paper's "distilling PF-ODE" ablation). `d_x`: see distances. `t`: fixed
+    times instead of drawn ones.
+    Raises ValueError for an unknown `consistency` or `ode`, or a missing teacher.
+    """
+    if consistency not in ("noise", "signal"):
+        raise ValueError(f"consistency {consistency!r}: use 'noise' or 'signal'")
+    if ode not in ("own", "teacher") or (ode == "teacher" and teacher is None):
+        raise ValueError(f"ode {ode!r}: use 'own', or 'teacher' together with a teacher network")
+    x, c = batch.x, batch.conditioning
+    t = schedule.draw(len(x), dt, shared_t, generator) if t is None else t
+    s = t - dt
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    z_t = schedule.mix(x, eps, t)
+
+    def predict(network: Network, z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = schedule.signal_noise(network(z, schedule.timestep(time).to(z.device), c), z, time)
+        return boundary_scaling(prediction[0], z, time, schedule) if boundary else prediction
+
+    x_t, e_t = predict(student, z_t, t)
+    losses: dict[str, Tensor] = {}
+    if consistency_weight:
+        with torch.no_grad():
+            path = (x_t, e_t) if ode == "own" else predict(teacher, z_t, t)  # type: ignore[arg-type]
+            x_s, e_s = predict(target, schedule.mix(*path, s), s)
+        a, b = (e_t, e_s) if consistency == "noise" else (x_t, x_s)
+        losses["consistency"] = consistency_weight * mean_square(a, b)
+    if signal_weight:
+        losses["signal"] = signal_weight * d_x(x_t, batch)
+    return losses

@@ -1,0 +1,63 @@
+"""Colour correction: a diffusion model drifts in hue and brightness; its input has them right (StableSR, Wang 2023)."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from codi.errors import UserError, nearest
+
+METHODS = ("wavelet", "adain", "none")
+
+
+def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet") -> Tensor:
+    """`output` (B, 3, H, W) in [0, 1] with the colours of `reference`, which is brought to its size if it has another.
+
+    - "wavelet": the low frequencies of the reference replace the output's; details stay the output's own.
+    - "adain": each channel gets the reference's mean and standard deviation: one global change.
+    - "none": nothing.
+
+    The result is clamped to [0, 1]. Raises UserError for another method.
+    """
+    if method not in METHODS:
+        raise UserError(f"{method}: unknown colour correction{nearest(method, METHODS)}: use {', '.join(METHODS)}")
+    if method == "none":
+        return output
+    if reference.shape[-2:] != output.shape[-2:]:
+        reference = F.interpolate(reference, size=output.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    reference = reference.to(output)
+    if method == "adain":
+        mean, std = output.mean((2, 3), keepdim=True), output.std((2, 3), keepdim=True, correction=0)
+        target_mean, target_std = (
+            reference.mean((2, 3), keepdim=True),
+            reference.std((2, 3), keepdim=True, correction=0),
+        )
+        return ((output - mean) * (target_std / std.clamp_min(1e-5)) + target_mean).clamp(0, 1)
+    # output - low(output) + low(reference), and low() is linear: one blur instead of two.
+    levels = wavelet_levels(*output.shape[-2:])
+    return (output + low_frequencies(reference - output, levels)).clamp(0, 1)
+
+
+def wavelet_levels(height: int, width: int) -> int:
+    """How many a trous levels the low band lies below.
+
+    The reference is an enlarged small picture: it is soft, and keeping more of it than necessary would blur the output.
+    So the band must end well below what the small picture resolves (at x4, periods of 8 output pixels). Level i blurs
+    with variance 2 * 4^i / 4 pixels^2; StableSR's five levels have sigma 13 px and pass half at a period of 70 px, nine
+    times longer than those 8. Five is the most that is used, however large the picture: colours may drift from one
+    region to the next. Small pictures get fewer (64 px: 4, sigma 6.5 px, period 35 px; 32 px: 3), or the band would be
+    wider than the picture and correct no more than its mean.
+    """
+    return max(1, min(5, int(math.log2(max(8, min(height, width)))) - 2))
+
+
+def low_frequencies(image: Tensor, levels: int) -> Tensor:
+    """(B, C, H, W) blurred by the binomial [1 2 1] / 4 along both axes with holes of 1, 2, 4, ... pixels (a trous)."""
+    for hole in (2**i for i in range(levels)):
+        padded = F.pad(image, (hole, hole, 0, 0), mode="replicate")
+        image = padded[..., : -2 * hole].add(padded[..., 2 * hole :]).mul_(0.25).add_(image, alpha=0.5)
+        padded = F.pad(image, (0, 0, hole, hole), mode="replicate")
+        image = padded[..., : -2 * hole, :].add(padded[..., 2 * hole :, :]).mul_(0.25).add_(image, alpha=0.5)
+    return image

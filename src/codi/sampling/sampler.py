@@ -1,0 +1,85 @@
+r"""Few-step sampling, as plain functions.
+
+A sampler walks a decreasing grid of times t_0 = T > t_1 > ... > t_n = 0. At each t the student gives a signal and a
+noise prediction (x, eps); the next point is made from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.student import Conditioning, Student, cat_conditionings
+from ..schedule import Schedule
+
+# Called after each step with (step index, t, current latent, predicted x); may return a latent to go on from.
+StepCallback = Callable[[int, int, Tensor, Tensor], Tensor | None]
+
+
+def time_grid(horizon: float, steps: int) -> Tensor:
+    """`steps` + 1 times from `horizon` to 0, evenly spaced ("trailing": the first is always the noisiest)."""
+    return torch.linspace(float(horizon), 0.0, steps + 1, dtype=torch.float64).round().long()
+
+
+def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """One N(0, I) field of `shape` (C, h, w) a seed, (len(seeds), C, h, w): a picture never depends on its batch."""
+    fields = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return torch.stack(fields)
+
+
+def predict(
+    student: Student,
+    schedule: Schedule,
+    z: Tensor,
+    t: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float = 1.0,
+    unconditional: Conditioning | None = None,
+    strength: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(x, eps) at z_t, with classifier-free guidance out = out_uncond + g (out_cond - out_uncond).
+
+    g = 1, or no `unconditional`, costs one forward pass; otherwise both run as one batch.
+    """
+    timestep = schedule.timestep(t).to(z.device)
+    if guidance_scale == 1.0 or unconditional is None:
+        output = student(z, timestep, conditioning, strength)
+    else:
+        both = student(torch.cat([z, z]), timestep, cat_conditionings(unconditional, conditioning), strength)
+        without, with_ = both.chunk(2)
+        output = without + guidance_scale * (with_ - without)
+    return schedule.signal_noise(output, z, t)
+
+
+@torch.no_grad()
+def ddim(
+    student: Student,
+    schedule: Schedule,
+    z: Tensor,
+    conditioning: Conditioning,
+    steps: int = 4,
+    guidance_scale: float = 1.0,
+    unconditional: Conditioning | None = None,
+    strength: float = 1.0,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Deterministic DDIM (Song et al., ICLR 2021, eta = 0): z_s = alpha_s x(z_t) + sigma_s eps(z_t).
+
+    `z` (B, C, h, w) ~ N(0, I) at t = T. The condition's features are computed once. Returns the latent x, in z's dtype.
+    """
+    conditioning = student.prepare(conditioning)
+    if unconditional is not None:
+        # The condition is the same with and without the prompt; its features differ only through the text they attend.
+        unconditional = student.prepare(unconditional) if guidance_scale != 1.0 else None
+    grid = time_grid(schedule.horizon, steps)
+    x = z
+    for i in range(steps):
+        t, s = grid[i : i + 1], grid[i + 1 : i + 2]
+        x, eps = predict(student, schedule, z, t, conditioning, guidance_scale, unconditional, strength)
+        z = schedule.mix(x, eps, s)
+        if callback is not None:
+            replaced = callback(i, int(t), z, x)
+            z = z if replaced is None else replaced
+    return z

@@ -1,0 +1,148 @@
+"""Pictures of any size through a model of one size: overlapping tiles, blended so that no seam shows.
+
+Tiles form a grid, so that the weight of a tile is the product of a weight along y and one along x; making each axis sum
+to one makes the whole sum to one, exactly, without a second picture of weights.
+
+Diffusion starts from noise, and tiles that start from unlike noise disagree where they overlap. Draw the noise once,
+for the whole picture, and cut it as the tiles are cut:
+
+    size = covered_size(h, w, tile, align=2)                      # low-resolution pixels, a bit more than (h, w)
+    field = torch.randn(1, 4, size[0] * 4 // 8, size[1] * 4 // 8, generator=generator)         # x4, latents of f = 8
+    run = lambda low, corners: sample(low, noise=cut(field, corners, tile, 4 / 8))
+    picture = upscale_tiled(run, low, tile=tile, align=2)         # align: corners stay on whole latent cells
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from codi.errors import UserError
+
+Corner = tuple[int, int]
+Run = Callable[[Tensor, list[Corner]], Tensor]
+"""(low tiles (n, C, tile, tile), their (y, x) in low-resolution pixels) -> (n, C', scale * tile, scale * tile)."""
+
+
+@torch.no_grad()
+def upscale_tiled(
+    run: Run,
+    low: Tensor,
+    scale: int = 4,
+    tile: int = 64,
+    overlap: int = 16,
+    batch: int = 4,
+    align: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """`low` (1, C, h, w) -> (1, C', scale h, scale w) float32 on the CPU, by `run` on at most `batch` tiles at a time.
+
+    Tiles are `tile` low-resolution pixels wide, overlap by at least `overlap`, and start at multiples of `align`. A
+    side shorter than a tile, or that aligned tiles do not fill, is continued by its mirror image, later cut off again.
+    `progress(done, total)` hears of finished tiles. Memory: the float32 result (201 MB for 4096 x 4096 px) and a batch.
+
+    Raises UserError if the numbers do not go together.
+    """
+    _check(tile, overlap, batch, align)
+    height, width = low.shape[-2:]
+    padded = mirror_pad(low, covered_size(height, width, tile, align))
+    rows, columns = (starts(side, tile, overlap, align) for side in padded.shape[-2:])
+    weights_y, weights_x = feather(rows, tile, scale), feather(columns, tile, scale)
+    corners = [(y, x) for y in rows for x in columns]
+    weights = [(wy, wx) for wy in weights_y for wx in weights_x]
+    out: Tensor | None = None
+    for first in range(0, len(corners), batch):
+        part = corners[first : first + batch]
+        tiles = run(cut(padded, part, tile), part).float().cpu()
+        if tiles.shape[0] != len(part) or tuple(tiles.shape[-2:]) != (tile * scale, tile * scale):
+            raise ValueError(f"run gave {tuple(tiles.shape)} for {len(part)} tiles of {tile} px at scale {scale}")
+        if out is None:
+            out = torch.zeros(1, tiles.shape[1], height * scale, width * scale)
+        for (y, x), (wy, wx), piece in zip(part, weights[first : first + batch], tiles, strict=True):
+            window = out[0, :, y * scale : (y + tile) * scale, x * scale : (x + tile) * scale]  # less, where mirrored
+            h, w = window.shape[-2:]
+            window += piece[:, :h, :w] * (wy[:h, None] * wx[:w])
+        if progress is not None:
+            progress(first + len(part), len(corners))
+    assert out is not None  # there is always a tile
+    return out
+
+
+def covered_size(height: int, width: int, tile: int, align: int = 1) -> tuple[int, int]:
+    """The size (height, width) >= the picture's that aligned tiles fill exactly: that of a noise field for `cut`."""
+
+    def covered(side: int) -> int:
+        return tile + max(0, math.ceil((side - tile) / align) * align)
+
+    return covered(height), covered(width)
+
+
+def starts(side: int, tile: int, overlap: int, align: int = 1) -> list[int]:
+    """Evenly spread first pixels of the tiles that cover `side` (one of covered_size), from 0 to side - tile."""
+    steps = (side - tile) // align
+    count = math.ceil(steps / ((tile - overlap) // align))  # of gaps
+    return [0] if count == 0 else [i * steps // count * align for i in range(count + 1)]
+
+
+def feather(first: list[int], tile: int, scale: int) -> Tensor:
+    """Weights (n, tile * scale) of tiles that start at `first` along one axis: smooth, positive, summing to 1.
+
+    `sin^2` ramps as long as the shortest overlap, and none at the picture's own border; where three tiles meet, each
+    takes its share.
+    """
+    overlap = min((tile - (b - a) for a, b in zip(first, first[1:], strict=False)), default=0)
+    ramp = max(1, overlap * scale)
+    rise = (
+        (((torch.arange(tile * scale, dtype=torch.float64) + 0.5) / ramp).clamp_max(1) * (math.pi / 2)).sin().square()
+    )
+    windows = [torch.ones_like(rise) for _ in first]
+    total = torch.zeros((first[-1] + tile) * scale, dtype=torch.float64)
+    for i, (start, window) in enumerate(zip(first, windows, strict=True)):
+        if i > 0:
+            window *= rise
+        if i < len(first) - 1:
+            window *= rise.flip(0)
+        total[start * scale : (start + tile) * scale] += window
+    pairs = zip(first, windows, strict=True)
+    return torch.stack([window / total[start * scale : (start + tile) * scale] for start, window in pairs]).float()
+
+
+def cut(field: Tensor, corners: list[Corner], tile: int, ratio: float = 1) -> Tensor:
+    """(1, C, H, W) -> (n, C, ratio * tile, ratio * tile): what lies under tiles at `corners` (low-resolution pixels).
+
+    `ratio` is the field's pixels per low-resolution pixel, e.g. 0.5 for latents of f = 8 at x4. Raises UserError where
+    a tile would begin or end within one of the field's pixels.
+    """
+
+    def scaled(pixels: int) -> int:
+        position = pixels * ratio
+        if position != int(position):
+            raise UserError(f"tile={tile}: {pixels} px do not fall on a whole latent cell: "
+                            f"use tile and align that are multiples of {round(1 / ratio)}")  # fmt: skip
+        return int(position)
+
+    size = scaled(tile)
+    return torch.cat([field[:, :, (a := scaled(y)) : a + size, (b := scaled(x)) : b + size] for y, x in corners])
+
+
+def mirror_pad(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., h, w) continued at the bottom and right to `size` by mirroring about the last pixel, time and again."""
+
+    def mirrored(have: int, want: int) -> Tensor:
+        index = torch.arange(want, device=image.device) % max(1, 2 * (have - 1))
+        return torch.minimum(index, 2 * (have - 1) - index).clamp_min(0)
+
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return image[..., mirrored(image.shape[-2], size[0]), :][..., mirrored(image.shape[-1], size[1])]
+
+
+def _check(tile: int, overlap: int, batch: int, align: int) -> None:
+    if tile < 1 or batch < 1 or align < 1:
+        raise UserError(f"tile={tile}, batch={batch}, align={align}: must be positive: use e.g. 64, 4, 1")
+    if overlap < 0 or (tile - overlap) // align < 1:
+        raise UserError(f"overlap={overlap}: tiles of {tile} px could not move on by {align} px: "
+                        f"use an overlap from 0 to {max(0, tile - align)}")  # fmt: skip

@@ -1,0 +1,147 @@
+r"""Noise schedules and the change of variables between noise, signal and velocity. Pure tensor functions.
+
+    z_t = alpha_t x + sigma_t eps,            alpha_t^2 + sigma_t^2 = 1
+    v   = alpha_t eps - sigma_t x             (velocity)
+    x   = alpha_t z_t - sigma_t v,            eps = alpha_t v + sigma_t z_t
+
+Time `t` runs from 0 (clean: alpha = 1, sigma = 0) to `horizon` (noise). A latent diffusion checkpoint knows T discrete
+noise levels; level k of the checkpoint (0-based) is t = k + 1 here, so that t = 0 is free to mean "clean" exactly and
+`s = t - dt` may reach it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def to_signal_noise(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """Network output -> (x, eps), whatever the network predicts. All of one broadcastable shape.
+
+    `prediction` is one of PREDICTIONS. "epsilon" needs alpha > 0. A "sample" network says nothing about the noise where
+    sigma = 0: eps is 0 there.
+    """
+    if prediction == "v_prediction":
+        return alpha * z - sigma * output, alpha * output + sigma * z
+    if prediction == "epsilon":
+        return (z - sigma * output) / alpha, output
+    if prediction == "sample":
+        return output, torch.where(sigma > 0, (z - alpha * output) / sigma.clamp_min(1e-12), torch.zeros_like(z))
+    raise UserError(f"prediction type {prediction!r}: not known: use one of {', '.join(PREDICTIONS)}")
+
+
+def from_signal_noise(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
+    """(x, eps) -> what a network of this `prediction` type should say. The inverse of `to_signal_noise`."""
+    if prediction == "v_prediction":
+        return alpha * eps - sigma * x
+    if prediction == "epsilon":
+        return eps
+    if prediction == "sample":
+        return x
+    raise UserError(f"prediction type {prediction!r}: not known: use one of {', '.join(PREDICTIONS)}")
+
+
+class Schedule(ABC):
+    """A variance-preserving schedule together with what the network predicts.
+
+    Subclasses give `horizon`, `_alpha_sigma` and `timestep`; everything else follows. Times are tensors of shape (B,)
+    or (1,), answers broadcast against (B, C, H, W).
+    """
+
+    horizon: float
+    prediction: str
+
+    @abstractmethod
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is told instead of `t`."""
+
+    def draw(self, count: int, dt: float, shared: bool, generator: torch.Generator | None) -> Tensor:
+        """Times uniform on [dt, horizon]: (count,), or (1,) where one time serves the whole batch."""
+        u = torch.rand(1 if shared else count, generator=generator, dtype=torch.float64)
+        return dt + u * (self.horizon - dt)
+
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t), shaped to broadcast against `like`, in its dtype and on its device."""
+        alpha, sigma = self._alpha_sigma(t)
+        shape = (-1, *[1] * (like.ndim - 1))
+        return alpha.to(like).reshape(shape), sigma.to(like).reshape(shape)
+
+    def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """z_t = alpha_t x + sigma_t eps."""
+        alpha, sigma = self.alpha_sigma(t, x)
+        return alpha * x + sigma * eps
+
+    def signal_noise(self, output: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, eps) that the network's `output` at (z_t, t) stands for."""
+        return to_signal_noise(output, z, *self.alpha_sigma(t, z), self.prediction)
+
+    def output(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The network output that stands for (x, eps) at t: the regression target of diffusion training."""
+        return from_signal_noise(x, eps, *self.alpha_sigma(t, x), self.prediction)
+
+
+class DiscreteSchedule(Schedule):
+    """The T noise levels of a checkpoint. `t` is an integer tensor in 0..T; the network sees t - 1."""
+
+    def __init__(self, alphas_cumprod: Tensor, prediction: str) -> None:
+        if prediction not in PREDICTIONS:
+            raise UserError(f"prediction type {prediction!r}: not known: use one of {', '.join(PREDICTIONS)}")
+        signal = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().cpu()])
+        if prediction == "epsilon" and signal[-1] <= 0:
+            raise UserError(
+                "scheduler: the last noise level has no signal left, so an 'epsilon' network says nothing about the "
+                "picture there: use a v_prediction checkpoint or turn rescale_betas_zero_snr off"
+            )
+        self.alphas, self.sigmas = signal.sqrt(), (1 - signal).clamp_min(0).sqrt()
+        self.horizon = len(signal) - 1
+        self.prediction = prediction
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DiscreteSchedule:
+        """From a diffusers scheduler config: its betas (zero-terminal-SNR rescaling included) and prediction type."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(dict(config))
+        return cls(scheduler.alphas_cumprod, scheduler.config["prediction_type"])
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        index = t.long().cpu()
+        return self.alphas[index], self.sigmas[index]
+
+    def draw(self, count: int, dt: float, shared: bool, generator: torch.Generator | None) -> Tensor:
+        """Integer times uniform on {dt, ..., T}."""
+        u = torch.rand(1 if shared else count, generator=generator, dtype=torch.float64)
+        levels = int(self.horizon) - int(dt) + 1
+        return int(dt) + (u * levels).long().clamp_max(levels - 1)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The checkpoint's own level number."""
+        return (t - 1).clamp_min(0)
+
+
+class CosineSchedule(Schedule):
+    """Continuous time with alpha = cos t, sigma = sin t on [0, pi / 2]: the schedule of closed forms and toys."""
+
+    horizon = math.pi / 2
+
+    def __init__(self, prediction: str = "v_prediction") -> None:
+        self.prediction = prediction
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return t.cos(), t.sin()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Told as it is."""
+        return t

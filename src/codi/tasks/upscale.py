@@ -1,0 +1,63 @@
+"""Upscaling: a low-resolution picture -> one `scale` times larger that could have been its original."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codi.errors import UserError, nearest
+from codi.tasks.degradations import bicubic, second_order
+
+if TYPE_CHECKING:
+    from codi.data.batches import Batch
+
+DEGRADATIONS = ("real", "bicubic")
+OBEDIENCE_CAP = 60.0  # dB; the rounding of an 8-bit input alone costs this much, so beyond it nothing is measured
+
+
+@dataclass(frozen=True)
+class Upscale:
+    """A codi.tasks.Task. The given image is (B, 3, h, w); the output is (B, 3, scale h, scale w)."""
+
+    scale: int = 4
+    """Output pixels per input pixel along a side."""
+    degradation: str = "real"
+    """How training makes the input: "real" (blur, noise, JPEG; see degradations) or "bicubic" (classical x4)."""
+
+    name: ClassVar[str] = "upscale"
+    condition_channels: ClassVar[int] = 3
+    obedience_unit: ClassVar[str] = "dB PSNR of the downscaled result to the input"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale, int) or not 1 <= self.scale <= 16:
+            raise UserError(f"scale={self.scale}: not an upscaling factor: use a whole number from 1 to 16")
+        if self.degradation not in DEGRADATIONS:
+            hint = nearest(str(self.degradation), DEGRADATIONS)
+            raise UserError(f"degradation={self.degradation}: unknown{hint}: use one of {', '.join(DEGRADATIONS)}")
+
+    def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """(B, 3, H/scale, W/scale) from `batch.image`. Raises UserError unless H and W are multiples of scale."""
+        height, width = batch.image.shape[-2:]
+        if height % self.scale or width % self.scale:
+            raise UserError(f"image of {width} x {height} px: sides are not multiples of the scale {self.scale}: "
+                            f"train at a size that is")  # fmt: skip
+        if self.degradation == "bicubic":
+            return bicubic(batch.image, self.scale)
+        return second_order(batch.image, self.scale, generator)
+
+    def condition(self, given: Tensor) -> Tensor:
+        """`given` bicubically enlarged to output size, (B, 3, scale h, scale w) in [0, 1]."""
+        return F.interpolate(given, scale_factor=self.scale, mode="bicubic", align_corners=False).clamp(0, 1)
+
+    def obedience(self, output: Tensor, given: Tensor) -> Tensor:
+        """PSNR in dB of `output`, brought to the size of `given` by antialiased bicubic, to `given`; at most 60."""
+        small = F.interpolate(output.float(), size=given.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+        error = (small - given.float()).square().mean(dim=(1, 2, 3))
+        return (-10 * error.clamp_min(1e-12).log10()).clamp_max(OBEDIENCE_CAP)
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self)

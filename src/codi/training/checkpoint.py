@@ -1,0 +1,151 @@
+"""Checkpoints: complete, atomic, and free of pickle.
+
+A checkpoint is a folder `step-00000123/` of safetensors (weights, average, optimiser moments, random state) and a
+`state.json` (progress, optimiser settings, loss scale, recipe). It is written under a temporary name, flushed to disk
+and renamed, so a folder with the final name is always whole; leftovers of a killed run are removed by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+_TEMPORARY = ".writing-"
+
+
+@dataclass
+class Progress:
+    """How far a run is. `updates` optimiser updates, `images` training images seen, `seconds` spent training."""
+
+    updates: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+def trainable(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name."""
+    return {k: p for k, p in module.named_parameters() if p.requires_grad}
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+
+
+def write_atomically(folder: Path, fill) -> None:
+    """Calls `fill(temporary)` on an empty folder beside `folder`, flushes it, then renames it over `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f"{_TEMPORARY}{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        old = folder.parent / f"{_TEMPORARY}old-{folder.name}"
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: could not be written ({error.strerror or error}): free space or change --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save(
+    root: Path,
+    progress: Progress,
+    online: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: dict[str, Any],
+    scaler: dict[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Writes `root/step-N`, then removes all but the newest `keep` checkpoints. Returns the folder."""
+    names = trainable(online)
+    state = optimizer.state_dict()
+
+    def fill(folder: Path) -> None:
+        save_file(_contiguous(names), folder / "weights.safetensors")
+        averages = dict(average.named_parameters())
+        save_file(_contiguous({k: averages[k] for k in names}), folder / "average.safetensors")
+        moments = {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+        save_file(_contiguous(moments), folder / "optimizer.safetensors")
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        save_file(random, folder / "random.safetensors")
+        text = json.dumps(
+            {"progress": vars(progress), "groups": state["param_groups"], "scaler": scaler, "recipe": recipe}, indent=1
+        )
+        (folder / "state.json").write_text(text)
+
+    folder = root / f"step-{progress.updates:08d}"
+    write_atomically(folder, fill)
+    for old in complete(root)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def complete(root: Path) -> list[Path]:
+    """The whole checkpoints below `root`, oldest first."""
+    return sorted(p for p in root.glob("step-*") if (p / "state.json").is_file())
+
+
+def clean(root: Path) -> None:
+    """Removes what a killed run left half-written; puts back a folder caught between two renames."""
+    for left in root.glob(f"{_TEMPORARY}*"):
+        name = left.name.removeprefix(f"{_TEMPORARY}old-")
+        if left.name.startswith(f"{_TEMPORARY}old-") and not (root / name).exists():
+            left.rename(root / name)
+        else:
+            shutil.rmtree(left)
+
+
+def load(
+    folder: Path, online: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Any]]:
+    """Restores everything `save` wrote, in place. Returns the progress and the rest of state.json.
+
+    Raises UserError if the checkpoint is broken or of a differently shaped run.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        for file, module in (("weights", online), ("average", average)):
+            values, parameters = load_file(folder / f"{file}.safetensors"), dict(module.named_parameters())
+            expected = trainable(online).keys()
+            if values.keys() != expected:
+                odd = sorted(values.keys() ^ expected)[0]
+                raise UserError(f"{folder}: made by a run that trains other weights ({odd}): give another --out")
+            with torch.no_grad():
+                for name, value in values.items():
+                    parameters[name].copy_(value)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
+        random = load_file(folder / "random.safetensors")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder}: the checkpoint is broken ({reason}): delete it to go on from the one before") from error
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return Progress(**state["progress"]), state

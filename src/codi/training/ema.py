@@ -1,0 +1,29 @@
+"""The exponential moving average of a network: the target theta- of consistency losses, and what is shipped."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def average_copy(module: M) -> M:
+    """A gradient-free copy to hold the average. Frozen parameters are shared, not copied: they never differ."""
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, shared).requires_grad_(False).eval()  # type: ignore[arg-type]
+
+
+def warmed_decay(decay: float, updates: int) -> float:
+    """The decay after `updates` updates: min(decay, (1 + n) / (10 + n)), so that early weights are soon forgotten."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+@torch.no_grad()
+def update(average: nn.Module, online: nn.Module, decay: float) -> None:
+    """theta- <- decay theta- + (1 - decay) theta, over the parameters that train."""
+    pairs = [(a, p) for a, p in zip(average.parameters(), online.parameters(), strict=True) if p.requires_grad]
+    torch._foreach_lerp_([a for a, _ in pairs], [p.to(a.dtype) for a, p in pairs], 1 - decay)

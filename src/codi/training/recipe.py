@@ -1,0 +1,100 @@
+"""Recipes: a YAML file and `--key value` overrides -> a settings dataclass. Unknown keys are refused by name."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..errors import UserError, nearest
+
+S = TypeVar("S")
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A path, or the bare name of a shipped recipe."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / path.with_suffix(".yaml").name
+    if shipped.is_file() and path.parent in (Path("."), Path("recipes")):
+        return shipped
+    known = [p.stem for p in sorted(SHIPPED.glob("*.yaml"))]
+    raise UserError(f"{name}: no such recipe{nearest(path.stem, known)}: give a YAML file or one of {', '.join(known)}")
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The keys and values of a recipe file. Raises UserError where it is missing or not a YAML mapping."""
+    path = find_recipe(name)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML ({reason}): mend the line it names") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines: mend the file")
+    return values
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """["--learning-rate", "1e-4", "--seed=3", "--gradient-checkpointing"] -> {"learning_rate": 1e-4, ...}."""
+    values: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word}: not a flag: write --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        values[key.replace("-", "_")] = yaml.safe_load(text)
+    return values
+
+
+def build(cls: type[S], values: dict[str, Any], origin: str) -> S:
+    """A `cls` (a dataclass) from `values`; `origin` names them in errors.
+
+    Raises UserError for an unknown key (naming the nearest one), a value of the wrong type, or a missing value.
+    """
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{origin}: unknown key {key!r}{nearest(key, known)}: known keys are {', '.join(sorted(known))}")
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise UserError(f"{origin}: {name!r} is missing: add a line `{name}: ...`")
+    return cls(**{k: _coerce(v, hints[k], f"{origin}: {k}") for k, v in values.items()})
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)  # YAML reads 1e-4 as text
+            except ValueError:
+                continue
+        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        if kind is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+        if kind in (list, dict) and isinstance(value, kind):
+            return value
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    raise UserError(f"{where} is {value!r}: should be {names}: mend the value")

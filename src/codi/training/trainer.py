@@ -1,0 +1,246 @@
+"""The one training loop. A job says what the losses are; this file says how a run goes on, stops and resumes."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import checkpoint, ema
+from .checkpoint import Progress
+from .events import Events
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """How long, how fast and how often. Counts are in training images, so that batch size changes nothing else."""
+
+    images: int = 20_000
+    """Training images in all (an image seen twice counts twice)."""
+    batch_size: int = 16
+    """Images of one update, per process, before accumulation."""
+    accumulate: int = 1
+    """Batches summed into one update."""
+    learning_rate: float = 1e-4
+    warmup: int = 1_000
+    """Images over which the learning rate rises from 0."""
+    decay_to: float = 0.1
+    """The learning rate falls along a cosine to this share of its peak at the last image; 1 keeps it constant."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.999
+    """Decay of the weight average, per update (warmed up)."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "no"
+    """no (float32), bf16 or fp16 autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    log_every: int = 800
+    preview_every: int = 5_000
+    checkpoint_every: int = 2_000
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def validate(self) -> None:
+        """Raises UserError for a value that no run can have."""
+        for name in ("images", "batch_size", "accumulate", "log_every", "preview_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1: raise it")
+        for name, allowed in (("device", ("auto", "cpu", "cuda")), ("precision", ("no", "bf16", "fp16"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r}: not known: use one of {', '.join(allowed)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device 'cuda': there is no CUDA device here: use --device cpu")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema {self.ema}: must lie in [0, 1): use for example 0.999")
+
+
+class Job(nn.Module, ABC):
+    """What is trained. `online` holds the weights that train, `average` their moving average (see ema.average_copy)."""
+
+    online: nn.Module
+    average: nn.Module
+
+    @abstractmethod
+    def batches(self, start: int) -> Iterator[Any]:
+        """Endless batches from training image number `start` on: a pure function of the position."""
+
+    @abstractmethod
+    def forward(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Named scalar losses; their sum is minimised. All randomness comes from `generator`."""
+
+    @abstractmethod
+    def preview(self, out: Path, progress: Progress) -> dict[str, float]:
+        """Writes pictures of the average's present state below `out`; returns figures worth a curve."""
+
+    @abstractmethod
+    def finish(self, out: Path, progress: Progress) -> None:
+        """Writes the finished model to `out`, atomically."""
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser."""
+        return [{"params": [p for p in self.online.parameters() if p.requires_grad], "lr": learning_rate}]
+
+
+def learning_rate_factor(settings: RunSettings, images: int) -> float:
+    """Share of the peak learning rate at training image `images`: linear warm-up, then a cosine."""
+    rise = min(1.0, (images + settings.batch_size) / max(settings.warmup, 1))
+    fall = 0.5 + 0.5 * math.cos(math.pi * min(images / settings.images, 1.0))
+    return rise * (settings.decay_to + (1 - settings.decay_to) * fall)
+
+
+def step_generator(seed: int, update: int, part: int, rank: int) -> torch.Generator:
+    """The random stream of one batch. Keyed by position, so a resumed run draws what the unbroken one would."""
+    key = np.random.SeedSequence([seed, update, part, rank]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(key >> 1))
+
+
+class Stop:
+    """Turns SIGINT and SIGTERM into a flag, so that a run ends after the update in hand, with a checkpoint."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        self.old: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: the caller handles signals
+                break
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def make_accelerator(settings: RunSettings) -> Accelerator:
+    """The device and precision asked for."""
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=on_cpu, mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
+
+
+def train(
+    job: Job,
+    settings: RunSettings,
+    out: Path,
+    recipe: dict[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+    quiet: bool = False,
+    deadline: float | None = None,
+) -> Progress:
+    """Trains `job` until `settings.images`, resuming from the newest checkpoint below `out/checkpoints` if there is one.
+
+    `deadline`: time.monotonic() after which the run stops with a checkpoint, as it does on SIGTERM or Ctrl-C.
+    Raises UserError when a loss is not finite; the last checkpoint is from before and stays.
+    """
+    settings.validate()
+    accelerator = accelerator or make_accelerator(settings)
+    job.to(accelerator.device)
+    groups = job.groups(settings.learning_rate)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+    peaks = [g["lr"] for g in optimizer.param_groups]
+    root, progress = out / "checkpoints", Progress()
+    if accelerator.is_main_process:
+        checkpoint.clean(root)
+    accelerator.wait_for_everyone()
+    if found := checkpoint.complete(root):
+        progress, state = checkpoint.load(found[-1], job.online, job.average, optimizer)
+        if accelerator.scaler is not None and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    elif checkpoint.trainable(job.online) == {}:
+        raise UserError("this run has nothing to train: let the backbone or the adapter train")
+    prepared, optimizer = accelerator.prepare(job, optimizer)
+    events = Events(out, settings.images, progress, quiet) if accelerator.is_main_process else None
+    per_update = settings.batch_size * settings.accumulate * accelerator.num_processes
+    totals: dict[str, float] = {}
+    counted = 0
+    batches = job.batches(progress.images)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            checkpoint.save(
+                root, progress, job.online, job.average, optimizer.optimizer, recipe or asdict(settings), scaler, settings.keep
+            )
+
+    def passed(every: int) -> bool:
+        return progress.images // every != (progress.images - per_update) // every
+
+    try:
+        with Stop() as stop:
+            while progress.images < settings.images and not stop.asked and not (deadline and time.monotonic() > deadline):
+                began = time.monotonic()
+                factor = learning_rate_factor(settings, progress.images)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+
+                # ---- one update ----
+                for part in range(settings.accumulate):
+                    generator = step_generator(settings.seed, progress.updates, part, accelerator.process_index)
+                    with accelerator.accumulate(prepared), accelerator.autocast():
+                        losses = prepared(next(batches), generator)
+                        loss = torch.stack(list(losses.values())).sum()
+                    if not torch.isfinite(loss):
+                        kept = checkpoint.complete(root)
+                        where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
+                        names = ", ".join(f"{k} {v.item():.3g}" for k, v in losses.items())
+                        raise UserError(
+                            f"loss at image {progress.images}: not finite ({names}); {where}: lower learning_rate, "
+                            "use precision bf16 or no, and run the same command again"
+                        )
+                    with accelerator.accumulate(prepared):
+                        accelerator.backward(loss)
+                        if accelerator.sync_gradients:
+                            norm = accelerator.clip_grad_norm_(checkpoint.trainable(job.online).values(), settings.clip)
+                            totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm)  # type: ignore[arg-type]
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    for name, value in losses.items():
+                        totals[name] = totals.get(name, 0.0) + value.item() / settings.accumulate
+                ema.update(job.average, job.online, ema.warmed_decay(settings.ema, progress.updates))
+                # --------------------
+
+                progress.updates += 1
+                progress.images += per_update
+                progress.seconds += time.monotonic() - began
+                counted += 1
+                if events and passed(settings.log_every):
+                    events.scalars(
+                        progress, {**{k: v / counted for k, v in totals.items()}, "learning_rate": peaks[0] * factor}
+                    )
+                    totals, counted = {}, 0
+                if passed(settings.checkpoint_every):
+                    save()
+                if events and passed(settings.preview_every):
+                    figures = job.preview(out, progress)
+                    if figures:
+                        events.scalars(progress, figures)
+            save()
+        if accelerator.is_main_process and progress.images >= settings.images:
+            job.finish(out, progress)
+    finally:
+        close = getattr(batches, "close", None)
+        if close:
+            close()
+        if events:
+            events.close()
+    return progress

@@ -1,0 +1,172 @@
+"""The house keeps its order: imports flow one way, everything public is explained, nothing of one machine is in it."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "codi"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 350
+PUBLIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+# What each room may import of codi: a room, or one module of it. Its own modules are always allowed.
+MAY_IMPORT = {
+    "errors": set(),
+    "schedule": {"errors"},
+    "models": {"errors", "schedule"},
+    "tasks": {"errors"},
+    "data": {"errors"},
+    "objectives": {"errors", "schedule", "models"},
+    "sampling": {"errors", "schedule", "models", "tasks", "data.images"},
+    "evaluation": {"errors", "tasks", "data", "sampling"},
+    "training": {"errors", "schedule", "models", "tasks", "data", "objectives", "sampling", "evaluation"},
+    "export": {"errors", "schedule", "models", "tasks", "data", "objectives", "training", "sampling", "evaluation"},
+}
+MAY_IMPORT["apps"] = set(MAY_IMPORT)
+MAY_IMPORT["codi"] = set(MAY_IMPORT) - {"apps"}  # the package's own __init__: what users import
+
+
+def module_name(path: Path) -> str:
+    """'data.images' for src/codi/data/images.py, 'data' for its __init__, '' for codi's own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The room a module lies in; 'codi' for the package's own __init__."""
+    return module.split(".")[0] or "codi"
+
+
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def imports(tree: ast.Module, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module below codi) of every import that runs; those made for type checkers alone bind nothing."""
+    package = ["codi", *path.relative_to(PACKAGE).parent.parts]
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            # `from .data import images` names a module, `from .data.images import read_image` a thing inside one.
+            names = [
+                full if (full := f"{base}.{alias.name}").removeprefix("codi.") in MODULES else base
+                for alias in node.names
+            ]
+        else:
+            continue
+        for name in names:
+            if name == "codi" or name.startswith("codi."):
+                yield node.lineno, name.removeprefix("codi").removeprefix(".")
+
+
+def forbidden(source: str, path: Path) -> list[str]:
+    """The imports in `source`, standing at `path`, that go against the direction."""
+    room = room_of(module_name(path))
+    allowed = MAY_IMPORT[room] | {room}
+    found = []
+    for line, target in imports(ast.parse(source), path):
+        prefixes = {".".join(target.split(".")[:n]) for n in range(1, target.count(".") + 2)}
+        if not prefixes & allowed:
+            found.append(f"{path.relative_to(ROOT)}:{line}: {room} must not import {target or 'codi'}")
+    return found
+
+
+def test_imports_flow_one_way():
+    assert SOURCES
+    unknown = {room_of(module) for module in MODULES} - set(MAY_IMPORT)
+    assert not unknown, f"rooms that the map does not know: {sorted(unknown)}"
+    assert [fault for path in SOURCES for fault in forbidden(path.read_text(), path)] == []
+
+
+@pytest.mark.parametrize(
+    ("where", "source", "faults"),
+    [
+        ("models/x.py", "from ..schedule import alpha\nfrom . import codec", 0),
+        ("models/x.py", "from ..tasks import get_task", 1),
+        ("models/x.py", "from .. import apps", 1),
+        ("schedule.py", "import codi.models.codec", 1),
+        ("schedule.py", "def late():\n    from .models import codec", 1),
+        ("sampling/x.py", "from ..data.images import read_image", 0),
+        ("sampling/x.py", "from ..data.batches import Batch", 1),
+        ("sampling/x.py", "from codi.training import trainer", 1),
+        ("training/x.py", "import codi", 1),
+        ("tasks/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..data.batches import Batch", 0),
+        ("__init__.py", "from .sampling import pipeline", 0),
+        ("__init__.py", "from .apps import cli", 1),
+    ],
+)
+def test_the_direction_is_read_rightly(where, source, faults):
+    assert len(forbidden(source, PACKAGE / where)) == faults
+
+
+def test_everything_public_has_a_docstring():
+    bare = []
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        name = path.relative_to(ROOT)
+        if tree.body and not ast.get_docstring(tree):
+            bare.append(f"{name}: the module")
+        for node in tree.body:
+            public = isinstance(node, PUBLIC) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                bare.append(f"{name}:{node.lineno}: {node.name}")
+    assert bare == []
+
+
+def test_files_stay_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def test_the_map_of_the_rooms_is_complete():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert {room for room in map(room_of, MODULES) if f"| `{room}" not in text} <= {"codi"}
+    named = set(re.findall(r"`(test_\w+\.py)`", text))
+    assert {name for name in named if not (ROOT / "tests" / name).is_file()} == set()
+
+
+def readme_commands() -> str:
+    """The shell lines of README's code blocks."""
+    return "\n".join(re.findall(r"```(?:bash|sh|shell|console)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+
+
+def test_readme_names_only_targets_that_exist():
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"setup", "demo", "test"} <= targets
+    named = set(re.findall(r"^\s*(?:\$ )?make ([a-z][a-z-]*)", readme_commands(), re.M))
+    assert named <= targets
+
+
+def test_readme_names_only_recipes_that_exist():
+    named = set(re.findall(r"(?:^|\s)((?:src/codi/)?recipes/[\w./-]+\.yaml)", readme_commands()))
+    assert sorted(name for name in named if not (ROOT / name).is_file()) == []
+
+
+def test_nothing_of_one_machine_is_in_the_repo():
+    kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".json", ".jsonl", ".html", ""}
+    made = {".git", ".venv", "demo", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
+    machine = re.compile(r"/(?:work|root|home/\w+)/")
+    found = []
+    for path in sorted(ROOT.rglob("*")):
+        inside = path.relative_to(ROOT)
+        if path.suffix not in kinds or made & set(inside.parts) or not path.is_file():
+            continue
+        lines = path.read_text(errors="replace").splitlines()
+        found += [
+            f"{inside}:{number}: {line.strip()[:80]}" for number, line in enumerate(lines, 1) if machine.search(line)
+        ]
+    assert found == []

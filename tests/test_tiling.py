@@ -1,0 +1,205 @@
+"""Tiling without seams for any size, and colour correction that keeps detail."""
+
+import math
+
+import pytest
+import torch
+
+from codi.errors import UserError
+from codi.sampling.colour import low_frequencies, match_colour, wavelet_levels
+from codi.sampling.tiling import covered_size, cut, feather, mirror_pad, starts, upscale_tiled
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def enlarge(low: torch.Tensor, scale: int = 4) -> torch.Tensor:
+    return low.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+# --- tiling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "height, width", [(64, 64), (65, 63), (1, 1), (1, 200), (5, 17), (31, 97), (16, 16), (33, 16), (129, 70)]
+)
+@pytest.mark.parametrize("tile, overlap, align", [(16, 4, 1), (16, 9, 2), (24, 8, 4), (16, 0, 1)])
+def test_an_exact_upscaler_gives_the_untiled_result(height: int, width: int, tile: int, overlap: int, align: int):
+    low = noise(1, 3, height, width)
+    seen = []
+
+    def run(tiles, corners):
+        assert tiles.shape == (len(corners), 3, tile, tile) and 1 <= len(corners) <= 3
+        assert all(y % align == 0 and x % align == 0 for y, x in corners)
+        seen.extend(corners)
+        return enlarge(tiles)
+
+    out = upscale_tiled(run, low, scale=4, tile=tile, overlap=overlap, batch=3, align=align)
+    assert out.shape == (1, 3, 4 * height, 4 * width) and out.dtype == torch.float32
+    assert torch.allclose(out, enlarge(low), rtol=0, atol=1e-6)
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize(
+    "side, tile, overlap, align", [(64, 16, 4, 1), (101, 16, 15, 1), (96, 32, 8, 8), (16, 16, 4, 2)]
+)
+def test_weights_are_a_smooth_partition_of_unity(side: int, tile: int, overlap: int, align: int):
+    scale = 4
+    first = starts(covered_size(side, side, tile, align)[0], tile, overlap, align)
+    weights = feather(first, tile, scale)
+    total = torch.zeros((first[-1] + tile) * scale)
+    for start, weight in zip(first, weights, strict=True):
+        total[start * scale : (start + tile) * scale] += weight
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-6) and (weights > 0).all()
+    if len(first) > 1:
+        assert weights[0, 0] == 1 and weights[-1, -1] == 1  # nothing fades at the picture's border
+        assert min(tile - (b - a) for a, b in zip(first, first[1:], strict=False)) >= overlap
+        ramp = math.pi / 2 / (overlap * scale)
+        assert weights.diff(dim=1).abs().max() <= 1.5 * ramp  # 1.5: three tiles may meet
+
+
+def test_tiles_that_disagree_leave_no_seam():
+    scale, tile, overlap = 4, 16, 8
+    constants = noise(1000)
+
+    def run(tiles, corners):
+        value = constants[[y * 31 + x for y, x in corners]]
+        return value[:, None, None, None].expand(-1, 3, tile * scale, tile * scale)
+
+    out = upscale_tiled(run, noise(1, 3, 40, 27), scale, tile, overlap)
+    ramp = math.pi / 2 / (overlap * scale)
+    assert out.max() - out.min() > 0.3
+    assert out.diff(dim=-1).abs().max() <= ramp and out.diff(dim=-2).abs().max() <= ramp
+    assert constants.min() - 1e-6 <= out.min() and out.max() <= constants.max() + 1e-6
+
+
+def test_tiles_cut_one_noise_field():
+    """Where tiles overlap they must start from the same noise: blending what each adds is then what one pass adds."""
+    height, width, tile, align, scale, latent = 37, 52, 16, 2, 4, 8
+    size = covered_size(height, width, tile, align)
+    field = noise(1, 2, size[0] * scale // latent, size[1] * scale // latent)
+
+    def run(tiles, corners):
+        own = cut(field, corners, tile, scale / latent)
+        assert own.shape == (len(corners), 2, tile * scale // latent, tile * scale // latent)
+        return enlarge(own, latent)
+
+    out = upscale_tiled(run, noise(1, 3, height, width), scale, tile, 4, align=align)
+    assert torch.allclose(out, enlarge(field, latent)[..., : height * scale, : width * scale], atol=1e-6)
+    with pytest.raises(UserError, match="multiples of 2"):
+        cut(field, [(1, 0)], tile, scale / latent)
+
+
+def test_mirrored_borders():
+    row = torch.arange(3.0).view(1, 1, 1, 3)
+    assert mirror_pad(row, (1, 8)).flatten().tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+    assert mirror_pad(row[..., :1], (2, 3)).eq(0).all()
+    assert mirror_pad(row, (1, 3)) is row
+
+
+def test_progress_counts_tiles_and_scale_may_be_one():
+    heard = []
+    low = noise(1, 1, 20, 20)
+    out = upscale_tiled(
+        lambda t, _: t, low, 1, 16, 4, batch=3, progress=lambda done, total: heard.append((done, total))
+    )
+    assert heard == [(3, 4), (4, 4)] and torch.allclose(out, low, atol=1e-6)
+
+
+def test_run_may_work_in_half_precision():
+    low = noise(1, 3, 20, 20)
+    out = upscale_tiled(lambda t, _: enlarge(t).bfloat16(), low, 4, 16, 4)
+    assert out.dtype == torch.float32 and torch.allclose(out, enlarge(low), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tile": 0}, {"batch": 0}, {"overlap": 16}, {"overlap": -1}, {"overlap": 14, "align": 4}, {"align": 0}]
+)
+def test_numbers_that_do_not_go_together(options: dict):
+    with pytest.raises(UserError, match=": "):
+        upscale_tiled(lambda t, _: enlarge(t), noise(1, 3, 20, 20), **{"tile": 16, "overlap": 4, **options})
+
+
+def test_a_run_of_the_wrong_size_is_told():
+    with pytest.raises(ValueError, match="scale 4"):
+        upscale_tiled(lambda t, _: t, noise(1, 3, 20, 20), 4, 16, 4)
+
+
+# --- colour --------------------------------------------------------------------------------------------------------
+
+
+def scene(side: int = 64) -> torch.Tensor:
+    """Smooth colours, well within [0, 1]."""
+    y, x = torch.meshgrid(torch.linspace(0, 3, side), torch.linspace(0, 3, side), indexing="ij")
+    return torch.stack([0.5 + 0.2 * x.sin(), 0.5 + 0.2 * y.cos(), 0.5 + 0.1 * (x + y).sin()])[None]
+
+
+def texture(side: int = 64) -> torch.Tensor:
+    """A checkerboard of one-pixel squares: the highest frequency there is."""
+    board = (torch.arange(side)[:, None] + torch.arange(side)) % 2
+    return (board * 0.1 - 0.05).expand(1, 3, side, side)
+
+
+@pytest.mark.parametrize("method", ["wavelet", "adain"])
+@pytest.mark.parametrize("side", [16, 64, 129])
+def test_a_colour_cast_is_removed(method: str, side: int):
+    cast = torch.tensor([0.1, -0.08, 0.05]).view(1, 3, 1, 1)
+    assert torch.allclose(match_colour(scene(side) + cast, scene(side), method), scene(side), atol=1e-5)
+
+
+def test_wavelet_keeps_the_outputs_detail_and_not_the_references():
+    inner = (..., slice(8, -8), slice(8, -8))  # the board has a step where it is continued beyond the border
+    out = match_colour(scene() + 0.1 + texture(), scene())
+    assert torch.allclose(out, scene() + texture(), atol=0.02)
+    assert torch.allclose(out[inner], (scene() + texture())[inner], atol=2e-3)
+    assert torch.allclose(match_colour(scene() + 0.1, scene() + texture())[inner], scene()[inner], atol=2e-3)
+
+
+def test_wavelet_mends_a_cast_of_one_region_and_adain_does_not():
+    cast = torch.zeros(1, 3, 128, 128)
+    cast[..., 64:] = 0.1
+    inner = (..., slice(None), slice(110, 128))
+    assert (match_colour(scene(128) + cast, scene(128)) - scene(128))[inner].abs().max() < 0.01
+    assert (match_colour(scene(128) + cast, scene(128), "adain") - scene(128))[inner].abs().max() > 0.03
+
+
+def test_what_already_matches_stays():
+    detail = scene() + texture()
+    for method in ("wavelet", "adain", "none"):
+        assert torch.allclose(match_colour(detail, detail, method), detail, atol=1e-6)
+    once = match_colour(noise(1, 3, 64, 64) * 0.2 + 0.6, scene())
+    twice = match_colour(once, scene())
+    assert (twice - once).abs().mean() < 0.1 * (once - (noise(1, 3, 64, 64) * 0.2 + 0.6)).abs().mean()
+
+
+def test_the_blur_of_an_enlarged_input_does_not_blur_the_output():
+    sharp = (scene(128) + 0.2 * (noise(1, 3, 32, 32).repeat_interleave(4, -1).repeat_interleave(4, -2) - 0.5)).clamp(
+        0, 1
+    )
+    small = torch.nn.functional.interpolate(sharp, scale_factor=0.25, mode="bicubic", antialias=True)
+    out = match_colour(sharp + 0.05, small)  # enlarged to size within
+    gradient = out.diff(dim=-1).abs().mean() / sharp.diff(dim=-1).abs().mean()
+    assert gradient == pytest.approx(1, abs=0.03)
+    assert (out - sharp).abs().mean() < 0.01
+
+
+def test_the_low_band_is_below_what_the_small_picture_resolves():
+    assert [wavelet_levels(s, 2 * s) for s in (4, 16, 32, 64, 128, 512, 4096)] == [1, 2, 3, 4, 5, 5, 5]
+    wave = torch.sin(torch.arange(256) * 2 * math.pi / 8).expand(1, 1, 256, 256)  # the shortest period at x4
+    assert low_frequencies(wave, wavelet_levels(256, 256))[..., 64:192].abs().max() < 1e-3
+    flat = torch.full((1, 1, 5, 7), 0.3)
+    assert torch.allclose(low_frequencies(flat, 5), flat)
+
+
+def test_flat_pictures_and_results_within_range():
+    flat = torch.full((1, 3, 16, 16), 0.2)
+    for method in ("wavelet", "adain"):
+        assert torch.allclose(match_colour(flat, flat + 0.3, method), flat + 0.3, atol=1e-5)
+        assert match_colour(noise(1, 3, 16, 16), flat * 0, method).aminmax().min >= 0
+    assert match_colour(flat, flat + 0.3, "none") is flat
+
+
+def test_unknown_method():
+    with pytest.raises(UserError, match="did you mean 'wavelet'"):
+        match_colour(scene(), scene(), "wavlet")

@@ -1,0 +1,218 @@
+"""The upscaling task and its degradations: seeded, sized, different for every sample, and honest about obedience."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+
+from codi.errors import UserError
+from codi.tasks import get_task
+from codi.tasks.degradations import RealWorld, Stage, bicubic, blur_kernel, second_order, sinc_kernel
+from codi.tasks.upscale import Upscale
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(count: int = 4, height: int = 64, width: int = 64) -> torch.Tensor:
+    """Smooth colours with some texture."""
+    y, x = torch.meshgrid(torch.linspace(0, 6, height), torch.linspace(0, 6, width), indexing="ij")
+    phase = torch.rand(count, 3, 1, 1, generator=generator(7)) * 6
+    return (0.5 + 0.3 * (x + phase).sin() * (y - phase).cos() + 0.1 * (9 * x).sin()).clamp(0, 1)
+
+
+def batch(image: torch.Tensor) -> Any:
+    return SimpleNamespace(image=image, text=[""] * len(image), extras={}, index=list(range(len(image))))
+
+
+CLEAN = Stage(0.0, (1.0, 1.0), (0, 0, 1), (1, 1), (0.0, 0.0), (0.0, 0.0), jpeg_quality=(100, 100))
+
+
+# --- degradations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width, scale", [(64, 64, 4), (96, 32, 4), (36, 60, 2), (8, 8, 4), (24, 24, 3)])
+def test_low_has_the_exact_size_range_and_eight_bit_levels(height: int, width: int, scale: int):
+    low = second_order(pictures(6, height, width), scale, generator())
+    assert low.shape == (6, 3, height // scale, width // scale) and low.dtype == torch.float32
+    assert low.min() >= 0 and low.max() <= 1
+    assert torch.allclose(low * 255, (low * 255).round(), atol=1e-4)
+
+
+def test_the_generator_decides_every_byte():
+    image = pictures()
+    assert torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(3)))
+    assert not torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(4)))
+    one = generator(3)
+    assert not torch.equal(second_order(image, 4, one), second_order(image, 4, one))  # it moves on
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(3)))
+
+
+def test_samples_differ_and_do_not_depend_on_their_neighbours():
+    image = pictures(1).expand(5, -1, -1, -1)
+    low = second_order(image, 4, generator())
+    assert all(not torch.equal(low[i], low[j]) for i in range(5) for j in range(i))
+    assert torch.equal(second_order(image[:2], 4, generator()), low[:2])
+    other = torch.cat([1 - image[:4], image[4:]])
+    assert torch.equal(second_order(other, 4, generator())[4], low[4])
+
+
+def test_the_input_is_not_changed():
+    image = pictures()
+    before = image.clone()
+    second_order(image, 4, generator())
+    assert torch.equal(image, before)
+
+
+def test_degraded_pictures_are_worse_than_bicubic_and_still_show_the_picture():
+    image = pictures(32)
+    clean = bicubic(image, 4)
+    low = second_order(image, 4, generator())
+    error = (low - clean).square().mean((1, 2, 3))
+    assert error.min() > 1e-5 and error.median() > 2e-4
+    assert ((low.mean((2, 3)) - clean.mean((2, 3))).abs() < 0.15).all()  # colours stay where they were, red is red
+    assert error.mean() < clean.var()
+
+
+def test_without_any_degradation_only_the_resize_is_left():
+    settings = RealWorld(first=CLEAN, second=CLEAN, final_sinc_probability=0)
+    smooth = torch.nn.functional.interpolate(pictures(8, 6, 6), 64, mode="bicubic").clamp(0, 1)
+    error = second_order(smooth, 4, generator(), settings) - bicubic(smooth, 4)
+    assert error.abs().mean() < 0.025  # the chroma that JPEG halves, and resizes that do not antialias
+
+
+@pytest.mark.parametrize("gaussian, grey", [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)])
+def test_noise_is_of_the_kind_and_strength_asked(gaussian: float, grey: float):
+    noisy = dataclasses.replace(
+        CLEAN, gaussian_sigma=(20, 20), poisson_scale=(1, 1), gaussian_probability=gaussian, grey_probability=grey
+    )
+    settings = RealWorld(first=CLEAN, second=noisy, final_sinc_probability=0)
+    flat = torch.full((2, 3, 256, 256), 0.5)
+    flat[:, :, :, ::2] = 0.25  # 2 levels: 2 photons, hence strong Poisson noise
+    noise = second_order(flat, 1, generator(), settings) - flat
+    colour = (noise - noise.mean(1, keepdim=True)).std()
+    assert colour < 0.005 if grey else colour > 0.015  # JPEG halves the chroma, so most of the colour goes
+    if grey and gaussian:
+        assert noise.std() == pytest.approx(20 / 255, rel=0.03)
+    if not gaussian:
+        dark, light = noise[..., ::2].std(), noise[..., 1::2].std()
+        assert light > 1.1 * dark > 0.15  # the more light, the more noise
+
+
+def test_blur_kernels_are_what_their_names_say():
+    gaussian = blur_kernel(21, 2.0, 2.0)
+    axis = np.arange(21) - 10
+    assert gaussian.sum() == pytest.approx(1, abs=1e-6) and np.allclose(gaussian, gaussian.T)
+    assert (gaussian.sum(0) * axis**2).sum() == pytest.approx(4.0, rel=0.01)  # its variance
+    wide = blur_kernel(21, 3.0, 1.0)
+    assert (wide.sum(0) * axis**2).sum() == pytest.approx(9.0, rel=0.02)  # sigma_x is along x
+    assert np.allclose(blur_kernel(21, 3.0, 1.0, np.pi / 2), wide.T, atol=1e-6)
+    assert blur_kernel(21, 2.0, 2.0, beta=4.0)[10, 11] == pytest.approx(
+        blur_kernel(21, 2.0, 2.0, beta=4.0)[10, 10], rel=0.01
+    )
+    plateau = blur_kernel(21, 2.0, 2.0, beta=2.0, plateau=True)
+    assert plateau[10, 12] == pytest.approx(plateau[10, 10] / 2, rel=1e-5)
+
+
+def test_sinc_kernel_is_the_circular_low_pass():
+    kernel = sinc_kernel(21, np.pi / 2)
+    assert kernel.sum() == pytest.approx(1, abs=1e-6) and kernel.min() < 0  # it rings
+    r = np.array([1.0, 3.0, 7.0])
+    want = special.j1(np.pi / 2 * r) / r / (np.pi / 4)  # relative to its centre
+    assert np.allclose(kernel[10, [11, 13, 17]] / kernel[10, 10], want, atol=1e-6)
+    spectrum = np.abs(np.fft.fft2(kernel, (64, 64)))
+    assert spectrum[0, 4] > 0.85 and spectrum[0, 30] < 0.15  # passes below the cut-off (bin 16), stops above
+
+
+def test_small_pictures_get_small_kernels():
+    """One bright pixel, blurred as much as it can be: at 64 px it must not spread over half of the picture."""
+    widest = RealWorld(
+        first=dataclasses.replace(CLEAN, blur_probability=1.0, blur_sigma=(3.0, 3.0)),
+        second=CLEAN,
+        final_sinc_probability=0,
+        sinc_probability=0,
+        kernel_weights=(1, 0, 0, 0, 0, 0),
+        kernel_size=(21, 21),
+    )
+
+    def spread(side: int) -> float:
+        dot = torch.zeros(1, 3, side, side)
+        dot[:, :, side // 2, side // 2] = 1
+        low = second_order(dot, 1, generator(), widest)[0].mean(0)
+        return float(low.max())
+
+    assert spread(64) > 2.5 * spread(256)  # half the sigma: four times the peak, less what the kernel's cut costs
+
+
+# --- the task ------------------------------------------------------------------------------------------------------
+
+
+def test_get_task_and_its_config_round_trip():
+    task = get_task("upscale", scale=2, degradation="bicubic")
+    assert task == Upscale(2, "bicubic") and task.name == "upscale" and task.condition_channels == 3
+    assert get_task(task.name, **json.loads(json.dumps(task.config()))) == task
+    assert get_task("upscale") == Upscale(4, "real")
+    assert "PSNR" in task.obedience_unit
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("upscle", {}, "did you mean 'upscale'"),
+        ("upscale", {"scal": 4}, "did you mean 'scale'"),
+        ("upscale", {"scale": 0}, "scale=0"),
+        ("upscale", {"scale": 2.5}, "whole number"),
+        ("upscale", {"degradation": "bicubik"}, "did you mean 'bicubic'"),
+    ],
+)
+def test_unknown_tasks_and_options(name: str, options: dict, words: str):
+    with pytest.raises(UserError, match=words):
+        get_task(name, **options)
+
+
+@pytest.mark.parametrize("degradation", ["real", "bicubic"])
+def test_given_and_condition_have_the_promised_shapes(degradation: str):
+    task = Upscale(4, degradation)
+    given = task.given(batch(pictures(2, 64, 32)), generator())
+    condition = task.condition(given)
+    assert given.shape == (2, 3, 16, 8) and condition.shape == (2, 3, 64, 32)
+    for image in (given, condition):
+        assert image.min() >= 0 and image.max() <= 1
+    assert torch.equal(given, task.given(batch(pictures(2, 64, 32)), generator()))
+
+
+def test_condition_clamps_the_overshoot_of_bicubic():
+    step = torch.zeros(1, 3, 8, 8)
+    step[..., 4:] = 1
+    assert Upscale().condition(step).aminmax() == (0, 1)
+
+
+@pytest.mark.parametrize("height, width", [(62, 64), (64, 63)])
+def test_sides_must_be_multiples_of_the_scale(height: int, width: int):
+    with pytest.raises(UserError, match=f"{width} x {height} px.*scale 4"):
+        Upscale().given(batch(pictures(1, height, width)), generator())
+
+
+def test_obedience_is_the_psnr_of_the_downscaled_output():
+    task = Upscale(4, "bicubic")
+    image = pictures()
+    given = task.given(batch(image), generator())
+    assert torch.equal(task.obedience(image, given), torch.full((4,), 60.0))  # capped
+    shifted = task.obedience(image * 0.5 + 0.25, given * 0.5 + 0.15)  # 0.1 off everywhere: 20 dB
+    assert torch.allclose(shifted, torch.full((4,), 20.0), atol=1e-3)
+    flat = task.obedience(torch.full_like(image, 0.5), given)
+    enlarged = task.obedience(task.condition(given), given)
+    assert (flat < enlarged).all() and (enlarged < 60).all()
+
+
+def test_obedience_takes_sizes_that_are_no_multiple():
+    given = pictures(1, 9, 7)
+    assert Upscale().obedience(pictures(1, 37, 29), given).shape == (1,)

@@ -1,0 +1,133 @@
+"""Models of the real classes, a few kilobytes in size, with seeded random weights: what the tests run on."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from codi.models.backbone import Backbone
+from codi.training.tokenizer import train_tokenizer
+
+TEXT_WIDTH = 8
+LATENT_CHANNELS = 4
+DOWNSCALE = 4  # pixels a latent cell
+CAPTIONS = ("a red ball on a plain floor", "a blue box and a green cone at dusk")
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """N(0, I) of its own seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform on [0, 1): a picture, a condition."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _seeded(build, seed: int) -> Any:
+    """Calls `build` with the global seed set: the models' own initialisation knows no other."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build().eval()
+
+
+def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """A U-Net of 8 and 16 channels with cross attention at the lower resolution; `changes` go to its config."""
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": TEXT_WIDTH,
+    }
+    return _seeded(lambda: UNet2DConditionModel(**{**config, **changes}), seed)
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    """f = 4, four latent channels."""
+    return _seeded(
+        lambda: AutoencoderKL(
+            block_out_channels=(4, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=LATENT_CHANNELS,
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=32,
+        ),
+        seed,
+    )
+
+
+@functools.cache
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Learnt from CAPTIONS; the alphabet alone is most of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train_tokenizer(CAPTIONS, Path(folder), vocabulary=900)
+
+
+def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
+    """One layer, for `tiny_tokenizer`."""
+    tokenizer = tiny_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _seeded(lambda: CLIPTextModel(config), seed)
+
+
+def tiny_scheduler(prediction: str = "v_prediction", **changes: Any) -> DDIMScheduler:
+    """Stable Diffusion's noise levels."""
+    config: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": prediction,
+    }
+    return DDIMScheduler(**{**config, **changes})
+
+
+def tiny_backbone(prediction: str = "v_prediction", seed: int = 0, **unet: Any) -> Backbone:
+    """The parts together; `unet` changes the U-Net's config."""
+    return Backbone(
+        tiny_vae(seed), tiny_unet(seed, **unet), tiny_text_encoder(seed), tiny_tokenizer(), tiny_scheduler(prediction)
+    )
+
+
+def tiny_checkpoint(folder: Path, prediction: str = "v_prediction", seed: int = 0) -> Path:
+    """Writes `tiny_backbone` as a Stable Diffusion folder, by diffusers itself. Returns the folder."""
+    parts = tiny_backbone(prediction, seed)
+    StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=parts.scheduler,
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
