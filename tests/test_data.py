@@ -257,8 +257,8 @@ def test_scene_specs():
     assert len(open_source("scenes:held-out")) == 500
     assert len(open_source("scenes:train:7")) == 7
     assert "composition, seed 5" in open_source("scenes:composition:7:5").describe()
-    read = read(open_source("scenes:held-out:9:2"), [3], 32)[0]
-    assert read.text == sample_scene(2, "held-out", 3).caption
+    (sample,) = read(open_source("scenes:held-out:9:2"), [3], 32)
+    assert sample.text == sample_scene(2, "held-out", 3).caption
 
 
 def test_scenes_beyond_the_memory_limit_are_rendered_again():

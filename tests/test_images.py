@@ -296,9 +296,10 @@ def test_truncated_files(tmp_path: Path):
         for keep in (len(whole) // 2, 24):
             (tmp_path / name).write_bytes(whole[:keep])
             fault(tmp_path / name, "truncated or damaged")
-    whole = cv2.imencode(".png", DEEP)[1].tobytes()
-    (tmp_path / "deep.png").write_bytes(whole[: len(whole) // 2])
-    fault(tmp_path / "deep.png", "truncated or damaged")
+    deep = {"deep.png": cv2.imencode(".png", DEEP)[1].tobytes(), "float.tif": float_tiff(noise / np.float32(255))}
+    for name, whole in deep.items():
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        fault(tmp_path / name, "truncated or damaged")
 
 
 def test_huge_headers_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
-from tiny import randn, tiny_scheduler
 
 from codi.errors import UserError
 from codi.schedule import PREDICTIONS, CosineSchedule, DiscreteSchedule, from_signal_noise, to_signal_noise
+from tiny import randn, tiny_scheduler
 
 LEVELS = torch.arange(1, 1001)
 

@@ -1,0 +1,39 @@
+"""Image-conditioned latent diffusion that samples in 1 to 4 steps.
+
+    pipe = codi.CoDiPipeline.from_pretrained("mini", task="upscale")
+    picture = pipe(image=small, steps=4, seed=0).images[0]
+
+Names are looked up when first used, so that `import codi` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import UserError as UserError
+    from .sampling.pipeline import CoDiPipeline as CoDiPipeline
+
+    __version__: str
+
+__all__ = ["CoDiPipeline", "UserError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    value: Any
+    if name == "CoDiPipeline":
+        from .sampling.pipeline import CoDiPipeline as value
+    elif name == "UserError":
+        from .errors import UserError as value
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("codi")
+    else:
+        raise AttributeError(f"module 'codi' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

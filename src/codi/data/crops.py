@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 100_000_000  # a header that promises more is taken for a decompression bomb
+MAX_PIXELS = 89_000_000  # a header that promises more is taken for a decompression bomb; Pillow warns above this
 
 
 def load_picture(data: bytes, least: int | None = None) -> Image.Image:
@@ -32,7 +32,7 @@ def load_picture(data: bytes, least: int | None = None) -> Image.Image:
 def why_unreadable(error: Exception) -> str:
     """One line for a report: what Pillow or the operating system said."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture, or cut off within its header"
+        return "not a picture in a known format, or cut off within its header"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from cv2.utils import logging
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
@@ -30,7 +31,7 @@ __all__ = ["PIXEL_LIMIT", "WRITABLE", "Picture", "check_writable", "read_image",
 PIXEL_LIMIT = 178_956_970  # width x height; 512 MiB of 8-bit RGB, the size at which Pillow refuses too
 
 _ORIENTATION = 0x0112  # EXIF tags
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM")  # what common formats start with
 
 
@@ -69,12 +70,12 @@ def read_image(path: str | os.PathLike[str]) -> Picture:
         stored = str(getattr(image, "tile", ""))
         deep = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA") and ";16" in stored
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with warnings.catch_warnings():  # Pillow's own, of odd metadata
+                warnings.simplefilter("ignore")
                 image.load()
+                # Pillow and OpenCV both turn a TIFF upright while decoding it; Pillow then drops the tag.
+                orientation = _orientation(image)
             icc = image.info.get("icc_profile") or None
-            # Pillow and OpenCV both turn a TIFF upright while decoding it; Pillow then drops the tag.
-            orientation = _orientation(image)
             if deep or image.mode in ("F", "I") or image.mode.startswith("I;16"):
                 colour, alpha, bits = _split(_decode_deep(path) if deep else np.asarray(image), path)
                 if "LA;16" in stored:  # OpenCV repeats the grey
@@ -110,15 +111,18 @@ def _check_file(path: Path) -> None:
 def _open(path: Path) -> Image.Image | None:
     """The header of `path`, or None for a TIFF that OpenCV alone can decode."""
     try:
-        with warnings.catch_warnings():  # the limit below is the one that counts
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with warnings.catch_warnings():  # of sizes, but the limit below is the one that counts
+            warnings.simplefilter("ignore")
             image = Image.open(path)
     except Image.DecompressionBombError as error:
         raise _too_large(path, _header_size(path)) from error
     except UnidentifiedImageError as error:
         prefix = _prefix(path)
-        if prefix[:4] in (b"II*\0", b"MM\0*") and _is_deep_tiff(path):
-            return None
+        if prefix[:4] in (b"II*\0", b"MM\0*"):
+            if _is_deep_tiff(path):
+                return None
+            raise UserError(f"{path}: truncated or damaged, or an unusual kind of TIFF: "
+                            "save it again as RGB of 8 or 16 bits") from error  # fmt: skip
         if prefix.startswith(_MAGIC):
             raise _damaged(path, error) from error
         raise UserError(f"{path}: is not an image: give a PNG, JPEG, WebP, TIFF, GIF or BMP file") from error
@@ -152,7 +156,8 @@ def _header_size(path: Path) -> tuple[int, int]:
 def _is_deep_tiff(path: Path) -> bool:
     """Whether the header promises what OpenCV decodes: 1, 3 or 4 channels of 16, 32 or 64 bits; refuses a huge one."""
     try:
-        with path.open("rb") as stream:
+        with path.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             header = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))
             stream.seek(header.next)
             header.load(stream)
@@ -167,11 +172,14 @@ def _is_deep_tiff(path: Path) -> bool:
 
 def _decode_deep(path: Path) -> np.ndarray:
     """(H, W) or (H, W, 3 or 4) RGB(A) of the file's own type, by OpenCV, which keeps 16 bits and floats."""
+    level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # OpenCV would report damage on stderr, beside our one line
     try:
         # Via memory, since OpenCV's own file reading does not take every name.
         array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise _damaged(path, error) from error
+    finally:
+        logging.setLogLevel(level)
     if array is None:
         raise _damaged(path, ValueError("OpenCV finds no picture in it"))
     if array.ndim == 2:

@@ -140,7 +140,11 @@ class _Solids:
     def _local(values: Tensor, o: Vector, d: Vector) -> tuple[Vector, Vector]:
         x, z, _, cos, sin = values
         ox, oz = o[0] - x, o[2] - z
-        return (cos * ox - sin * oz, o[1], sin * ox + cos * oz), (cos * d[0] - sin * d[2], d[1], sin * d[0] + cos * d[2])
+        return (cos * ox - sin * oz, o[1], sin * ox + cos * oz), (
+            cos * d[0] - sin * d[2],
+            d[1],
+            sin * d[0] + cos * d[2],
+        )
 
     def distances(self, o: Vector, d: Vector) -> Tensor:
         """Ray parameters of the first hit, (B, MAX_OBJECTS, R); _MISS where a ray misses. `o`, `d`: (B, R or 1)."""

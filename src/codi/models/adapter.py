@@ -68,7 +68,8 @@ class FusedAdapter(ModelMixin, ConfigMixin):
     def from_backbone(cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, **info: Any):
         """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero."""
         adapter = cls(_architecture(unet), condition_channels, info)
-        weights = {k: v for k, v in unet.state_dict().items() if k in adapter.encoder.state_dict()}
+        mine = adapter.encoder.state_dict().keys()
+        weights = {k: v for k, v in unet.state_dict().items() if k in mine}
         widened = torch.zeros_like(adapter.encoder.conv_in.weight)
         widened[:, : unet.config["in_channels"]] = unet.conv_in.weight.detach()
         adapter.encoder.load_state_dict({**weights, "conv_in.weight": widened})
@@ -95,7 +96,7 @@ class FusedAdapter(ModelMixin, ConfigMixin):
 
 
 class ControlNetAdapter(ModelMixin, ConfigMixin):
-    """diffusers' ControlNet behind the same interface. Arguments as in FusedAdapter; `downscale` pixels a latent cell."""
+    """diffusers' ControlNet behind the same interface. Arguments as in FusedAdapter; `downscale`: pixels a latent."""
 
     sees_noise = True
     config_name = "config.json"
@@ -154,7 +155,10 @@ class ControlNetAdapter(ModelMixin, ConfigMixin):
 
 
 Adapter = FusedAdapter | ControlNetAdapter
-FORMS: dict[str, type[FusedAdapter] | type[ControlNetAdapter]] = {"fused": FusedAdapter, "controlnet": ControlNetAdapter}
+FORMS: dict[str, type[FusedAdapter] | type[ControlNetAdapter]] = {
+    "fused": FusedAdapter,
+    "controlnet": ControlNetAdapter,
+}
 
 
 def find_adapter(name: str | Path) -> Path:
@@ -176,13 +180,17 @@ def load_adapter(
     config_file = folder / "config.json"
     if not config_file.is_file():
         shipped = sorted(p.parent.name for p in (EMBEDDED / "adapters").glob("*/config.json"))
-        raise UserError(f"{name}: no adapter there (no config.json): give a folder or one of {', '.join(shipped) or '(none)'}")
+        raise UserError(
+            f"{name}: no adapter there (no config.json): give a folder or one of {', '.join(shipped) or '(none)'}"
+        )
     try:
         config = json.loads(config_file.read_text())
         cls = {c.__name__: c for c in FORMS.values()}[config["_class_name"]]
         info = dict(config.get("info") or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config_file}: not an adapter's config ({error!r}): train or fetch the adapter again") from error
+        raise UserError(
+            f"{config_file}: not an adapter's config ({error!r}): train or fetch the adapter again"
+        ) from error
     if family and info.get("family") and info["family"] != family:
         raise UserError(
             f"{name}: this adapter was trained for backbone {info['family']}, the model given is {family}: "
@@ -205,6 +213,8 @@ def _weights(cls: Any, folder: Path) -> Any:
             raise ValueError(f"weight {sorted(report['missing_keys'])[0]!r} is missing")
     except Exception as error:  # diffusers and safetensors raise many kinds; the user needs one line
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: the weights could not be read ({reason}): train or fetch the adapter again") from error
+        raise UserError(
+            f"{folder}: the weights could not be read ({reason}): train or fetch the adapter again"
+        ) from error
     require_finite(module, str(folder))
     return module

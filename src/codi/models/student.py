@@ -49,9 +49,7 @@ class Student(nn.Module):
         features, embedding = unet_down(self.unet, z, timestep, text, added)
         if self.adapter is not None and conditioning.condition is not None and strength != 0:
             prepared = self.prepare(conditioning).prepared
-            features = self.adapter.fuse(
-                features, prepared, strength, z=z, timestep=timestep, text=text, added=added
-            )
+            features = self.adapter.fuse(features, prepared, strength, z=z, timestep=timestep, text=text, added=added)
         return unet_up(self.unet, features, embedding, text)
 
 

@@ -23,7 +23,7 @@ SIGMA_DATA = 0.5
 
 
 def boundary_scaling(x: Tensor, z: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """The paper's x <- c_skip z_t + c_out x with c_skip = sd^2 / (u^2 + sd^2), c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5.
+    """The paper's x <- c_skip z_t + c_out x: c_skip = sd^2 / (u^2 + sd^2), c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5.
 
     The paper does not say what its t is in units; here u = t / T, in [0, 1]. Returns (x, eps) with
     eps = (z_t - alpha_t x) / sigma_t; where sigma_t = 0 the signal is z_t and eps is 0.
@@ -56,10 +56,10 @@ def codi(
 ) -> dict[str, Tensor]:
     """Named losses {"consistency", "signal"} of one batch; a weight of 0 leaves its term out.
 
-    `student` trains, `target` is its average. `dt` in schedule time (levels of T for a checkpoint). `shared_t`: one time
-    for the whole batch. `consistency`: compare "noise" or "signal" predictions. `ode`: who makes z_s, the adapted model
-    ("own") or a frozen `teacher` ("teacher": the paper's "distilling PF-ODE" ablation). `d_x`: see distances. `t`: fixed
-    times instead of drawn ones.
+    `student` trains, `target` is its average. `dt` in schedule time (levels of T for a checkpoint). `shared_t`: one
+    time for the whole batch. `consistency`: compare "noise" or "signal" predictions. `ode`: who makes z_s, the adapted
+    model ("own") or a frozen `teacher` ("teacher": the paper's "distilling PF-ODE" ablation). `d_x`: see distances.
+    `t`: fixed times instead of drawn ones.
     Raises ValueError for an unknown `consistency` or `ode`, or a missing teacher.
     """
     if consistency not in ("noise", "signal"):

@@ -135,7 +135,9 @@ class CoDiPipeline(DiffusionPipeline):
         """
         task = self.task
         if steps < 1 or steps > self.schedule.horizon:
-            raise UserError(f"steps {steps}: must lie between 1 and {int(self.schedule.horizon)}: use 1 to 4 with an adapter")
+            raise UserError(
+                f"steps {steps}: must lie between 1 and {int(self.schedule.horizon)}: use 1 to 4 with an adapter"
+            )
         given = None if image is None else to_tensor(image)
         if task is not None and given is None:
             raise UserError(f"image: the task {task.name!r} needs one: pass image=...")
@@ -221,7 +223,9 @@ class CoDiPipeline(DiffusionPipeline):
         images: Any = result
         if output_type in ("pil", "np"):
             array = result.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-            images = array if output_type == "np" else [Image.fromarray((a * 255).round().astype(np.uint8)) for a in array]
+            images = (
+                array if output_type == "np" else [Image.fromarray((a * 255).round().astype(np.uint8)) for a in array]
+            )
         elif output_type not in ("pt", "latent"):
             raise UserError(f"output_type {output_type!r}: not known: use pil, np, pt or latent")
         self.maybe_free_model_hooks()
@@ -233,7 +237,9 @@ def to_tensor(image: ImageInput) -> Tensor:
     if isinstance(image, Image.Image):
         image = [image]
     if isinstance(image, (list, tuple)):
-        arrays = [np.asarray(i.convert("RGB"), dtype=np.float32) / 255 if isinstance(i, Image.Image) else i for i in image]
+        arrays = [
+            np.asarray(i.convert("RGB"), dtype=np.float32) / 255 if isinstance(i, Image.Image) else i for i in image
+        ]
         if len({a.shape for a in arrays}) != 1:
             raise UserError("image: pictures of one call must have one size: call once for each size")
         image = np.stack([np.asarray(a) for a in arrays])

@@ -19,8 +19,12 @@ StepCallback = Callable[[int, int, Tensor, Tensor], Tensor | None]
 
 
 def time_grid(horizon: float, steps: int) -> Tensor:
-    """`steps` + 1 times from `horizon` to 0, evenly spaced ("trailing": the first is always the noisiest)."""
-    return torch.linspace(float(horizon), 0.0, steps + 1, dtype=torch.float64).round().long()
+    """`steps` + 1 times from `horizon` to 0, evenly spaced ("trailing": the first is always the noisiest).
+
+    Whole numbers for a whole `horizon`, which counts a checkpoint's levels.
+    """
+    grid = torch.linspace(float(horizon), 0.0, steps + 1, dtype=torch.float64)
+    return grid.round().long() if float(horizon).is_integer() else grid
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -47,6 +51,7 @@ def predict(
     if guidance_scale == 1.0 or unconditional is None:
         output = student(z, timestep, conditioning, strength)
     else:
+        timestep = timestep.expand(len(z)).repeat(2)
         both = student(torch.cat([z, z]), timestep, cat_conditionings(unconditional, conditioning), strength)
         without, with_ = both.chunk(2)
         output = without + guidance_scale * (with_ - without)

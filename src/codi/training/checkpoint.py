@@ -44,11 +44,10 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_atomically(folder: Path, fill) -> None:
     """Calls `fill(temporary)` on an empty folder beside `folder`, flushes it, then renames it over `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f"{_TEMPORARY}{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         fill(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -59,8 +58,9 @@ def write_atomically(folder: Path, fill) -> None:
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder}: could not be written ({error.strerror or error}): free space or change --out") from error
+    except (OSError, SafetensorError) as error:  # safetensors says "no space left" in its own way
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"{folder}: could not be written ({reason}): free space or change --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -144,7 +144,9 @@ def load(
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder}: the checkpoint is broken ({reason}): delete it to go on from the one before") from error
+        raise UserError(
+            f"{folder}: the checkpoint is broken ({reason}): delete it to go on from the one before"
+        ) from error
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])

@@ -1,4 +1,4 @@
-"""Adapt and distil in one stage: a backbone, a task and a folder of pictures -> an adapter that samples in few steps."""
+"""Adapt and distil in one stage: a backbone, a task and pictures -> an adapter that samples in few steps."""
 
 from __future__ import annotations
 
@@ -85,10 +85,16 @@ class DistillRecipe(RunSettings):
             if getattr(self, key) not in known:
                 value = getattr(self, key)
                 raise UserError(f"{key} {value!r}: not known{nearest(value, known)}: use one of {', '.join(known)}")
-        allowed = [p.name for p in inspect.signature(OBJECTIVES[self.objective]).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        allowed = [
+            p.name
+            for p in inspect.signature(OBJECTIVES[self.objective]).parameters.values()
+            if p.kind == p.KEYWORD_ONLY
+        ]
         for key in self.objective_options:
             if key not in allowed:
-                raise UserError(f"objective_options: unknown key {key!r}{nearest(key, allowed)}: known are {', '.join(allowed)}")
+                raise UserError(
+                    f"objective_options: unknown key {key!r}{nearest(key, allowed)}: known are {', '.join(allowed)}"
+                )
 
 
 def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None) -> Callable[..., dict[str, Tensor]]:
@@ -103,9 +109,9 @@ def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None
     elif name == "features":
         distance = distances.features(decode, lambda image: vae.encoder(image * 2 - 1))
     elif name == "perceptual":
-        from ..evaluation.metrics import perceptual_distance
+        from ..evaluation.metrics import enlite0_distance
 
-        distance = distances.perceptual(decode, perceptual_distance)
+        distance = distances.perceptual(decode, enlite0_distance)
     else:
         known = distances.DISTANCES
         raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
@@ -119,7 +125,9 @@ def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None
 class DistillJob(Job):
     """The student (online), its average (target network and result), and what turns samples into latents."""
 
-    def __init__(self, recipe: DistillRecipe, backbone: Backbone, source: Source, held_out: Source, report: Path) -> None:
+    def __init__(
+        self, recipe: DistillRecipe, backbone: Backbone, source: Source, held_out: Source, report: Path
+    ) -> None:
         super().__init__()
         self.recipe, self.source, self.report = recipe, source, report
         options = dict(recipe.task_options)
@@ -158,7 +166,9 @@ class DistillJob(Job):
             return None
         if self.recipe.teacher is None:
             return copy.deepcopy(student).requires_grad_(False).eval()
-        adapter, unet = load_adapter(self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.unet))
+        adapter, unet = load_adapter(
+            self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.unet)
+        )
         return Student(unet, adapter).requires_grad_(False).eval()
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -237,7 +247,9 @@ def save_adapter(out: Path, adapter: Any, unet: Any | None, half: bool) -> None:
 
     staged = out / ".finished"
     write_atomically(staged, fill)
-    for item in sorted(staged.rglob("*"), key=lambda p: (p.name == "config.json", len(p.parts) == len(staged.parts) + 1)):
+    for item in sorted(
+        staged.rglob("*"), key=lambda p: (p.name == "config.json", len(p.parts) == len(staged.parts) + 1)
+    ):
         if item.is_file():
             target = out / item.relative_to(staged)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,9 @@ def build(cls: type[S], values: dict[str, Any], origin: str) -> S:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in known:
-            raise UserError(f"{origin}: unknown key {key!r}{nearest(key, known)}: known keys are {', '.join(sorted(known))}")
+            raise UserError(
+                f"{origin}: unknown key {key!r}{nearest(key, known)}: known keys are {', '.join(sorted(known))}"
+            )
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{origin}: {name!r} is missing: add a line `{name}: ...`")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -134,8 +135,21 @@ class Stop:
 
 def make_accelerator(settings: RunSettings) -> Accelerator:
     """The device and precision asked for."""
+    # accelerate keeps the first run's device and precision for the whole process; a second run may want others.
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     return Accelerator(cpu=on_cpu, mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
+
+
+def _not_finite(losses: dict[str, Tensor], progress: Progress, root: Path) -> str:
+    kept = checkpoint.complete(root)
+    where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
+    values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+    return (
+        f"loss at image {progress.images}: not finite ({values}); {where}: "
+        "lower learning_rate or use precision bf16 or no, and run the same command again"
+    )
 
 
 def train(
@@ -179,7 +193,14 @@ def train(
         if accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             checkpoint.save(
-                root, progress, job.online, job.average, optimizer.optimizer, recipe or asdict(settings), scaler, settings.keep
+                root,
+                progress,
+                job.online,
+                job.average,
+                optimizer.optimizer,
+                recipe or asdict(settings),
+                scaler,
+                settings.keep,
             )
 
     def passed(every: int) -> bool:
@@ -187,7 +208,9 @@ def train(
 
     try:
         with Stop() as stop:
-            while progress.images < settings.images and not stop.asked and not (deadline and time.monotonic() > deadline):
+            while (
+                progress.images < settings.images and not stop.asked and not (deadline and time.monotonic() > deadline)
+            ):
                 began = time.monotonic()
                 factor = learning_rate_factor(settings, progress.images)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -196,18 +219,11 @@ def train(
                 # ---- one update ----
                 for part in range(settings.accumulate):
                     generator = step_generator(settings.seed, progress.updates, part, accelerator.process_index)
-                    with accelerator.accumulate(prepared), accelerator.autocast():
+                    with accelerator.accumulate(prepared):
                         losses = prepared(next(batches), generator)
                         loss = torch.stack(list(losses.values())).sum()
-                    if not torch.isfinite(loss):
-                        kept = checkpoint.complete(root)
-                        where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
-                        names = ", ".join(f"{k} {v.item():.3g}" for k, v in losses.items())
-                        raise UserError(
-                            f"loss at image {progress.images}: not finite ({names}); {where}: lower learning_rate, "
-                            "use precision bf16 or no, and run the same command again"
-                        )
-                    with accelerator.accumulate(prepared):
+                        if not torch.isfinite(loss):
+                            raise UserError(_not_finite(losses, progress, root))
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
                             norm = accelerator.clip_grad_norm_(checkpoint.trainable(job.online).values(), settings.clip)

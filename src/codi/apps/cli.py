@@ -1,0 +1,90 @@
+"""The command `codi`: its sub-commands, and how it ends. 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from . import data, demo, evaluate, models, train, upscale
+from .common import BadUsage, quiet_libraries, say_error, version
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="codi",
+    help="Image-conditioned latent diffusion in 1 to 4 steps: use it, train it, measure it.",
+    epilog="Example: codi upscale photo.jpg -o photo-x4.png",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"codi {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _codi(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command("upscale", epilog=upscale.EXAMPLE)(upscale.upscale)
+app.command("distill", epilog=train.DISTILL_EXAMPLE, context_settings=train.FREE_KEYS)(train.distill)
+app.command("pretrain", epilog=train.PRETRAIN_EXAMPLE, context_settings=train.FREE_KEYS)(train.pretrain)
+app.command("evaluate", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
+app.command("models", epilog=models.EXAMPLE)(models.models)
+app.add_typer(data.app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code. Every failure is one line on stderr."""
+    try:
+        with quiet_libraries():
+            code = app(None if arguments is None else list(arguments), prog_name="codi", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except UserError as error:
+        say_error(error)
+        return 2 if isinstance(error, BadUsage) else 1
+    except Exception as error:
+        return _unforeseen(error)
+    if code == INTERRUPTED:
+        say_error("interrupted")
+    return code if isinstance(code, int) else 0
+
+
+def _unforeseen(error: Exception) -> int:
+    if hasattr(error, "format_message"):  # of the command line's parser, whose classes typer does not export
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "codi"
+        if message := error.format_message():  # type: ignore[attr-defined]
+            say_error(f"{message.rstrip('.')}: see {command} --help")
+        return getattr(error, "exit_code", 2)
+    if os.environ.get("CODI_DEBUG"):
+        traceback.print_exception(error)
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        say_error("not enough memory: use a smaller --batch or --tile, or smaller pictures")
+    elif isinstance(error, OSError) and error.strerror:
+        say_error(f"{error.filename or 'a file'}: {error.strerror}: free space or mend its permissions")
+    else:
+        say_error(f"{type(error).__name__}: {text} (unexpected: run with CODI_DEBUG=1 for the traceback)")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

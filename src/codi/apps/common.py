@@ -1,0 +1,166 @@
+"""What the commands share: their options, their manners on the terminal, and loading a model.
+
+Nothing here or in a command's module imports torch before a command runs, so that `codi --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ..sampling.pipeline import CoDiPipeline
+
+_MODEL, _SAMPLING, _OUTPUT = "Model", "Sampling", "Output"
+
+Model = Annotated[
+    str,
+    typer.Option(help="mini, a Stable Diffusion folder or .safetensors file, or a hub id.", rich_help_panel=_MODEL),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="An embedded adapter's name or a folder; by default the task's own.", rich_help_panel=_MODEL),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=_MODEL)]
+DType = Annotated[
+    Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision of the model.", rich_help_panel=_MODEL)
+]
+Steps = Annotated[
+    int, typer.Option(min=1, max=1000, help="Sampling steps; adapters are made for 1 to 4.", rich_help_panel=_SAMPLING)
+]
+Guidance = Annotated[
+    float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and fastest.", rich_help_panel=_SAMPLING)
+]
+Prompt = Annotated[str, typer.Option(help="What the picture shows.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.", rich_help_panel=_SAMPLING)]
+Count = Annotated[
+    int, typer.Option(min=1, help="Variants of each picture, of seeds SEED, SEED + 1, ...", rich_help_panel=_SAMPLING)
+]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures or tiles at a time.", rich_help_panel=_SAMPLING)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.", rich_help_panel=_OUTPUT)]
+Json = Annotated[
+    bool, typer.Option("--json", help="Machine output, and only that, on stdout.", rich_help_panel=_OUTPUT)
+]
+Minutes = Annotated[
+    float | None, typer.Option(min=0.01, help="Stop after so long, with a checkpoint.", rich_help_panel=_OUTPUT)
+]
+
+
+class BadUsage(UserError):
+    """A command line that could not work whatever the files hold: exit code 2 instead of 1."""
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Within it, a UserError is the command line's fault."""
+    try:
+        yield
+    except UserError as error:
+        raise BadUsage(str(error)) from error
+
+
+def say_error(error: object) -> None:
+    """The one line of an error, on stderr."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Machine output on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def watched() -> bool:
+    """Whether somebody looks at stderr: progress is shown to people only."""
+    return sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps torch, diffusers and transformers from talking past the user; our own warnings become one line each."""
+    if os.environ.get("CODI_DEBUG"):
+        yield
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when they are imported
+        os.environ.setdefault(name, "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning, module=r"codi\.")
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr, for the seconds that loading takes."""
+    if not watched():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} ..."):
+        yield
+
+
+@contextlib.contextmanager
+def progress(unit: str) -> Iterator[Progress]:
+    """A progress bar with the time left on stderr; draws nothing where nobody looks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not watched()) as bar:
+        yield bar
+
+
+def version() -> str:
+    """The installed version of codi."""
+    from importlib.metadata import version
+
+    return version("codi")
+
+
+def choose_device(device: str) -> str:
+    """auto, cpu or cuda -> cpu or cuda. Raises UserError for cuda where there is none."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here: use --device cpu")
+    return device
+
+
+def load_pipeline(
+    model: str, task: str, adapter: str | Path | None = None, device: str = "auto", dtype: str = "float32"
+) -> CoDiPipeline:
+    """The pipeline of a model and an adapter of `task`, on its device. Raises UserError as CoDiPipeline does."""
+    with working(f"loading {model}"):
+        import diffusers
+        import torch
+        import transformers
+
+        from ..sampling.pipeline import CoDiPipeline
+
+        for library in (diffusers, transformers):  # bars of a model that loads in a moment
+            library.utils.logging.disable_progress_bar()
+        where = choose_device(device)
+        pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, torch_dtype=getattr(torch, dtype))
+        made_for = pipe.config["task"]
+        if made_for != task:
+            raise UserError(f"{model}: this pipeline does {made_for!r}, not {task!r}: give one of that task")
+        pipe.to(where)
+    pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)
+    return pipe

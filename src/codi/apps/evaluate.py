@@ -1,0 +1,191 @@
+"""`codi evaluate`: adapters, the fine-tuned many-step reference and bicubic, measured on the same pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .common import (
+    BadUsage,
+    Batch,
+    Device,
+    DType,
+    Guidance,
+    Json,
+    Model,
+    Overwrite,
+    Seed,
+    load_pipeline,
+    print_json,
+    progress,
+    usage,
+    working,
+)
+from .models import WEIGHTS
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Method
+    from ..sampling.pipeline import CoDiPipeline
+
+EXAMPLE = "Example: codi evaluate --task upscale --data scenes:held-out:100 --steps 1,2,4 --json"
+HELD_OUT = "scenes:held-out:500"
+MANY_STEPS = (50, 4)  # of the fine-tuned reference: what it needs, and what it makes of a few
+NAMES = {"codi": "codi", "finetune": "finetuned"}  # objective -> the method's name in tables
+
+
+def evaluate(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A recipe: its adapter, model, task, size and held-out data.", show_default=False),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task, where no recipe says it.")] = None,
+    model: Model = "mini",
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="An embedded adapter's name or a folder. May be repeated.")
+    ] = None,
+    finetuned: Annotated[
+        str | None,
+        typer.Option(help="The fine-tuned reference, run at 50 and 4 steps: a name, a folder or none."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"Held-out pictures: a folder, tars or scenes:SPLIT:COUNT [{HELD_OUT}].")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="Pictures at most.")] = None,
+    steps: Annotated[str, typer.Option(help="Step counts of the adapters.")] = "1,2,4",
+    degradation: Annotated[str | None, typer.Option(help="How upscaling's inputs are made: real or bicubic.")] = None,
+    size: Annotated[int | None, typer.Option(min=16, help="Side of the pictures in pixels.")] = None,
+    seed: Seed = 0,
+    guidance: Guidance = 1.0,
+    batch: Batch = 16,
+    device: Device = "auto",
+    dtype: DType = "float32",
+    out: Annotated[Path | None, typer.Option(help="Write the figures there too (.json).")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write the first pictures, side by side (.png).")] = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Measure adapters over steps: PSNR, SSIM, ENLite0 distance, FD-ENLite0, obedience, latency."""
+    counts = parse_steps(steps)
+    adapters = list(adapter or [])
+    options: dict[str, Any] = {}
+    with working("starting"):
+        from ..data.sources import open_source
+        from ..data.writing import check_writable
+        from ..evaluation import contact_sheet, pipeline_method, rich_table, write_json
+        from ..evaluation import evaluate as measure
+        from ..tasks import get_task
+
+        if recipe is not None:
+            told = _recipe(recipe)
+            task, model, options = told.task, told.model if model == "mini" else model, dict(told.task_options)
+            data, size = data or told.held_out, size or told.size
+            degradation = degradation or told.degradation
+            adapters = adapters or [told.out]
+        if task is None:
+            raise BadUsage("give a recipe or --task: codi evaluate --task upscale")
+        with usage():
+            get_task(task)
+            if degradation is not None:
+                get_task(task, degradation=degradation)
+        for path, suffix in ((out, ".json"), (sheet, ".png")):
+            if path is not None:
+                check_writable(path, overwrite, extensions=(suffix,))
+        source = open_source(data or HELD_OUT)
+
+    methods: list[Method] = []
+    reference = None
+    for name in adapters or [task]:
+        pipe = load_pipeline(model, task, name, device, dtype)
+        reference = reference or pipe
+        methods.append(pipeline_method(pipe, counts, _name(pipe, name, methods), guidance))
+    if (name := _reference(task, finetuned)) is not None:
+        pipe = load_pipeline(model, task, name, device, dtype)
+        methods.append(pipeline_method(pipe, MANY_STEPS, _name(pipe, name, methods), guidance))
+    assert reference is not None and reference.task is not None
+    for method in methods:
+        if max(method.steps) > reference.schedule.horizon:
+            raise BadUsage(f"--steps {max(method.steps)}: the model has {int(reference.schedule.horizon)}: use fewer")
+
+    if degradation is not None:
+        options["degradation"] = degradation
+    measured = get_task(task, **{**reference.task.config(), **options})
+    with progress("pictures") as bar:
+        line = bar.add_task("measuring", total=None)
+        results = measure(
+            methods,
+            measured,
+            source,
+            count or len(source),
+            seed=seed,
+            batch=batch,
+            size=size or _info(reference).get("recipe", {}).get("size") or 64,
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+            command=" ".join(["codi", *sys.argv[1:]]),
+        )
+    if out is not None:
+        write_json(results, out)
+    if sheet is not None:
+        _write_sheet(contact_sheet(results.pictures), sheet, overwrite)
+    if json_:
+        print_json(results.to_json())
+    else:
+        from rich.console import Console
+
+        Console().print(rich_table(results))
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4). Raises BadUsage for anything but whole numbers from 1 to 1000."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and 1 <= int(word) <= 1000 for word in words):
+        raise BadUsage(f"--steps {text}: not step counts: write whole numbers from 1 to 1000, such as 1,2,4")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+def _recipe(name: str) -> Any:
+    from ..training.distill import DistillRecipe
+    from ..training.recipe import build, read_recipe
+
+    return build(DistillRecipe, read_recipe(name), name)
+
+
+def _reference(task: str, finetuned: str | None) -> str | None:
+    """The fine-tuned adapter to compare with: the one asked for, else the embedded one if there is one."""
+    if finetuned is not None:
+        return None if finetuned == "none" else finetuned
+    name = f"{task}-finetuned"
+    return name if (WEIGHTS / "adapters" / name / "config.json").is_file() else None
+
+
+def _info(pipe: CoDiPipeline) -> dict[str, Any]:
+    return (pipe.adapter.config["info"] if pipe.adapter is not None else None) or {}
+
+
+def _name(pipe: CoDiPipeline, adapter: str, before: list[Method]) -> str:
+    """What to call an adapter in the table: by its objective, and by its folder too where that is taken."""
+    info = _info(pipe)
+    folder = Path(adapter).name or adapter
+    objective = info.get("recipe", {}).get("objective")
+    name = NAMES.get(objective, folder)
+    if objective == "codi" and not info.get("full", True):
+        name = "pe-codi"
+    taken = {method.name for method in before}
+    if name in taken:
+        name = f"{name} ({folder})"
+    if name in taken:
+        raise UserError(f"{adapter}: measured already under the name {name}: name each adapter once")
+    return name
+
+
+def _write_sheet(image: Any, path: Path, overwrite: bool) -> None:
+    import numpy as np
+    import torch
+
+    from ..data.writing import write_png
+
+    pixels = torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
+    write_png(path, pixels, overwrite=overwrite)

@@ -1,0 +1,75 @@
+"""`codi models`: what is embedded in the package, and what it may be used for."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import Any
+
+from .common import Json, print_json
+
+EXAMPLE = "Example: codi models --json"
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+
+
+def models(json_: Json = False) -> None:
+    """What is embedded: the model and its adapters, their licences and sizes."""
+    rows = embedded()
+    if json_:
+        print_json(rows)
+        return
+    if not rows:
+        print("nothing is embedded in this installation: give --model and --adapter a folder")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "kind", "task", "steps", "MB", "licence", "origin")
+    for row in rows:
+        steps = ", ".join(str(n) for n in row["steps"] or [])
+        size = f"{row['bytes'] / 1e6:.1f}"
+        table.add_row(row["name"], row["kind"], row["task"] or "", steps, size, row["licence"], row["origin"])
+    Console().print(table)
+
+
+def embedded(weights: Path = WEIGHTS) -> list[dict[str, Any]]:
+    """A row for each model and adapter below `weights`: name, kind ("model" or "adapter"), path, licence, bytes,
+    task, steps it was distilled for, backbone family and origin (None where that is not known)."""
+    rows = [_model(path.parent) for path in sorted(weights.glob("*/model_index.json"))]
+    return rows + [_adapter(path.parent) for path in sorted(weights.glob("adapters/*/config.json"))]
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    record = _read(folder / "training.json")
+    images = record.get("images")
+    origin = f"trained by codi on {images:,} rendered scenes" if images else "trained by codi on rendered scenes"
+    return _row(folder, "model", record, origin)
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    info = _read(folder / "config.json").get("info") or {}
+    recipe = info.get("recipe") or {}
+    told = [recipe.get("objective"), f"{info['images']:,} images" if info.get("images") else None, recipe.get("data")]
+    return _row(folder, "adapter", info, ", ".join(str(part) for part in told if part) or "trained by codi")
+
+
+def _row(folder: Path, kind: str, record: dict[str, Any], origin: str) -> dict[str, Any]:
+    return {
+        "name": folder.name,
+        "kind": kind,
+        "path": str(folder),
+        "licence": record.get("licence") or metadata("codi").get("License-Expression") or "Apache-2.0",
+        "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        "task": record.get("task"),
+        "steps": record.get("steps"),
+        "family": record.get("family"),
+        "origin": origin,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

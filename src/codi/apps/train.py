@@ -1,0 +1,113 @@
+"""`codi distill` and `codi pretrain`: a recipe and changes to it -> a run; the same command again resumes it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import BadUsage, Json, Minutes, print_json, usage, watched, working
+
+DISTILL_EXAMPLE = "Example: codi distill smoke --out runs/mine --data photos --images 20000"
+PRETRAIN_EXAMPLE = "Example: codi pretrain mini --out runs/mini --ldm-images 500000"
+FREE_KEYS = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+INTERRUPTED = 130
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE [--key value]...",
+        help="A YAML file or a shipped recipe's name, then changes to its keys.",
+        show_default=False,
+    ),
+]
+Keys = Annotated[bool, typer.Option("--keys", help="Show every key, its default and meaning, and exit.")]
+
+
+def distill(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
+    """Adapt and distil a model in one stage. The same command again resumes."""
+    with working("starting"):
+        from ..training.distill import DistillRecipe
+        from ..training.distill import distill as run
+
+    if keys:
+        return _show_keys(DistillRecipe)
+    recipe = read(DistillRecipe, words)
+    out = run(recipe, quiet=not watched(), minutes=minutes)
+    images = _reached(out / "checkpoints")
+    _report(out, images, recipe.images, minutes, json_, _metrics(out))
+
+
+def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
+    """Train a backbone of your own: the codec, then text-to-image diffusion. The same command again resumes."""
+    with working("starting"):
+        from ..training.pretrain import PretrainRecipe
+        from ..training.pretrain import pretrain as run
+
+    if keys:
+        return _show_keys(PretrainRecipe)
+    recipe = read(PretrainRecipe, words)
+    out = run(recipe, quiet=not watched(), minutes=minutes)
+    _report(out, _reached(out / "work" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
+
+
+def read(cls: Callable[..., Any], words: list[str] | None) -> Any:
+    """["smoke", "--images", "64", ...] -> the recipe. Raises BadUsage for a fault of the words, else UserError."""
+    from ..training.recipe import build, parse_overrides, read_recipe
+
+    name, *changes = words or [""]
+    if not name or name.startswith("-"):
+        raise BadUsage("RECIPE: name it first, then the changes: codi distill smoke --images 64")
+    with usage():
+        overrides = parse_overrides(changes)
+        build(cls, {"out": "", **overrides}, "command line")  # type: ignore[arg-type]
+    return build(cls, {**read_recipe(name), **overrides}, name)  # type: ignore[arg-type]
+
+
+def _reached(checkpoints: Path) -> int:
+    from ..training.checkpoint import complete
+
+    found = complete(checkpoints)
+    return json.loads((found[-1] / "state.json").read_text())["progress"]["images"] if found else 0
+
+
+def _metrics(out: Path) -> dict[str, float]:
+    config = out / "config.json"
+    return (json.loads(config.read_text()).get("info") or {}).get("metrics", {}) if config.is_file() else {}
+
+
+def _report(out: Path, images: int, wanted: int, minutes: float | None, json_: bool, metrics: dict[str, float]) -> None:
+    finished = images >= wanted
+    if json_:
+        print_json({"out": str(out), "images": images, "of": wanted, "finished": finished, "metrics": metrics})
+    elif finished:
+        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{out}: finished after {images:,} images{f': {told}' if told else ''}")
+    else:
+        print(f"{out}: stopped after {images:,} of {wanted:,} images: the same command again goes on")
+    if not finished and minutes is None:  # Ctrl-C or SIGTERM, which the trainer turned into a checkpoint
+        raise typer.Exit(INTERRUPTED)
+
+
+def _show_keys(cls: type) -> None:
+    """The recipe's keys with defaults and the strings that document them in its class."""
+    notes: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for line, after in zip(body.body, body.body[1:], strict=False):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
+                notes[line.target.id] = str(ast.literal_eval(after.value))
+    for field in fields(cls):
+        default = field.default if field.default is not MISSING else field.default_factory() if callable(field.default_factory) else "(needed)"  # fmt: skip
+        print(f"--{field.name.replace('_', '-')} {default}")
+        if field.name in notes:
+            print(textwrap.indent(textwrap.fill(" ".join(notes[field.name].split()), 100), "    "))

@@ -1,0 +1,183 @@
+"""Stage two of a backbone: text-to-image diffusion of the codec's latents."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..data.sources import Source
+from ..models import codec, text
+from ..models.student import Conditioning, Student
+from ..sampling.sampler import ddim, initial_noise
+from ..schedule import DiscreteSchedule
+from . import ema
+from .checkpoint import Progress, write_atomically
+from .pretrain_recipe import PretrainRecipe, read_pictures, write_sheet
+from .trainer import Job
+
+
+class LatentsJob(Job):
+    """Text-to-image latent diffusion: squared error of the velocity, U-Net and text encoder trained together.
+
+    Times are stratified over the batch; with the paper's notation the loss is |v - v_hat|^2, t ~ U{1..T}.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        vae: AutoencoderKL,
+        scheduler: DDIMScheduler,
+        recipe: PretrainRecipe,
+        latents: np.ndarray,
+        captions: list[str],
+        prompts: list[str],
+    ) -> None:
+        super().__init__()
+        self.online = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+        self.average = ema.average_copy(self.online)
+        self.vae, self.tokenizer, self.scheduler = vae.requires_grad_(False), tokenizer, scheduler
+        self.schedule = DiscreteSchedule.from_config(scheduler.config)
+        self.recipe, self.latents, self.prompts = recipe, latents, prompts
+        self.tokens = text.tokenize(tokenizer, captions)
+        self.empty = text.tokenize(tokenizer, [""])
+
+    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size, count = self.recipe.ldm_batch, len(self.latents)
+        while True:
+            index = [_shuffled(self.recipe.seed, i // count, count)[i % count] for i in range(start, start + size)]
+            yield torch.from_numpy(self.latents[index]).float(), self.tokens[index]
+            start += size
+
+    def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        device = next(self.online.parameters()).device
+        x, tokens = batch[0].to(device), batch[1]
+        drop = torch.rand(len(x), generator=generator) < self.recipe.prompt_dropout
+        tokens = torch.where(drop[:, None], self.empty, tokens)
+        share = (torch.arange(len(x)) + torch.rand(len(x), generator=generator)) / len(x)
+        t = 1 + (share * self.schedule.horizon).long().clamp_max(int(self.schedule.horizon) - 1)
+        eps = torch.randn(x.shape, generator=generator).to(device)
+        z = self.schedule.mix(x, eps, t)
+        features = text.embed(self.online["text_encoder"], tokens)  # type: ignore[index]
+        output = self.online["unet"](z, self.schedule.timestep(t).to(device), features).sample  # type: ignore[index]
+        return {"velocity": (output.float() - self.schedule.output(x, eps, t)).square().mean()}
+
+    @torch.no_grad()
+    def preview(self, out: Path, progress: Progress) -> dict[str, float]:
+        unet, encoder = self.average["unet"], self.average["text_encoder"]  # type: ignore[index]
+        prompts = self.prompts[:32]
+        features = text.embed(encoder, text.tokenize(self.tokenizer, prompts))
+        blank = text.embed(encoder, self.empty).expand_as(features)
+        shape = (unet.config["in_channels"], *[unet.config["sample_size"]] * 2)
+        z = initial_noise(shape, list(range(len(prompts)))).to(features)
+        latent = ddim(
+            Student(unet), self.schedule, z, Conditioning(features), steps=20, guidance_scale=3.0,
+            unconditional=Conditioning(blank),
+        )  # fmt: skip
+        write_sheet(out, f"samples-{progress.images:07d}.png", codec.decode(self.vae, latent).cpu(), 8)
+        (out / "previews" / "prompts.txt").write_text("\n".join(prompts) + "\n")
+        return {}
+
+    def finish(self, out: Path, progress: Progress) -> None:
+        self.export(out, progress)
+
+    def export(self, out: Path, progress: Progress) -> None:
+        """Writes the whole checkpoint in diffusers' Stable Diffusion layout, float16 safetensors."""
+        average: Any = self.average
+        pipe = StableDiffusionPipeline(
+            vae=self.vae, text_encoder=average["text_encoder"], tokenizer=self.tokenizer, unet=average["unet"],
+            scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        before = {p: next(p.parameters()).dtype for p in (pipe.vae, pipe.text_encoder, pipe.unet)}
+        for part in before:
+            part.to(dtype=torch.float16)
+
+        def fill(folder: Path) -> None:
+            pipe.save_pretrained(folder, safe_serialization=True)
+            (folder / "training.json").write_text(json.dumps({"images": progress.images}, indent=1) + "\n")
+
+        staged = out / "work" / "finished"
+        write_atomically(staged, fill)
+        for part, dtype in before.items():
+            part.to(dtype=dtype)
+        for item in staged.iterdir():
+            target = out / item.name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            item.rename(target)
+        staged.rmdir()
+
+
+def _shuffled(seed: int, epoch: int, count: int, _memory: dict = {}) -> np.ndarray:  # noqa: B006 - a one-entry cache
+    key = (seed, epoch, count)
+    if key not in _memory:
+        _memory.clear()
+        _memory[key] = np.random.default_rng([seed, epoch]).permutation(count)
+    return _memory[key]
+
+
+def new_ldm(recipe: PretrainRecipe, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.text_width,
+            intermediate_size=4 * recipe.text_width,
+            num_hidden_layers=recipe.text_layers,
+            num_attention_heads=recipe.text_width // 32,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    attends = [False] + [True] * (len(recipe.unet_widths) - 1)  # attention is dear at the finest level
+    unet = UNet2DConditionModel(
+        sample_size=recipe.size // 2 ** (len(recipe.vae_widths) - 1),
+        in_channels=recipe.latent_channels,
+        out_channels=recipe.latent_channels,
+        block_out_channels=tuple(recipe.unet_widths),
+        layers_per_block=recipe.unet_layers,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        cross_attention_dim=recipe.text_width,
+        attention_head_dim=32,
+        norm_num_groups=16,
+    )
+    return unet, encoder
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Velocity prediction with zero terminal signal-to-noise, so that sampling starts where training ended."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, source: Source, size: int, folder: Path) -> tuple[np.ndarray, list[str]]:
+    """Latents (float16 memory map) and captions of every picture of `source`, computed once per codec."""
+    weights = sum(p.double().sum().item() for p in vae.parameters())
+    mark = {"codec": round(weights, 6), "source": source.describe(), "size": size, "count": len(source)}
+    index, data = folder / "latents.json", folder / "latents.npy"
+    if index.is_file() and (kept := json.loads(index.read_text()))["mark"] == mark:
+        return np.load(data, mmap_mode="r"), kept["captions"]
+    folder.mkdir(parents=True, exist_ok=True)
+    captions: list[str] = []
+    chunks = []
+    for start in range(0, len(source), 64):
+        images, texts = read_pictures(source, range(start, min(start + 64, len(source))), size)
+        chunks.append(codec.encode(vae, images.to(vae.device)).half().cpu().numpy())
+        captions += texts
+    np.save(data, np.concatenate(chunks))
+    index.write_text(json.dumps({"mark": mark, "captions": captions}))
+    return np.load(data, mmap_mode="r"), captions

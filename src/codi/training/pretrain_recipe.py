@@ -1,0 +1,75 @@
+"""What decides a backbone, and how its jobs look at pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.check import contact_sheet
+from ..data.sources import Sample, Source
+from ..errors import UserError
+
+
+@dataclass(kw_only=True)
+class PretrainRecipe:
+    """A text-to-image backbone from captioned pictures. One key of the YAML file each."""
+
+    out: str
+    """Folder of the finished checkpoint; work in progress lies in its `work/` sub-folder."""
+    data: str = "scenes:train:48000"
+    """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
+    held_out: str = "scenes:held-out:256"
+    """Pictures for figures and previews."""
+    size: int = 64
+    """Side of training pictures in pixels."""
+    start: str | None = None
+    """A checkpoint in the same layout whose weights are the starting point."""
+    vae_images: int = 120_000
+    vae_crop: int = 32
+    """Side of the codec's training crops: it is convolutional, so crops train it as well as whole pictures."""
+    vae_batch: int = 32
+    vae_learning_rate: float = 2e-3
+    vae_widths: tuple = (24, 48, 96)
+    latent_channels: int = 8
+    kl_weight: float = 1e-5
+    textures: float = 0.25
+    """Share of procedural textures among the codec's training pictures, so that it can also hold photographs."""
+    ldm_images: int = 160_000
+    ldm_batch: int = 16
+    ldm_learning_rate: float = 5e-4
+    unet_widths: tuple = (64, 128, 192)
+    unet_layers: int = 1
+    text_width: int = 128
+    text_layers: int = 2
+    prompt_dropout: float = 0.1
+    """Share of captions replaced by the empty prompt, so that guidance has an unconditional answer to move away from."""
+    warmup: int = 8_000
+    decay_to: float = 0.05
+    ema: float = 0.999
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "no"
+    log_every: int = 1_600
+    preview_every: int = 20_000
+    checkpoint_every: int = 8_000
+
+
+def read_pictures(source: Source, indices: range, size: int) -> tuple[Tensor, list[str]]:
+    """Pictures (B, 3, S, S) and captions of the readable samples among `indices`."""
+    samples = [s for s in source.read(indices, size) if isinstance(s, Sample)]
+    if not samples:
+        raise UserError(f"{source.describe()}: no picture could be read: check the data set")
+    return torch.stack([s.image for s in samples]), [s.text for s in samples]
+
+
+def first_pictures(source: Source, count: int, size: int) -> tuple[Tensor, list[str]]:
+    return read_pictures(source, range(min(count, len(source))), size)
+
+
+def write_sheet(out: Path, name: str, images: Tensor, columns: int) -> None:
+    folder = out / "previews"
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(list(images), columns).save(folder / name)

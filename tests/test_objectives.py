@@ -1,0 +1,423 @@
+"""CoDi's loss and plain diffusion training: closed forms in float64, then real (tiny) networks."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from codi.models.adapter import FORMS
+from codi.models.student import Conditioning, Student
+from codi.objectives.batch import LatentBatch, mean_square
+from codi.objectives.codi import boundary_scaling, codi
+from codi.objectives.distances import features, latent, perceptual, pixel
+from codi.objectives.finetune import finetune
+from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
+from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_scheduler, tiny_unet, tiny_vae
+
+LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- the Gaussian world: data N(M, S^2), alpha = cos t, sigma = sin t. Functions give x(z); eps follows.
+
+M, S = 0.7, 0.5
+
+
+def straight(z, alpha, sigma):
+    """x = m + s eps: noise and data joined by straight lines."""
+    return M + S * (z - alpha * M) / (alpha * S + sigma)
+
+
+def flow(z, alpha, sigma):
+    """Where the data's probability-flow ODE through (z, t) ends."""
+    return M + S * (z - alpha * M) / (alpha**2 * S**2 + sigma**2) ** 0.5
+
+
+def denoiser(z, alpha, sigma):
+    """E[x | z]."""
+    return M + alpha * S**2 * (z - alpha * M) / (alpha**2 * S**2 + sigma**2)
+
+
+def network(function, schedule: Schedule):
+    """The network that outputs what stands for x = function(z): a perfectly trained one."""
+
+    def forward(z: Tensor, timestep: Tensor, conditioning) -> Tensor:
+        t = timestep if isinstance(schedule, CosineSchedule) else timestep + 1
+        alpha, sigma = schedule.alpha_sigma(t, z)
+        x = function(z, alpha, sigma)
+        return schedule.output(x, (z - alpha * x) / sigma, t)
+
+    return forward
+
+
+def gaussian_batch(count: int, seed: int = 0) -> LatentBatch:
+    return LatentBatch(M + S * randn(1, 1, 1, count, seed=seed, dtype=torch.float64), None)
+
+
+def table_cell(function, ode: str, consistency: str, dt: float) -> float:
+    """Mean squared consistency error / dt^2 at t = 1, by codi's own code, on 400,000 samples."""
+    schedule = CosineSchedule()
+    f, teacher = network(function, schedule), network(denoiser, schedule)
+    options = {"dt": dt, "ode": ode, "teacher": teacher, "consistency": consistency, "signal_weight": 0.0}
+    t = torch.tensor([1.0], dtype=torch.float64)
+    losses = codi(f, f, gaussian_batch(400_000), schedule, seeded(1), t=t, **options)
+    assert losses.keys() == {"consistency"}
+    return float(losses["consistency"]) / dt**2
+
+
+def by_quadrature(function, ode: str, consistency: str, dt: float) -> float:
+    """The same, written down a second time without codi's code: Gauss-Hermite over z_t."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    (a, b), (a_s, b_s) = ((np.cos(t), np.sin(t)) for t in (1.0, 1.0 - dt))
+    z = a * M + (a**2 * S**2 + b**2) ** 0.5 * nodes
+    x_t = function(z, a, b)
+    path = x_t if ode == "own" else denoiser(z, a, b)
+    z_s = a_s * path + b_s * (z - a * path) / b
+    x_s = function(z_s, a_s, b_s)
+    error = x_t - x_s if consistency == "signal" else (z - a * x_t) / b - (z_s - a_s * x_s) / b_s
+    return float((weights * error**2).sum() / weights.sum()) / dt**2
+
+
+NONZERO = [
+    (straight, "teacher", "noise", 0.069),
+    (straight, "teacher", "signal", 0.017),
+    (flow, "own", "noise", 0.023),
+    (flow, "own", "signal", 0.055),
+    (flow, "teacher", "noise", 0.24),
+]
+
+
+@pytest.mark.parametrize(("function", "ode", "consistency", "expected"), NONZERO)
+def test_functions_that_are_no_fixed_point(function, ode, consistency, expected):
+    found = table_cell(function, ode, consistency, dt=1e-4)
+    assert found == pytest.approx(expected, rel=0.03)
+    assert found == pytest.approx(by_quadrature(function, ode, consistency, dt=1e-4), rel=0.01)
+
+
+@pytest.mark.parametrize("consistency", ["noise", "signal"])
+@pytest.mark.parametrize("dt", [0.3, 1e-4])
+def test_the_straight_coupling_is_a_fixed_point_of_its_own_ode(consistency, dt):
+    """Zero for any dt, in both spaces: its DDIM step is exact."""
+    assert table_cell(straight, "own", consistency, dt) * dt**2 < 1e-28
+
+
+def test_the_flow_s_end_is_a_fixed_point_of_the_denoiser_s_ode_in_signal():
+    """Zero in the limit: the error of one Euler step is O(dt^2), so error^2 / dt^2 falls as dt^2."""
+    coarse, fine = (table_cell(flow, "teacher", "signal", dt) for dt in (1e-2, 1e-3))
+    assert coarse < 2e-6
+    assert coarse / fine == pytest.approx(100, rel=0.05)
+
+
+def test_the_exact_denoiser_is_the_minimum_of_both_data_terms():
+    """Its loss is the posterior's variance, by formula, and any change of it costs."""
+    t, batch = torch.tensor([400]), gaussian_batch(400_000, seed=4)
+    alpha, sigma = (float(v) for v in LEVELS.alpha_sigma(t, batch.x))
+    total = alpha**2 * S**2 + sigma**2
+
+    def losses(function) -> tuple[float, float]:
+        f = network(function, LEVELS)
+        diffusion = finetune(f, f, batch, LEVELS, seeded(5), t=t)["diffusion"]
+        signal = codi(f, f, batch, LEVELS, seeded(5), t=t, consistency_weight=0)["signal"]
+        return float(diffusion), float(signal)
+
+    exact = losses(denoiser)
+    assert exact[0] == pytest.approx(S**2 / total, rel=0.01)  # of v: that of x over sigma^2
+    assert exact[1] == pytest.approx(S**2 * sigma**2 / total, rel=0.01)
+    for offset, scale in ((0.02, 1.0), (-0.02, 1.0), (0.0, 1.03), (0.0, 0.97)):
+        worse = losses(lambda z, a, b, o=offset, k=scale: k * denoiser(z, a, b) + o)
+        assert worse[0] > exact[0] and worse[1] > exact[1]
+
+
+# ---- by hand, on recording networks
+
+
+class Recorder:
+    """A network with a fixed answer a z + b that remembers what it was asked."""
+
+    def __init__(self, a: float, b: float) -> None:
+        self.a, self.b = a, b
+        self.z: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+
+    def __call__(self, z: Tensor, timestep: Tensor, conditioning) -> Tensor:
+        assert conditioning == "what to look at"
+        self.z.append(z)
+        self.timesteps.append(timestep)
+        return self.a * z + self.b
+
+
+def trio() -> tuple[Recorder, Recorder, Recorder]:
+    return Recorder(0.3, 0.1), Recorder(0.5, -0.2), Recorder(-0.4, 0.05)
+
+
+def float64_batch(count: int = 3) -> LatentBatch:
+    return LatentBatch(randn(count, 4, 3, 3, seed=2, dtype=torch.float64), "what to look at")
+
+
+@pytest.mark.parametrize("ode", ["own", "teacher"])
+@pytest.mark.parametrize("consistency", ["noise", "signal"])
+def test_one_step_by_hand(consistency, ode):
+    student, target, teacher = trio()
+    batch, t, dt = float64_batch(), torch.tensor([300, 620, 11]), 10
+    losses = codi(
+        student, target, batch, LEVELS, seeded(3), dt=dt, consistency=consistency, ode=ode, teacher=teacher, t=t
+    )
+    (a_t, b_t), (a_s, b_s) = (LEVELS.alpha_sigma(time, batch.x) for time in (t, t - dt))
+    z_t = a_t * batch.x + b_t * torch.randn(batch.x.shape, generator=seeded(3), dtype=torch.float64)
+    v = 0.3 * z_t + 0.1
+    x_t, e_t = a_t * z_t - b_t * v, a_t * v + b_t * z_t
+    v_path = v if ode == "own" else -0.4 * z_t + 0.05
+    z_s = a_s * (a_t * z_t - b_t * v_path) + b_s * (a_t * v_path + b_t * z_t)
+    v_s = 0.5 * z_s - 0.2
+    x_s, e_s = a_s * z_s - b_s * v_s, a_s * v_s + b_s * z_s
+    expected = (e_t - e_s) if consistency == "noise" else (x_t - x_s)
+    torch.testing.assert_close(losses["consistency"], expected.square().mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses["signal"], (x_t - batch.x).square().mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(student.z[0], z_t, rtol=0, atol=1e-14)
+    torch.testing.assert_close(target.z[0], z_s, rtol=0, atol=1e-12)
+    assert torch.equal(student.timesteps[0], t - 1) and torch.equal(target.timesteps[0], t - dt - 1)
+    assert len(teacher.z) == (ode == "teacher")
+
+
+def test_the_paper_s_choices_are_the_defaults():
+    default = codi(*trio()[:2], float64_batch(), LEVELS, seeded(3))
+    spelled_out = codi(
+        *trio()[:2], float64_batch(), LEVELS, seeded(3), dt=1, shared_t=True, consistency="noise", ode="own",
+        d_x=latent, consistency_weight=1.0, signal_weight=1.0,
+    )  # fmt: skip
+    assert default.keys() == {"consistency", "signal"}
+    assert all(torch.equal(default[name], spelled_out[name]) for name in default)
+    again, other = (codi(*trio()[:2], float64_batch(), LEVELS, seeded(seed))["signal"] for seed in (3, 4))
+    assert torch.equal(default["signal"], again) and not torch.equal(default["signal"], other)
+
+
+@pytest.mark.parametrize("dt", [1, 100])
+@pytest.mark.parametrize("shared", [True, False])
+def test_times_of_a_batch(shared, dt):
+    student, target, _ = trio()
+    for seed in range(200):
+        codi(student, target, float64_batch(4), LEVELS, seeded(seed), dt=dt, shared_t=shared)
+    asked, later = torch.stack(student.timesteps), torch.stack(target.timesteps)
+    assert asked.shape == (200, 1 if shared else 4)
+    assert shared or (asked.diff(dim=1) != 0).any(dim=1).all()
+    # The network is told t - 1, and the first level's number where s = 0 is below it.
+    assert torch.equal(later, (asked - dt).clamp_min(0))
+    assert asked.min() >= dt - 1 and asked.max() <= 999 and asked.max() - asked.min() > 850 - dt
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("boundary", [False, True])
+def test_every_time_gives_a_finite_loss_and_gradient(prediction, boundary):
+    schedule = DiscreteSchedule.from_config(tiny_scheduler(prediction).config)
+    weight = torch.tensor(0.5, requires_grad=True)
+    x = randn(1, 4, 3, 3)
+    for t in (1, 2, 500, 999, 1000):
+        losses = codi(
+            lambda z, *_: weight * z, lambda z, *_: 0.4 * z, LatentBatch(x, None), schedule, seeded(t),
+            t=torch.tensor([t]), boundary=boundary,
+        )  # fmt: skip
+        weight.grad = None
+        sum(losses.values()).backward()  # type: ignore[union-attr]
+        assert all(loss.isfinite() for loss in losses.values())
+        assert weight.grad is not None and weight.grad.isfinite() and weight.grad != 0
+
+
+def test_weights_scale_their_terms_and_0_leaves_them_out():
+    def run(**weights):
+        student, target, _ = trio()
+        losses = codi(student, target, float64_batch(), LEVELS, seeded(3), **weights)
+        return losses, len(target.z)
+
+    plain, _ = run()
+    scaled, _ = run(consistency_weight=3.0, signal_weight=0.1)
+    torch.testing.assert_close(scaled["consistency"], 3 * plain["consistency"])
+    torch.testing.assert_close(scaled["signal"], 0.1 * plain["signal"])
+    only_signal, asked = run(consistency_weight=0.0)
+    assert only_signal.keys() == {"signal"} and asked == 0
+    assert torch.equal(only_signal["signal"], plain["signal"])
+    only_consistency, _ = run(signal_weight=0.0)
+    assert only_consistency.keys() == {"consistency"}
+    assert torch.equal(only_consistency["consistency"], plain["consistency"])
+
+
+@pytest.mark.parametrize("wrong", [{"consistency": "both"}, {"ode": "theirs"}, {"ode": "teacher"}])
+def test_unknown_choices_are_errors(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        codi(*trio()[:2], float64_batch(), LEVELS, seeded(), **wrong)
+
+
+# ---- boundary scaling
+
+
+def test_boundary_scaling():
+    t = torch.tensor([0, 1, 2, 500, 999, 1000])
+    x, z = randn(6, 4, 2, 2, seed=1, dtype=torch.float64), randn(6, 4, 2, 2, seed=2, dtype=torch.float64)
+    scaled, eps = boundary_scaling(x, z, t, LEVELS)
+    assert torch.equal(scaled[0], z[0]) and not eps[0].any()
+    assert scaled.isfinite().all() and eps.isfinite().all()
+    torch.testing.assert_close(LEVELS.mix(scaled, eps, t), z, rtol=0, atol=1e-12)
+    # u = t / T, sd = 0.5: at T, c_skip = .25 / 1.25 = 0.2 and c_out = 0.5 / sqrt(1.25).
+    torch.testing.assert_close(scaled[5], 0.2 * z[5] + 0.5 / 1.25**0.5 * x[5])
+    torch.testing.assert_close(scaled[3], 0.5 * z[3] + 0.5**0.5 * 0.5 * x[3])
+
+
+def test_codi_uses_the_boundary_scaling_for_both_networks():
+    student, target, _ = trio()
+    batch, t = float64_batch(), torch.tensor([600])
+    losses = codi(student, target, batch, LEVELS, seeded(3), dt=50, t=t, boundary=True)
+    x_t, e_t = boundary_scaling(
+        LEVELS.signal_noise(student(z := student.z[0], t, batch.conditioning), z, t)[0], z, t, LEVELS
+    )
+    s, z_s = t - 50, LEVELS.mix(x_t, e_t, t - 50)
+    e_s = boundary_scaling(LEVELS.signal_noise(target(z_s, s, batch.conditioning), z_s, s)[0], z_s, s, LEVELS)[1]
+    torch.testing.assert_close(losses["consistency"], (e_t - e_s).square().mean())
+    torch.testing.assert_close(losses["signal"], (x_t - batch.x).square().mean())
+
+
+# ---- distances
+
+
+def decode(x: Tensor) -> Tensor:
+    return torch.einsum("bchw,kc->bkhw", x, randn(3, 4, seed=20)).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def encode(image: Tensor) -> Tensor:
+    return nn.functional.conv2d(image, randn(6, 3, 2, 2, seed=21), stride=2).tanh()
+
+
+def metric(a: Tensor, b: Tensor) -> Tensor:
+    return (encode(a) - encode(b)).abs().mean((1, 2, 3))
+
+
+FOUR = {
+    "latent": latent,
+    "pixel": pixel(decode),
+    "features": features(decode, encode),
+    "perceptual": perceptual(decode, metric),
+}
+
+
+@pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
+def test_distances_are_0_at_the_truth_and_have_a_gradient_elsewhere(d_x):
+    x = randn(2, 4, 3, 3)
+    batch = LatentBatch(x, None, decode(x))
+    assert d_x(x.clone(), batch) == 0
+    x_hat = (x + 0.1 * randn(2, 4, 3, 3, seed=1)).requires_grad_()
+    distance = d_x(x_hat, batch)
+    assert distance.shape == () and distance > 0
+    distance.backward()
+    assert x_hat.grad is not None and x_hat.grad.isfinite().all() and (x_hat.grad != 0).all()
+    nearer = d_x((x + 0.01 * randn(2, 4, 3, 3, seed=1)), batch)
+    assert nearer < distance
+
+
+@pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
+def test_distances_in_the_loss(d_x):
+    x, weight = randn(2, 4, 3, 3), torch.tensor(0.2, requires_grad=True)
+    batch, t = LatentBatch(x, None, decode(x)), torch.tensor([300])
+    z: list[Tensor] = []
+
+    def student(z_t: Tensor, *_) -> Tensor:
+        z.append(z_t)
+        return weight * z_t
+
+    loss = codi(student, student, batch, LEVELS, seeded(), d_x=d_x, t=t, signal_weight=2.0)["signal"]
+    x_t, _ = LEVELS.signal_noise(0.2 * z[0], z[0], t)
+    torch.testing.assert_close(loss, 2 * d_x(x_t, batch))
+    loss.backward()
+    assert weight.grad is not None and weight.grad != 0
+
+
+def test_mean_square_of_halves_is_taken_in_float32():
+    a, b = torch.full((10,), 300.0).half(), torch.zeros(10).half()
+    assert mean_square(a, b) == 90_000  # beyond float16
+    assert mean_square(a.double(), b.double()).dtype == torch.float64
+
+
+# ---- plain diffusion training
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_finetune_by_hand(prediction):
+    schedule = DiscreteSchedule.from_config(tiny_scheduler(prediction).config)
+    student, target, _ = trio()
+    batch, t = float64_batch(), torch.tensor([1, 500, 1000])
+    loss = finetune(student, target, batch, schedule, seeded(6), t=t)
+    assert loss.keys() == {"diffusion"} and not target.z
+    alpha, sigma = (v.view(3, 1, 1, 1) for v in (schedule.alphas[t], schedule.sigmas[t]))
+    eps = torch.randn(batch.x.shape, generator=seeded(6), dtype=torch.float64)
+    z = alpha * batch.x + sigma * eps
+    truth = {"epsilon": eps, "v_prediction": alpha * eps - sigma * batch.x, "sample": batch.x}[prediction]
+    torch.testing.assert_close(loss["diffusion"], (0.3 * z + 0.1 - truth).square().mean(), rtol=1e-12, atol=0)
+    assert torch.equal(student.timesteps[0], t - 1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_finetune_draws_all_levels(shared):
+    student, target, _ = trio()
+    for seed in range(200):
+        finetune(student, target, float64_batch(4), LEVELS, seeded(seed), shared_t=shared)
+    asked = torch.stack(student.timesteps)
+    assert asked.shape == (200, 1 if shared else 4) and asked.min() < 30 and asked.max() > 970
+
+
+# ---- real networks
+
+
+def tiny_students(form: str, full: bool) -> tuple[Student, Student, LatentBatch]:
+    """(student, target, batch); `full`: the backbone trains too."""
+    unet, vae = tiny_unet(), tiny_vae()
+    unet.requires_grad_(full)
+    student = Student(unet, FORMS[form].from_backbone(unet, vae))
+    assert student.adapter is not None
+    condition = student.adapter.read(rand(2, 3, 6 * DOWNSCALE, 6 * DOWNSCALE), vae)
+    batch = LatentBatch(randn(2, LATENT_CHANNELS, 6, 6), Conditioning(randn(2, 5, TEXT_WIDTH, seed=1), condition))
+    return student, copy.deepcopy(student), batch
+
+
+@pytest.mark.parametrize("ode", ["own", "teacher"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_reaches_the_student_alone(form, ode):
+    student, target, batch = tiny_students(form, full=True)
+    teacher = copy.deepcopy(target)
+    sum(codi(student, target, batch, LEVELS, seeded(), ode=ode, teacher=teacher).values()).backward()  # type: ignore[union-attr]
+    assert all(p.grad is None for p in [*target.parameters(), *teacher.parameters()])
+    reached = {name.split(".")[0] for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {"unet", "adapter"}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["PE", "full"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objective", [codi, finetune])
+def test_what_training_changes(objective, form, full):
+    """Parameter-efficient training leaves the backbone's bytes alone, full training does not."""
+    student, target, batch = tiny_students(form, full)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    target_before = {name: p.detach().clone() for name, p in target.named_parameters()}
+    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=1e-3)
+    for step in range(3):
+        optimizer.zero_grad()
+        sum(objective(student, target, batch, LEVELS, seeded(step)).values()).backward()
+        optimizer.step()
+    same = {name: torch.equal(before[name], p) for name, p in student.named_parameters()}
+    assert all(same[name] != full for name in same if name.startswith("unet."))
+    assert not any(same[name] for name in same if name.startswith("adapter."))
+    assert all(torch.equal(target_before[name], p) for name, p in target.named_parameters())
+
+
+def test_a_few_steps_lower_the_loss():
+    student, target, batch = tiny_students("fused", full=False)
+    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=1e-2)
+    history = []
+    for _ in range(12):
+        losses = codi(student, target, batch, LEVELS, seeded(1), t=torch.tensor([700]))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        history.append(float(losses["signal"].detach()))
+    assert history[-1] < 0.95 * history[0]

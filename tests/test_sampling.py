@@ -1,0 +1,328 @@
+"""Samplers, first where everything is known in closed form, then on tiny real networks; and the moving average."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from codi.models.adapter import FORMS, FusedAdapter
+from codi.models.student import Conditioning, Student
+from codi.sampling.sampler import ddim, initial_noise, predict, time_grid
+from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
+from codi.training import ema
+from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_scheduler, tiny_unet, tiny_vae
+
+LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
+ZERO_SNR = DiscreteSchedule.from_config(tiny_scheduler(rescale_betas_zero_snr=True).config)
+EPSILON = DiscreteSchedule.from_config(tiny_scheduler("epsilon").config)
+M, S = 0.7, 0.5  # the data of the Gaussian world
+
+
+class Formula(Student):
+    """A student whose signal prediction is `x(z, alpha, sigma, conditioning)`; remembers the batch sizes it saw."""
+
+    def __init__(self, schedule: Schedule, x: Callable[..., Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.schedule, self.x, self.adapter = schedule, x, None
+        self.batches: list[int] = []
+
+    def forward(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float = 1.0) -> Tensor:
+        self.batches.append(len(z))
+        t = timestep + 1 if isinstance(self.schedule, DiscreteSchedule) else timestep
+        alpha, sigma = self.schedule.alpha_sigma(t, z)
+        x = self.x(z, alpha, sigma, conditioning)
+        return self.schedule.output(x, (z - alpha * x) / sigma, t)
+
+
+def denoiser(z: Tensor, alpha: Tensor, sigma: Tensor, _: Any) -> Tensor:
+    """E[x | z] for data N(M, S^2)."""
+    return M + alpha * S**2 * (z - alpha * M) / (alpha**2 * S**2 + sigma**2)
+
+
+NOTHING = Conditioning(torch.zeros(1, 1, 1))
+
+# ---- the Gaussian world
+
+
+@pytest.mark.parametrize("schedule", [LEVELS, ZERO_SNR, EPSILON, CosineSchedule()], ids=["v", "zero snr", "eps", "cos"])
+def test_ddim_nears_the_end_of_the_probability_flow(schedule):
+    """x = m + s (z_T - alpha_T m) / sqrt(alpha_T^2 s^2 + sigma_T^2), and Euler's error is of first order."""
+    z = randn(1, 1, 1, 500, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([schedule.horizon]), z)
+    exact = M + S * (z - alpha * M) / (alpha**2 * S**2 + sigma**2).sqrt()
+    student = Formula(schedule, denoiser)
+    errors = [float((ddim(student, schedule, z, NOTHING, n) - exact).abs().max()) for n in (1, 4, 16, 64, 256)]
+    assert all(later < 0.75 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 0.35 * errors[-2] < 0.03
+
+
+def test_many_steps_give_the_data_s_mean_and_spread():
+    z = randn(1, 1, 1, 20_000, seed=1, dtype=torch.float64)
+    z = (z - z.mean()) / z.std()
+    few, many = (ddim(Formula(ZERO_SNR, denoiser), ZERO_SNR, z, NOTHING, steps) for steps in (2, 1000))
+    assert float(many.mean()) == pytest.approx(M, abs=1e-3)
+    assert float(many.std()) == pytest.approx(S, abs=3e-3)
+    assert float(few.std()) < 0.8 * S  # a mean is what one gets in too few steps
+
+
+def test_a_self_consistent_student_needs_one_step():
+    """Straight paths: every number of steps ends at the same point."""
+
+    def straight(z: Tensor, alpha: Tensor, sigma: Tensor, _: Any) -> Tensor:
+        return M + S * (z - alpha * M) / (alpha * S + sigma)
+
+    z = randn(1, 1, 1, 100, dtype=torch.float64)
+    one = ddim(Formula(LEVELS, straight), LEVELS, z, NOTHING, 1)
+    for steps in (2, 4, 50):
+        torch.testing.assert_close(ddim(Formula(LEVELS, straight), LEVELS, z, NOTHING, steps), one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", [LEVELS, EPSILON], ids=["v", "eps"])
+def test_one_step_is_the_prediction_itself(schedule):
+    z, student = randn(2, 4, 3, 3), Formula(schedule, denoiser)
+    x, eps = predict(student, schedule, z, torch.tensor([1000]), NOTHING)
+    assert torch.equal(ddim(student, schedule, z, NOTHING, 1), x)
+    torch.testing.assert_close(schedule.mix(x, eps, torch.tensor([1000])), z, rtol=0, atol=1e-5)
+
+
+# ---- guidance
+
+
+def towards_the_prompt(z: Tensor, alpha: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    """Predicts what the prompt's features say: 1 with a prompt, 0 without."""
+    return conditioning.text.mean((1, 2)).view(-1, 1, 1, 1).to(z).expand_as(z)
+
+
+PROMPT, BLANK = Conditioning(torch.ones(3, 2, 2)), Conditioning(torch.zeros(3, 2, 2))
+
+
+@pytest.mark.parametrize("schedule", [LEVELS, EPSILON], ids=["v", "eps"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_guidance_goes_towards_the_prompt_and_beyond(schedule, steps):
+    """The prediction without a prompt is 0 and with one 1: with guidance g it is g."""
+    z, student = randn(3, 1, 2, 2, dtype=torch.float64), Formula(schedule, towards_the_prompt)
+    for scale in (0.0, 0.5, 1.0, 2.0, 7.5):
+        result = ddim(student, schedule, z, PROMPT, steps, scale, BLANK)
+        torch.testing.assert_close(result, torch.full_like(z, scale), rtol=0, atol=1e-9)
+
+
+def test_guidance_1_is_no_guidance_and_costs_nothing():
+    z, student = randn(3, 1, 2, 2), Formula(LEVELS, towards_the_prompt)
+    plain = ddim(student, LEVELS, z, PROMPT, 4)
+    assert student.batches == [3] * 4
+    assert torch.equal(ddim(student, LEVELS, z, PROMPT, 4, 1.0, BLANK), plain) and student.batches == [3] * 8
+    assert torch.equal(ddim(student, LEVELS, z, PROMPT, 4, 5.0, None), plain) and student.batches == [3] * 12
+    ddim(student, LEVELS, z, PROMPT, 4, 5.0, BLANK)
+    assert student.batches == [3] * 12 + [6] * 4
+
+
+def test_predicting_at_a_time_of_its_own_for_each_sample():
+    z, student, t = randn(3, 1, 2, 2), Formula(LEVELS, towards_the_prompt), torch.tensor([10, 500, 1000])
+    for scale, unconditional in ((1.0, None), (3.0, BLANK)):
+        x, _ = predict(student, LEVELS, z, t, PROMPT, scale, unconditional)
+        torch.testing.assert_close(x, torch.full_like(z, scale), rtol=0, atol=1e-4)
+
+
+# ---- tiny real networks
+
+
+def tiny_student(form: str, count: int = 3) -> tuple[Student, Conditioning, Conditioning]:
+    """(student with an adapter that matters, conditioning, the same without the prompt)."""
+    unet, vae = tiny_unet(), tiny_vae()
+    adapter = FORMS[form].from_backbone(unet, vae)
+    with torch.no_grad():
+        for name, p in adapter.named_parameters():
+            if name.startswith("mu.") or "controlnet_" in name:
+                p.copy_(0.3 * rand(*p.shape))
+    condition = adapter.read(rand(count, 3, 6 * DOWNSCALE, 6 * DOWNSCALE), vae)
+    words, blank = randn(count, 5, TEXT_WIDTH, seed=1), randn(1, 5, TEXT_WIDTH, seed=2).repeat(count, 1, 1)
+    return Student(unet, adapter).eval(), Conditioning(words, condition), Conditioning(blank, condition)
+
+
+def only(conditioning: Conditioning, index: slice) -> Conditioning:
+    assert conditioning.condition is not None
+    return Conditioning(conditioning.text[index], conditioning.condition[index])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_guidance_of_a_network_is_the_formula(form):
+    student, conditioning, blank = tiny_student(form)
+    z, t = randn(3, LATENT_CHANNELS, 6, 6), torch.tensor([600])
+    with_, without = (student(z, t - 1, c) for c in (conditioning, blank))
+    expected = LEVELS.signal_noise(without + 3 * (with_ - without), z, t)
+    found = predict(student, LEVELS, z, t, conditioning, 3.0, blank)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_picture_does_not_depend_on_its_batch(form, guidance_scale):
+    student, conditioning, blank = tiny_student(form)
+    seeds = [11, 12, 13]
+    noise = initial_noise((LATENT_CHANNELS, 6, 6), seeds)
+    together = ddim(student, LEVELS, noise, conditioning, 2, guidance_scale, blank)
+    for i, seed in enumerate(seeds):
+        one, alone = slice(i, i + 1), initial_noise((LATENT_CHANNELS, 6, 6), [seed])
+        assert torch.equal(alone, noise[one])
+        result = ddim(student, LEVELS, alone, only(conditioning, one), 2, guidance_scale, only(blank, one))
+        torch.testing.assert_close(result, together[one], rtol=0, atol=1e-5)
+    assert torch.equal(ddim(student, LEVELS, noise, conditioning, 2, guidance_scale, blank), together)
+
+
+@pytest.mark.parametrize(("form", "guidance_scale", "runs"), [
+    ("fused", 1.0, 1), ("fused", 2.0, 2), ("controlnet", 1.0, 4), ("controlnet", 2.0, 4),
+])  # fmt: skip
+def test_how_often_the_condition_encoder_runs(form, guidance_scale, runs):
+    """The fused form once per picture (and once for the blank prompt), a ControlNet at every step."""
+    student, conditioning, blank = tiny_student(form)
+    assert student.adapter is not None
+    encoder = student.adapter.encoder if isinstance(student.adapter, FusedAdapter) else student.adapter.net
+    calls = []
+    encoder.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    z = randn(3, LATENT_CHANNELS, 6, 6)
+    result = ddim(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
+    assert len(calls) == runs
+    assert conditioning.prepared is None and blank.prepared is None  # the caller's are left alone
+    # Cached or not, the same picture: a student that prepares anew at every step.
+    student.prepare = lambda c: c  # type: ignore[method-assign]
+    forward = student.forward
+    student.forward = lambda z, t, c, s=1.0: forward(z, t, prepare_anew(student, c), s)  # type: ignore[method-assign]
+    again = ddim(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
+    torch.testing.assert_close(again, result, rtol=0, atol=1e-5)
+
+
+def prepare_anew(student: Student, conditioning: Conditioning) -> Conditioning:
+    return Student.prepare(student, conditioning)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strength_0_samples_the_backbone(form):
+    student, conditioning, _ = tiny_student(form)
+    z = randn(3, LATENT_CHANNELS, 6, 6)
+    backbone = ddim(Student(student.unet), LEVELS, z, Conditioning(conditioning.text), 2)
+    assert torch.equal(ddim(student, LEVELS, z, conditioning, 2, strength=0.0), backbone)
+    assert not torch.allclose(ddim(student, LEVELS, z, conditioning, 2), backbone)
+
+
+def test_sampling_builds_no_graph_and_keeps_the_dtype():
+    student, conditioning, _ = tiny_student("fused")
+    result = ddim(student, LEVELS, randn(3, LATENT_CHANNELS, 6, 6), conditioning, 2)
+    assert not result.requires_grad and result.dtype == torch.float32 and result.isfinite().all()
+
+
+# ---- grid, noise, callback
+
+
+@pytest.mark.parametrize(
+    ("steps", "grid"),
+    [(1, [1000, 0]), (2, [1000, 500, 0]), (3, [1000, 667, 333, 0]), (4, [1000, 750, 500, 250, 0])],
+)
+def test_the_grid_of_levels(steps, grid):
+    assert time_grid(1000, steps).tolist() == grid
+
+
+def test_every_grid_falls_from_noise_to_clean():
+    for steps in (1, 7, 50, 333, 1000):
+        grid = time_grid(1000, steps)
+        assert len(grid) == steps + 1 and grid[0] == 1000 and grid[-1] == 0 and (grid.diff() < 0).all()
+        assert not grid.is_floating_point()
+    smooth = time_grid(CosineSchedule.horizon, 4)
+    torch.testing.assert_close(smooth, torch.pi / 8 * torch.tensor([4.0, 3, 2, 1, 0], dtype=torch.float64))
+
+
+def test_noise_belongs_to_its_seed():
+    noise = initial_noise((4, 8, 8), [3, 5, 3])
+    assert noise.shape == (3, 4, 8, 8) and torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[1], randn(4, 8, 8, seed=5))
+    state = torch.get_rng_state()
+    initial_noise((4, 8, 8), [1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_callback_sees_every_step_and_may_replace_the_latent():
+    z, student = randn(1, 1, 2, 2), Formula(LEVELS, denoiser)
+    seen: list[tuple[int, int, Tensor, Tensor]] = []
+    result = ddim(student, LEVELS, z, NOTHING, 4, callback=lambda *step: seen.append(step))  # type: ignore[func-returns-value]
+    assert [(i, t) for i, t, _, _ in seen] == [(0, 1000), (1, 750), (2, 500), (3, 250)]
+    assert torch.equal(seen[-1][2], result) and torch.equal(seen[-1][3], result)
+    start = z
+    for (_, t, latent, x), s in zip(seen, (750, 500, 250, 0), strict=True):
+        x_t, eps = predict(student, LEVELS, start, torch.tensor([t]), NOTHING)
+        assert torch.equal(x, x_t) and torch.equal(latent, LEVELS.mix(x_t, eps, torch.tensor([s])))
+        start = latent
+
+    def replace(i: int, t: int, latent: Tensor, x: Tensor) -> Tensor | None:
+        return torch.full_like(latent, 9.0) if i == 1 else None
+
+    replaced = ddim(student, LEVELS, z, NOTHING, 4, callback=replace)
+    x, eps = predict(student, LEVELS, torch.full_like(z, 9.0), torch.tensor([500]), NOTHING)
+    x, _ = predict(student, LEVELS, LEVELS.mix(x, eps, torch.tensor([250])), torch.tensor([250]), NOTHING)
+    assert torch.equal(replaced, x)
+    last = ddim(student, LEVELS, z, NOTHING, 2, callback=lambda i, t, latent, x: -latent if i == 1 else None)
+    assert torch.equal(last, -ddim(student, LEVELS, z, NOTHING, 2))
+
+
+# ---- the moving average
+
+
+def test_the_average_s_values():
+    online = nn.Linear(1, 1, bias=False)
+    average = ema.average_copy(online)
+    start, values = float(average.weight), [2.0, -1.0, 5.0]
+    expected = start
+    for value in values:
+        with torch.no_grad():
+            online.weight.fill_(value)
+        ema.update(average, online, 0.9)
+        expected = 0.9 * expected + 0.1 * value
+        assert float(average.weight) == pytest.approx(expected, rel=1e-6)
+    ema.update(average, online, 0.0)
+    assert torch.equal(average.weight, online.weight)
+    with torch.no_grad():
+        online.weight.fill_(7.0)
+    ema.update(average, online, 1.0)
+    assert float(average.weight) == 5.0
+
+
+def test_the_average_of_halves_is_kept_in_its_own_precision():
+    average = nn.Linear(1, 1, bias=False).requires_grad_(False)
+    online = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        average.weight.fill_(1.0)
+        online.weight.fill_(2.0)
+    ema.update(average, online.half(), 0.9999)
+    assert average.weight.dtype == torch.float32 and float(average.weight) == pytest.approx(1.0001, abs=1e-7)
+
+
+def test_the_decay_warms_up():
+    assert ema.warmed_decay(0.999, 0) == pytest.approx(0.1)
+    assert ema.warmed_decay(0.999, 10) == pytest.approx(0.55)
+    assert ema.warmed_decay(0.999, 10**6) == 0.999
+    decays = [ema.warmed_decay(0.99, n) for n in range(2000)]
+    assert decays == sorted(decays) and decays[-1] == 0.99
+    assert ema.warmed_decay(0.0, 5) == 0.0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_average_shares_what_is_frozen_and_copies_what_trains(form):
+    student, conditioning, _ = tiny_student(form)
+    student.unet.requires_grad_(False)
+    average = ema.average_copy(student.train())
+    assert not average.training and student.training and not any(p.requires_grad for p in average.parameters())
+    for (name, a), p in zip(average.named_parameters(), student.parameters(), strict=True):
+        assert (a is p) == name.startswith("unet.") and torch.equal(a, p)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert trained  # averaging left the student's own flags alone
+    z, t = randn(3, LATENT_CHANNELS, 6, 6), torch.tensor([500])
+    with torch.no_grad():
+        before, frozen = average(z, t, conditioning), copy.deepcopy(student.unet.state_dict())
+        for p in trained:
+            p.add_(0.1 * randn(*p.shape, seed=3))
+        assert torch.equal(average(z, t, conditioning), before)
+        ema.update(average, student, 0.5)
+        assert not torch.equal(average(z, t, conditioning), before)
+    assert all(torch.equal(value, frozen[name]) for name, value in average.unet.state_dict().items())
