@@ -24,7 +24,11 @@ class Reader(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
         for dilation in (1, 2, 4, 8, 1):
-            layers += [nn.GroupNorm(4, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)]
+            layers += [
+                nn.GroupNorm(4, width),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation),
+            ]
         self.layers = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(width, len(CLASSES), 1))
 
     def forward(self, image: Tensor) -> Tensor:

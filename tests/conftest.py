@@ -7,6 +7,8 @@ import pytest
 
 # Before any library of the hub is imported: a missing file is then an error at once, not a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch: threads that wait must sleep, or two processes on two cores spin against each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "training": {"errors", "schedule", "models", "tasks", "data", "objectives", "sampling", "evaluation"},
     "export": {"errors", "schedule", "models", "tasks", "data", "objectives", "training", "sampling", "evaluation"},
 }
-MAY_IMPORT["apps"] = set(MAY_IMPORT)
+MAY_IMPORT["apps"] = {*MAY_IMPORT, ""}  # "": the package's own __init__, for its version
 MAY_IMPORT["codi"] = set(MAY_IMPORT) - {"apps"}  # the package's own __init__: what users import
 
 
@@ -37,8 +37,8 @@ def module_name(path: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """The room a module lies in; 'codi' for the package's own __init__."""
-    return module.split(".")[0] or "codi"
+    """The room a module lies in; 'codi' for the package's own __init__. `python -m codi` is the shell's door."""
+    return "apps" if module == "__main__" else module.split(".")[0] or "codi"
 
 
 MODULES = {module_name(path) for path in SOURCES}

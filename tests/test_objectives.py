@@ -402,7 +402,7 @@ def test_what_training_changes(objective, form, full):
     optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=1e-3)
     for step in range(3):
         optimizer.zero_grad()
-        sum(objective(student, target, batch, LEVELS, seeded(step)).values()).backward()
+        sum(objective(student, target, batch, LEVELS, seeded(step)).values()).backward()  # type: ignore[union-attr]
         optimizer.step()
     same = {name: torch.equal(before[name], p) for name, p in student.named_parameters()}
     assert all(same[name] != full for name in same if name.startswith("unet."))

@@ -14,14 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_checkpoint
 
 from codi.errors import UserError
 from codi.models.adapter import load_adapter
 from codi.models.backbone import load_backbone
-from codi.training import checkpoint, recipe as recipes
+from codi.training import checkpoint
+from codi.training import recipe as recipes
 from codi.training.distill import DistillRecipe, distill
 from codi.training.trainer import RunSettings, learning_rate_factor
+from tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,9 @@ def test_accumulation_equals_one_large_batch_of_the_plain_loss(tiny_run, tmp_pat
     assert state["progress"]["updates"] == 2 and state["progress"]["images"] == 8
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"adapter": "controlnet"}])
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"adapter": "controlnet"}]
+)
 def test_options_train(tiny_run, tmp_path, changes):
     out = distill(replace(tiny_run, out=str(tmp_path / "run"), images=4, **changes), quiet=True)
     assert all(bool(torch.isfinite(v).all()) for v in weights(out).values())
@@ -161,7 +164,9 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(tiny_run, tmp_path,
         distill(run, quiet=True)
     assert not (tmp_path / "run" / "config.json").exists()
     monkeypatch.setattr(DistillJob, "forward", forward)
-    assert same(weights(distill(run, quiet=True)), weights(distill(replace(run, out=str(tmp_path / "new")), quiet=True)))
+    assert same(
+        weights(distill(run, quiet=True)), weights(distill(replace(run, out=str(tmp_path / "new")), quiet=True))
+    )
 
 
 def test_a_folder_of_another_run_is_not_resumed(tiny_run, tmp_path):

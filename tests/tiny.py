@@ -57,18 +57,16 @@ def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
     """f = 4, four latent channels."""
-    return _seeded(
-        lambda: AutoencoderKL(
-            block_out_channels=(4, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=LATENT_CHANNELS,
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=32,
-        ),
-        seed,
-    )
+    config: dict[str, Any] = {
+        "block_out_channels": (4, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": LATENT_CHANNELS,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+    }
+    return _seeded(lambda: AutoencoderKL(**config), seed)
 
 
 @functools.cache
@@ -80,7 +78,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
     """One layer, for `tiny_tokenizer`."""
-    tokenizer = tiny_tokenizer()
+    tokenizer: Any = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -125,7 +123,7 @@ def tiny_checkpoint(folder: Path, prediction: str = "v_prediction", seed: int = 
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
         unet=parts.unet,
-        scheduler=parts.scheduler,
+        scheduler=parts.scheduler,  # type: ignore[arg-type]
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .sampling.pipeline import CoDiPipeline as CoDiPipeline
 
-    __version__: str
-
+__version__ = "0.1.0"
 __all__ = ["CoDiPipeline", "UserError", "__version__"]
 
 
@@ -25,10 +24,6 @@ def __getattr__(name: str) -> Any:
         from .sampling.pipeline import CoDiPipeline as value
     elif name == "UserError":
         from .errors import UserError as value
-    elif name == "__version__":
-        from importlib.metadata import version
-
-        value = version("codi")
     else:
         raise AttributeError(f"module 'codi' has no attribute {name!r}")
     globals()[name] = value

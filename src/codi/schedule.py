@@ -113,7 +113,7 @@ class DiscreteSchedule(Schedule):
         """From a diffusers scheduler config: its betas (zero-terminal-SNR rescaling included) and prediction type."""
         from diffusers import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_config(dict(config))
+        scheduler: Any = DDIMScheduler.from_config(dict(config))
         return cls(scheduler.alphas_cumprod, scheduler.config["prediction_type"])
 
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..errors import UserError
 from . import data, demo, evaluate, models, train, upscale
-from .common import BadUsage, quiet_libraries, say_error, version
+from .common import BadUsage, quiet_libraries, say_error
 
 INTERRUPTED = 130
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"codi {version()}")
+        print(f"codi {__version__}")
         raise typer.Exit
 
 
@@ -72,7 +73,7 @@ def _unforeseen(error: Exception) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "codi"
         if message := error.format_message():  # type: ignore[attr-defined]
-            say_error(f"{message.rstrip('.')}: see {command} --help")
+            say_error(f"{message} (see {command} --help)")
         return getattr(error, "exit_code", 2)
     if os.environ.get("CODI_DEBUG"):
         traceback.print_exception(error)

@@ -125,11 +125,13 @@ def progress(unit: str) -> Iterator[Progress]:
         yield bar
 
 
-def version() -> str:
-    """The installed version of codi."""
-    from importlib.metadata import version
+def hide_loading_bars() -> None:
+    """Turns off the bars that diffusers and transformers draw, terminal or not, for every model that they open."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    return version("codi")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def choose_device(device: str) -> str:
@@ -148,14 +150,11 @@ def load_pipeline(
 ) -> CoDiPipeline:
     """The pipeline of a model and an adapter of `task`, on its device. Raises UserError as CoDiPipeline does."""
     with working(f"loading {model}"):
-        import diffusers
         import torch
-        import transformers
 
         from ..sampling.pipeline import CoDiPipeline
 
-        for library in (diffusers, transformers):  # bars of a model that loads in a moment
-            library.utils.logging.disable_progress_bar()
+        hide_loading_bars()
         where = choose_device(device)
         pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, torch_dtype=getattr(torch, dtype))
         made_for = pipe.config["task"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +50,12 @@ def demo(
 ) -> None:
     """A tour on the embedded model: pictures, a page to look at them, timings, a minute of training."""
     pipe = load_pipeline(model, "upscale", adapter, device, dtype)
-    told = tour(pipe, out, model=model, minutes=minutes, seed=seed, device=device)
+    say = (lambda line: None) if json_ else print
+    told = tour(pipe, out, model=model, minutes=minutes, seed=seed, device=device, say=say)
     if json_:
         print_json(told)
-        return
-    for steps, ms in told["upscale_ms"].items():
-        print(f"{steps} step{'s' * (steps != '1')}: {ms:.0f} ms a picture (median of {told['pictures']})")
-    if told["training"]:
-        training = told["training"]
-        print(f"training: {training['images']:,} images so far; the same command again goes on from there")
-    if told["note"]:
-        print(told["note"])
-    print(f"{told['seconds']:.0f} s in all. Open {out / 'index.html'}")
+    else:
+        print(f"{told['seconds']:.0f} s in all: open {out / 'index.html'}")
 
 
 def tour(
@@ -74,6 +69,7 @@ def tour(
     scenes: int = 6,
     photographs: Sequence[str] = tuple(PHOTOGRAPHS),
     changes: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Upscales `scenes` held-out scenes and the `photographs` at `STEPS`, trains for `minutes`, and writes pictures,
     index.html and timings.json below `out`, over those of an earlier tour. `changes` go to the training's recipe.
@@ -92,23 +88,33 @@ def tour(
         originals = _scenes(scenes if photos else max(scenes, 8), side, seed) + photos
         seconds = _make(pipe, originals, out, seed, model)
         figures = _figures(pipe, originals, out, seconds)
-        _sheets(originals, out)
-    training = None
-    if minutes:
-        training = _train(_recipe(out, model, side, seed, device, changes or {}), minutes)
+        sheets = _sheets(originals, out)
+    spent = {str(n): round(1000 * median(seconds[n]), 1) for n in STEPS}
+    say(f"{out}: {len(originals)} files upscaled, " + ", ".join(f"{n} steps {ms:.0f} ms" for n, ms in spent.items()))
     told = {
         "model": model,
         "pictures": len(originals),
-        "upscale_ms": {str(n): 1000 * median(seconds[n]) for n in STEPS},
+        "sheets": sheets,
+        "upscale_ms": spent,
         "figures": figures,
-        "training": training,
-        "seconds": time.perf_counter() - began,
+        "training": None,
         "note": note,
         "machine": describe_machine(),
     }
-    names = [(o.name, o.title, o.group) for o in originals]
-    page.write(out / "index.html", page.build(names, told))
-    write_json(told, out / "timings.json")
+
+    def write() -> None:
+        told["seconds"] = round(time.perf_counter() - began, 1)
+        page.write(out / "index.html", page.build([(o.name, o.title, o.group) for o in originals], told))
+        write_json(told, out / "timings.json")
+
+    write()  # there is something to look at while it trains, and if that is interrupted
+    if note:
+        say(note)
+    if minutes:
+        say(f"training an adapter for {minutes:g} min in {out / 'training'}")
+        told["training"] = training = _train(_recipe(pipe, out, model, side, seed, device, changes or {}), minutes)
+        say(f"trained on {training['images']:,} images so far; the same command again goes on from there")
+        write()
     return told
 
 
@@ -209,8 +215,8 @@ def _read(out: Path, folder: str, original: Original) -> Tensor:
     return read_image(out / folder / f"{original.name}.png").rgb
 
 
-def _sheets(originals: list[Original], out: Path) -> None:
-    """scenes.png and photographs.png: everything side by side."""
+def _sheets(originals: list[Original], out: Path) -> list[str]:
+    """Writes scenes.png and photographs.png, everything side by side; returns their names."""
     import numpy as np
     import torch
 
@@ -218,6 +224,7 @@ def _sheets(originals: list[Original], out: Path) -> None:
     from ..evaluation import contact_sheet
 
     columns = {"input": "input", "bicubic": "bicubic", **{f"{n} step{'s' * (n > 1)}": f"steps-{n}" for n in STEPS}}
+    names = []
     for group in dict.fromkeys(o.group for o in originals):
         members = [o for o in originals if o.group == group]
         shape = min(o.truth.shape[-1] for o in members)
@@ -228,36 +235,34 @@ def _sheets(originals: list[Original], out: Path) -> None:
         }
         pixels = np.asarray(contact_sheet(shown), np.float32) / 255
         write_png(out / f"{group}.png", torch.from_numpy(pixels).permute(2, 0, 1), overwrite=True)
+        names.append(f"{group}.png")
+    return names
 
 
-def _recipe(out: Path, model: str, side: int, seed: int, device: str, changes: dict[str, Any]) -> DistillRecipe:
+def _recipe(
+    pipe: CoDiPipeline, out: Path, model: str, side: int, seed: int, device: str, changes: dict[str, Any]
+) -> DistillRecipe:
+    """The training's recipe. Its folder is named after all that decides it, so that a tour of another model or version
+    starts afresh instead of meeting checkpoints that do not fit."""
     from ..training.distill import DistillRecipe
 
     settings: dict[str, Any] = {
-        "out": str(out / "training"), "model": model, "data": "scenes:train:512", "held_out": "scenes:held-out:8",
+        "model": model, "data": "scenes:train:512", "held_out": "scenes:held-out:8",
         "size": side, "degradation": "bicubic", "images": 8_000, "batch_size": 8, "learning_rate": 3e-4, "warmup": 160,
         "ema": 0.99, "log_every": 80, "preview_every": 240, "checkpoint_every": 8_000, "keep": 1, "seed": seed,
         "device": device,
     }  # fmt: skip
-    return DistillRecipe(**{**settings, **changes})
+    settings |= changes
+    key = zlib.crc32(json.dumps([settings, dict(pipe.unet.config)], sort_keys=True, default=str).encode())
+    return DistillRecipe(out=str(out / "training" / f"{key:08x}"), **settings)
 
 
-def _train(recipe: DistillRecipe, minutes: float, distill: Callable[..., Path] | None = None) -> dict[str, Any]:
-    """Trains from the backbone on, or goes on from where an earlier tour stopped. A training of another model or
-    recipe that the folder holds is removed first: the folder is the tour's own."""
-    import shutil
-
+def _train(recipe: DistillRecipe, minutes: float) -> dict[str, Any]:
+    """Trains from the backbone on, or goes on from where an earlier tour stopped; returns what the page shows of it."""
     from ..training.checkpoint import complete
-    from ..training.distill import distill as run
+    from ..training.distill import distill
 
-    out = Path(recipe.out)
-    try:
-        run(recipe, quiet=not watched(), minutes=minutes)
-    except UserError:
-        if not complete(out / "checkpoints"):
-            raise
-        shutil.rmtree(out)
-        run(recipe, quiet=not watched(), minutes=minutes)
+    out = distill(recipe, quiet=not watched(), minutes=minutes)
     rows = {row["images"]: {} for row in _log(out)}
     for row in _log(out):  # losses and obedience come in lines of their own; a killed run's lines are passed again
         rows[row["images"]].update(row)
@@ -270,7 +275,7 @@ def _train(recipe: DistillRecipe, minutes: float, distill: Callable[..., Path] |
         "seconds": state["progress"]["seconds"],
         "objective": recipe.objective,
         "curve": curve,
-        "previews": [f"{out.name}/previews/{p.name}" for p in previews],
+        "previews": [f"training/{out.name}/previews/{p.name}" for p in previews],
     }
 
 

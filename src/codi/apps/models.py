@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 from .common import Json, print_json
 
 EXAMPLE = "Example: codi models --json"
+LICENCE = "Apache-2.0"  # the package's own, which its weights share
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
@@ -59,7 +59,7 @@ def _row(folder: Path, kind: str, record: dict[str, Any], origin: str) -> dict[s
         "name": folder.name,
         "kind": kind,
         "path": str(folder),
-        "licence": record.get("licence") or metadata("codi").get("License-Expression") or "Apache-2.0",
+        "licence": record.get("licence", LICENCE),
         "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         "task": record.get("task"),
         "steps": record.get("steps"),

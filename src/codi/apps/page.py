@@ -181,7 +181,8 @@ select { font: inherit; padding: .15rem .4rem; color: inherit; background: var(-
 figure { margin: 0; }
 figcaption { padding: .35rem .1rem; }
 img { display: block; width: 100%; image-rendering: pixelated; }
-.pair { --at: 50%; position: relative; aspect-ratio: 1; overflow: hidden; border-radius: .5rem; background: var(--line); }
+.pair { --at: 50%; position: relative; aspect-ratio: 1; overflow: hidden; border-radius: .5rem;
+  background: var(--line); }
 .pair img { position: absolute; inset: 0; height: 100%; }
 .pair .right { clip-path: inset(0 0 0 var(--at)); }
 .pair .bar { position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px; margin-left: -1px; background: #fff;
@@ -221,8 +222,9 @@ $sections
 <tbody>
 $figures
 </tbody></table></div>
-<p class="soft">PSNR is to the truth; it favours blur, which is why bicubic does well in it. Obedience is the PSNR of the
-result, made small again, to the input. The ENLite0 distance compares features of an image network, as LPIPS does.</p>
+<p class="soft">PSNR is to the truth; it favours blur, which is why bicubic does well in it. Obedience is the PSNR
+of the result, made small again, to the input. The ENLite0 distance compares features of an image network, as LPIPS
+does.</p>
 <details><summary>Everything side by side</summary>
 <div class="scroll"><table class="strips"><thead><tr>$heads</tr></thead><tbody>
 $strips</tbody></table></div></details>

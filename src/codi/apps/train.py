@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import BadUsage, Json, Minutes, print_json, usage, watched, working
+from .common import BadUsage, Json, Minutes, hide_loading_bars, print_json, usage, watched, working
 
 DISTILL_EXAMPLE = "Example: codi distill smoke --out runs/mine --data photos --images 20000"
 PRETRAIN_EXAMPLE = "Example: codi pretrain mini --out runs/mini --ldm-images 500000"
@@ -35,12 +35,17 @@ Keys = Annotated[bool, typer.Option("--keys", help="Show every key, its default 
 def distill(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
     """Adapt and distil a model in one stage. The same command again resumes."""
     with working("starting"):
+        from ..tasks import get_task
         from ..training.distill import DistillRecipe
         from ..training.distill import distill as run
 
     if keys:
         return _show_keys(DistillRecipe)
     recipe = read(DistillRecipe, words)
+    with usage():
+        recipe.validate()
+        get_task(recipe.task)
+    hide_loading_bars()
     out = run(recipe, quiet=not watched(), minutes=minutes)
     images = _reached(out / "checkpoints")
     _report(out, images, recipe.images, minutes, json_, _metrics(out))
@@ -55,6 +60,7 @@ def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, j
     if keys:
         return _show_keys(PretrainRecipe)
     recipe = read(PretrainRecipe, words)
+    hide_loading_bars()
     out = run(recipe, quiet=not watched(), minutes=minutes)
     _report(out, _reached(out / "work" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
 
@@ -107,7 +113,9 @@ def _show_keys(cls: type) -> None:
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
                 notes[line.target.id] = str(ast.literal_eval(after.value))
     for field in fields(cls):
-        default = field.default if field.default is not MISSING else field.default_factory() if callable(field.default_factory) else "(needed)"  # fmt: skip
+        default: Any = "(needed)" if field.default is MISSING else field.default
+        if callable(field.default_factory):
+            default = field.default_factory()
         print(f"--{field.name.replace('_', '-')} {default}")
         if field.name in notes:
             print(textwrap.indent(textwrap.fill(" ".join(notes[field.name].split()), 100), "    "))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .. import __version__
 from ..errors import UserError
 from .common import (
     Adapter,
@@ -28,7 +29,6 @@ from .common import (
     load_pipeline,
     print_json,
     say_error,
-    version,
     working,
 )
 
@@ -69,7 +69,7 @@ class Settings:
 
 def upscale(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="IN...", help="Picture files, or folders of them.", show_default=False)
+        list[Path], typer.Argument(metavar="IN", help="Picture files, or folders of them.", show_default=False)
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A file for one picture, a folder for several.", show_default=False)
@@ -125,9 +125,12 @@ def plan(inputs: Sequence[Path], out: Path, count: int = 1, overwrite: bool = Fa
     Every target is checked before anything is computed. Raises UserError for one that cannot be written, that is an
     input, or that two inputs share, and for a folder without pictures.
     """
+    from ..data.images import read_image
     from ..data.writing import WRITABLE, check_writable
 
     sources = [file for path in inputs for file in _pictures(path)]
+    if len(sources) == 1:
+        read_image(sources[0])  # a bad one should not cost the loading of a model
     into = len(sources) > 1 or inputs[0].is_dir() or out.is_dir()
     if into and out.suffix.lower() in WRITABLE and not out.is_dir():
         raise BadUsage(f"{out}: is one file for {len(sources)} pictures: name a folder after -o")
@@ -137,8 +140,11 @@ def plan(inputs: Sequence[Path], out: Path, count: int = 1, overwrite: bool = Fa
         targets = [target] if count == 1 else [target.with_stem(f"{target.stem}-{k}") for k in range(count)]
         for one in targets:
             check_writable(one, overwrite)
-            if (owner := taken.setdefault(one.resolve(), source)) is not source or one.resolve() == source.resolve():
-                raise UserError(f"{one}: is needed by {owner} too: name another folder, or rename one of the pictures")
+            owner = taken.setdefault(one.resolve(), source)
+            if owner.resolve() == one.resolve():
+                raise UserError(f"{one}: is an input: name another file or folder")
+            if owner is not source:
+                raise UserError(f"{one}: {owner} is written there too: rename one of the pictures")
         jobs.append(Job(source, targets))
     return jobs
 
@@ -183,8 +189,7 @@ def run(
     from ..data.writing import write_image
 
     notes = {
-        "Software": f"codi {version()}",
-        "codi version": version(),
+        "Software": f"codi {__version__}",
         "codi model": settings.model,
         "codi adapter": settings.adapter or "upscale",
         "codi task": "upscale",

@@ -250,6 +250,7 @@ class SceneSource:
     ) -> None:
         self.split, self.count, self.seed, self.columns = split, count, seed, tuple(columns)
         self._room = memory
+        self.device = "cpu"  # where to render; another device rounds a few pixels differently
         self._kept: dict[tuple[int, int], Sample] = {}  # (size, index) -> sample with integer tensors
 
     def __len__(self) -> int:
@@ -266,14 +267,15 @@ class SceneSource:
         check_size(size)
         fresh: dict[int, Sample] = {}
         missing = [i for i in dict.fromkeys(indices) if (size, i) not in self._kept]
-        for at in range(0, len(missing), chunk(size)):
-            for sample in self._render(missing[at : at + chunk(size)], size):
+        step = chunk(size, self.device)
+        for at in range(0, len(missing), step):
+            for sample in self._render(missing[at : at + step], size):
                 fresh[sample.index] = sample
                 self._keep(sample, size)
         return [self._finish(fresh[i] if i in fresh else self._kept[size, i]) for i in indices]
 
     def _render(self, indices: Sequence[int], size: int) -> Iterator[Sample]:
-        out = render_chunk(self.split, indices, size, self.seed, edits="edited_image" in self.columns)
+        out = render_chunk(self.split, indices, size, self.seed, "edited_image" in self.columns, self.device)
         for k, i in enumerate(indices):
             # Clones, because a slice would keep the whole chunk alive.
             extras = {c: out.columns[c][k].clone() for c in self.columns}

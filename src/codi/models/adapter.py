@@ -55,13 +55,13 @@ class FusedAdapter(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, unet: dict[str, Any], condition_channels: int = 3, info: dict[str, Any] | None = None) -> None:
         super().__init__()
-        encoder = UNet2DConditionModel.from_config(unet)
+        encoder: Any = UNet2DConditionModel.from_config(unet)
         channels = unet["in_channels"] + condition_channels - 3
         if channels != unet["in_channels"]:
             encoder.conv_in = nn.Conv2d(channels, unet["block_out_channels"][0], 3, padding=1)
         for unused in ("up_blocks", "conv_norm_out", "conv_act", "conv_out"):
             delattr(encoder, unused)
-        self.encoder = encoder
+        self.encoder: UNet2DConditionModel = encoder
         self.mu = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in _feature_widths(unet))
 
     @classmethod
@@ -73,7 +73,7 @@ class FusedAdapter(ModelMixin, ConfigMixin):
         widened = torch.zeros_like(adapter.encoder.conv_in.weight)
         widened[:, : unet.config["in_channels"]] = unet.conv_in.weight.detach()
         adapter.encoder.load_state_dict({**weights, "conv_in.weight": widened})
-        return adapter.to(unet.device)
+        return adapter.to(unet.device)  # type: ignore[arg-type]
 
     def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
         """Condition (B, C, H, W) in [0, 1] -> what the encoder takes: the picture's latent, then any maps."""
@@ -110,7 +110,8 @@ class ControlNetAdapter(ModelMixin, ConfigMixin):
         info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.net = ControlNetAdapter._build(UNet2DConditionModel.from_config(unet), condition_channels, downscale)
+        blank: Any = UNet2DConditionModel.from_config(unet)
+        self.net = ControlNetAdapter._build(blank, condition_channels, downscale)
 
     @staticmethod
     def _build(unet: UNet2DConditionModel, condition_channels: int, downscale: int) -> ControlNetModel:
@@ -127,7 +128,7 @@ class ControlNetAdapter(ModelMixin, ConfigMixin):
         adapter = cls(_architecture(unet), condition_channels, codec.downscale(vae), info)
         built = cls._build(unet, condition_channels, codec.downscale(vae))
         adapter.net.load_state_dict(built.state_dict())
-        return adapter.to(unet.device)
+        return adapter.to(unet.device)  # type: ignore[arg-type]
 
     def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
         """A ControlNet reads pixels itself."""

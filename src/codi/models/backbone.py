@@ -147,5 +147,5 @@ def unet_up(unet: UNet2DConditionModel, features: list[Tensor], embedding: Tenso
         size = skips[-1].shape[2:] if skips else None
         h = block(hidden_states=h, temb=embedding, res_hidden_states_tuple=tuple(mine), upsample_size=size, **attends)
     if unet.conv_norm_out is not None:
-        h = unet.conv_act(unet.conv_norm_out(h))
+        h = unet.conv_act(unet.conv_norm_out(h))  # type: ignore[misc]
     return unet.conv_out(h)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
 from .colour import match_colour
 from .sampler import ddim, initial_noise
-from .tiling import covered_size, cut, mirror_pad, upscale_tiled
+from .tiling import covered_size, cut, mirror_pad, starts, upscale_tiled
 
 ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
 OVERLAP = 4  # a tile overlaps its neighbours by tile / OVERLAP
@@ -34,7 +35,7 @@ class CoDiPipeline(DiffusionPipeline):
     """Image-conditioned sampling in 1 to 4 steps.
 
     `adapter` None gives plain text-to-image. `task` and `task_options` say what the condition is (see codi.tasks).
-    Saves and loads as any diffusers pipeline; `from_pretrained` also joins a Stable Diffusion checkpoint and an adapter.
+    Saves and loads as any diffusers pipeline; `from_pretrained` also joins a checkpoint and an adapter.
     """
 
     model_cpu_offload_seq = "text_encoder->adapter->unet->vae"
@@ -151,6 +152,8 @@ class CoDiPipeline(DiffusionPipeline):
                 f"{0 if given is None else len(given)} images: give one, or one for each"
             )
 
+        progress_bar: Any = self.progress_bar
+
         def callback(step: int, t: int, z: Tensor, x: Tensor) -> Tensor | None:
             bar.update()
             if callback_on_step_end is None:
@@ -170,7 +173,7 @@ class CoDiPipeline(DiffusionPipeline):
         channels, f = self.vae.config["latent_channels"], codec.downscale(self.vae)
         if given is None:
             side = self.unet.config["sample_size"]
-            with self.progress_bar(total=steps) as bar:
+            with progress_bar(total=steps) as bar:
                 latent = sample(initial_noise((channels, side, side), seeds), None, prompts)
             return self._finish(latent if output_type == "latent" else self._decode(latent), output_type, return_dict)
 
@@ -187,7 +190,7 @@ class CoDiPipeline(DiffusionPipeline):
             h, w = given.shape[-2:]
             padded = mirror_pad(given, (-(-h // align) * align, -(-w // align) * align))
             shape = (channels, padded.shape[-2] * scale // f, padded.shape[-1] * scale // f)
-            with self.progress_bar(total=steps) as bar:
+            with progress_bar(total=steps) as bar:
                 latent = sample(initial_noise(shape, seeds), task.condition(padded), prompts)
             if output_type == "latent":
                 return self._finish(latent, output_type, return_dict)
@@ -203,8 +206,9 @@ class CoDiPipeline(DiffusionPipeline):
                     noise = cut(field, corners, tile, scale / f)
                     return self._decode(sample(noise, task.condition(low), [text] * len(low)))
 
-                with self.progress_bar(total=None) as bar:
-                    overlap = max(align, tile // OVERLAP // align * align)
+                overlap = max(align, tile // OVERLAP // align * align)
+                tiles = math.prod(len(starts(length, tile, overlap, align)) for length in covered)
+                with progress_bar(total=-(-tiles // batch_size) * steps) as bar:
                     outputs.append(upscale_tiled(run, one, scale, tile, overlap, batch_size, align))
             result = torch.cat(outputs)
         result = match_colour(result.float().cpu(), task.condition(given).float(), method=colour)

@@ -99,8 +99,8 @@ def _psnr(a: Tensor, b: Tensor) -> float:
 def new_vae(recipe: PretrainRecipe) -> AutoencoderKL:
     levels = len(recipe.vae_widths)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # type: ignore[arg-type]
         block_out_channels=tuple(recipe.vae_widths),
         layers_per_block=1,
         latent_channels=recipe.latent_channels,

@@ -10,13 +10,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..data.scenes import sample_edit, sample_scene
-from ..data.sources import open_source
+from ..data.sources import SceneSource, open_source
+from ..models import codec
 from ..models.backbone import load_backbone
 from .codec import CodecJob, new_vae
 from .latents import LatentsJob, encode_all, new_ldm, new_scheduler
 from .pretrain_recipe import PretrainRecipe, first_pictures
 from .tokenizer import train_tokenizer
-from .trainer import RunSettings, train
+from .trainer import RunSettings, make_accelerator, train
 
 
 def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
@@ -28,7 +29,10 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     out = Path(recipe.out)
     work = out / "work"
     deadline = time.monotonic() + 60 * minutes if minutes else None
+    device = make_accelerator(RunSettings(device=recipe.device)).device
     source, held_out = open_source(recipe.data), open_source(recipe.held_out)
+    if isinstance(source, SceneSource):
+        source.device = str(device)
     torch.manual_seed(recipe.seed)
     begin = load_backbone(recipe.start) if recipe.start else None
     shared = RunSettings(
@@ -50,7 +54,7 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         vae = AutoencoderKL.from_pretrained(work / "codec" / "vae", use_safetensors=True)
     else:
         vae = begin.vae
-    vae.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval().to(device)
 
     latents, captions = encode_all(vae, source, recipe.size, work)
     if begin is None:
@@ -60,8 +64,10 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         scheduler = new_scheduler()
     else:
         tokenizer, unet, encoder, scheduler = begin.tokenizer, begin.unet, begin.text_encoder, begin.scheduler
-    _, prompts = first_pictures(held_out, 32, recipe.size)
-    job = LatentsJob(unet, encoder, tokenizer, vae, scheduler, recipe, latents, captions, prompts)
+    images, held_captions = first_pictures(held_out, 256, recipe.size)
+    with torch.no_grad():
+        held = torch.cat([codec.encode(vae, part.to(device)) for part in images.split(64)])
+    job = LatentsJob(unet, encoder, tokenizer, vae, scheduler, recipe, latents, captions, held, held_captions)
     settings = replace(
         shared, images=recipe.ldm_images, batch_size=recipe.ldm_batch, learning_rate=recipe.ldm_learning_rate,
         precision=recipe.precision,

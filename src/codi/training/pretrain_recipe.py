@@ -45,7 +45,7 @@ class PretrainRecipe:
     text_width: int = 128
     text_layers: int = 2
     prompt_dropout: float = 0.1
-    """Share of captions replaced by the empty prompt, so that guidance has an unconditional answer to move away from."""
+    """Share of captions replaced by the empty prompt: guidance needs an unconditional answer to move away from."""
     warmup: int = 8_000
     decay_to: float = 0.05
     ema: float = 0.999

@@ -14,7 +14,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 1024) -> CLIPTokenizer:
-    """Learns a vocabulary of at most `vocabulary` tokens from `texts`; writes it to `folder` and loads it from there."""
+    """Learns at most `vocabulary` tokens from `texts`; writes the tokenizer to `folder` and loads it from there."""
     letters = list(bytes_to_unicode().values())
     alphabet = [*letters, *(letter + "</w>" for letter in letters), START, END]
     blank = CLIPTokenizer(vocab={token: i for i, token in enumerate(alphabet)}, merges=[])

@@ -161,7 +161,7 @@ def train(
     quiet: bool = False,
     deadline: float | None = None,
 ) -> Progress:
-    """Trains `job` until `settings.images`, resuming from the newest checkpoint below `out/checkpoints` if there is one.
+    """Trains `job` until `settings.images`, from the newest checkpoint below `out/checkpoints` if there is one.
 
     `deadline`: time.monotonic() after which the run stops with a checkpoint, as it does on SIGTERM or Ctrl-C.
     Raises UserError when a loss is not finite; the last checkpoint is from before and stays.

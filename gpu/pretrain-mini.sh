@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Purpose: the embedded backbone at 128 px. Result: $OUT/shard-*.bin (a Stable Diffusion folder), $OUT/log-*.jsonl, previews.
+# Resume: run it again with the last result's shards in $SHARDS: the text-to-image stage goes on from those weights.
+#   OUT=runs/gpu MINUTES=9 bash gpu/pretrain-mini.sh [--key value ...]     (overrides of recipes/mini-128.yaml)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${OUT:=runs/gpu}" "${MINUTES:=9}" "${DEVICE:=cuda}" "${RUN:=runs/mini-128}" "${PYTHON:=python3}"
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
+mkdir -p "$OUT"
+start=()
+if [ -n "${SHARDS:-}" ] && [ ! -d "$RUN/work" ]; then
+    "$PYTHON" gpu/shards.py unpack "$SHARDS" runs/start
+    start=(--start runs/start)
+fi
+"$PYTHON" -m codi pretrain mini-128 --out "$RUN" --device "$DEVICE" --minutes "$MINUTES" "${start[@]}" "$@"
+for stage in codec ldm; do
+    if [ -f "$RUN/work/$stage/log.jsonl" ]; then cp "$RUN/work/$stage/log.jsonl" "$OUT/log-$stage.jsonl"; fi
+    last=$(ls -1 "$RUN/work/$stage/previews/"*.png 2>/dev/null | tail -n 1)
+    if [ -n "$last" ]; then cp "$last" "$OUT/preview-$stage.png"; fi
+done
+if [ -f "$RUN/model_index.json" ]; then
+    rm -rf runs/pack && mkdir -p runs/pack
+    (cd "$RUN" && tar cf - --exclude=work .) | tar xf - -C runs/pack
+    "$PYTHON" gpu/shards.py pack runs/pack "$OUT"
+fi
