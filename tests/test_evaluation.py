@@ -57,6 +57,7 @@ class Shrink:
 
     name = "upscale"
     condition_channels = 3
+    prompted = True
     obedience_unit = "dB PSNR of the downscaled result to the input"
 
     def given(self, batch, generator):

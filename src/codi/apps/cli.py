@@ -81,7 +81,7 @@ def _unforeseen(error: Exception) -> int:
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         say_error("not enough memory: use a smaller --batch or --tile, or smaller pictures")
     elif isinstance(error, OSError) and error.strerror:
-        say_error(f"{error.filename or 'a file'}: {error.strerror}: free space or mend its permissions")
+        say_error(f"{error.filename or 'a file'}: {error.strerror}: check its name, its permissions and the space left")
     else:
         say_error(f"{type(error).__name__}: {text} (unexpected: run with CODI_DEBUG=1 for the traceback)")
     return 1

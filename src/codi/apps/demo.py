@@ -93,6 +93,7 @@ def tour(
     say(f"{out}: {len(originals)} files upscaled, " + ", ".join(f"{n} steps {ms:.0f} ms" for n, ms in spent.items()))
     told = {
         "model": model,
+        "scale": pipe.task.scale,  # type: ignore[union-attr]
         "pictures": len(originals),
         "sheets": sheets,
         "upscale_ms": spent,
@@ -249,7 +250,7 @@ def _recipe(
     settings: dict[str, Any] = {
         "model": model, "data": "scenes:train:512", "held_out": "scenes:held-out:8",
         "size": side, "degradation": "bicubic", "images": 8_000, "batch_size": 8, "learning_rate": 3e-4, "warmup": 160,
-        "ema": 0.99, "log_every": 80, "preview_every": 240, "checkpoint_every": 8_000, "keep": 1, "seed": seed,
+        "ema": 0.99, "log_every": 40, "preview_every": 160, "checkpoint_every": 8_000, "keep": 1, "seed": seed,
         "device": device,
     }  # fmt: skip
     settings |= changes

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: codi evaluate --task upscale --data scenes:held-out:100 --steps 1,2,4 --json"
 HELD_OUT = "scenes:held-out:500"
+WIDTH = 120  # of the table where no terminal says how wide it is
 MANY_STEPS = (50, 4)  # of the fine-tuned reference: what it needs, and what it makes of a few
 NAMES = {"codi": "codi", "finetune": "finetuned"}  # objective -> the method's name in tables
 
@@ -135,7 +136,7 @@ def evaluate(
     else:
         from rich.console import Console
 
-        Console().print(rich_table(results))
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(rich_table(results))
 
 
 def parse_steps(text: str) -> tuple[int, ...]:

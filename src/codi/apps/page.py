@@ -46,8 +46,9 @@ def build(pictures: Sequence[tuple[str, str, str]], told: dict[str, Any]) -> str
         for group in groups
     ]
     return _PAGE.substitute(
-        summary=f"{len(pictures)} picture files, enlarged 4 times by <code>{escape(told['model'])}</code> in 1, 2 and "
-        f"4 steps. Made in {told['seconds']:.0f} s on {escape(str(where))}.",
+        summary=f"{len(pictures)} picture files, enlarged {told['scale']} times by "
+        f"<code>{escape(told['model'])}</code> in 1, 2 and 4 steps. "
+        f"Made in {told['seconds']:.0f} s on {escape(str(where))}.",
         note=f'<p class="note">{escape(told["note"])}</p>' if told["note"] else "",
         left=_choice("left", "bicubic"),
         right=_choice("right", "steps-4"),

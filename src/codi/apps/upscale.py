@@ -190,8 +190,8 @@ def run(
 
     notes = {
         "Software": f"codi {__version__}",
-        "codi model": settings.model,
-        "codi adapter": settings.adapter or "upscale",
+        "codi model": _public(settings.model),
+        "codi adapter": _public(settings.adapter or "upscale"),
         "codi task": "upscale",
         "codi steps": str(settings.steps),
         "codi guidance": f"{settings.guidance:g}",
@@ -243,6 +243,12 @@ def run(
                 "seed": seed,
                 "steps": settings.steps,
             }
+
+
+def _public(name: str) -> str:
+    """A model's name for a picture that may be passed on: of a path its last part, not where the user keeps it."""
+    path = Path(name)
+    return path.name if path.exists() else name
 
 
 def _groups(

@@ -90,7 +90,19 @@ class PictureSource(ABC):
             row = self.row(index)
             picture = load_picture(row.image, least=2 * size)
             square = draw_square(picture.width, picture.height, size, rng)
-            extras = {c: cut(load_picture(data), square, size, c) for c, data in row.pictures.items()}
+            extras = {}
+            for column, data in row.pictures.items():
+                other = load_picture(data)
+                _same_shape(picture.size, other.size, column)
+                extras[column] = cut(other, square, size, column)
             return Sample(index, self.name(index), cut(picture, square, size), row.text, row.instruction, extras)
         except Exception as error:  # Pillow's decoders raise nearly every type there is on damaged bytes
             return CorruptSample(index, self.name(index), why_unreadable(error))
+
+
+def _same_shape(picture: tuple[int, int], other: tuple[int, int], column: str) -> None:
+    """A column may have another resolution than its picture, but not another aspect: it would be stretched out of
+    register. Raises ValueError where the two differ by more than the rounding of a pixel."""
+    if abs(picture[0] * other[1] - picture[1] * other[0]) > max(*picture, *other):
+        sizes = f"{other[0]} x {other[1]} px, the picture {picture[0]} x {picture[1]}"
+        raise ValueError(f"its {column} has another shape: {sizes}")

@@ -148,7 +148,7 @@ def evaluate(
     while group := list(islice(samples, batch)):
         positions = range(done, done + len(group))
         given = torch.cat([task.given(_single(s), _stream(seed, k)) for s, k in zip(group, positions, strict=True)])
-        prompts = [sample.text for sample in group]
+        prompts = [sample.text if task.prompted else "" for sample in group]
         truth = torch.stack([sample.image for sample in group])
         first = first or (given, prompts)
         truth_maps = features(truth)

@@ -55,7 +55,7 @@ def rich_table(results: Results) -> Table:
     """The results as a rich table, for the terminal."""
     table = Table(caption=caption(results), caption_justify="left")
     for number, (head, _, _) in enumerate(COLUMNS):
-        table.add_column(head, justify="right" if number else "left", no_wrap=number == 0)
+        table.add_column(head, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
     for row in cells(results):
         table.add_row(*row)
     return table

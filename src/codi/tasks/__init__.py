@@ -23,6 +23,8 @@ class Task(Protocol):
     """As get_task knows it."""
     condition_channels: ClassVar[int]
     """C of `condition`."""
+    prompted: ClassVar[bool]
+    """Whether users say what to make: a task without prompts is measured without them."""
     obedience_unit: ClassVar[str]
     """What `obedience` measures and its unit, for tables."""
 

@@ -30,6 +30,7 @@ class Upscale:
 
     name: ClassVar[str] = "upscale"
     condition_channels: ClassVar[int] = 3
+    prompted: ClassVar[bool] = False
     obedience_unit: ClassVar[str] = "dB PSNR of the downscaled result to the input"
 
     def __post_init__(self) -> None:

@@ -136,6 +136,10 @@ class DistillJob(Job):
         self.task: Task = get_task(recipe.task, **options)
         self.vae, self.text_encoder, self.tokenizer = backbone.vae, backbone.text_encoder, backbone.tokenizer
         self.schedule, self.family = backbone.schedule, backbone.family
+        cell = codec.downscale(self.vae)
+        if recipe.size % cell:
+            fitting = max(1, round(recipe.size / cell)) * cell
+            raise UserError(f"size {recipe.size}: not a multiple of {cell}, the model's latent cell: use {fitting}")
         backbone.freeze()
         form = FORMS[recipe.adapter]
         if recipe.start:

@@ -1,0 +1,305 @@
+"""Whatever is wrong with what a user gives: one clear line, the right exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from codi.apps import models as embedded
+from codi.data.samples import CorruptSample
+from codi.data.sources import open_source
+from codi.training.checkpoint import complete
+from shell import Models, Shell, make_models, picture
+from tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Models:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def shell(capsys) -> Shell:
+    return Shell(capsys)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def huge_header() -> bytes:
+    """A PNG that promises 100,000 x 100,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def truncated(folder: Path) -> bytes:
+    return picture(folder / "whole.jpg", 64, 64).read_bytes()[:700]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        (lambda folder: b"", "empty (0 bytes)"),
+        (lambda folder: b"%PDF-1.7 but named .png", "is not an image"),
+        (truncated, "truncated or damaged"),
+        (lambda folder: huge_header(), "100000 x 100000 pixels"),
+    ],
+    ids=["missing", "0-byte", "non-image", "truncated", "huge header"],
+)
+def test_a_bad_picture(shell, tiny, tmp_path, content, words):
+    source, out = tmp_path / "in.png", tmp_path / "out.png"
+    if content is not None:
+        source.write_bytes(content(tmp_path))
+    before = files(tmp_path)
+    shell("upscale", source, "-o", out, *tiny.options).failed(1, str(source), words)
+    assert files(tmp_path) == before
+
+
+def test_an_empty_folder(shell, tiny, tmp_path):
+    (tmp_path / "in").mkdir()
+    shell("upscale", tmp_path / "in", "-o", tmp_path / "out", *tiny.options).failed(1, "no pictures in this folder")
+    shell("data", "check", tmp_path / "in").failed(1, str(tmp_path / "in"), "no pictures")
+    shell("distill", "smoke", "--out", tmp_path / "run", "--data", tmp_path / "in").failed(1, "no pictures")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_mask_of_another_shape_than_its_picture(tmp_path):
+    for name, size in (("a.png", (40, 30)), ("m.png", (30, 40)), ("half.png", (20, 15))):
+        picture(tmp_path / name, *size)
+    rows = [{"file_name": "a.png", "mask": "m.png"}, {"file_name": "a.png", "mask": "half.png"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong, coarser = open_source(tmp_path, columns=("mask",)).read([0, 1], 32)
+    assert isinstance(wrong, CorruptSample) and "mask has another shape: 30 x 40 px, the picture 40 x 30" in wrong.why
+    assert not isinstance(coarser, CorruptSample) and coarser.extras["mask"].shape == (1, 32, 32)
+
+
+# --- where results go ------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(shell, tiny, tmp_path):
+    source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
+    out.write_bytes(b"mine")
+    command = ("upscale", source, "-o", out, *tiny.options, "--steps", 1)
+    shell(*command).failed(1, str(out), "exists already", "--overwrite")
+    assert out.read_bytes() == b"mine"
+    assert shell(*command, "--overwrite").code == 0
+    assert Image.open(out).size == (28, 20)
+
+
+def test_an_output_that_cannot_be_written(shell, tiny, tmp_path):
+    source = picture(tmp_path / "in.png")
+    for target, words in (
+        (source / "out.png", "is a file, not a folder"),
+        (tmp_path / "out.psd", "cannot write .psd"),
+        (tmp_path / ("x" * 300 + ".png"), "File name too long"),
+    ):
+        shell("upscale", source, "-o", target, *tiny.options).failed(1, words)
+    shell("data", "render", 2, "-o", source / "scenes").failed(1, str(source / "scenes"))
+    out = ("--out", source / "figures.json")
+    shell("evaluate", "--task", "upscale", "--data", "scenes:held-out:2", *out).failed(1, "is a file, not a folder")
+    shell("demo", "--out", source / "demo", *tiny.options).failed(1, str(source))
+    assert files(tmp_path) == ["in.png"]
+
+
+def test_no_space_left(shell, tiny, tmp_path, monkeypatch):
+    source = picture(tmp_path / "in.png")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("codi.data.writing.os.replace", full)
+    shell("upscale", source, "-o", tmp_path / "out.png", *tiny.options, "--steps", 1).failed(1, "no space left")
+    monkeypatch.undo()
+    assert files(tmp_path) == ["in.png"]
+
+    path = recipe(tmp_path, tiny, pictures(tmp_path / "pictures", 4))
+    assert shell("distill", path, "--images", 4).code == 0
+    before = files(tmp_path / "run" / "checkpoints")
+    monkeypatch.setattr("codi.training.checkpoint.save_file", full)
+    shell("distill", path, "--images", 8).failed(1, "No space left on device")
+    assert files(tmp_path / "run" / "checkpoints") == before
+
+
+# --- models and adapters ---------------------------------------------------------------------------------------------
+
+
+def spoilt(folder: Path, copy: Path) -> Path:
+    """A copy of a model's part whose first weight holds a NaN."""
+    shutil.copytree(folder, copy)
+    path = next(copy.rglob("diffusion_pytorch_model.safetensors"))
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    weights[name].view(-1)[0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    return copy
+
+
+def test_weights_that_are_not_numbers(shell, tiny, tmp_path):
+    source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
+    model, adapter = spoilt(tiny.model, tmp_path / "model"), spoilt(tiny.adapter, tmp_path / "adapter")
+    command = ("upscale", source, "-o", out)
+    shell(*command, "--model", model, "--adapter", tiny.adapter).failed(1, str(model), "NaN or infinite")
+    shell(*command, "--model", tiny.model, "--adapter", adapter).failed(1, str(adapter), "NaN or infinite")
+    assert not out.exists()
+
+
+def test_an_adapter_that_does_not_fit(shell, tiny, tmp_path):
+    source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
+    other = tiny_checkpoint(tmp_path / "other", prediction="epsilon")
+    command = ("upscale", source, "-o", out)
+    ran = shell(*command, "--model", other, "--adapter", tiny.adapter)
+    ran.failed(1, str(tiny.adapter), "was trained for backbone", "the model given is")
+
+    depth = shutil.copytree(tiny.adapter, tmp_path / "depth")
+    config = json.loads((depth / "config.json").read_text())
+    config["info"]["task"] = "depth"
+    (depth / "config.json").write_text(json.dumps(config))
+    shell(*command, "--model", tiny.model, "--adapter", depth).failed(1, "does 'depth', not 'upscale'")
+
+    shell(*command, "--model", tiny.model, "--adapter", tmp_path / "gone").failed(1, "gone", "no adapter there")
+    shell(*command, "--model", tmp_path / "gone").failed(1, "gone", "no model there")
+    (depth / "config.json").write_text("{")
+    shell(*command, "--model", tiny.model, "--adapter", depth).failed(1, "not an adapter's config")
+    (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    shell(*command, "--model", tmp_path / "model.ckpt").failed(1, "not a .safetensors file")
+    assert not out.exists()
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("upscal in.png -o out.png", ["upscal", "upscale"]),
+        ("upscale in.png", ["--out"]),
+        ("upscale in.png -o out.png --stpes 4", ["--stpes", "--steps"]),
+        ("upscale in.png -o out.png --steps 0", ["--steps"]),
+        ("upscale in.png -o out.png --steps 5000", ["--steps"]),
+        ("upscale in.png -o out.png --steps four", ["--steps", "integer"]),
+        ("upscale in.png -o out.png --colour wavlet", ["--colour", "wavelet"]),
+        ("upscale in.png -o out.png --device tpu", ["--device", "cuda"]),
+        ("evaluate", ["--task"]),
+        ("evaluate --task upscle", ["upscle", "did you mean 'upscale'"]),
+        ("evaluate --task upscale --steps 1,2,x", ["--steps 1,2,x"]),
+        ("evaluate --task upscale --degradation bicubc", ["bicubc", "bicubic"]),
+        ("distill", ["RECIPE"]),
+        ("distill --out there", ["RECIPE"]),
+        ("distill smoke --learning-rat 1", ["learning_rat", "did you mean 'learning_rate'"]),
+        ("distill smoke --images many", ["images", "many"]),
+        ("distill smoke --task depht", ["depht", "unknown task"]),
+        ("distill smoke --objective cody", ["cody", "did you mean 'codi'"]),
+        ("pretrain mini --unet-width 3", ["unet_width", "unet_widths"]),
+        ("data check . --task upscle", ["upscle", "did you mean 'upscale'"]),
+        ("data check . --size 30", ["--size 30", "multiple"]),
+        ("data render 2 -o there --split trian", ["trian", "did you mean 'train'"]),
+        ("data render 2 -o there --size 1000", ["--size"]),
+        ("data render 0 -o there", ["N"]),
+    ],
+)
+def test_wrong_usage(shell, tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    shell(*words.split()).failed(2, *told)
+    assert files(tmp_path) == []
+
+
+def test_a_recipe_that_is_not_one(shell, tmp_path):
+    shell("distill", "smke").failed(1, "smke", "did you mean 'smoke'")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("images: [1, 2")
+    shell("distill", broken).failed(1, str(broken), "not valid YAML")
+    broken.write_text("imags: 3\nout: there")
+    shell("distill", broken).failed(1, str(broken), "'imags'", "did you mean 'images'")
+    shell("evaluate", broken).failed(1, str(broken), "'imags'")
+
+
+def test_what_nobody_foresaw_is_one_line_too(shell, monkeypatch):
+    def fail(error: BaseException):
+        def embedded_():
+            raise error
+
+        monkeypatch.setattr(embedded, "embedded", embedded_)
+        return shell("models")
+
+    fail(RuntimeError("boom\nand more")).failed(1, "RuntimeError: boom and more", "CODI_DEBUG=1")
+    fail(RuntimeError("DefaultCPUAllocator: can't allocate memory")).failed(1, "not enough memory")
+    fail(PermissionError(errno.EACCES, "Permission denied", "there.png")).failed(1, "there.png: Permission denied")
+    fail(KeyboardInterrupt()).failed(130, "interrupted")
+    monkeypatch.setenv("CODI_DEBUG", "1")
+    ran = fail(RuntimeError("boom"))
+    assert ran.code == 1 and "Traceback" in ran.err
+
+
+# --- training data ---------------------------------------------------------------------------------------------------
+
+
+def pictures(folder: Path, count: int, corrupt: int = 0) -> Path:
+    """A folder of `count` pictures, the first `corrupt` of them not pictures at all."""
+    for k in range(count):
+        picture(folder / f"{k:03}.png", 32, 32, seed=k)
+    for k in range(corrupt):
+        (folder / f"{k:03}.png").write_bytes(b"not a picture")
+    return folder
+
+
+def recipe(folder: Path, tiny: Models, data: Path) -> Path:
+    """A run over `data` on a tiny model."""
+    held_out = pictures(folder / "held-out", 2)
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"out: {folder / 'run'}\nmodel: {tiny.model}\ndata: {data}\nheld_out: {held_out}\nsize: 32\nimages: 4\n"
+        "batch_size: 4\nwarmup: 1\nlog_every: 4\npreview_every: 1000\ncheckpoint_every: 4\ndegradation: bicubic\n"
+        "device: cpu\n"
+    )
+    return path
+
+
+def test_one_corrupt_file_in_a_hundred_is_skipped_and_named(shell, tiny, tmp_path):
+    path = recipe(tmp_path, tiny, pictures(tmp_path / "data", 100, corrupt=1))
+    ran = shell("distill", path, "--images", 120, "--batch-size", 40)
+    assert (ran.code, ran.err) == (0, "")
+    report = json.loads((tmp_path / "run" / "corrupt.json").read_text())
+    assert (report["read"], report["skipped"], [f["file"] for f in report["files"]]) == (100, 1, ["000.png"])
+
+
+def test_too_many_corrupt_files_stop_the_run(shell, tiny, tmp_path):
+    path = recipe(tmp_path, tiny, pictures(tmp_path / "data", 30, corrupt=12))
+    shell("distill", path, "--batch-size", 30).failed(1, "files are corrupt, more than 5%", "corrupt.json")
+    assert json.loads((tmp_path / "run" / "corrupt.json").read_text())["skipped"] == 12
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert shell("distill", path, "--out", tmp_path / "kind", "--max-corrupt", 0.5).code == 0
+
+
+def test_a_size_that_is_no_multiple(shell, tiny, tmp_path):
+    path = recipe(tmp_path, tiny, pictures(tmp_path / "data", 4))
+    shell("distill", path, "--size", 34).failed(1, "size 34", "not a multiple of 4", "use 32")
+    options = ("--task", "upscale", "--data", tmp_path / "data", "--finetuned", "none", *tiny.options)
+    shell("evaluate", *options, "--size", 34).failed(1, "34 x 34", "not multiples of the scale 4")
+    assert not complete(tmp_path / "run" / "checkpoints")
+
+
+def test_pictures_without_numbers_are_refused(shell, tiny, tmp_path):
+    path = tmp_path / "in.tiff"
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(path)
+    shell("upscale", path, "-o", tmp_path / "out.png", *tiny.options).failed(1, "NaN or infinite pixels")
