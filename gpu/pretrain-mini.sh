@@ -8,18 +8,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
 mkdir -p "$OUT"
 start=()
-if [ -n "${SHARDS:-}" ] && [ ! -d "$RUN/work" ]; then
+if [ -n "${SHARDS:-}" ] && [ ! -d "$RUN/training" ]; then
     "$PYTHON" gpu/shards.py unpack "$SHARDS" runs/start
     start=(--start runs/start)
 fi
 "$PYTHON" -m codi pretrain mini-128 --out "$RUN" --device "$DEVICE" --minutes "$MINUTES" "${start[@]}" "$@"
 for stage in codec ldm; do
-    if [ -f "$RUN/work/$stage/log.jsonl" ]; then cp "$RUN/work/$stage/log.jsonl" "$OUT/log-$stage.jsonl"; fi
-    last=$(ls -1 "$RUN/work/$stage/previews/"*.png 2>/dev/null | tail -n 1)
+    if [ -f "$RUN/training/$stage/log.jsonl" ]; then cp "$RUN/training/$stage/log.jsonl" "$OUT/log-$stage.jsonl"; fi
+    last=$(ls -1 "$RUN/training/$stage/previews/"*.png 2>/dev/null | tail -n 1)
     if [ -n "$last" ]; then cp "$last" "$OUT/preview-$stage.png"; fi
 done
 if [ -f "$RUN/model_index.json" ]; then
     rm -rf runs/pack && mkdir -p runs/pack
-    (cd "$RUN" && tar cf - --exclude=work .) | tar xf - -C runs/pack
+    (cd "$RUN" && tar cf - --exclude=training .) | tar xf - -C runs/pack
     "$PYTHON" gpu/shards.py pack runs/pack "$OUT"
 fi

@@ -62,7 +62,7 @@ def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, j
     recipe = read(PretrainRecipe, words)
     hide_loading_bars()
     out = run(recipe, quiet=not watched(), minutes=minutes)
-    _report(out, _reached(out / "work" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
+    _report(out, _reached(out / "training" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
 
 
 def read(cls: Callable[..., Any], words: list[str] | None) -> Any:

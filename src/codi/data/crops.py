@@ -38,10 +38,12 @@ def why_unreadable(error: Exception) -> str:
 
 
 def is_deep(picture: Image.Image) -> bool:
+    """Whether it holds 16-bit numbers."""
     return picture.mode.startswith("I")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
+    """8-bit RGB; 16-bit pictures are scaled down."""
     if is_deep(picture):  # Pillow's own conversion clips 16 bits at 255
         return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
     return picture.convert("RGB")

@@ -97,6 +97,7 @@ def _psnr(a: Tensor, b: Tensor) -> float:
 
 
 def new_vae(recipe: PretrainRecipe) -> AutoencoderKL:
+    """An untrained codec of the recipe's size; its quant convolutions start as the identity."""
     levels = len(recipe.vae_widths)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]

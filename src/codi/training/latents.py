@@ -117,7 +117,7 @@ class LatentsJob(Job):
             pipe.save_pretrained(folder, safe_serialization=True)
             (folder / "training.json").write_text(json.dumps({"images": progress.images}, indent=1) + "\n")
 
-        staged = out / "work" / "finished"
+        staged = out / "training" / "finished"
         write_atomically(staged, fill)
         for part, dtype in before.items():
             part.to(dtype=dtype)
@@ -137,6 +137,7 @@ def _shuffled(seed: int, epoch: int, count: int, _memory: dict = {}) -> np.ndarr
 
 
 def new_ldm(recipe: PretrainRecipe, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """An untrained U-Net and text encoder of the recipe's size."""
     ids: Any = tokenizer
     encoder = CLIPTextModel(
         CLIPTextConfig(

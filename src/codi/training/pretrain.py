@@ -27,7 +27,7 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     everything in place to go on. Returns the folder.
     """
     out = Path(recipe.out)
-    work = out / "work"
+    work = out / "training"
     deadline = time.monotonic() + 60 * minutes if minutes else None
     device = make_accelerator(RunSettings(device=recipe.device)).device
     source, held_out = open_source(recipe.data), open_source(recipe.held_out)

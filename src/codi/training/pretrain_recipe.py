@@ -18,7 +18,7 @@ class PretrainRecipe:
     """A text-to-image backbone from captioned pictures. One key of the YAML file each."""
 
     out: str
-    """Folder of the finished checkpoint; work in progress lies in its `work/` sub-folder."""
+    """Folder of the finished checkpoint; work in progress lies in its `training/` sub-folder."""
     data: str = "scenes:train:48000"
     """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
     held_out: str = "scenes:held-out:256"
@@ -66,10 +66,12 @@ def read_pictures(source: Source, indices: range, size: int) -> tuple[Tensor, li
 
 
 def first_pictures(source: Source, count: int, size: int) -> tuple[Tensor, list[str]]:
+    """The first `count` of them (all, if there are fewer)."""
     return read_pictures(source, range(min(count, len(source))), size)
 
 
 def write_sheet(out: Path, name: str, images: Tensor, columns: int) -> None:
+    """Writes the pictures (B, 3, H, W) as one contact sheet below `out`/previews."""
     folder = out / "previews"
     folder.mkdir(parents=True, exist_ok=True)
     contact_sheet(list(images), columns).save(folder / name)
