@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..errors import UserError
 from ..models import codec
 from ..models.adapter import Adapter, load_adapter
-from ..models.backbone import find_model, load_backbone
+from ..models.backbone import find_model, load_backbone, require_finite
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
 from ..schedule import DiscreteSchedule
@@ -73,7 +73,12 @@ class CoDiPipeline(DiffusionPipeline):
         """
         folder = Path(find_model(model))
         if (folder / "adapter" / "config.json").is_file():
-            return super().from_pretrained(folder, **kwargs)  # type: ignore[return-value]
+            if adapter is not None:
+                raise UserError(f"{model}: a saved pipeline with an adapter of its own: leave the other adapter out")
+            pipe = super().from_pretrained(folder, **kwargs)
+            for name in ("vae", "text_encoder", "unet", "adapter"):
+                require_finite(getattr(pipe, name), f"{model}/{name}")
+            return pipe  # type: ignore[return-value]
         dtype = kwargs.pop("torch_dtype", torch.float32)
         if kwargs:
             raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(kwargs)}")

@@ -53,7 +53,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word[2:].partition("=")
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        values[key.replace("-", "_")] = yaml.safe_load(text)
+        try:
+            values[key.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError:  # a path such as @x is no YAML, but a fine string
+            values[key.replace("-", "_")] = text
     return values
 
 
