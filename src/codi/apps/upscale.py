@@ -166,16 +166,18 @@ def _pictures(path: Path) -> list[Path]:
 def check(pipe: CoDiPipeline, settings: Settings) -> None:
     """Raises BadUsage for a scale or tile that this pipeline does not make."""
     from ..models import codec
+    from ..sampling.pipeline import alignment
 
     most = pipe.task.scale  # type: ignore[union-attr]
     if settings.scale is not None and settings.scale > most:
         raise BadUsage(
             f"--scale {settings.scale:g}: this adapter enlarges {most} times: use at most {most}, or run twice"
         )
-    align = max(1, codec.downscale(pipe.vae) // most)
-    if settings.tile and settings.tile % align:
+    align = alignment(codec.downscale(pipe.vae), most)
+    if settings.tile and (settings.tile % align or settings.tile < 2 * align):
         raise BadUsage(
-            f"--tile {settings.tile}: not a multiple of {align}: use {settings.tile // align * align or align}"
+            f"--tile {settings.tile}: not a multiple of {align} from {2 * align} up: "
+            f"use {max(2, settings.tile // align) * align}"
         )
 
 

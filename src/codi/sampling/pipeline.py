@@ -31,6 +31,11 @@ ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
 OVERLAP = 4  # a tile overlaps its neighbours by tile / OVERLAP
 
 
+def alignment(downscale: int, scale: int) -> int:
+    """Input pixels after which a picture enlarged `scale` times meets a whole latent cell of `downscale` pixels."""
+    return downscale // math.gcd(downscale, scale)
+
+
 class CoDiPipeline(DiffusionPipeline):
     """Image-conditioned sampling in 1 to 4 steps.
 
@@ -38,7 +43,6 @@ class CoDiPipeline(DiffusionPipeline):
     Saves and loads as any diffusers pipeline; `from_pretrained` also joins a checkpoint and an adapter.
     """
 
-    model_cpu_offload_seq = "text_encoder->adapter->unet->vae"
     _optional_components = ["adapter"]
 
     def __init__(
@@ -186,9 +190,9 @@ class CoDiPipeline(DiffusionPipeline):
         scale = getattr(task, "scale", 1)
         side = self.unet.config["sample_size"] * f // scale  # the backbone's own size, in input pixels
         tile = (side if max(given.shape[-2:]) > 1.5 * side else 0) if tile is None else tile
-        align = max(1, f // scale)
-        if tile and tile % align:
-            raise UserError(f"tile {tile}: not a multiple of {align}: use {tile // align * align or align}")
+        align = alignment(f, scale)
+        if tile and (tile % align or tile < 2 * align):
+            raise UserError(f"tile {tile}: not a multiple of {align} from {2 * align} up: use {max(2, tile // align) * align}")
 
         if not tile:
             # Reflect up to whole latent cells, cut off again below.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.batches import Batch, batches
 from ..data.check import contact_sheet
-from ..data.sources import Sample, Source, open_source
+from ..data.sources import Sample, SceneSource, Source, open_source
 from ..errors import UserError, nearest
 from ..models import codec
 from ..models.adapter import FORMS, FusedAdapter, load_adapter
@@ -32,10 +32,11 @@ from ..sampling.sampler import ddim, initial_noise
 from ..tasks import Task, get_task
 from . import ema
 from .checkpoint import Progress, write_atomically
-from .trainer import Job, RunSettings, train
+from .trainer import Job, RunSettings, make_accelerator, train
 
 OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {"codi": codi, "finetune": finetune}
 PREVIEW_STEPS = (1, 2, 4)
+_CHOICES = {"consistency": ("noise", "signal"), "ode": ("own", "teacher"), "d_x": distances.DISTANCES}
 
 
 @dataclass(kw_only=True)
@@ -85,11 +86,22 @@ class DistillRecipe(RunSettings):
             if getattr(self, key) not in known:
                 value = getattr(self, key)
                 raise UserError(f"{key} {value!r}: not known{nearest(value, known)}: use one of {', '.join(known)}")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise UserError(f"prompt_dropout {self.prompt_dropout}: must lie in [0, 1]: use for example 0.5")
         allowed = [
             p.name
             for p in inspect.signature(OBJECTIVES[self.objective]).parameters.values()
-            if p.kind == p.KEYWORD_ONLY
+            if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t")  # not for recipes: a network, a tensor
         ]
+        for key, values in _CHOICES.items():
+            chosen = self.objective_options.get(key, values[0])
+            if chosen not in values:
+                raise UserError(
+                    f"{key} {chosen!r}: not known{nearest(str(chosen), values)}: use one of {', '.join(values)}"
+                )
+        dt = self.objective_options.get("dt", 1)
+        if not isinstance(dt, int) or dt < 1:
+            raise UserError(f"dt {dt!r}: must be a whole number of noise levels from 1 up: the paper uses 1")
         for key in self.objective_options:
             if key not in allowed:
                 raise UserError(
@@ -109,9 +121,7 @@ def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None
     elif name == "features":
         distance = distances.features(decode, lambda image: vae.encoder(image * 2 - 1))
     elif name == "perceptual":
-        from ..evaluation.metrics import enlite0_distance
-
-        distance = distances.perceptual(decode, enlite0_distance)
+        distance = distances.perceptual(decode, _perceptual(vae))
     else:
         known = distances.DISTANCES
         raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
@@ -120,6 +130,19 @@ def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None
         if options.get("ode") == "teacher":
             options["teacher"] = teacher
     return functools.partial(OBJECTIVES[recipe.objective], **options)
+
+
+def _perceptual(vae: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    from ..evaluation.metrics import Features, enlite0_distance
+
+    extractors: dict[Any, Features] = {}  # made where the codec is, which is not known before training starts
+
+    def metric(a: Tensor, b: Tensor) -> Tensor:
+        if vae.device not in extractors:
+            extractors[vae.device] = Features(device=vae.device)
+        return enlite0_distance(a.float(), b.float(), extractors[vae.device])
+
+    return metric
 
 
 class DistillJob(Job):
@@ -149,6 +172,7 @@ class DistillJob(Job):
         else:
             adapter = form.from_backbone(backbone.unet, backbone.vae, self.task.condition_channels)
             unet = backbone.unet
+        self.own_unet = unet is not backbone.unet  # a full adapter to go on from brings its own
         student = Student(unet, adapter).requires_grad_(True)
         student.unet.requires_grad_(recipe.train_backbone)
         if recipe.gradient_checkpointing:
@@ -156,8 +180,8 @@ class DistillJob(Job):
             (adapter.encoder if isinstance(adapter, FusedAdapter) else adapter.net).enable_gradient_checkpointing()  # type: ignore[union-attr]
         self.online: Any = student.train()
         self.average: Any = ema.average_copy(student)
-        teacher = self._teacher(student, backbone)
-        self.objective = configure_objective(recipe, backbone.vae, teacher)
+        self.teacher = self._teacher(student, backbone)
+        self.objective = configure_objective(recipe, backbone.vae, self.teacher)
         held = held_out.read(range(min(64, len(held_out))), recipe.size)
         samples = [s for s in held if isinstance(s, Sample)]
         if not samples:
@@ -184,7 +208,16 @@ class DistillJob(Job):
 
     def batches(self, start: int) -> Iterator[Batch]:
         r = self.recipe
-        return batches(self.source, r.batch_size, r.size, r.seed, start, report=self.report, max_corrupt=r.max_corrupt)
+        return batches(
+            self.source,
+            r.batch_size,
+            r.size,
+            r.seed,
+            start,
+            report=self.report,
+            max_corrupt=r.max_corrupt,
+            prefetch=True,
+        )
 
     def conditioning(self, given: Tensor, prompts: list[str]) -> Conditioning:
         """What the student may look at, from what a user brings."""
@@ -206,35 +239,41 @@ class DistillJob(Job):
 
     @torch.no_grad()
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
-        given = self.task.given(self.held, torch.Generator().manual_seed(0))
-        conditioning = self.conditioning(given, [""] * len(given))
-        shape = (self.vae.config["latent_channels"], *[self.recipe.size // codec.downscale(self.vae)] * 2)
-        noise = initial_noise(shape, range(len(given))).to(self.vae.device)
-        columns, figures = [self.task.condition(given)[:, :3]], {}
-        for steps in PREVIEW_STEPS:
-            latent = ddim(self.average, self.schedule, noise, conditioning, steps=steps)
-            output = codec.decode(self.vae, latent).float().cpu()
-            figures[f"obedience_{steps}"] = float(self.task.obedience(output, given).mean())
-            columns.append(output)
-        columns.append(self.held.image)
+        parts = [self._samples(start) for start in range(0, len(self.held.image), self.recipe.batch_size)]
+        given = torch.cat([p[0] for p in parts])
+        outputs = {n: torch.cat([p[1][n] for p in parts]) for n in PREVIEW_STEPS}
+        columns = [self.task.condition(given)[:, :3], *outputs.values(), self.held.image]
         folder = out / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         rows = torch.stack([c[:8] for c in columns], dim=1).flatten(0, 1)
         contact_sheet(list(rows), len(columns)).save(folder / f"{progress.images:08d}.png")
-        return figures
+        return {f"obedience_{n}": float(self.task.obedience(outputs[n], given).mean()) for n in PREVIEW_STEPS}
+
+    def _samples(self, start: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """What is given and what the average makes of it at each step count, for one batch of held-out samples."""
+        part = slice(start, start + self.recipe.batch_size)
+        extras = {k: v[part] for k, v in self.held.extras.items()}
+        batch = Batch(self.held.image[part], self.held.text[part], extras)
+        given = self.task.given(batch, torch.Generator().manual_seed(start))
+        conditioning = self.conditioning(given, [t if self.task.prompted else "" for t in batch.text])
+        shape = (self.vae.config["latent_channels"], *[self.recipe.size // codec.downscale(self.vae)] * 2)
+        noise = initial_noise(shape, range(start, start + len(given))).to(self.vae.device)
+        latents = {n: ddim(self.average, self.schedule, noise, conditioning, steps=n) for n in PREVIEW_STEPS}
+        return given, {n: codec.decode(self.vae, latent).float().cpu() for n, latent in latents.items()}
 
     def finish(self, out: Path, progress: Progress) -> None:
         figures = self.preview(out, progress)
         recipe = {k: v for k, v in asdict(self.recipe).items() if k not in ("out", "device")}
         adapter = copy.deepcopy(self.average.adapter)
+        own_unet = self.own_unet or self.recipe.train_backbone
         adapter.register_to_config(
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
-                "family": self.family, "full": self.recipe.train_backbone, "images": progress.images,
-                "seconds": round(progress.seconds), "recipe": recipe, "metrics": figures,
+                "family": self.family, "full": own_unet, "images": progress.images,
+                "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds), "recipe": recipe, "metrics": figures,
             }
         )  # fmt: skip
-        save_adapter(out, adapter, self.average.unet if self.recipe.train_backbone else None, half=self.recipe.half)
+        save_adapter(out, adapter, self.average.unet if own_unet else None, half=self.recipe.half)
 
 
 def save_adapter(out: Path, adapter: Any, unet: Any | None, half: bool) -> None:
@@ -271,8 +310,12 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
     torch.manual_seed(recipe.seed)
     deadline = time.monotonic() + 60 * minutes if minutes else None
     source, held_out = open_source(recipe.data), open_source(recipe.held_out)
+    if isinstance(source, SceneSource):
+        source.device = str(make_accelerator(recipe).device)
     job = DistillJob(recipe, load_backbone(recipe.model), source, held_out, out / "corrupt.json")
-    train(job, recipe, out, asdict(recipe), quiet=quiet, deadline=deadline)
+    progress = train(job, recipe, out, asdict(recipe), quiet=quiet, deadline=deadline)
+    if 0 < progress.images < recipe.images:  # stopped early: what there is by now can be used and looked at
+        job.finish(out, progress)
     return out
 
 

@@ -22,6 +22,7 @@ from ..schedule import DiscreteSchedule
 from . import ema
 from .checkpoint import Progress, write_atomically
 from .pretrain_recipe import PretrainRecipe, read_pictures, write_sheet
+from .tokenizer import write_classic_files
 from .trainer import Job
 
 
@@ -115,6 +116,7 @@ class LatentsJob(Job):
 
         def fill(folder: Path) -> None:
             pipe.save_pretrained(folder, safe_serialization=True)
+            write_classic_files(folder / "tokenizer")
             (folder / "training.json").write_text(json.dumps({"images": progress.images}, indent=1) + "\n")
 
         staged = out / "training" / "finished"
@@ -162,7 +164,9 @@ def new_ldm(recipe: PretrainRecipe, tokenizer: CLIPTokenizer) -> tuple[UNet2DCon
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         cross_attention_dim=recipe.text_width,
-        attention_head_dim=32,
+        attention_head_dim=tuple(
+            max(1, w // 32) for w in recipe.unet_widths
+        ),  # diffusers' name for the number of heads
         norm_num_groups=16,
     )
     return unet, encoder

@@ -73,5 +73,6 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         precision=recipe.precision,
     )  # fmt: skip
     progress = train(job, settings, work / "ldm", vars(recipe), quiet=quiet, deadline=deadline)
-    job.export(out, progress)
+    if progress.images < recipe.ldm_images and progress.updates:
+        job.export(out, progress)
     return out

@@ -23,9 +23,13 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 1024) 
     tokenizer = blank.train_new_from_iterator([*texts, *spelled], vocab_size=vocabulary)
     tokenizer.model_max_length = MODEL_LENGTH
     tokenizer.save_pretrained(folder)
-    # The two files of the classic layout, for readers that do not know tokenizer.json.
+    write_classic_files(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_classic_files(folder: Path) -> None:
+    """vocab.json and merges.txt beside tokenizer.json: the classic layout, for readers that know no other."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    return CLIPTokenizer.from_pretrained(folder)

@@ -64,6 +64,8 @@ class RunSettings:
         for name, allowed in (("device", ("auto", "cpu", "cuda")), ("precision", ("no", "bf16", "fp16"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r}: not known: use one of {', '.join(allowed)}")
+        if self.precision == "fp16" and (self.device == "cpu" or not torch.cuda.is_available()):
+            raise UserError("precision 'fp16': needs a CUDA device to scale its loss: use bf16 or no")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device 'cuda': there is no CUDA device here: use --device cpu")
         if not 0 <= self.ema < 1:
@@ -168,6 +170,8 @@ def train(
     """
     settings.validate()
     accelerator = accelerator or make_accelerator(settings)
+    if accelerator.num_processes > 1:
+        raise UserError(f"{accelerator.num_processes} processes: training runs in one: start it without a launcher")
     job.to(accelerator.device)
     groups = job.groups(settings.learning_rate)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
@@ -227,6 +231,8 @@ def train(
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
                             norm = accelerator.clip_grad_norm_(checkpoint.trainable(job.online).values(), settings.clip)
+                            if accelerator.scaler is None and not math.isfinite(float(norm)):  # type: ignore[arg-type]
+                                raise UserError(_not_finite({**losses, "gradient norm": norm}, progress, root))
                             totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm)  # type: ignore[arg-type]
                         optimizer.step()
                         optimizer.zero_grad()
