@@ -11,7 +11,7 @@ for recipe in upscale upscale-finetuned; do
     "$PYTHON" -m codi distill "$recipe" --out "runs/$recipe" --model "$MODEL" --device "$DEVICE" --minutes "$MINUTES" "$@"
 done
 "$PYTHON" -m codi evaluate --task upscale --model "$MODEL" --adapter runs/upscale --finetuned runs/upscale-finetuned \
-    --data "scenes:held-out:$COUNT" --count "$COUNT" --steps 1,2,4 --degradation bicubic --seed 0 --json --out "$OUT/upscale.json"
+    --data "scenes:held-out:$COUNT" --count "$COUNT" --steps 1,2,4 --degradation bicubic --seed 0 --json --overwrite --out "$OUT/upscale.json"
 rm -rf runs/pack && mkdir -p runs/pack
 for recipe in upscale upscale-finetuned; do
     (cd "runs/$recipe" && find . -name '*.json' -not -path './checkpoints/*' -o -name '*.safetensors' -not -path './checkpoints/*' |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: codi evaluate --task upscale --data scenes:held-out:100 --steps 1,2,4 --json"
 HELD_OUT = "scenes:held-out:500"
 WIDTH = 120  # of the table where no terminal says how wide it is
-MANY_STEPS = (50, 4)  # of the fine-tuned reference: what it needs, and what it makes of a few
-NAMES = {"codi": "codi", "finetune": "finetuned"}  # objective -> the method's name in tables
+MANY_STEPS = (1, 2, 4, 50)  # of the fine-tuned reference: what it makes of a few, and what it needs
+NAMES = {"codi": "codi", "finetune": "ldm"}  # objective -> the method's name in tables
 
 
 def evaluate(
@@ -50,7 +51,7 @@ def evaluate(
     ] = None,
     finetuned: Annotated[
         str | None,
-        typer.Option(help="The fine-tuned reference, run at 50 and 4 steps: a name, a folder or none."),
+        typer.Option(help="The fine-tuned reference, run at 1, 2, 4 and 50 steps: a name, a folder or none."),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help=f"Held-out pictures: a folder, tars or scenes:SPLIT:COUNT [{HELD_OUT}].")
@@ -103,10 +104,11 @@ def evaluate(
         pipe = load_pipeline(model, task, name, device, dtype)
         reference = reference or pipe
         methods.append(pipeline_method(pipe, counts, _name(pipe, name, methods), guidance))
-    if (name := _reference(task, finetuned)) is not None:
+    assert reference is not None
+    if (name := _reference(task, finetuned, reference)) is not None:
         pipe = load_pipeline(model, task, name, device, dtype)
         methods.append(pipeline_method(pipe, MANY_STEPS, _name(pipe, name, methods), guidance))
-    assert reference is not None and reference.task is not None
+    assert reference.task is not None
     for method in methods:
         if max(method.steps) > reference.schedule.horizon:
             raise BadUsage(f"--steps {max(method.steps)}: the model has {int(reference.schedule.horizon)}: use fewer")
@@ -154,12 +156,18 @@ def _recipe(name: str) -> Any:
     return build(DistillRecipe, read_recipe(name), name)
 
 
-def _reference(task: str, finetuned: str | None) -> str | None:
-    """The fine-tuned adapter to compare with: the one asked for, else the embedded one if there is one."""
+def _reference(task: str, finetuned: str | None, pipe: CoDiPipeline) -> str | None:
+    """The fine-tuned adapter to compare with: the one asked for, else the embedded one if it fits the backbone."""
+    from ..models.backbone import family
+
     if finetuned is not None:
         return None if finetuned == "none" else finetuned
     name = f"{task}-finetuned"
-    return name if (WEIGHTS / "adapters" / name / "config.json").is_file() else None
+    config = WEIGHTS / "adapters" / name / "config.json"
+    if not config.is_file():
+        return None
+    fits = json.loads(config.read_text())["info"]["family"] == family(pipe.unet, pipe.vae, pipe.scheduler)
+    return name if fits else None
 
 
 def _info(pipe: CoDiPipeline) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from cv2.utils import logging
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from codi.data import profiles
-from codi.data.writing import WRITABLE, check_writable, write_image, write_png
-from codi.errors import UserError, nearest
+from ..data import profiles
+from .writing import WRITABLE, check_writable, write_image, write_png
+from ..errors import UserError, nearest
 
 __all__ = ["PIXEL_LIMIT", "WRITABLE", "Picture", "check_writable", "read_image", "write_image", "write_png"]
 

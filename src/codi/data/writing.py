@@ -17,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from codi.errors import UserError, nearest
+from ..errors import UserError, nearest
 
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
 _DESCRIPTION = 0x010E  # EXIF tag ImageDescription

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codi.errors import UserError, nearest
+from ..errors import UserError, nearest
 
 METHODS = ("wavelet", "adain", "none")
 

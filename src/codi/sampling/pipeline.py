@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -174,7 +175,10 @@ class CoDiPipeline(DiffusionPipeline):
         def sample(noise: Tensor, conditions: Tensor | None, texts: list[str]) -> Tensor:
             noise = noise.to(device=self.device, dtype=self.unet.dtype)
             conditioning = self._conditioning(conditions, texts)
-            blank = self._conditioning(conditions, [negative_prompt] * len(texts)) if guidance_scale != 1 else None
+            blank = None
+            if guidance_scale != 1:
+                negative = embed_prompts(self.tokenizer, self.text_encoder, [negative_prompt] * len(texts))
+                blank = replace(conditioning, text=negative)
             return ddim(
                 self.student, self.schedule, noise, conditioning, steps, guidance_scale, blank, strength, callback
             )
@@ -188,11 +192,14 @@ class CoDiPipeline(DiffusionPipeline):
 
         assert task is not None
         scale = getattr(task, "scale", 1)
-        side = self.unet.config["sample_size"] * f // scale  # the backbone's own size, in input pixels
-        tile = (side if max(given.shape[-2:]) > 1.5 * side else 0) if tile is None else tile
         align = alignment(f, scale)
+        side = self.unet.config["sample_size"] * f // scale  # the backbone's own size, in input pixels
+        side = max(2, side // align) * align
+        tile = (side if max(given.shape[-2:]) > 1.5 * side else 0) if tile is None else tile
         if tile and (tile % align or tile < 2 * align):
-            raise UserError(f"tile {tile}: not a multiple of {align} from {2 * align} up: use {max(2, tile // align) * align}")
+            raise UserError(
+                f"tile {tile}: not a multiple of {align} from {2 * align} up: use {max(2, tile // align) * align}"
+            )
 
         if not tile:
             # Reflect up to whole latent cells, cut off again below.
@@ -250,14 +257,14 @@ def to_tensor(image: ImageInput) -> Tensor:
     if isinstance(image, Image.Image):
         image = [image]
     if isinstance(image, (list, tuple)):
-        arrays = [
-            np.asarray(i.convert("RGB"), dtype=np.float32) / 255 if isinstance(i, Image.Image) else i for i in image
-        ]
+        arrays = [_pixels(i) if isinstance(i, Image.Image) else np.asarray(i) for i in image]
         if len({a.shape for a in arrays}) != 1:
             raise UserError("image: pictures of one call must have one size: call once for each size")
-        image = np.stack([np.asarray(a) for a in arrays])
+        image = np.stack(arrays)
     if isinstance(image, np.ndarray):
         array = image[None] if image.ndim == 3 else image
+        if array.ndim != 4:
+            raise UserError(f"image: shape {image.shape} is not (B, h, w, 3): pass RGB pictures")
         image = torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)).permute(0, 3, 1, 2)
     assert isinstance(image, Tensor)
     tensor = (image[None] if image.ndim == 3 else image).float()
@@ -266,3 +273,11 @@ def to_tensor(image: ImageInput) -> Tensor:
     if not bool(torch.isfinite(tensor).all()) or tensor.min() < -1e-3 or tensor.max() > 1 + 1e-3:
         raise UserError("image: values outside [0, 1]: scale the picture to that range")
     return tensor.clamp(0, 1)
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """float32 (h, w, 3) in [0, 1], upright; 16-bit grey keeps its range. (Files in full: data.images.read_image.)"""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        return np.repeat(np.asarray(picture, dtype=np.float32)[..., None] / 65535, 3, axis=2)
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from codi.errors import UserError
+from ..errors import UserError
 
 Corner = tuple[int, int]
 Run = Callable[[Tensor, list[Corner]], Tensor]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from codi.errors import UserError, nearest
-from codi.tasks.upscale import Upscale
+from ..errors import UserError, nearest
+from .upscale import Upscale
 
 if TYPE_CHECKING:
-    from codi.data.batches import Batch
+    from ..data.batches import Batch
 
 
 class Task(Protocol):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codi.errors import UserError, nearest
-from codi.tasks.degradations import bicubic, second_order
+from ..errors import UserError, nearest
+from .degradations import bicubic, second_order
 
 if TYPE_CHECKING:
-    from codi.data.batches import Batch
+    from ..data.batches import Batch
 
 DEGRADATIONS = ("real", "bicubic")
 OBEDIENCE_CAP = 60.0  # dB; the rounding of an 8-bit input alone costs this much, so beyond it nothing is measured

@@ -106,6 +106,28 @@ def complete(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if (p / "state.json").is_file())
 
 
+def require_same_run(root: Path, recipe: dict[str, Any], free: set[str]) -> None:
+    """Raises UserError if the newest checkpoint below `root` is of a different recipe: resuming would mix two runs.
+    Keys in `free` may differ."""
+    found = complete(root)
+    if not found:
+        return
+    file = found[-1] / "state.json"
+    try:
+        before = json.loads(file.read_text())["recipe"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({error!r}): delete its folder to go on from the one before"
+        ) from error
+    now = json.loads(json.dumps(recipe))
+    for key in now:
+        if key not in free and key in before and before[key] != now[key]:
+            raise UserError(
+                f"{root.parent}: holds a run with {key} {before[key]!r}, not {now[key]!r}: "
+                "give another --out, or the old value to go on with that run"
+            )
+
+
 def clean(root: Path) -> None:
     """Removes what a killed run left half-written; puts back a folder caught between two renames."""
     for left in root.glob(f"{_TEMPORARY}*"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -31,9 +31,11 @@ from ..objectives.finetune import finetune
 from ..sampling.sampler import ddim, initial_noise
 from ..tasks import Task, get_task
 from . import ema
-from .checkpoint import Progress, write_atomically
+from .checkpoint import Progress, require_same_run, write_atomically
 from .trainer import Job, RunSettings, make_accelerator, train
 
+# Keys that may differ between a run and its continuation: they do not change what is computed before the next image.
+_FREE = {"out", "images", "device", "log_every", "preview_every", "checkpoint_every", "keep", "half"}
 OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {"codi": codi, "finetune": finetune}
 PREVIEW_STEPS = (1, 2, 4)
 _CHOICES = {"consistency": ("noise", "signal"), "ode": ("own", "teacher"), "d_x": distances.DISTANCES}
@@ -263,7 +265,7 @@ class DistillJob(Job):
 
     def finish(self, out: Path, progress: Progress) -> None:
         figures = self.preview(out, progress)
-        recipe = {k: v for k, v in asdict(self.recipe).items() if k not in ("out", "device")}
+        recipe = {k: _public(v) for k, v in asdict(self.recipe).items() if k not in ("out", "device")}
         adapter = copy.deepcopy(self.average.adapter)
         own_unet = self.own_unet or self.recipe.train_backbone
         adapter.register_to_config(
@@ -274,6 +276,11 @@ class DistillJob(Job):
             }
         )  # fmt: skip
         save_adapter(out, adapter, self.average.unet if own_unet else None, half=self.recipe.half)
+
+
+def _public(value: Any) -> Any:
+    """A recipe's value as it may be shared: of a local path only the last part."""
+    return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
 
 
 def save_adapter(out: Path, adapter: Any, unet: Any | None, half: bool) -> None:
@@ -306,7 +313,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
     """Runs or resumes `recipe`; returns its folder. `minutes` stops early, with a checkpoint, to go on later."""
     recipe.validate()
     out = Path(recipe.out)
-    _same_run(out, recipe)
+    require_same_run(out / "checkpoints", asdict(recipe), _FREE)
     torch.manual_seed(recipe.seed)
     deadline = time.monotonic() + 60 * minutes if minutes else None
     source, held_out = open_source(recipe.data), open_source(recipe.held_out)
@@ -317,24 +324,3 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
     if 0 < progress.images < recipe.images:  # stopped early: what there is by now can be used and looked at
         job.finish(out, progress)
     return out
-
-
-# Keys that may differ between a run and its continuation: they do not change what is computed before the next image.
-_FREE = {"out", "images", "device", "log_every", "preview_every", "checkpoint_every", "keep", "half"}
-
-
-def _same_run(out: Path, recipe: DistillRecipe) -> None:
-    """Raises UserError if `out` holds checkpoints of a different recipe: resuming would mix two runs."""
-    from .checkpoint import complete
-
-    found = complete(out / "checkpoints")
-    if not found:
-        return
-    before = json.loads((found[-1] / "state.json").read_text())["recipe"]
-    now = json.loads(json.dumps(asdict(recipe)))
-    for key in now:
-        if key not in _FREE and key in before and before[key] != now[key]:
-            raise UserError(
-                f"{out}: holds a run with {key} {before[key]!r}, not {now[key]!r}: "
-                "give another --out, or the old value to go on with that run"
-            )

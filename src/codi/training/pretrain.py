@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,17 @@ from diffusers import AutoencoderKL
 from ..data.scenes import sample_edit, sample_scene
 from ..data.sources import SceneSource, open_source
 from ..models import codec
-from ..models.backbone import load_backbone
+from ..models.backbone import find_model, load_backbone
+from .checkpoint import require_same_run
 from .codec import CodecJob, new_vae
 from .latents import LatentsJob, encode_all, new_ldm, new_scheduler
 from .pretrain_recipe import PretrainRecipe, first_pictures
 from .tokenizer import train_tokenizer
 from .trainer import RunSettings, make_accelerator, train
+
+
+# Keys that may differ between a run and its continuation.
+_FREE = {"out", "vae_images", "ldm_images", "device", "log_every", "preview_every", "checkpoint_every", "keep"}
 
 
 def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
@@ -26,8 +32,11 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     Each stage resumes from its own checkpoints; a finished stage is not repeated. `minutes` ends the run early with
     everything in place to go on. Returns the folder.
     """
+    recipe.validate()
     out = Path(recipe.out)
     work = out / "training"
+    for stage in ("codec", "ldm"):
+        require_same_run(work / stage / "checkpoints", vars(recipe), _FREE)
     deadline = time.monotonic() + 60 * minutes if minutes else None
     device = make_accelerator(RunSettings(device=recipe.device)).device
     source, held_out = open_source(recipe.data), open_source(recipe.held_out)
@@ -37,7 +46,7 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     begin = load_backbone(recipe.start) if recipe.start else None
     shared = RunSettings(
         seed=recipe.seed, device=recipe.device, ema=recipe.ema, warmup=recipe.warmup, decay_to=recipe.decay_to,
-        log_every=recipe.log_every, preview_every=recipe.preview_every, checkpoint_every=recipe.checkpoint_every,
+        log_every=recipe.log_every, preview_every=recipe.preview_every, checkpoint_every=recipe.checkpoint_every, keep=recipe.keep,
     )  # fmt: skip
 
     if begin is None:
@@ -64,10 +73,12 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         scheduler = new_scheduler()
     else:
         tokenizer, unet, encoder, scheduler = begin.tokenizer, begin.unet, begin.text_encoder, begin.scheduler
+    note = Path(find_model(recipe.start)) / "training.json" if recipe.start else None
+    before = json.loads(note.read_text())["images"] if note is not None and note.is_file() else 0
     images, held_captions = first_pictures(held_out, 256, recipe.size)
     with torch.no_grad():
         held = torch.cat([codec.encode(vae, part.to(device)) for part in images.split(64)])
-    job = LatentsJob(unet, encoder, tokenizer, vae, scheduler, recipe, latents, captions, held, held_captions)
+    job = LatentsJob(unet, encoder, tokenizer, vae, scheduler, recipe, latents, captions, held, held_captions, before)
     settings = replace(
         shared, images=recipe.ldm_images, batch_size=recipe.ldm_batch, learning_rate=recipe.ldm_learning_rate,
         precision=recipe.precision,

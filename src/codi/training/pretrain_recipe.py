@@ -55,6 +55,24 @@ class PretrainRecipe:
     log_every: int = 1_600
     preview_every: int = 20_000
     checkpoint_every: int = 8_000
+    keep: int = 2
+    """Checkpoints kept of each stage; more of them give a learning curve."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that no run can have."""
+        cell = 2 ** (len(self.vae_widths) - 1)
+        for name in ("size", "vae_crop"):
+            if getattr(self, name) % cell or getattr(self, name) < cell:
+                raise UserError(f"{name} {getattr(self, name)}: not a multiple of {cell}, a latent cell: change it")
+        if self.vae_crop > self.size:
+            raise UserError(f"vae_crop {self.vae_crop}: larger than size {self.size}: lower it")
+        for name in ("vae_images", "vae_batch", "latent_channels", "ldm_images", "ldm_batch", "text_layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1: raise it")
+        for name, unit in (("vae_widths", 8), ("unet_widths", 16), ("text_width", 32)):
+            widths = getattr(self, name) if isinstance(getattr(self, name), tuple) else (getattr(self, name),)
+            if any(not isinstance(w, int) or w < 1 or w % unit for w in widths):
+                raise UserError(f"{name} {list(widths)}: must be multiples of {unit}: change it")
 
 
 def read_pictures(source: Source, indices: range, size: int) -> tuple[Tensor, list[str]]:
