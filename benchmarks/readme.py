@@ -13,8 +13,9 @@ BEGIN, END = "<!-- figures: written by benchmarks/readme.py -->\n", "<!-- end of
 def upscale_table(result: dict) -> list[str]:
     """One row a method and step count."""
     lines = [
-        f"x4 upscaling of {result['count']} held-out scenes (seed {result['seed']}), the same backbone, adapter and image "
-        f"budget for both models; latency of one picture on {result['machine']['cpus']} CPU cores:",
+        f"x4 upscaling of {result['count']} held-out scenes (seed {result['seed']}), the same backbone, adapter and "
+        "image budget for both models (ldm: plain fine-tuning); latency of one picture on "
+        f"{result['machine']['cpus']} CPU cores:",
         "",
         "| method | steps | PSNR dB ↑ | SSIM ↑ | ENLite0 distance ↓ | FD-ENLite0 ↓ | obedience dB ↑ | ms |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny import rand, tiny_vae
 
 from codi.models import codec
 from codi.models.backbone import EMBEDDED, load_backbone
@@ -17,6 +16,7 @@ from codi.training.latents import new_scheduler
 from codi.training.pretrain import pretrain
 from codi.training.pretrain_recipe import PretrainRecipe
 from codi.training.tokenizer import train_tokenizer
+from tiny import rand, tiny_vae
 
 
 def test_standardised_latents_have_unit_variance_and_decode_as_before():

@@ -23,8 +23,8 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ..data import profiles
-from .writing import WRITABLE, check_writable, write_image, write_png
 from ..errors import UserError, nearest
+from .writing import WRITABLE, check_writable, write_image, write_png
 
 __all__ = ["PIXEL_LIMIT", "WRITABLE", "Picture", "check_writable", "read_image", "write_image", "write_png"]
 

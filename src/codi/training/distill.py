@@ -272,7 +272,8 @@ class DistillJob(Job):
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
                 "family": self.family, "full": own_unet, "images": progress.images,
-                "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds), "recipe": recipe, "metrics": figures,
+                "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds),
+                "recipe": recipe, "metrics": figures,
             }
         )  # fmt: skip
         save_adapter(out, adapter, self.average.unet if own_unet else None, half=self.recipe.half)

@@ -21,7 +21,6 @@ from .pretrain_recipe import PretrainRecipe, first_pictures
 from .tokenizer import train_tokenizer
 from .trainer import RunSettings, make_accelerator, train
 
-
 # Keys that may differ between a run and its continuation.
 _FREE = {"out", "vae_images", "ldm_images", "device", "log_every", "preview_every", "checkpoint_every", "keep"}
 
@@ -46,7 +45,8 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     begin = load_backbone(recipe.start) if recipe.start else None
     shared = RunSettings(
         seed=recipe.seed, device=recipe.device, ema=recipe.ema, warmup=recipe.warmup, decay_to=recipe.decay_to,
-        log_every=recipe.log_every, preview_every=recipe.preview_every, checkpoint_every=recipe.checkpoint_every, keep=recipe.keep,
+        log_every=recipe.log_every, preview_every=recipe.preview_every, checkpoint_every=recipe.checkpoint_every,
+        keep=recipe.keep,
     )  # fmt: skip
 
     if begin is None:
@@ -84,6 +84,6 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         precision=recipe.precision,
     )  # fmt: skip
     progress = train(job, settings, work / "ldm", vars(recipe), quiet=quiet, deadline=deadline)
-    if progress.images < recipe.ldm_images and progress.updates:
+    if progress.updates:
         job.export(out, progress)
     return out

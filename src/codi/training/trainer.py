@@ -90,9 +90,8 @@ class Job(nn.Module, ABC):
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
         """Writes pictures of the average's present state below `out`; returns figures worth a curve."""
 
-    @abstractmethod
-    def finish(self, out: Path, progress: Progress) -> None:
-        """Writes the finished model to `out`, atomically."""
+    def finish(self, out: Path, progress: Progress) -> None:  # noqa: B027 - some jobs have nothing to add
+        """Called once all images are done: writes the finished model to `out`, atomically."""
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser."""
