@@ -214,7 +214,7 @@ class CoDiPipeline(DiffusionPipeline):
         else:
             outputs = []
             for one, text, s in zip(given.split(1), prompts, seeds, strict=True):
-                covered = covered_size(*one.shape[-2:], tile, align)
+                covered = covered_size(one.shape[-2], one.shape[-1], tile, align)
                 # One noise field for the whole picture, so that neighbouring tiles agree where they overlap.
                 field = initial_noise((channels, covered[0] * scale // f, covered[1] * scale // f), [s])
 

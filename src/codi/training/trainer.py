@@ -229,10 +229,12 @@ def train(
                             raise UserError(_not_finite(losses, progress, root))
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
-                            norm = accelerator.clip_grad_norm_(checkpoint.trainable(job.online).values(), settings.clip)
-                            if accelerator.scaler is None and not math.isfinite(float(norm)):  # type: ignore[arg-type]
+                            trained: Any = checkpoint.trainable(job.online).values()
+                            norm: Any = accelerator.clip_grad_norm_(trained, settings.clip)
+                            if math.isfinite(float(norm)):
+                                totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm)
+                            elif accelerator.scaler is None:  # with a loss scale, an overflow is skipped and rescaled
                                 raise UserError(_not_finite({**losses, "gradient norm": norm}, progress, root))
-                            totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm)  # type: ignore[arg-type]
                         optimizer.step()
                         optimizer.zero_grad()
                     for name, value in losses.items():
