@@ -65,6 +65,12 @@ def write_atomically(folder: Path, fill) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Changes keys of a JSON file; None removes one."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}, indent=2) + "\n")
+
+
 def save(
     root: Path,
     progress: Progress,

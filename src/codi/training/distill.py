@@ -31,7 +31,7 @@ from ..objectives.finetune import finetune
 from ..sampling.sampler import ddim, initial_noise
 from ..tasks import Task, get_task
 from . import ema
-from .checkpoint import Progress, require_same_run, write_atomically
+from .checkpoint import Progress, edit_json, require_same_run, write_atomically
 from .trainer import Job, RunSettings, make_accelerator, train
 
 # Keys that may differ between a run and its continuation: they do not change what is computed before the next image.
@@ -295,6 +295,10 @@ def save_adapter(out: Path, adapter: Any, unet: Any | None, half: bool) -> None:
         stored(adapter).save_pretrained(folder, safe_serialization=True)
         if unet is not None:
             stored(unet).save_pretrained(folder / "unet", safe_serialization=True)
+        for config in folder.rglob("config.json"):
+            edit_json(config, _name_or_path=None)  # where it lay on this machine
+        for weights in folder.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors leaves them to their owner alone
 
     staged = out / ".finished"
     write_atomically(staged, fill)

@@ -20,7 +20,7 @@ from ..models.student import Conditioning, Student
 from ..sampling.sampler import ddim, initial_noise
 from ..schedule import DiscreteSchedule
 from . import ema
-from .checkpoint import Progress, write_atomically
+from .checkpoint import Progress, edit_json, write_atomically
 from .pretrain_recipe import PretrainRecipe, read_pictures, write_sheet
 from .tokenizer import write_classic_files
 from .trainer import Job
@@ -116,8 +116,8 @@ class LatentsJob(Job):
         def fill(folder: Path) -> None:
             pipe.save_pretrained(folder, safe_serialization=True)
             # float16 on disk, but a stock pipeline without a dtype shall load all parts in float32 alike.
-            _edit(folder / "text_encoder" / "config.json", dtype="float32")
-            _edit(folder / "vae" / "config.json", _name_or_path=None)
+            edit_json(folder / "text_encoder" / "config.json", dtype="float32")
+            edit_json(folder / "vae" / "config.json", _name_or_path=None)
             write_classic_files(folder / "tokenizer")
             (folder / "training.json").write_text(
                 json.dumps({"images": self.images_before + progress.images}, indent=1) + "\n"
@@ -132,12 +132,6 @@ class LatentsJob(Job):
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
             item.rename(target)
         staged.rmdir()
-
-
-def _edit(config: Path, **changes: Any) -> None:
-    """Changes keys of a JSON file; None removes one."""
-    values = {**json.loads(config.read_text()), **changes}
-    config.write_text(json.dumps({k: v for k, v in values.items() if v is not None}, indent=2) + "\n")
 
 
 def _shuffled(seed: int, epoch: int, count: int, _memory: dict = {}) -> np.ndarray:  # noqa: B006 - a one-entry cache
