@@ -121,7 +121,8 @@ def main() -> None:
         "seed": 0,
         "judge_on_true_renders": obedience(reader, truth, wanted)["colour_as_asked"],
         "rows": rows,
-        "command": "python " + " ".join(sys.argv),
+        "command": f"python benchmarks/backbone.py --model {args.model} --prompts {args.prompts} --steps {args.steps} "
+        f"--guidance {args.guidance:g} --size {args.size}" + (" --averages ..." if args.averages else ""),
         "machine": describe_machine(),
     }
     write_json(result, args.out)
