@@ -76,6 +76,7 @@ def write_json(content: Results | Mapping[str, Any], path: str | Path) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        partial.chmod(0o644)  # temporary files are their owner's alone
         partial.replace(path)
     except OSError as error:
         if partial:
