@@ -270,7 +270,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latent():
 
 
 def test_the_average_s_values():
-    online = nn.Linear(1, 1, bias=False)
+    online = nn.Linear(1, 1, bias=False).double()
     average = ema.average_copy(online)
     start, values = float(average.weight), [2.0, -1.0, 5.0]
     expected = start
@@ -279,7 +279,7 @@ def test_the_average_s_values():
             online.weight.fill_(value)
         ema.update(average, online, 0.9)
         expected = 0.9 * expected + 0.1 * value
-        assert float(average.weight) == pytest.approx(expected, rel=1e-6)
+        assert float(average.weight) == pytest.approx(expected, rel=1e-12, abs=1e-12)
     ema.update(average, online, 0.0)
     assert torch.equal(average.weight, online.weight)
     with torch.no_grad():

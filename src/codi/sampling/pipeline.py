@@ -29,6 +29,9 @@ from .sampler import ddim, initial_noise
 from .tiling import covered_size, cut, mirror_pad, starts, upscale_tiled
 
 ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
+# Tiles of a small backbone's own size see too little: on 64 px photographs enlarged x4 by a backbone of 16 px, tiles of
+# 64 px gave 0.2 to 1.4 dB more PSNR than tiles of 16 px, in as much time or less.
+LEAST_TILE = 64
 OVERLAP = 4  # a tile overlaps its neighbours by tile / OVERLAP
 
 
@@ -140,7 +143,7 @@ class CoDiPipeline(DiffusionPipeline):
         seed: one an image, or one number (then image i uses seed + i). The same seed gives the same picture whatever
             else is in the batch.
         tile: side of tiles in input pixels for upscaling; 0 never tiles, None tiles what is larger than 1.5 times the
-            backbone's own size. batch_size: tiles at a time.
+            backbone's own size (LEAST_TILE at least) in tiles of that size. batch_size: tiles at a time.
         colour: "wavelet", "adain" or "none": correction of the result's colours to the input's (upscaling).
         Raises UserError for arguments that no picture can be made from.
         """
@@ -193,7 +196,7 @@ class CoDiPipeline(DiffusionPipeline):
         assert task is not None
         scale = getattr(task, "scale", 1)
         align = alignment(f, scale)
-        side = self.unet.config["sample_size"] * f // scale  # the backbone's own size, in input pixels
+        side = max(self.unet.config["sample_size"] * f // scale, LEAST_TILE)  # the backbone's own size, input pixels
         side = max(2, side // align) * align
         tile = (side if max(given.shape[-2:]) > 1.5 * side else 0) if tile is None else tile
         if tile and (tile % align or tile < 2 * align):
