@@ -29,8 +29,8 @@ from .sampler import ddim, initial_noise
 from .tiling import covered_size, cut, mirror_pad, starts, upscale_tiled
 
 ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
-# Tiles of a small backbone's own size see too little: on 64 px photographs enlarged x4 by a backbone of 16 px, tiles of
-# 64 px gave 0.2 to 1.4 dB more PSNR than tiles of 16 px, in as much time or less.
+# Tiles of a small backbone's own size see too little: 256 px crops of two photographs, enlarged x4 by a backbone of
+# 16 px, gained 0.2 and 1.4 dB of PSNR with tiles of 64 px instead (two steps, seed 0).
 LEAST_TILE = 64
 OVERLAP = 4  # a tile overlaps its neighbours by tile / OVERLAP
 
