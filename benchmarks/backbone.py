@@ -1,30 +1,35 @@
-"""How good a text-to-image backbone is: codec reconstruction, and whether one-object prompts are obeyed.
+"""How good a text-to-image backbone is: codec reconstruction, velocity loss, captions obeyed, distance to true renders.
 
     python benchmarks/backbone.py --model mini --out benchmarks/results/backbone.json
     python benchmarks/backbone.py --model mini --averages RUN/training/ldm/checkpoints/*/average.safetensors --out CURVE
 
-Writes JSON: held-out reconstruction PSNR, velocity loss on held-out scenes, the share of held-out one-object prompts
-whose picture shows an object of the colour asked for, and the same judge's score on true renders of the same scenes.
+Pictures are drawn for held-out captions with one, two, three and four objects, as many of each. The reader
+(benchmarks/reader.py) says what they show: colour, shape and material of each object asked for, the count, and whether
+all of it is right. Its answers on true renders of the same scenes stand beside. FD-ENLite0 is taken between the drawn
+pictures and those renders; `fd_codec`, that of the renders after the codec, is the least it could be.
 `--averages` measures checkpoints of a training run instead, one row each: a learning curve.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from reader import Reader, dominant_colour, labelled, train_reader
+from judges import Read, caption_figures
+from reader import labelled
+from reading import WEIGHTS, load_reader, read
 from safetensors.torch import load_file
+from torch import Tensor
 
 from codi.data.check import contact_sheet
-from codi.data.samples import Sample
-from codi.data.scenes import sample_scene
-from codi.data.sources import open_source
+from codi.data.scenes import MAX_OBJECTS
 from codi.evaluation.evaluate import describe_machine
-from codi.evaluation.metrics import psnr
+from codi.evaluation.metrics import default_features, frechet_distance, psnr
 from codi.evaluation.report import write_json
 from codi.models import codec
 from codi.models.backbone import Backbone, load_backbone
@@ -32,8 +37,10 @@ from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
 from codi.sampling.sampler import ddim, initial_noise
 
+COUNTS = range(1, MAX_OBJECTS + 1)
 
-def velocity_loss(backbone: Backbone, latents: torch.Tensor, captions: list[str]) -> float:
+
+def velocity_loss(backbone: Backbone, latents: Tensor, captions: list[str]) -> float:
     """Mean squared error of the network's output on held-out latents: the same noise and times at every call."""
     generator, losses = torch.Generator().manual_seed(0), []
     schedule = backbone.schedule
@@ -47,7 +54,7 @@ def velocity_loss(backbone: Backbone, latents: torch.Tensor, captions: list[str]
     return float(torch.cat(losses).mean())
 
 
-def draw(backbone: Backbone, prompts: list[str], size: int, steps: int, guidance: float) -> torch.Tensor:
+def draw(backbone: Backbone, prompts: list[str], size: int, steps: int, guidance: float) -> Tensor:
     """One picture a prompt, (B, 3, S, S); picture i starts from seed i."""
     shape = (backbone.unet.config["in_channels"], *[size // codec.downscale(backbone.vae)] * 2)
     pictures = []
@@ -62,13 +69,17 @@ def draw(backbone: Backbone, prompts: list[str], size: int, steps: int, guidance
     return torch.cat(pictures)
 
 
-def obedience(reader: Reader, pictures: torch.Tensor, wanted: list[str]) -> dict[str, float]:
-    """Share of pictures with an object at all, and with the colour asked for."""
-    found = dominant_colour(reader, pictures)
-    return {
-        "object_present": sum(f is not None for f in found) / len(found),
-        "colour_as_asked": sum(f == w for f, w in zip(found, wanted, strict=True)) / len(found),
-    }
+def pooled(pictures: Tensor) -> Tensor:
+    """ENLite0 features (B, 1280) of pictures."""
+    return torch.cat([default_features()(part).pooled for part in pictures.split(25)])
+
+
+def captions_shown(look: Read, pictures: Tensor, captions: list[str]) -> dict[str, Any]:
+    """Means of `caption_figures`, over all captions and for each number of objects; captions come in equal parts."""
+    figures = caption_figures(look(pictures), captions)
+    parts = {name: values.view(len(COUNTS), -1).mean(1).tolist() for name, values in figures.items()}
+    by_count = {str(n): {name: values[k] for name, values in parts.items()} for k, n in enumerate(COUNTS)}
+    return {name: float(values.mean()) for name, values in figures.items()} | {"by_count": by_count}
 
 
 def main() -> None:
@@ -77,49 +88,51 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--averages", type=Path, nargs="*", default=[])
     parser.add_argument("--batch", type=int, default=16, help="images of one update of the run behind --averages")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=125, help="captions of each number of objects")
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--reader", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/backbone.json"))
-    parser.add_argument("--sheet", type=Path, help="write the first pictures there")
+    parser.add_argument("--sheet", type=Path, help="write the first pictures of each number of objects there")
     args = parser.parse_args()
 
     backbone = load_backbone(args.model).freeze()
-    reader = train_reader(args.size)
-    truth, _, wanted = labelled("held-out", range(args.prompts), args.size, count=1)
-    prompts = [sample_scene(0, "held-out", i, 1).caption for i in range(args.prompts)]
-    samples = [s for s in open_source("scenes:held-out:256").read(range(256), args.size) if isinstance(s, Sample)]
-    images, captions = torch.stack([s.image for s in samples]), [s.text for s in samples]
+    look = functools.partial(read, load_reader(args.reader))
+    scenes = [labelled("held-out", range(args.prompts), args.size, count) for count in COUNTS]
+    captions = [scene.caption for part in scenes for scene in part.scenes]
+    images = torch.cat([part.image for part in scenes]).float() / 255
+    truth = pooled(images)
 
     with torch.no_grad():
         latents = torch.cat([codec.encode(backbone.vae, part) for part in images.split(32)])
         rebuilt = torch.cat([codec.decode(backbone.vae, part) for part in latents.split(32)])
-        rows, made = [], truth
+        rows, made = [], images
         for average in args.averages or [None]:
-            trained = None
+            row: dict[str, Any] = {}
             if average is not None:
-                trained = int(average.parent.name.rpartition("-")[2]) * args.batch
+                row["images_trained"] = int(average.parent.name.rpartition("-")[2]) * args.batch
                 weights = load_file(average)
                 for name in ("unet", "text_encoder"):
                     part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
                     getattr(backbone, name).load_state_dict(part, strict=False)
             start = time.perf_counter()
-            made = draw(backbone, prompts, args.size, args.steps, args.guidance)
-            row = {"images_trained": trained} if average is not None else {}
-            row |= obedience(reader, made, wanted)
-            row["seconds_per_picture"] = (time.perf_counter() - start) / len(prompts)
+            made = draw(backbone, captions, args.size, args.steps, args.guidance)
+            row["seconds_per_picture"] = (time.perf_counter() - start) / len(captions)
+            row |= captions_shown(look, made, captions)
+            row["fd"] = frechet_distance(pooled(made), truth)
             row["velocity_loss"] = velocity_loss(backbone, latents, captions)
             rows.append(row)
             print(row, file=sys.stderr)
     result = {
         "model": args.model,
         "codec_psnr_db": float(psnr(rebuilt, images).mean()),
-        "prompts": len(prompts),
+        "fd_codec": frechet_distance(pooled(rebuilt), truth),
+        "prompts": len(captions),
         "steps": args.steps,
         "guidance_scale": args.guidance,
         "seed": 0,
-        "judge_on_true_renders": obedience(reader, truth, wanted)["colour_as_asked"],
+        "judge_on_true_renders": captions_shown(look, images, captions),
         "rows": rows,
         "command": f"python benchmarks/backbone.py --model {args.model} --prompts {args.prompts} --steps {args.steps} "
         f"--guidance {args.guidance:g} --size {args.size}" + (" --averages ..." if args.averages else ""),
@@ -127,7 +140,8 @@ def main() -> None:
     }
     write_json(result, args.out)
     if args.sheet:
-        contact_sheet(list(made[:48]), 8).save(args.sheet)
+        first = torch.cat([part[:12] for part in made.split(args.prompts)])
+        contact_sheet(list(first), 12).save(args.sheet)
 
 
 if __name__ == "__main__":

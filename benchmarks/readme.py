@@ -3,49 +3,136 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: written by benchmarks/readme.py -->\n", "<!-- end of figures -->\n"
 
+# What stands for obedience in tasks.json: in words, and how it is written.
+OBEDIENCE: dict[str, tuple[str, str]] = {
+    "input_psnr": ("dB PSNR of the downscaled result to the input", ".1f"),
+    "hole_objects": ("share of the objects asked for in the hole that are there, in colour and shape", ".0%"),
+    "depth_db": ("dB PSNR of the re-read disparity to the given one", ".1f"),
+    "edge_f1": ("F1 of the result's edges at 1 px", ".3f"),
+    "psnr_inside": ("dB PSNR inside the change to the exact edit", ".1f"),
+    "caption_all": ("share of pictures with every object of the caption: count, colours, shapes, materials", ".0%"),
+}
 
-def upscale_table(result: dict) -> list[str]:
-    """One row a method and step count."""
-    lines = [
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A GitHub-flavoured Markdown table; the first column is text, the others are numbers."""
+    rules = ["---", *["--:"] * (len(heads) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (heads, rules, *rows)]
+
+
+def upscale_lines(result: dict[str, Any]) -> list[str]:
+    """Upscaling in detail: one row a method and step count."""
+    heads = ["method", "steps", "PSNR dB ↑", "SSIM ↑", "ENLite0 distance ↓", "FD-ENLite0 ↓", "obedience dB ↑", "ms"]
+    rows = [
+        [r["method"], f"{r['steps'] or '-'}", f"{r['psnr']:.2f}", f"{r['ssim']:.3f}", f"{r['distance']:.4f}"]
+        + [f"{r['fd']:.1f}", f"{r['obedience']:.1f}", f"{r['latency_ms']:.0f}"]
+        for r in result["rows"]
+    ]
+    command = ["", f"`{result['command']}`"] if result.get("command") else []
+    return [
         f"x4 upscaling of {result['count']} held-out scenes (seed {result['seed']}), the same backbone, adapter and "
         "image budget for both models (ldm: plain fine-tuning); latency of one picture on "
         f"{result['machine']['cpus']} CPU cores:",
         "",
-        "| method | steps | PSNR dB ↑ | SSIM ↑ | ENLite0 distance ↓ | FD-ENLite0 ↓ | obedience dB ↑ | ms |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for r in result["rows"]:
-        lines.append(
-            f"| {r['method']} | {r['steps'] or '-'} | {r['psnr']:.2f} | {r['ssim']:.3f} | {r['distance']:.4f} "
-            f"| {r['fd']:.1f} | {r['obedience']:.1f} | {r['latency_ms']:.0f} |"
-        )
-    return [*lines, "", f"`{result['command']}`", ""] if result.get("command") else [*lines, ""]
-
-
-def backbone_lines(result: dict) -> list[str]:
-    """What `mini` can do."""
-    row = result["rows"][-1]
-    return [
-        f"`mini`, the embedded backbone: codec reconstruction {result['codec_psnr_db']:.1f} dB on held-out scenes; of "
-        f"{result['prompts']} held-out prompts with one object, {row['object_present']:.0%} show an object and "
-        f"{row['colour_as_asked']:.0%} show it in the colour asked for (the judge scores "
-        f"{result['judge_on_true_renders']:.0%} on true renders).",
+        *table(heads, rows),
+        *command,
         "",
     ]
+
+
+def tasks_lines(result: dict[str, Any]) -> list[str]:
+    """All tasks, few steps beside many; then adapters composed."""
+    entries = {name: entry for name, entry in result["tasks"].items() if name != "composition"}
+    composed = result["tasks"].get("composition")
+    rows = []
+    for name, entry in entries.items():
+        form = OBEDIENCE[entry["obedience"]][1]
+        for r in entry["rows"]:
+            cells = [f"{r['fd']:.1f}", f"{r['distance']:.4f}", _figure(r["obedience"], form), f"{r['latency_ms']:.0f}"]
+            rows.append([name, r["method"], f"{r['steps'] or '-'}", *cells])
+        if (truth := entry["judge_on_truth"].get(entry["obedience"])) is not None:
+            rows.append([name, "truth, by the same judge", "-", "-", "-", _figure(truth, form), "-"])
+    lines: list[str] = []
+    if entries:
+        first = next(iter(entries.values()))
+        what = "; ".join(f"{name}: {OBEDIENCE[entry['obedience']][0]}" for name, entry in entries.items())
+        heads = ["task", "method", "steps", "FD-ENLite0 ↓", "ENLite0 distance ↓", "obedience ↑", "ms"]
+        lines += [
+            f"{first['count']} held-out scenes a row, latency of one picture on {first['machine']['cpus']} CPU cores. "
+            f"Obedience is, for {what}.",
+            "",
+            *table(heads, rows),
+            "",
+        ]
+    if composed:
+        heads = ["adapters", "steps", "FD-ENLite0 ↓", "objects in the hole ↑", "dB of the disparity in the hole ↑"]
+        rows = [
+            [r["method"], f"{r['steps']}", f"{r['fd']:.1f}", f"{r['measures']['hole_objects']:.0%}"]
+            + [f"{r['measures']['hole_depth_db']:.1f}"]
+            for r in composed["rows"]
+        ]
+        lines += [f"Two adapters at once, on {composed['count']} held-out scenes:", "", *table(heads, rows), ""]
+    return [*lines, f"`{result['command']}`", ""]
+
+
+def backbone_lines(result: dict[str, Any]) -> list[str]:
+    """What the backbone can do with a caption alone."""
+    row, truth = result["rows"][-1], result["judge_on_true_renders"]
+    names = ("all", "count", "colour", "shape", "material")
+    heads = ["objects in the caption", "all right", "count", "colour", "shape", "material"]
+    rows = [
+        [n, *(f"{figures[name]:.0%} ({truth['by_count'][n][name]:.0%})" for name in names)]
+        for n, figures in row["by_count"].items()
+    ]
+    rows.append(["1 to 4", *(f"{row[name]:.0%} ({truth[name]:.0%})" for name in names)])
+    return [
+        f"`mini`, the embedded backbone: codec reconstruction {result['codec_psnr_db']:.1f} dB on held-out scenes, "
+        f"FD-ENLite0 to true renders {row['fd']:.1f} (of the codec alone {result['fd_codec']:.1f}). What "
+        f"{result['prompts']} pictures for held-out captions show, {result['steps']} steps, guidance "
+        f"{result['guidance_scale']:g}, as the scene reader sees it (in brackets: what it says of true renders):",
+        "",
+        *table(heads, rows),
+        "",
+    ]
+
+
+def reader_lines(result: dict[str, Any]) -> list[str]:
+    """How far the judge can be trusted."""
+    held = result["held_out"]
+    said = ", ".join(f"{name} {held[name]:.1%}" for name in ("colour", "shape", "material", "count"))
+    return [
+        f"The scene reader, which judges, reads held-out renders right in: {said}; its disparity is off by "
+        f"{held['disparity_error']:.3f} of the range on average.",
+        "",
+    ]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "tasks.json": tasks_lines,
+    "upscale.json": upscale_lines,
+    "backbone.json": backbone_lines,
+    "reader.json": reader_lines,
+}
 
 
 def main() -> None:
     """Replaces what stands between the two markers."""
     lines: list[str] = []
-    for name, table in (("upscale.json", upscale_table), ("backbone.json", backbone_lines)):
+    for name, section in SECTIONS.items():
         if (RESULTS / name).is_file():
-            lines += table(json.loads((RESULTS / name).read_text()))
+            lines += section(json.loads((RESULTS / name).read_text()))
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]

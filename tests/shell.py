@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from codi.apps.cli import main
-from codi.models.adapter import FusedAdapter
-from tiny import tiny_backbone, tiny_checkpoint
+from codi.models.adapter import FORMS
+from codi.tasks import get_task
+from codi.training.saving import save_adapter
+from tiny import rand, tiny_backbone, tiny_checkpoint, tiny_lora
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,33 @@ class Models:
 
 
 def make_models(folder: Path, scale: int = 4) -> Models:
-    """A tiny checkpoint and an untrained adapter with some influence."""
-    backbone = tiny_backbone()
-    info = {"task": "upscale", "task_options": {"scale": scale, "degradation": "bicubic"}, "steps": [1, 2, 4]}
-    info |= {"family": backbone.family, "full": True, "images": 8, "recipe": {"objective": "codi", "size": 32}}
-    adapter = FusedAdapter.from_backbone(backbone.unet, backbone.vae, 3, **info)
-    for mu in adapter.mu:
-        mu.data.fill_(0.1)
-    adapter.save_pretrained(folder / "adapter")
-    return Models(tiny_checkpoint(folder / "model"), folder / "adapter")
+    """A tiny checkpoint and an untrained full upscaler with some influence."""
+    adapter = make_adapter(folder / "adapter", "upscale", full=True, scale=scale, degradation="bicubic")
+    return Models(tiny_checkpoint(folder / "model"), adapter)
+
+
+def make_adapter(
+    folder: Path, task: str, guidance: dict[str, list[float]] | None = None, full: bool = False, **options: object
+) -> Path:
+    """An untrained adapter for `tiny_checkpoint`, with some influence: of the form that `task` has when it ships."""
+    backbone, made = tiny_backbone(), get_task(task, **options)
+    form = FORMS["lora" if task == "generate" else "fused"]
+    adapter = form.from_backbone(backbone.unet, backbone.vae, made.condition_channels, len(guidance or ()))
+    with torch.no_grad():
+        for name, p in adapter.named_parameters():
+            if name.startswith(("mu.", "guidance.")):
+                p.copy_(0.2 * rand(*p.shape, seed=p.numel()))
+    info = {"task": task, "task_options": made.config(), "steps": [1, 2, 4], "family": backbone.family, "full": full}
+    info |= {"guidance": guidance or {}, "images": 8, "recipe": {"objective": "codi", "size": 32}}
+    adapter.register_to_config(info=info)
+    unet = backbone.unet if full or task == "upscale" else tiny_lora(backbone.unet, task)
+    save_adapter(folder, adapter, unet, full, half=False)
+    return folder
 
 
 def picture(path: Path, width: int = 7, height: int = 5, mode: str = "RGB", seed: int = 0) -> Path:
     """A file of noise."""
-    bands = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    bands = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, *bands), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)

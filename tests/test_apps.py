@@ -16,15 +16,18 @@ import pytest
 from PIL import Image
 
 import codi
-from codi.apps import cli, common, demo, evaluate
+from codi.apps import cli, common, evaluate, generate
 from codi.apps import models as embedded
 from codi.apps.upscale import plan
 from codi.errors import UserError
 from codi.training.checkpoint import complete
-from shell import Models, Shell, make_models, picture
+from shell import Models, Shell, make_adapter, make_models, picture
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "upscale", "distill", "pretrain", "evaluate", "models", "data render", "data check")
+COMMANDS = (
+    "demo", "upscale", "inpaint", "depth", "canny", "edit", "generate", "distill", "pretrain", "evaluate", "models",
+    "data render", "data check",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,183 @@ def test_a_scale_beyond_the_adapter_or_a_tile_off_the_latent_grid_is_wrong_usage
     assert not (tmp_path / "o.png").exists()
 
 
+# --- the other tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory) -> dict[str, tuple[str, ...]]:
+    """The options that name the tiny model and an adapter of each task."""
+    root = tmp_path_factory.mktemp("adapters")
+    distilled = {"edit": {"text": [1.0, 5.0], "image": [1.0, 2.0]}, "generate": {"text": [1.0, 5.0]}}
+    return {
+        task: Models(tiny.model, make_adapter(root / task, task, distilled.get(task))).options
+        for task in ("inpaint", "depth", "canny", "edit", "generate")
+    }
+
+
+def told(path: Path) -> dict[str, str]:
+    """What a picture's metadata say of how it was made."""
+    with Image.open(path) as made:
+        return {key.removeprefix("codi "): value for key, value in made.text.items()}  # type: ignore[attr-defined]
+
+
+def mask_file(path: Path, width: int = 22, height: int = 15) -> Path:
+    """White on the right half."""
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[:, width // 2 :] = 255
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "notes"),
+    [
+        ("inpaint", ["in.png", "--mask", "mask.png", "--prompt", "a ball"], {"prompt": "a ball", "guidance": "1"}),
+        ("depth", ["in.png", "--near", "bright", "--prompt", "a ball"], {"prompt": "a ball", "near": "bright"}),
+        ("canny", ["in.png", "--prompt", "a ball", "--low", "20"], {"prompt": "a ball", "low": "20", "high": "200"}),
+        ("edit", ["in.png", "--instruction", "blue", "--guidance", "2", "--image-guidance", "1.5"],
+         {"instruction": "blue", "guidance": "2", "image guidance": "1.5"}),
+        ("generate", ["--prompt", "a ball", "--size", "24x16"], {"prompt": "a ball", "guidance": "1"}),
+    ],
+)  # fmt: skip
+def test_each_task_from_file_to_file(shell, adapters, tmp_path, monkeypatch, task, words, notes):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "in.png", 22, 15, mode="L" if task == "depth" else "RGB")
+    mask_file(tmp_path / "mask.png")
+    options = (*words, *adapters[task], "--steps", 2, "--seed", 3, "--strength", 0.5, "--json")
+    ran = shell(task, *options, "-o", "new/out.png", "--count", 2)
+    assert (ran.code, ran.err) == (0, "")
+    size = (24, 16) if task == "generate" else (22, 15)
+    rows = json.loads(ran.out)
+    assert [{**row, "seconds": 0} for row in rows] == [
+        {"input": None if task == "generate" else "in.png", "output": f"new/out-{k}.png", "width": size[0],
+         "height": size[1], "seconds": 0, "seed": 3 + k, "steps": 2}
+        for k in range(2)
+    ]  # fmt: skip
+    made = [Image.open(tmp_path / "new" / f"out-{k}.png") for k in range(2)]
+    assert [(one.size, one.mode) for one in made] == [(size, "RGB")] * 2
+    first = told(tmp_path / "new" / "out-0.png")
+    expected = {"task": task, "adapter": task, "model": "model", "steps": "2", "seed": "3", "strength": "0.5", **notes}
+    assert first.items() >= expected.items() and first["Software"].startswith("codi ")
+    assert shell(task, *options, "-o", "alone.png", "--seed", 4).code == 0
+    alone = np.asarray(Image.open("alone.png"), float)
+    assert np.abs(np.asarray(made[1], float) - alone).max() <= 1  # batched convolutions may round another way
+    assert np.abs(np.asarray(made[0], float) - alone).max() > 1
+    ran = shell(task, *[w for w in words if w not in ("--prompt", "a ball")], *adapters[task], "-o", ".", "--steps", 1)
+    if task == "generate":  # a folder is taken for one, and no prompt is a prompt too
+        assert ran.code == 0 and told(tmp_path / "generated.png")["prompt"] == ""
+    else:
+        ran.failed(1, "in.png: exists already")
+
+
+@pytest.mark.parametrize("kind", ["L", "RGBA", "deep", "deep grey"])
+def test_inpainting_gives_known_pixels_back_exactly(shell, adapters, tmp_path, kind):
+    source, out, draw = tmp_path / "in.png", tmp_path / "out.png", np.random.default_rng(0)
+    if kind.startswith("deep"):
+        shape = (61, 70) if "grey" in kind else (61, 70, 3)
+        cv2.imwrite(str(source), draw.integers(0, 65536, shape, dtype=np.uint16))
+    else:
+        picture(source, 70, 61, mode=kind)  # larger than the backbone's 32 px, and no whole latent cells
+    mask = mask_file(tmp_path / "mask.png", 70, 61)
+    ran = shell("inpaint", source, "--mask", mask, "-o", out, *adapters["inpaint"], "--steps", 1)
+    assert (ran.code, ran.err) == (0, "")
+    before, after = (cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (source, out))
+    assert (after.shape, after.dtype) == (before.shape, before.dtype)
+    assert np.array_equal(after[:, :35], before[:, :35]) and not np.array_equal(after[:, 35:], before[:, 35:])
+    if kind == "RGBA":
+        assert (after[:, 35:, 3] == 255).all()
+
+
+def test_a_mask_of_light_and_opaque_pixels(tmp_path):
+    from codi.apps.inpaint import read_mask
+    from codi.data.images import read_image
+
+    pixels = np.zeros((2, 3, 4), np.uint8)
+    pixels[0] = [[255, 255, 255, 255], [255, 255, 255, 0], [120, 120, 120, 255]]
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png", read_image(tmp_path / "mask.png"))
+    assert mask.tolist() == [[[1, 0, 0], [0, 0, 0]]]
+
+
+def test_depth_maps_of_several_kinds_make_the_same_picture(shell, adapters, tmp_path):
+    distance = np.linspace(9, 2, 20)[:, None].repeat(16, 1)
+    nearness = (1 / distance - 1 / 9) / (1 / 2 - 1 / 9)
+    np.save(tmp_path / "metres.npy", distance)
+    np.save(tmp_path / "near.npy", 7 * nearness + 3)
+    cv2.imwrite(str(tmp_path / "mm.png"), (1000 * distance).round().astype(np.uint16))
+    made = {}
+    for name, near in (("metres.npy", "dark"), ("near.npy", "bright"), ("mm.png", "dark")):
+        out = tmp_path / f"{name}.png"
+        ran = shell("depth", tmp_path / name, "-o", out, "--near", near, *adapters["depth"], "--steps", 1)
+        assert (ran.code, ran.err) == (0, "")
+        made[name] = np.asarray(Image.open(out), float)
+    assert all(np.abs(one - made["metres.npy"]).max() <= 2 for one in made.values())
+    ran = shell("depth", tmp_path / "mm.png", "-o", tmp_path / "guess.png", *adapters["depth"], "--steps", 1)
+    assert ran.code == 0 and ran.err.startswith("warning: ") and "--near" in ran.err and ran.err.count("\n") == 1
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "guess.png"), float), made["mm.png"])
+
+
+def test_depth_of_a_photo_is_estimated(shell, adapters, tmp_path, monkeypatch):
+    seen = []
+
+    def estimate(photo, model, device):
+        seen.append((tuple(photo.shape), model, device))
+        return photo.mean(0, keepdim=True)
+
+    monkeypatch.setattr("codi.tasks.depth.estimate_depth", estimate)
+    source = picture(tmp_path / "photo.jpg", 22, 15)
+    command = (
+        "depth",
+        source,
+        "-o",
+        tmp_path / "out.png",
+        *adapters["depth"],
+        "--steps",
+        1,
+        "--from-image",
+        "some/model",
+    )
+    assert shell(*command).code == 0
+    assert seen == [((3, 15, 22), "some/model", "cpu")]
+    shell(*command, "--near", "dark").failed(2, "--near dark", "--from-image")
+
+
+def test_edges_are_found_or_given(shell, adapters, tmp_path):
+    from codi.data.images import read_image
+    from codi.tasks.canny import edges
+
+    shape = np.zeros((24, 24, 3), np.uint8)
+    shape[6:18, 6:18] = 200
+    Image.fromarray(shape).save(tmp_path / "photo.png")
+    found = edges(read_image(tmp_path / "photo.png").rgb[None], 100, 200)[0, 0].numpy()
+    Image.fromarray((found * 255).astype(np.uint8)).save(tmp_path / "edges.png")
+    options = (*adapters["canny"], "--steps", 1)
+    assert shell("canny", tmp_path / "photo.png", "-o", tmp_path / "a.png", *options).code == 0
+    assert shell("canny", tmp_path / "edges.png", "--edges", "-o", tmp_path / "b.png", *options).code == 0
+    assert (
+        shell("canny", tmp_path / "photo.png", "--high", 255, "--low", 255, "-o", tmp_path / "c.png", *options).code
+        == 0
+    )
+    a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in "abc")
+    assert np.array_equal(a, b) and "low" not in told(tmp_path / "b.png") and (a != c).any()
+
+
+def test_guidance_beyond_what_is_distilled_is_a_warning(shell, adapters, tmp_path):
+    command = ("generate", "--prompt", "a ball", *adapters["generate"], "--steps", 1)
+    ran = shell(*command, "-o", tmp_path / "a.png", "--guidance", 9)
+    assert ran.code == 0 and ran.err.splitlines() == [
+        "warning: guidance of the text 9: 1 to 5 is distilled into this adapter: using 5"
+    ]
+    assert told(tmp_path / "a.png")["guidance"] == "5"
+
+
+def test_sizes():
+    assert generate.parse_size("512x384") == (512, 384) and generate.parse_size(None) == (None, None)
+    for wrong in ("", "512", "0x8", "8x", "axb", "-8x8", "8x8x8", "999999x8"):
+        with pytest.raises(common.BadUsage, match="--size"):
+            generate.parse_size(wrong)
+
+
 # --- models, data, training, evaluation ------------------------------------------------------------------------------
 
 
@@ -287,39 +467,3 @@ def test_step_counts():
     for wrong in ("", "0", "1,x", "-1", "1001", "1.5"):
         with pytest.raises(common.BadUsage):
             evaluate.parse_steps(wrong)
-
-
-# --- the demo --------------------------------------------------------------------------------------------------------
-
-
-def test_the_tour_writes_a_page_whose_links_all_exist_and_can_be_repeated(shell, tiny, tmp_path):
-    out = tmp_path / "demo"
-    pipe = common.load_pipeline(str(tiny.model), "upscale", tiny.adapter, "cpu")
-    changes = {"images": 16, "batch_size": 4, "data": "scenes:train:8", "log_every": 4, "preview_every": 8}
-    for _ in range(2):
-        told = demo.tour(
-            pipe, out, model=str(tiny.model), device="cpu", scenes=2, photographs=("coffee",), changes=changes
-        )
-    assert told == json.loads((out / "timings.json").read_text())
-    assert told["pictures"] == 3 and set(told["upscale_ms"]) == {"1", "2", "4"}
-    assert [(row["group"], row["steps"]) for row in told["figures"]] == [
-        (group, steps) for group in ("scenes", "photographs") for steps in (0, 1, 2, 4)
-    ]
-    assert told["training"]["images"] == 16 and len(told["training"]["curve"]) == 4
-    page = (out / "index.html").read_text()
-    links = set(re.findall(r'src="([^"]+)"', page))
-    assert len(links) > 18 and all((out / link).is_file() for link in links)
-    assert "http" not in page and "$" not in page
-    assert Image.open(out / "truth" / "coffee.png").size == (96, 96)
-    assert Image.open(out / "steps-4" / "coffee.png").size == (96, 96)
-    assert Image.open(out / "input" / "scene-0.png").size == (8, 8)
-    assert (out / "scenes.png").is_file() and (out / "photographs.png").is_file()
-
-
-def test_the_tour_without_scikit_image_says_so_and_shows_eight_scenes(shell, tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage.data", None)
-    ran = shell("demo", "--out", tmp_path / "demo", "--minutes", 0, *tiny.options, "--json")
-    assert (ran.code, ran.err) == (0, "")
-    told = json.loads(ran.out)
-    assert told["pictures"] == 8 and "scikit-image" in told["note"] and told["training"] is None
-    assert "scikit-image" in (tmp_path / "demo" / "index.html").read_text()

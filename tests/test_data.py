@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from codi.data.batches import batches
-from codi.data.check import check_folder, contact_sheet
-from codi.data.render import render_folder
+from codi.data.render import COLUMNS, render_folder
 from codi.data.scenes import sample_edit, sample_scene
 from codi.data.sources import CorruptSample, Sample, open_source
 from codi.errors import UserError
+from codi.training.pretrain_recipe import read_pictures
 
 
 def noise(width, height, seed=0):
@@ -67,7 +67,7 @@ def shard(folder, path, rows):
         key = row["file_name"].replace("/", "_").removesuffix(".png")
         members.append((f"{key}.png", (folder / row["file_name"]).read_bytes()))
         members.append((f"{key}.json", json.dumps({k: row[k] for k in ("text", "instruction")}).encode()))
-        members += [(f"{key}.{c}.png", (folder / row[c]).read_bytes()) for c in ("mask", "edited_image") if c in row]
+        members += [(f"{key}.{c}.png", (folder / row[c]).read_bytes()) for c in COLUMNS if c in row]
     write_tar(path, members)
 
 
@@ -300,6 +300,96 @@ def test_datasets_are_read_through_their_library(monkeypatch, tmp_path):
     refused(lambda: open_source("datasets:some/photos"), "pip install datasets")
 
 
+def serve(monkeypatch, rows, pictures):
+    """Makes the rows what `datasets` loads under any name: by the library itself, or by the least that stands for it.
+    `pictures`: their columns of picture bytes."""
+    rows = [{k: {"bytes": v, "path": None} if k in pictures and v else v for k, v in row.items()} for row in rows]
+    try:
+        import datasets
+    except ImportError:
+
+        class Table(list):
+            column_names = list(rows[0])
+
+            def cast_column(self, column, kind):
+                assert column in pictures and kind == {"decode": False}
+                return self
+
+        datasets, table = SimpleNamespace(Image=dict), Table(rows)
+        monkeypatch.setitem(sys.modules, "datasets", datasets)
+    else:
+        table = datasets.Dataset.from_list(rows)
+        for column in pictures:
+            table = table.cast_column(column, datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table, raising=False)
+
+
+def test_folder_tar_and_datasets_give_the_same_batches(tmp_path, monkeypatch):
+    """Bit for bit, over two epochs of random crops, with every column, caption and instruction."""
+    folder = tmp_path / "folder"
+    render_folder(6, folder, size=48, seed=1)
+    columns, rows = ("conditioning_image", "mask", "edited_image"), rows_of(folder)
+    shard(folder, tmp_path / "a.tar", rows[:4])
+    shard(folder, tmp_path / "b.tar", rows[4:])
+    served = [
+        {"image": (folder / row["file_name"]).read_bytes(), "text": row["text"], "instruction": row["instruction"]}
+        | {c: (folder / row[c]).read_bytes() for c in columns}
+        for row in rows
+    ]
+    serve(monkeypatch, served, ("image", *columns))
+    specs = (folder, str(tmp_path / "*.tar"), "datasets:served")
+    of_folder, *others = [list(islice(batches(open_source(s, columns), 4, 32, seed=7), 3)) for s in specs]
+    assert set(of_folder[0].extras) == set(columns) and all(b.text[0] and b.instruction[0] for b in of_folder)
+    for other in others:
+        assert all(map(same, of_folder, other))
+        assert [b.index for b in of_folder] == [b.index for b in other]
+
+
+def test_names_that_the_hub_gives_to_columns_are_understood(tmp_path, monkeypatch):
+    one, two = (noise(20, 20, seed) for seed in (0, 1))
+    one.save(tmp_path / "one.png")
+    two.save(tmp_path / "two.png")
+    rows = [
+        {"original_image": (tmp_path / "one.png").read_bytes(), "edit_prompt": "make it snow", "caption": "a hill"}
+        | {"edited_image": (tmp_path / "two.png").read_bytes()}
+    ]
+    serve(monkeypatch, rows, ("original_image", "edited_image"))
+    (sample,) = read(open_source("datasets:timbrooks/instructpix2pix-clip-filtered", ("edited_image",)), [0], 20)
+    assert (sample.instruction, sample.text) == ("make it snow", "a hill")
+    for shown, picture in ((sample.image, one), (sample.extras["edited_image"], two)):
+        assert torch.equal((shown * 255).byte(), torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    refused(lambda: open_source("datasets:x", ("mask",)), "no column mask", "original_image, edit_prompt")
+
+
+def test_columns_may_be_optional(rendered, tmp_path, monkeypatch):
+    rows = rows_of(rendered)
+    del rows[1]["mask"]
+    rows[2]["mask"] = "mask/gone.png"
+    shard(rendered, tmp_path / "x.tar", [*rows[:2], *rows[3:]])
+    (rendered / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = read(open_source(rendered, ("edited_image",), optional=("mask",)), range(4), 32)
+    assert [sorted(s.extras) for s in samples] == [
+        ["edited_image", "mask"],
+        *[["edited_image"]] * 2,
+        ["edited_image", "mask"],
+    ]
+    assert [sorted(s.extras) for s in read(open_source(tmp_path / "x.tar", optional=("mask",)), range(2), 32)] == [
+        ["mask"],
+        [],
+    ]
+    assert list(read(open_source("scenes:train:1", optional=("mask", "other")), [0], 32)[0].extras) == ["mask"]
+    data = (rendered / rows[0]["file_name"]).read_bytes()
+    serve(
+        monkeypatch, [{"image": data, "mask": data}, {"image": data, "mask": data} | {"mask": None}], ("image", "mask")
+    )
+    assert [list(s.extras) for s in read(open_source("datasets:x", optional=("mask", "other")), [0, 1], 32)] == [
+        ["mask"],
+        [],
+    ]
+    needed = open_source("datasets:x", ("mask",)).read([0, 1], 32)
+    assert isinstance(needed[0], Sample) and isinstance(needed[1], CorruptSample) and "no mask" in needed[1].why
+
+
 def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
     empty, file, broken = tmp_path / "empty", tmp_path / "x.zip", tmp_path / "broken"
     empty.mkdir()
@@ -509,6 +599,18 @@ def test_columns_of_different_depth_do_not_mix(tmp_path):
     refused(lambda: next(batches(source, 2, 16, seed=0)), "bit depth")
 
 
+def test_pictures_read_part_by_part_are_reported_alike(tmp_path):
+    source, report = open_source(folder_with(tmp_path, 4, 3)), tmp_path / "run" / "corrupt.json"
+    for _ in range(2):  # a second round starts anew
+        parts = [read_pictures(source, indices, 16, report)[0] for indices in (range(0, 4), range(4, 7))]
+        assert [len(part) for part in parts] == [1, 3]
+        said = json.loads(report.read_text())
+        assert (said["read"], said["skipped"]) == (7, 3)
+        assert [f["file"] for f in said["files"]] == ["bad000.png", "bad001.png", "bad002.png"]
+    refused(lambda: read_pictures(source, range(0, 3), 16, report), "no picture could be read")
+    assert json.loads(report.read_text())["skipped"] == 3
+
+
 # Rendering.
 
 
@@ -571,31 +673,3 @@ def test_what_cannot_be_rendered_is_said(tmp_path, rendered):
     assert len(rows_of(rendered)) == 1
     (tmp_path / "file").write_text("")
     refused(lambda: render_folder(1, tmp_path / "file"), tmp_path / "file", "cannot be written")
-
-
-# Check.
-
-
-def test_a_folder_is_checked(tmp_path):
-    for i, side in enumerate((20, 64, 100)):
-        noise(side, side + 9, i).save(tmp_path / f"{i}.png")
-    (tmp_path / "3.png").write_bytes(b"")
-    rows = [{"file_name": f"{i}.png", "text": "a caption" if i == 1 else ""} for i in range(4)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = check_folder(tmp_path, "upscale", size=64)
-    assert (found.images, found.side_min, found.side_median, found.side_max) == (4, 20, 64, 100)
-    assert found.captions_missing == 2 and found.too_small == ["0.png"]
-    assert [c.file for c in found.corrupt] == ["3.png"]
-    assert check_folder(tmp_path, "canny").too_small == []
-    refused(lambda: check_folder("scenes:train"), "not files")
-
-
-def test_a_contact_sheet_shows_all_pictures():
-    sheet = np.asarray(
-        contact_sheet([torch.full((3, 8, 8), v) for v in (0.0, 0.5, 1.0, 2.0)] + [torch.zeros(3, 4, 6)], 2)
-    )
-    assert sheet.shape == (3 * 10 + 2, 2 * 10 + 2, 3) and sheet.dtype == np.uint8
-    assert (sheet[2:10, 2:10] == 0).all() and (sheet[2:10, 12:20] == 128).all() and (sheet[12:20, 2:10] == 255).all()
-    assert (sheet[22:26, 2:8] == 0).all() and (sheet[22:30, 12:] == 255).all()
-    with pytest.raises(ValueError, match="at least one"):
-        contact_sheet([], 2)

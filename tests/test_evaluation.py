@@ -21,7 +21,7 @@ from codi.evaluation import (
     write_json,
 )
 from codi.evaluation.evaluate import _stream, sample_seeds
-from codi.tasks import get_task
+from codi.tasks import Task, get_task
 from test_metrics import SIZE, blur, pictures
 
 
@@ -52,12 +52,10 @@ class Pictures:
         ]
 
 
-class Shrink:
+class Shrink(Task):
     """Averages blocks of 4 x 4 and adds a little noise: an upscaling task in four lines."""
 
     name = "upscale"
-    condition_channels = 3
-    prompted = True
     obedience_unit = "dB PSNR of the downscaled result to the input"
 
     def given(self, batch, generator):
@@ -67,11 +65,8 @@ class Shrink:
     def condition(self, given):
         return F.interpolate(given, scale_factor=4, mode="bicubic").clamp(0, 1)
 
-    def obedience(self, output, given):
-        return -10 * (F.avg_pool2d(output, 4) - given).square().mean((1, 2, 3)).log10()
-
-    def config(self):
-        return {}
+    def obedience(self, output, given, batch):
+        return {"input_psnr": -10 * (F.avg_pool2d(output, 4) - given).square().mean((1, 2, 3)).log10()}
 
 
 def nearest(given, prompts, steps, seeds):
@@ -216,7 +211,7 @@ def test_a_method_of_the_wrong_size_is_refused(features):
 def test_a_pipeline_is_a_method(features):
     class Pipe:
         def __call__(self, image, prompt, steps, guidance_scale, seed, output_type):
-            assert output_type == "pt" and guidance_scale == 1.0 and len(prompt) == len(seed) == len(image)
+            assert output_type == "pt" and guidance_scale is None and len(prompt) == len(seed) == len(image)
             self.images = noisy(image, prompt, steps, seed)
             return self
 
@@ -232,6 +227,75 @@ def test_progress_counts_up_to_the_end(features):
     assert told[-1] == (30, 30) and {total for _, total in told} == {30}
 
 
+# --- obedience and the judge -----------------------------------------------------------------------------------------
+
+
+def halves(output, given, batch):
+    """A judge that cannot tell of the odd samples."""
+    odd = torch.tensor(batch.index) % 2 == 1
+    return {"brightness": output.mean((1, 2, 3)).masked_fill(odd, math.nan), "nothing": odd * math.nan}
+
+
+def test_a_judge_gives_the_headline_and_the_task_the_rest(features):
+    results = run(features, judge=halves)
+    plain = run(features)
+    for row, other in zip(results.rows, plain.rows, strict=True):
+        assert list(row.measures) == ["brightness", "input_psnr"] and row.obedience == row.measures["brightness"]
+        assert row.measures["input_psnr"] == other.obedience
+    assert "brightness" in results.obedience_unit and plain.obedience_unit == Shrink.obedience_unit
+    row = run(features, judge=halves, batch=1).rows[0]
+    assert row.obedience == pytest.approx(results.rows[0].obedience)
+    even = Pictures(8).images[0:6:2]
+    assert results.rows[0].obedience == pytest.approx(float(even.mean()), abs=0.01)
+    assert "input_psnr ↑" in markdown_table(results) and "nothing" not in markdown_table(results)
+
+
+def test_without_any_measure_tables_show_a_dash(features):
+    class Silent(Shrink):
+        def obedience(self, output, given, batch):
+            return {}
+
+    results = run(features, task=Silent())
+    assert all(row.obedience is None and row.measures == {} for row in results.rows)
+    assert markdown_table(results).splitlines()[2].split("|")[-3].strip() == "-"
+    assert json.loads(json.dumps(results.to_json(), allow_nan=False))["rows"][0]["obedience"] is None
+
+
+def test_truth_and_prompts_are_the_tasks_own(features):
+    seen = []
+
+    def redden(given, prompts, steps, seeds):
+        seen.extend(prompts)
+        return given * torch.tensor([1.0, 0.5, 0.5]).view(3, 1, 1)
+
+    class Reddened(Pictures):
+        def read(self, indices, size, crops=None):
+            red = torch.tensor([1.0, 0.5, 0.5]).view(3, 1, 1)
+            images = [self.images[i] for i in indices]
+            return [
+                Sample(i, "", image, instruction="make it redder", extras={"edited_image": image * red})
+                for i, image in zip(indices, images, strict=True)
+            ]
+
+    (row,) = run(features, task=get_task("edit"), source=Reddened(4), methods=[Method("red", redden, (1,))]).rows
+    assert row.psnr == 100.0 and row.obedience == row.measures["psnr_inside"] == 60.0
+    assert set(seen) == {"make it redder"}
+
+
+@pytest.mark.parametrize("task, inputs", [("inpaint", {"image", "mask"}), ("generate", {"height", "width"})])
+def test_a_pipeline_is_called_as_users_call_it(features, task, inputs):
+    class Pipe:
+        def __call__(self, prompt, steps, guidance_scale, seed, output_type, **inputs):
+            self.inputs, self.images = inputs, torch.rand(len(prompt), 3, SIZE, SIZE)
+            return self
+
+    pipe = Pipe()
+    results = run(features, task=get_task(task), methods=pipe, steps=(1,))
+    assert set(pipe.inputs) == inputs
+    assert all(value.shape[1] in (1, 3) for value in pipe.inputs.values() if isinstance(value, torch.Tensor))
+    assert results.pictures["given"].shape[1] == 3  # what a sheet can show
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -243,8 +307,9 @@ def test_json_has_the_promised_form_and_is_written_whole(features, tmp_path):
     assert {"task", "count", "seed", "command", "rows", "machine"} <= set(told)
     assert (told["task"], told["count"], told["seed"]) == ("upscale", 6, 3)
     for row in told["rows"]:
-        assert list(row) == ["method", "steps", "psnr", "ssim", "distance", "fd", "obedience", "latency_ms"]
-        assert all(math.isfinite(value) for name, value in row.items() if name != "method")
+        names = ["method", "steps", "psnr", "ssim", "distance", "fd", "obedience", "latency_ms", "measures"]
+        assert list(row) == names and row["measures"] == {"input_psnr": row["obedience"]}
+        assert all(math.isfinite(row[name]) for name in names[1:-1])
     assert {"cpus", "torch"} <= set(told["machine"])
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "errors": set(),
     "schedule": {"errors"},
     "models": {"errors", "schedule"},
-    "tasks": {"errors"},
+    "tasks": {"errors", "data.images"},
     "data": {"errors"},
     "objectives": {"errors", "schedule", "models"},
     "sampling": {"errors", "schedule", "models", "tasks", "data.images"},

@@ -1,8 +1,9 @@
-"""The backbone's seam, both adapters, and what happens to broken files."""
+"""The backbone's seam, the forms of adapters, and what happens to broken files."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from codi.errors import UserError
 from codi.models import codec, text
-from codi.models.adapter import FORMS, Adapter, ControlNetAdapter, FusedAdapter, load_adapter
+from codi.models.adapter import FORMS, ControlNetAdapter, FusedAdapter, LoraAdapter
+from codi.models.adapter_files import load_adapter
 from codi.models.backbone import load_backbone, unet_down, unet_up
+from codi.models.lora import FILE, add_lora
 from codi.models.student import Conditioning, Student, cat_conditionings
+from codi.training.saving import save_adapter
 from tiny import (
     CAPTIONS,
     DOWNSCALE,
@@ -22,6 +26,7 @@ from tiny import (
     randn,
     tiny_backbone,
     tiny_checkpoint,
+    tiny_lora,
     tiny_unet,
 )
 
@@ -29,6 +34,7 @@ BACKBONE = tiny_backbone().freeze()
 UNET, VAE = BACKBONE.unet, BACKBONE.vae
 WORDS = randn(2, 5, TEXT_WIDTH, seed=7)
 LEVELS = torch.tensor([3, 800])
+CONDITIONED = [form for form in FORMS if form != "lora"]  # the forms that look at a condition
 
 ARCHITECTURES = {
     "cross attention": {},
@@ -68,15 +74,19 @@ def adapted(form: str, channels: int = 3, unet=UNET) -> tuple[Student, Condition
     return Student(unet, adapter), Conditioning(WORDS, condition)
 
 
-def influence(adapter: Adapter, seed: int = 5) -> None:
-    """What training does: gives the adapter a say."""
+def influence(student: Student, seed: int = 5) -> Student:
+    """What training does: gives the adapter a say. The form without a condition has it through low-rank updates."""
+    adapter = student.adapter
     with torch.no_grad():
         if isinstance(adapter, FusedAdapter):
             for i, mu in enumerate(adapter.mu):
                 mu.copy_(rand(*mu.shape, seed=seed + i))
-        else:
+        elif isinstance(adapter, ControlNetAdapter):
             for i, p in enumerate(q for name, q in adapter.named_parameters() if "controlnet_" in name):
                 p.copy_(0.2 * randn(*p.shape, seed=seed + i))
+        else:
+            student.unet = tiny_lora(student.unet, seed=seed)
+    return student
 
 
 # ---- the seam
@@ -97,9 +107,9 @@ def test_a_student_without_adapter_or_condition_is_the_backbone():
     z = randn(2, LATENT_CHANNELS, 8, 8)
     expected = UNET(z, LEVELS, WORDS).sample
     assert torch.equal(Student(UNET)(z, LEVELS, Conditioning(WORDS)), expected)
-    student, _ = adapted("fused")
-    influence(student.adapter)  # type: ignore[arg-type]
-    assert torch.equal(student(z, LEVELS, Conditioning(WORDS)), expected)
+    for form in FORMS:
+        student = influence(adapted(form)[0])
+        assert torch.equal(student(z, LEVELS, Conditioning(WORDS)), expected)
 
 
 # ---- before training, and switched off: the backbone
@@ -114,6 +124,7 @@ CONTROLLABLE = [name for name in ARCHITECTURES if name not in ("no middle block"
     [
         *[("fused", name, 3) for name in ARCHITECTURES],
         *[("controlnet", name, 3) for name in CONTROLLABLE],
+        *[("lora", name, 3) for name in ARCHITECTURES],
         *[(form, "cross attention", 5) for form in FORMS],
     ],
 )
@@ -123,6 +134,7 @@ def test_before_training_the_student_is_the_backbone(form, name, channels):
     unet, added = tiny_unet(seed=2, **changes), added_for(changes)
     student, conditioning = adapted(form, channels, unet)
     conditioning.added = added
+    student.unet = add_lora(unet, 2, form)
     z = randn(2, LATENT_CHANNELS, 8, 8)
     for timestep in (torch.tensor([17]), LEVELS):
         expected = unet(z, timestep, WORDS, added_cond_kwargs=added).sample
@@ -134,7 +146,7 @@ def test_before_training_the_student_is_the_backbone(form, name, channels):
 @torch.no_grad()
 def test_strength_0_is_the_backbone_whatever_was_learnt(form):
     student, conditioning = adapted(form)
-    influence(student.adapter)  # type: ignore[arg-type]
+    influence(student)
     z = randn(2, LATENT_CHANNELS, 8, 8)
     expected = UNET(z, LEVELS, WORDS).sample
     assert torch.equal(student(z, LEVELS, conditioning, 0.0), expected)
@@ -144,13 +156,12 @@ def test_strength_0_is_the_backbone_whatever_was_learnt(form):
     assert 0 < (half - expected).norm() < (full - expected).norm()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CONDITIONED)
 @torch.no_grad()
 def test_a_trained_adapter_sees_its_condition_and_every_channel_of_it(form):
     student, conditioning = adapted(form, 4)
-    adapter = student.adapter
+    adapter = influence(student).adapter
     assert adapter is not None
-    influence(adapter)
     if isinstance(adapter, FusedAdapter):  # the maps' weights start at zero
         adapter.encoder.conv_in.weight[:, LATENT_CHANNELS:] = 0.3
     z, picture = randn(2, LATENT_CHANNELS, 8, 8), rand(2, 4, 32, 32, seed=1)
@@ -167,7 +178,7 @@ def test_a_trained_adapter_sees_its_condition_and_every_channel_of_it(form):
 @torch.no_grad()
 def test_fusion_formula():
     adapter = FusedAdapter.from_backbone(UNET, VAE).double()
-    influence(adapter)
+    influence(Student(UNET, adapter))
     shapes = [f.shape for f in unet_down(UNET, randn(2, LATENT_CHANNELS, 8, 8), LEVELS, WORDS)[0]]
     h = [randn(*s, seed=i, dtype=torch.float64) for i, s in enumerate(shapes)]
     e = [randn(*s, seed=50 + i, dtype=torch.float64) for i, s in enumerate(shapes)]
@@ -180,7 +191,7 @@ def test_fusion_formula():
 @torch.no_grad()
 def test_fused_features_know_neither_z_nor_t():
     student, conditioning = adapted("fused")
-    influence(student.adapter)  # type: ignore[arg-type]
+    influence(student)
     once = student.prepare(conditioning)
     assert student.prepare(once) is once
     for seed, level in enumerate((0, 500, 999)):
@@ -209,6 +220,7 @@ def test_reading_a_condition():
     torch.testing.assert_close(read[:, :LATENT_CHANNELS], codec.encode(VAE, condition[:, :3]))
     torch.testing.assert_close(read[:, -1], condition[:, 3].unflatten(1, (8, 4)).unflatten(-1, (6, 4)).mean((2, 4)))
     assert torch.equal(ControlNetAdapter.from_backbone(UNET, VAE, 4).read(condition, VAE), condition)
+    assert not LoraAdapter.from_backbone(UNET, VAE, 4).read(condition, VAE).numel()
 
 
 # ---- gradients
@@ -224,7 +236,7 @@ def test_gradient_of_the_fused_form_reaches_mu_first_then_the_encoder():
     student, conditioning = adapted("fused")
     first = gradients(student, conditioning)
     assert all(has == (".mu." in name) for name, has in first.items()) and sum(first.values()) > 0
-    influence(student.adapter)  # type: ignore[arg-type]
+    influence(student)
     later = gradients(student, conditioning)
     assert all(later.values()), [name for name, has in later.items() if not has]
 
@@ -235,12 +247,12 @@ def test_gradient_of_the_controlnet_reaches_the_zero_convolutions_first_then_all
     assert {name for name, has in first.items() if has} == {
         name for name in first if "controlnet_down_blocks" in name or "controlnet_mid_block" in name
     }
-    influence(student.adapter)  # type: ignore[arg-type]
+    influence(student)
     later = gradients(student, conditioning)
     assert all(later.values()), [name for name, has in later.items() if not has]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CONDITIONED)
 def test_in_full_mode_gradient_reaches_the_backbone(form):
     student, conditioning = adapted(form, unet=tiny_unet(seed=3))
     reached = gradients(student, conditioning)
@@ -257,20 +269,22 @@ def test_in_full_mode_gradient_reaches_the_backbone(form):
 @torch.no_grad()
 def test_an_adapter_s_round_trip_through_its_folder(form, channels, tmp_path):
     info = {"task": "upscale", "family": BACKBONE.family, "steps": 4, "metrics": {"psnr": 30.5}}
-    adapter = FORMS[form].from_backbone(UNET, VAE, channels, **info)
-    influence(adapter)
-    adapter.save_pretrained(tmp_path / "adapter")
+    student = influence(Student(UNET, FORMS[form].from_backbone(UNET, VAE, channels)))
+    adapter: Any = student.adapter
+    adapter.register_to_config(info=info)
+    save_adapter(tmp_path / "adapter", adapter, student.unet, full=False, half=False)
     assert json.loads((tmp_path / "adapter/config.json").read_text())["info"] == info
     assert not list(tmp_path.rglob("*.bin"))
     loaded, unet = load_adapter(tmp_path / "adapter", "upscale", BACKBONE.family, UNET)
-    assert type(loaded) is type(adapter) and unet is UNET and dict(loaded.config["info"]) == info
+    assert type(loaded) is type(adapter) and dict(loaded.config["info"]) == info
+    assert (unet is UNET) == (form != "lora")
     assert loaded.state_dict().keys() == adapter.state_dict().keys()
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), adapter.state_dict().values(), strict=True)
     )
     z = randn(2, LATENT_CHANNELS, 8, 8)
     conditioning = Conditioning(WORDS, adapter.read(rand(2, channels, 32, 32), VAE))
-    assert torch.equal(Student(unet, loaded)(z, LEVELS, conditioning), Student(UNET, adapter)(z, LEVELS, conditioning))
+    assert torch.equal(Student(unet, loaded)(z, LEVELS, conditioning), student(z, LEVELS, conditioning))
 
 
 @torch.no_grad()
@@ -299,7 +313,9 @@ def refused(attempt, *parts: str) -> str:
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    FusedAdapter.from_backbone(UNET, VAE, task="upscale", family=BACKBONE.family).save_pretrained(folder)
+    adapter = FusedAdapter.from_backbone(UNET, VAE)
+    adapter.register_to_config(info={"task": "upscale", "family": BACKBONE.family})
+    save_adapter(folder, adapter, tiny_lora(UNET, "upscale"), full=False, half=False)
     return folder
 
 
@@ -354,6 +370,12 @@ def test_a_missing_adapter_is_refused(missing, tmp_path):
 def test_broken_adapter_weights_are_refused(change, said, adapter_folder, tmp_path):
     bad = broken(adapter_folder, tmp_path / "bad", "diffusion_pytorch_model.safetensors", change)
     refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad), said)
+
+
+@pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "could not be read")])
+def test_broken_low_rank_updates_are_refused(change, said, adapter_folder, tmp_path):
+    bad = broken(adapter_folder, tmp_path / "bad", FILE, change)
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad / FILE), said)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +468,7 @@ def test_prompts_become_features():
 @torch.no_grad()
 def test_two_conditionings_in_one_batch(form):
     student, conditioning = adapted(form)
-    influence(student.adapter)  # type: ignore[arg-type]
+    influence(student)
     other = Conditioning(randn(2, 5, TEXT_WIDTH, seed=11), conditioning.condition)
     z = randn(2, LATENT_CHANNELS, 8, 8)
     for prepare in (lambda c: c, student.prepare):

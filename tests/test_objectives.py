@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from codi.models.adapter import FORMS
+from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
 from codi.objectives.batch import LatentBatch, mean_square
 from codi.objectives.codi import boundary_scaling, codi
@@ -370,10 +371,11 @@ def test_finetune_draws_all_levels(shared):
 
 
 def tiny_students(form: str, full: bool) -> tuple[Student, Student, LatentBatch]:
-    """(student, target, batch); `full`: the backbone trains too."""
+    """(student, target, batch); `full`: the backbone trains too; the form lora has low-rank updates that do."""
     unet, vae = tiny_unet(), tiny_vae()
     unet.requires_grad_(full)
-    student = Student(unet, FORMS[form].from_backbone(unet, vae))
+    updated = add_lora(unet, 2, "generate") if form == "lora" else unet
+    student = Student(updated, FORMS[form].from_backbone(unet, vae))
     assert student.adapter is not None
     condition = student.adapter.read(rand(2, 3, 6 * DOWNSCALE, 6 * DOWNSCALE), vae)
     batch = LatentBatch(randn(2, LATENT_CHANNELS, 6, 6), Conditioning(randn(2, 5, TEXT_WIDTH, seed=1), condition))
@@ -388,11 +390,19 @@ def test_gradient_reaches_the_student_alone(form, ode):
     sum(codi(student, target, batch, LEVELS, seeded(), ode=ode, teacher=teacher).values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in [*target.parameters(), *teacher.parameters()])
     reached = {name.split(".")[0] for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
-    assert reached == {"unet", "adapter"}
+    assert reached == ({"unet"} if form == "lora" else {"unet", "adapter"})
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["PE", "full"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form, full",
+    [
+        ("fused", False),
+        ("fused", True),
+        ("controlnet", False),
+        ("controlnet", True),
+        ("lora", False),
+    ],
+)
 @pytest.mark.parametrize("objective", [codi, finetune])
 def test_what_training_changes(objective, form, full):
     """Parameter-efficient training leaves the backbone's bytes alone, full training does not."""
@@ -405,8 +415,9 @@ def test_what_training_changes(objective, form, full):
         sum(objective(student, target, batch, LEVELS, seeded(step)).values()).backward()  # type: ignore[union-attr]
         optimizer.step()
     same = {name: torch.equal(before[name], p) for name, p in student.named_parameters()}
-    assert all(same[name] != full for name in same if name.startswith("unet."))
-    assert not any(same[name] for name in same if name.startswith("adapter."))
+    assert all(same[name] != full for name in same if name.startswith("unet.") and "lora_" not in name)
+    trained = "lora_" if form == "lora" else "adapter."
+    assert not any(same[name] for name in same if trained in name) and any(trained in name for name in same)
     assert all(torch.equal(target_before[name], p) for name, p in target.named_parameters())
 
 

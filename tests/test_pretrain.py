@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from codi.data.sources import open_source
 from codi.models import codec
 from codi.models.backbone import EMBEDDED, load_backbone
-from codi.training.codec import standardise_latents
+from codi.training.codec import DecoderJob, standardise_latents
 from codi.training.latents import new_scheduler
 from codi.training.pretrain import pretrain
 from codi.training.pretrain_recipe import PretrainRecipe
 from codi.training.tokenizer import train_tokenizer
+from codi.training.trainer import RunSettings, train
 from tiny import rand, tiny_vae
 
 
@@ -47,12 +49,26 @@ def test_the_noisiest_level_has_no_signal():
     assert scheduler.alphas_cumprod[-1] == 0 and scheduler.config["prediction_type"] == "v_prediction"
 
 
+def test_a_decoder_trains_on_without_its_encoder(tmp_path):
+    recipe = PretrainRecipe(
+        out=str(tmp_path), size=32, vae_crop=16, vae_batch=4, warmup=4, decoder_images=8, log_every=8, device="cpu"
+    )
+    source, vae = open_source("scenes:train:8"), tiny_vae()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    settings = RunSettings(images=8, batch_size=4, warmup=1, learning_rate=1e-2, device="cpu", ema=0.0)
+    train(DecoderJob(vae, recipe, source, source), settings, tmp_path, quiet=True)
+    after = AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> PretrainRecipe:
     """Both stages in seconds."""
     return PretrainRecipe(
         out=str(tmp_path_factory.mktemp("pretrain") / "model"), data="scenes:train:16", held_out="scenes:held-out:4",
         size=32, vae_images=16, vae_batch=4, vae_crop=16, vae_widths=(8, 8, 8), latent_channels=4, ldm_images=16,
+        edits="scenes:train:8:1", decoder_images=8,
         ldm_batch=4, unet_widths=(16, 32), unet_layers=1, text_width=32, text_layers=1, warmup=4, log_every=8,
         preview_every=16, checkpoint_every=8, device="cpu",
     )  # fmt: skip
@@ -80,7 +96,7 @@ def test_a_pretrained_folder_is_a_stable_diffusion_checkpoint(recipe):
 
 def test_training_goes_on_from_a_checkpoint(recipe, tmp_path):
     pretrain(recipe, quiet=True)
-    again = replace(recipe, start=recipe.out, out=str(tmp_path / "more"), ldm_images=8)
+    again = replace(recipe, start=recipe.out, out=str(tmp_path / "more"), ldm_images=8, decoder_images=0)
     more = load_backbone(pretrain(again, quiet=True))
     start = load_backbone(recipe.out)
     assert all(torch.equal(a, b) for a, b in zip(start.vae.parameters(), more.vae.parameters(), strict=True))

@@ -1,6 +1,5 @@
 """Samplers, first where everything is known in closed form, then on tiny real networks; and the moving average."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from codi.models.adapter import FORMS, FusedAdapter
+from codi.models.adapter import FORMS, FusedAdapter, LoraAdapter
 from codi.models.student import Conditioning, Student
 from codi.sampling.sampler import ddim, initial_noise, predict, time_grid
 from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
 from codi.training import ema
-from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_scheduler, tiny_unet, tiny_vae
+from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_scheduler, tiny_unet, tiny_vae
 
 LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
 ZERO_SNR = DiscreteSchedule.from_config(tiny_scheduler(rescale_betas_zero_snr=True).config)
@@ -139,6 +138,7 @@ def tiny_student(form: str, count: int = 3) -> tuple[Student, Conditioning, Cond
                 p.copy_(0.3 * rand(*p.shape))
     condition = adapter.read(rand(count, 3, 6 * DOWNSCALE, 6 * DOWNSCALE), vae)
     words, blank = randn(count, 5, TEXT_WIDTH, seed=1), randn(1, 5, TEXT_WIDTH, seed=2).repeat(count, 1, 1)
+    unet = tiny_lora(unet) if isinstance(adapter, LoraAdapter) else unet
     return Student(unet, adapter).eval(), Conditioning(words, condition), Conditioning(blank, condition)
 
 
@@ -234,6 +234,29 @@ def test_every_grid_falls_from_noise_to_clean():
     torch.testing.assert_close(smooth, torch.pi / 8 * torch.tensor([4.0, 3, 2, 1, 0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("horizon", [1000, CosineSchedule.horizon], ids=["levels", "cosine"])
+def test_shifted_grids(horizon):
+    """u = s v / (s v + 1 - v): above 1 more of the times are noisy, below 1 fewer; 1 changes nothing."""
+    for steps in (1, 2, 4, 50, 333, 1000):
+        plain = time_grid(horizon, steps)
+        assert torch.equal(time_grid(horizon, steps, 1.0), plain)
+        for shift in (0.2, 1.5, 3.0, 12.0):
+            grid = time_grid(horizon, steps, shift)
+            assert len(grid) == steps + 1 and grid[0] == horizon and grid[-1] == 0 and (grid.diff() < 0).all()
+            assert grid.dtype == plain.dtype
+            assert (grid >= plain).all() if shift > 1 else (grid <= plain).all()
+    assert time_grid(1000, 4, 3.0).tolist() == [1000, 900, 750, 500, 0]
+    assert time_grid(1000, 2, 1 / 3).tolist() == [1000, 250, 0]
+
+
+def test_sampling_walks_the_shifted_grid():
+    z, student, times = randn(1, 1, 2, 2), Formula(LEVELS, denoiser), []
+    shifted = ddim(student, LEVELS, z, NOTHING, 4, shift=3.0, callback=lambda i, t, latent, x: times.append(t))  # type: ignore[func-returns-value]
+    assert times == [1000, 900, 750, 500]
+    plain = ddim(student, LEVELS, z, NOTHING, 4)
+    assert torch.equal(ddim(student, LEVELS, z, NOTHING, 4, shift=1.0), plain) and not torch.equal(shifted, plain)
+
+
 def test_noise_belongs_to_its_seed():
     noise = initial_noise((4, 8, 8), [3, 5, 3])
     assert noise.shape == (3, 4, 8, 8) and torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
@@ -310,19 +333,22 @@ def test_the_decay_warms_up():
 @pytest.mark.parametrize("form", FORMS)
 def test_the_average_shares_what_is_frozen_and_copies_what_trains(form):
     student, conditioning, _ = tiny_student(form)
-    student.unet.requires_grad_(False)
+    for name, p in student.unet.named_parameters():
+        p.requires_grad_("lora_" in name)
     average = ema.average_copy(student.train())
     assert not average.training and student.training and not any(p.requires_grad for p in average.parameters())
     for (name, a), p in zip(average.named_parameters(), student.parameters(), strict=True):
-        assert (a is p) == name.startswith("unet.") and torch.equal(a, p)
+        assert (a is p) == (name.startswith("unet.") and "lora_" not in name) and torch.equal(a, p)
     trained = [p for p in student.parameters() if p.requires_grad]
     assert trained  # averaging left the student's own flags alone
+    kept = {name: p for name, p in student.unet.named_parameters() if not p.requires_grad}
     z, t = randn(3, LATENT_CHANNELS, 6, 6), torch.tensor([500])
     with torch.no_grad():
-        before, frozen = average(z, t, conditioning), copy.deepcopy(student.unet.state_dict())
+        before, frozen = average(z, t, conditioning), {name: p.clone() for name, p in kept.items()}
         for p in trained:
             p.add_(0.1 * randn(*p.shape, seed=3))
         assert torch.equal(average(z, t, conditioning), before)
         ema.update(average, student, 0.5)
         assert not torch.equal(average(z, t, conditioning), before)
-    assert all(torch.equal(value, frozen[name]) for name, value in average.unet.state_dict().items())
+    assert frozen and all(torch.equal(p, frozen[name]) for name, p in kept.items())
+    assert not any(p.requires_grad for p in average.parameters())

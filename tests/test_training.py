@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from codi.errors import UserError
-from codi.models.adapter import load_adapter
+from codi.models.adapter_files import load_adapter
 from codi.models.backbone import load_backbone
 from codi.training import checkpoint
 from codi.training import recipe as recipes

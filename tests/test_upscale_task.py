@@ -31,6 +31,11 @@ def batch(image: torch.Tensor) -> Any:
     return SimpleNamespace(image=image, text=[""] * len(image), extras={}, index=list(range(len(image))))
 
 
+def obedience(task: Upscale, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    (figures,) = task.obedience(output, given, batch(output)).values()
+    return figures
+
+
 CLEAN = Stage(0.0, (1.0, 1.0), (0, 0, 1), (1, 1), (0.0, 0.0), (0.0, 0.0), jpeg_quality=(100, 100))
 
 
@@ -205,14 +210,34 @@ def test_obedience_is_the_psnr_of_the_downscaled_output():
     task = Upscale(4, "bicubic")
     image = pictures()
     given = task.given(batch(image), generator())
-    assert torch.equal(task.obedience(image, given), torch.full((4,), 60.0))  # capped
-    shifted = task.obedience(image * 0.5 + 0.25, given * 0.5 + 0.15)  # 0.1 off everywhere: 20 dB
+    assert torch.equal(obedience(task, image, given), torch.full((4,), 60.0))  # capped
+    shifted = obedience(task, image * 0.5 + 0.25, given * 0.5 + 0.15)  # 0.1 off everywhere: 20 dB
     assert torch.allclose(shifted, torch.full((4,), 20.0), atol=1e-3)
-    flat = task.obedience(torch.full_like(image, 0.5), given)
-    enlarged = task.obedience(task.condition(given), given)
+    flat = obedience(task, torch.full_like(image, 0.5), given)
+    enlarged = obedience(task, task.condition(given), given)
     assert (flat < enlarged).all() and (enlarged < 60).all()
 
 
 def test_obedience_takes_sizes_that_are_no_multiple():
     given = pictures(1, 9, 7)
-    assert Upscale().obedience(pictures(1, 37, 29), given).shape == (1,)
+    assert obedience(Upscale(), pictures(1, 37, 29), given).shape == (1,)
+
+
+@pytest.mark.parametrize("degradation", ["real", "bicubic"])
+@pytest.mark.parametrize("scale, side", [(8, 64), (8, 128), (16, 16)])
+def test_every_scale_works_throughout(degradation: str, scale: int, side: int):
+    task = Upscale(scale, degradation)
+    image = pictures(3, side, side)
+    given = task.given(batch(image), generator())
+    assert given.shape == (3, 3, side // scale, side // scale) and torch.equal(task.bring(given), given)
+    assert task.condition(given).shape == task.truth(batch(image)).shape == image.shape
+    assert (obedience(task, image, given) > obedience(task, 1 - image, given)).float().mean() > 0.6
+
+
+def test_upscale_takes_grey_pictures_and_no_mask():
+    grey = pictures(2, 8, 8)[:, :1]
+    assert torch.equal(Upscale().bring(grey), grey.repeat(1, 3, 1, 1))
+    with pytest.raises(UserError, match="mask: task upscale takes none"):
+        Upscale().bring(grey, grey)
+    with pytest.raises(UserError, match=r"image of shape \(2, 4, 8, 8\)"):
+        Upscale().bring(torch.zeros(2, 4, 8, 8))

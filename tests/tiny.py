@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from codi.models.backbone import Backbone
+from codi.models.lora import add_lora
 from codi.training.tokenizer import train_tokenizer
 
 TEXT_WIDTH = 8
@@ -129,3 +130,13 @@ def tiny_checkpoint(folder: Path, prediction: str = "v_prediction", seed: int = 
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def tiny_lora(unet: UNet2DConditionModel, name: str = "generate", seed: int = 0, rank: int = 2) -> UNet2DConditionModel:
+    """A shared copy of `unet` with low-rank updates as training leaves them: they matter."""
+    adapted = add_lora(unet, rank, name, seed)
+    with torch.no_grad():
+        for i, (key, p) in enumerate(adapted.named_parameters()):
+            if "lora_B" in key:
+                p.copy_(0.2 * randn(*p.shape, seed=1000 * seed + i))
+    return adapted

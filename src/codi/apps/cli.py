@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import data, demo, evaluate, models, train, upscale
+from . import canny, data, demo, depth, edit, evaluate, generate, inpaint, models, train, upscale
 from .common import BadUsage, quiet_libraries, say_error
 
 INTERRUPTED = 130
@@ -44,6 +44,11 @@ def _codi(
 
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("upscale", epilog=upscale.EXAMPLE)(upscale.upscale)
+app.command("inpaint", epilog=inpaint.EXAMPLE)(inpaint.inpaint)
+app.command("depth", epilog=depth.EXAMPLE)(depth.depth)
+app.command("canny", epilog=canny.EXAMPLE)(canny.canny)
+app.command("edit", epilog=edit.EXAMPLE)(edit.edit)
+app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("distill", epilog=train.DISTILL_EXAMPLE, context_settings=train.FREE_KEYS)(train.distill)
 app.command("pretrain", epilog=train.PRETRAIN_EXAMPLE, context_settings=train.FREE_KEYS)(train.pretrain)
 app.command("evaluate", epilog=evaluate.EXAMPLE)(evaluate.evaluate)

@@ -41,8 +41,10 @@ Steps = Annotated[
     int, typer.Option(min=1, max=1000, help="Sampling steps; adapters are made for 1 to 4.", rich_help_panel=_SAMPLING)
 ]
 Guidance = Annotated[
-    float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and fastest.", rich_help_panel=_SAMPLING)
+    float | None,
+    typer.Option(min=0, help="How closely to follow the prompt; 1: no guidance.", rich_help_panel=_SAMPLING),
 ]
+Strength = Annotated[float, typer.Option(min=0, help="The adapter's influence; 0 is none.", rich_help_panel=_SAMPLING)]
 Prompt = Annotated[str, typer.Option(help="What the picture shows.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.", rich_help_panel=_SAMPLING)]
 Count = Annotated[
@@ -157,9 +159,6 @@ def load_pipeline(
         hide_loading_bars()
         where = choose_device(device)
         pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, torch_dtype=getattr(torch, dtype))
-        made_for = pipe.config["task"]
-        if made_for != task:
-            raise UserError(f"{model}: this pipeline does {made_for!r}, not {task!r}: give one of that task")
         pipe.to(where)
     pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)
     return pipe

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
-from .common import Json, Overwrite, Seed, print_json, progress, usage, working
+from .common import BadUsage, Json, Overwrite, Seed, print_json, progress, usage, working
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ..data.check import DataReport
+    from ..tasks import Task
 
 app = typer.Typer(name="data", help="Make and check training data.", no_args_is_help=True)
 
-ENOUGH = 20  # pictures from which on the share of corrupt ones is judged, as in training
+PREVIEWED = 16  # samples on the sheet
+NAMED = 10  # corrupt files told one by one
 
 
 @app.command("render", epilog="Example: codi data render 1000 -o scenes --size 64")
@@ -53,68 +62,181 @@ def render(
 
 @app.command("check", epilog="Example: codi data check photos --task upscale --size 64 --sheet look.png")
 def check(
-    folder: Annotated[str, typer.Argument(help="A folder of pictures or .tar files.", show_default=False)],
+    folder: Annotated[
+        str, typer.Argument(help="A folder of pictures, .tar files, scenes:SPLIT or datasets:NAME.", show_default=False)
+    ],
     task: Annotated[str, typer.Option(help="What is to be trained.")] = "upscale",
+    task_options: Annotated[
+        str | None, typer.Option(help="Options of the task, as in a recipe: '{masks: [boxes, objects]}'.")
+    ] = None,
     size: Annotated[int, typer.Option(min=8, help="Side of training pictures in pixels.")] = 64,
-    sheet: Annotated[Path | None, typer.Option(help="Write a preview of the first pictures (.png).")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Look at the first N only (scenes: 256).")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write what training would begin with (.png).")] = None,
     max_corrupt: Annotated[
         float, typer.Option(min=0, max=1, help="Share of corrupt files that training skips.")
     ] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the training, for the sheet.")] = 0,
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Look at a data set before training: sizes, captions, broken files. Exit code 1 where training would fail."""
-    with working(f"reading {folder}"):
-        from ..data.check import check_folder
-        from ..data.writing import check_writable
-        from ..tasks import get_task
+    """Look at a data set before training: pairs, sizes, ranges, captions, copies, broken files, conditions.
 
-        with usage():
-            chosen = get_task(task)
-            scale = getattr(chosen, "scale", 1)
-            if size % scale:
-                raise UserError(f"--size {size}: not a multiple of the scale {scale}: use {size // scale * scale}")
+    Exit code 1 where training would fail.
+    """
+    with working(f"opening {folder}"):
+        from ..data.check import check_data
+        from ..data.writing import check_writable
+
+        chosen = _task(task, task_options)
+        if size % chosen.scale:
+            raise BadUsage(f"--size {size}: not a multiple of the scale {chosen.scale}: "
+                           f"use {max(1, size // chosen.scale) * chosen.scale}")  # fmt: skip
         if sheet is not None:
             check_writable(sheet, overwrite, extensions=(".png",))
-        report = check_folder(folder, task, size)
-        broken, readable = len(report.corrupt), report.images - len(report.corrupt)
-        faults = []
-        if not readable:
-            faults.append("no picture can be read")
-        elif report.images >= ENOUGH and broken > max_corrupt * report.images:
-            faults.append(f"{broken} of {report.images} files are corrupt, more than {max_corrupt:.0%}")
-        if sheet is not None and readable:
-            _write_sheet(folder, size, sheet, overwrite)
+    with progress("pictures") as bar:
+        line = bar.add_task("reading", total=None)
+        report = check_data(
+            folder, chosen.columns, size, count, lambda done, total: bar.update(line, completed=done, total=total)
+        )
+    faults = report.faults(chosen.prompt_column, max_corrupt)
+    remarks: list[str] = []
+    if report.readable and not any(column.missing for column in report.columns.values()):
+        try:
+            with working("making conditions"):
+                first = rehearse(chosen, folder, size, seed, min(PREVIEWED, report.looked))
+                remarks = first.remarks(chosen)
+                if sheet is not None:
+                    _write_sheet(first, sheet, overwrite)
+        except UserError as error:
+            faults.append(str(error))
     if json_:
-        print_json({"folder": folder, "task": task, **asdict(report), "faults": faults})
+        print_json({"folder": folder, "task": task, **asdict(report), "remarks": remarks, "faults": faults})
     else:
-        print(f"{folder}: {report.images:,} pictures, shorter side {report.side_min} to {report.side_max} px, "
-              f"median {report.side_median}; {report.captions_missing:,} without a caption")  # fmt: skip
-        for bad in report.corrupt[:10]:
-            print(f"  corrupt: {bad.file}: {bad.why}")
-        if broken > 10:
-            print(f"  and {broken - 10} more")
-        if report.too_small:
-            names = ", ".join(report.too_small[:3])
-            print(f"  {len(report.too_small):,} smaller than {size} px would be enlarged, which teaches blur: {names}")
+        print(f"{folder}: {_headline(report)}")
+        for told in _lines(report, chosen, size) + remarks:
+            print(f"  {told}")
     if faults:
-        raise UserError(f"{folder}: {'; '.join(faults)}: repair or remove them before training")
+        raise UserError(f"{folder}: {'; '.join(faults)}: mend this before training")
 
 
-def _write_sheet(folder: str, size: int, sheet: Path, overwrite: bool) -> None:
+def _task(name: str, options: str | None) -> Task:
+    import yaml
+
+    from ..tasks import get_task
+
+    try:
+        values = yaml.safe_load(options) if options else {}
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise BadUsage(f"--task-options {options}: not `key: value` pairs: write '{{scale: 8}}'")
+    with usage():
+        return get_task(name, **values)
+
+
+@dataclass
+class Rehearsal:
+    """The first batch of a training. `given` as the task's, `condition` (B, condition_channels, S, S), `truth`
+    (B, 3, S, S)."""
+
+    given: Tensor
+    condition: Tensor
+    truth: Tensor
+    prompts: list[str]
+
+    def remarks(self, task: Task) -> list[str]:
+        """What is odd about it, though training would not fail."""
+        remarks, count = [], len(self.prompts)
+        flat = int((self.condition.flatten(1).amax(1) == self.condition.flatten(1).amin(1)).sum())
+        if flat and self.given.shape[1]:  # a task that is given nothing says nothing
+            remarks.append(f"{flat} of {count} conditions are flat, which says nothing: look at the sheet")
+        if task.prompted and not any(self.prompts):
+            remarks.append(f"none of {count} samples has a prompt: task {task.name} would learn to ignore prompts")
+        return remarks
+
+
+def rehearse(task: Task, spec: str, size: int, seed: int, count: int) -> Rehearsal:
+    """The first `count` samples as a training of `task` with this seed would see them: the same files, crops, given
+    pictures and conditions. Raises UserError where that training would, and for a condition that is none."""
     import torch
 
-    from ..data.check import contact_sheet
-    from ..data.samples import Sample
+    from ..data.batches import batches
     from ..data.sources import open_source
-    from ..data.writing import write_png
 
-    source = open_source(folder)
-    samples = [s for s in source.read(range(min(32, len(source))), size) if isinstance(s, Sample)]
-    if not samples:
-        return
+    batch = next(batches(open_source(spec, task.columns), count, size, seed, max_corrupt=1.0))
+    given = task.given(batch, torch.Generator().manual_seed(seed))
+    condition = task.condition(given).float()
+    wanted = (count, task.condition_channels, size, size)
+    if condition.shape != wanted:
+        raise UserError(f"task {task.name}: its condition is {tuple(condition.shape)}, not {wanted}: mend the task")
+    if not bool(torch.isfinite(condition).all()) or condition.min() < 0 or condition.max() > 1:
+        raise UserError(f"task {task.name}: its condition leaves [0, 1]: mend the task or the data")
+    return Rehearsal(given, condition, task.truth(batch), task.prompts(batch))
+
+
+def _headline(report: DataReport) -> str:
+    looked = "" if report.looked == report.images else f", {report.looked:,} of them looked at"
+    return (f"{report.images:,} pictures{looked}, shorter side {report.side_min} to {report.side_max} px, "
+            f"median {report.side_median}; {report.captions_missing:,} without a caption")  # fmt: skip
+
+
+def _lines(report: DataReport, task: Task, size: int) -> list[str]:
+    lines = []
+    for unit, (least, middle, most) in (("captions", report.caption_words), ("instructions", report.instruction_words)):
+        if most:
+            lines.append(f"{unit}: {least} to {most} words, median {middle}")
+    if task.prompt_column == "instruction" and report.instructions_missing:
+        lines.append(f"{report.instructions_missing:,} without an instruction")
+    for name, column in report.columns.items():
+        parts = [f"{name}: {column.found:,} of {report.readable:,} pairs"]
+        if column.found:
+            bits = " and ".join(map(str, column.bits))
+            parts.append(f"{bits} bit, values {column.low} to {column.high}, {column.zero_share:.1%} of pixels 0")
+        for number, what in (
+            (column.most_ids, "ids in one file at most"),
+            (column.resized, "of another resolution than their picture, scaled to fit"),
+            (column.unchanged, "equal to their picture"),
+        ):
+            parts += [f"{number:,} {what}"] if number else []
+        lines.append("; ".join(parts))
+    lines += [f"corrupt: {bad.file}: {bad.why}" for bad in report.corrupt[:NAMED]]
+    if len(report.corrupt) > NAMED:
+        lines.append(f"and {len(report.corrupt) - NAMED} more")
+    if report.too_small:
+        names = ", ".join(report.too_small[:3])
+        lines.append(f"{len(report.too_small):,} smaller than {size} px would be enlarged, which teaches blur: {names}")
+    for groups, what in ((report.duplicates, "the same file"), (report.near_duplicates, "look alike")):
+        if groups:
+            number = sum(map(len, groups))
+            lines.append(f"{number:,} pictures in {len(groups):,} groups are {what}: {', '.join(groups[0][:3])}")
+    return lines
+
+
+def _write_sheet(first: Rehearsal, path: Path, overwrite: bool) -> None:
+    """A row a sample: the condition's picture, its maps, the truth and the prompt."""
     import numpy as np
+    import torch
 
-    pixels = np.asarray(contact_sheet([s.image for s in samples], columns=8), np.float32) / 255
-    texts = {"captions": json.dumps([s.text for s in samples], ensure_ascii=False)}
-    write_png(sheet, torch.from_numpy(pixels).permute(2, 0, 1), metadata=texts, overwrite=overwrite)
+    from ..data.writing import write_png
+    from ..evaluation import contact_sheet
+
+    channels = range(3, first.condition.shape[1])
+    named = {f"map {channel - 2}": first.condition[:, channel : channel + 1] for channel in channels}
+    sheet = contact_sheet({"condition": first.condition[:, :3], **named, "truth": first.truth})
+    if any(first.prompts):
+        sheet = _beside(sheet, first.prompts)
+    pixels = torch.from_numpy(np.asarray(sheet, np.float32) / 255).permute(2, 0, 1)
+    write_png(path, pixels, metadata={"prompts": json.dumps(first.prompts)}, overwrite=overwrite)
+
+
+def _beside(sheet: Image.Image, texts: list[str], width: int = 260) -> Image.Image:
+    """The sheet with a text at the right of each row."""
+    from PIL import Image, ImageDraw
+
+    wide = Image.new("RGB", (sheet.width + width, sheet.height), "white")
+    wide.paste(sheet)
+    draw = ImageDraw.Draw(wide)
+    row = (sheet.height - 20) / len(texts)  # a heading of about 20 pixels stands above the rows
+    for at, text in enumerate(texts):
+        draw.multiline_text((sheet.width, 20 + at * row), textwrap.fill(text, 40), fill="black", font_size=12)
+    return wide

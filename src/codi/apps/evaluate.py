@@ -61,7 +61,7 @@ def evaluate(
     degradation: Annotated[str | None, typer.Option(help="How upscaling's inputs are made: real or bicubic.")] = None,
     size: Annotated[int | None, typer.Option(min=16, help="Side of the pictures in pixels.")] = None,
     seed: Seed = 0,
-    guidance: Guidance = 1.0,
+    guidance: Guidance = None,
     batch: Batch = 16,
     device: Device = "auto",
     dtype: DType = "float32",
@@ -90,13 +90,13 @@ def evaluate(
         if task is None:
             raise BadUsage("give a recipe or --task: codi evaluate --task upscale")
         with usage():
-            get_task(task)
+            columns = get_task(task, **options).columns
             if degradation is not None:
                 get_task(task, degradation=degradation)
         for path, suffix in ((out, ".json"), (sheet, ".png")):
             if path is not None:
                 check_writable(path, overwrite, extensions=(suffix,))
-        source = open_source(data or HELD_OUT)
+        source = open_source(data or HELD_OUT, columns)
 
     methods: list[Method] = []
     reference = None
@@ -115,7 +115,7 @@ def evaluate(
 
     if degradation is not None:
         options["degradation"] = degradation
-    measured = get_task(task, **{**reference.task.config(), **options})
+    measured = get_task(task, **{**reference.task.config(), **options}).measured()
     with progress("pictures") as bar:
         line = bar.add_task("measuring", total=None)
         results = measure(

@@ -1,9 +1,11 @@
-"""The page of `codi demo`: one HTML file, no network, pictures by relative links."""
+"""The page of `codi demo`: one HTML file that needs no network, pictures by relative links. Its look: page.html."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -11,15 +13,17 @@ from typing import Any
 
 from ..errors import UserError
 
-VERSIONS = {
-    "input": "input",
-    "bicubic": "bicubic",
-    "steps-1": "1 step",
-    "steps-2": "2 steps",
-    "steps-4": "4 steps",
-    "truth": "truth",
+LAYOUT = Path(__file__).with_name("page.html")
+FIGURES = {  # key of a figure -> its heading, decimals
+    "psnr": ("PSNR dB ↑", 2),
+    "input_psnr": ("PSNR to the input, dB ↑", 1),
+    "jumps_shown": ("depth jumps shown ↑", 2),
+    "edge_f1": ("edge F1 ↑", 2),
+    "psnr_inside": ("PSNR inside the change, dB ↑", 1),
+    "psnr_outside": ("PSNR outside it, dB ↑", 1),
+    "distance": ("ENLite0 distance ↓", 3),
+    "ms": ("ms a picture ↓", 0),
 }
-"""Folder below the page -> what it shows."""
 COLOURS = ("#2f6fde", "#d9762b", "#3a9a5b", "#9a4fc4")
 
 
@@ -34,75 +38,168 @@ def write(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}): name another folder") from error
 
 
-def build(pictures: Sequence[tuple[str, str, str]], told: dict[str, Any]) -> str:
-    """The page's HTML. `pictures`: (file name without .png, title, group) of each; `told`: what timings.json holds."""
-    machine = told["machine"]
+def build(told: dict[str, Any]) -> str:
+    """The page's HTML from what timings.json holds."""
+    machine, sections = told["machine"], told["sections"]
     where = machine.get("gpu") or f"{machine.get('cpus')} CPU cores, {machine.get('threads')} threads"
-    groups = list(dict.fromkeys(group for _, _, group in pictures))
-    sections = [
-        f'<h2>{escape(group.capitalize())}</h2>\n<div class="grid {escape(group)}">'
-        + "".join(_slider(name, title) for name, title, mine in pictures if mine == group)
-        + "</div>"
-        for group in groups
-    ]
-    return _PAGE.substitute(
-        summary=f"{len(pictures)} picture files, enlarged {told['scale']} times by "
-        f"<code>{escape(told['model'])}</code> in 1, 2 and 4 steps. "
-        f"Made in {told['seconds']:.0f} s on {escape(str(where))}.",
-        note=f'<p class="note">{escape(told["note"])}</p>' if told["note"] else "",
-        left=_choice("left", "bicubic"),
-        right=_choice("right", "steps-4"),
-        sections="\n".join(sections),
-        figures=_table(told["figures"]),
-        strips="".join(_strip(name, title) for name, title, _ in pictures),
-        heads="".join(f"<th>{escape(title)}</th>" for title in VERSIONS.values()),
+    number = len(told["adapters"])
+    links = [*((s["name"], s["title"]) for s in sections), ("timings", "Timings")]
+    links += [("training", "Training")] if told["training"] else []
+    return Template(LAYOUT.read_text(encoding="utf-8")).substitute(
+        title="One backbone, " + (f"{_count(number)} tasks" if number > 1 else "one task") + ", 1 to 4 steps",
+        summary=f"<p>Every picture was made by <code>{escape(told['model'])}</code> on this machine "
+        f"({escape(str(where))}), {told['size']} px wide. The scenes are the first {told['count']} held-out ones of "
+        f"seed {told['seed']}: not picked, and never trained on. This page took {told['seconds']:.0f} s.</p>",
+        notes=_notes(told),
+        links="".join(f'<a href="#{escape(name)}">{escape(title)}</a>' for name, title in links),
+        sections="\n".join(map(_section, sections)),
+        timings=_timings(told),
         training=_training(told["training"]) if told["training"] else "",
+        command=f"codi demo --count {told['count']} --seed {told['seed']}"
+        + (f" --model {escape(told['model'])}" if told["model"] != "mini" else ""),
     )
 
 
-def _choice(side: str, chosen: str) -> str:
-    options = "".join(
-        f'<option value="{key}"{" selected" if key == chosen else ""}>{title}</option>'
-        for key, title in VERSIONS.items()
+def _count(number: int) -> str:
+    return ("no", "one", "two", "three", "four", "five", "six")[number] if number < 7 else str(number)
+
+
+def _notes(told: dict[str, Any]) -> str:
+    lines = [f"<b>{escape(name)}</b> is not shown: {_text(why)}" for name, why in told["skipped"].items()]
+    lines += [_text(told["note"])] if told["note"] else []
+    return f'<div class="note"><ul>{"".join(f"<li>{line}</li>" for line in lines)}</ul></div>' if lines else ""
+
+
+def _text(plain: str) -> str:
+    """HTML of a line in which backticks mark code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(plain))
+
+
+def _section(section: dict[str, Any]) -> str:
+    columns, rows = section["columns"], section["rows"]
+    choice = " and ".join(
+        _choice(side, key, columns) for side, key in zip(("left", "right"), section["sides"], strict=True)
     )
-    return f'<label>{side} <select id="{side}">{options}</select></label>'
-
-
-def _slider(name: str, title: str) -> str:
-    safe = escape(name)
+    few = " few" if len(rows) < 4 else ""
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns.values())
+    note = f'<p class="soft">{escape(section["note"])}</p>' if section["note"] else ""
     return (
-        f'<figure><div class="pair" data-name="{safe}"><img class="left" src="bicubic/{safe}.png" alt="bicubic">'
-        f'<img class="right" src="steps-4/{safe}.png" alt="4 steps"><span class="bar"></span>'
-        f'<input type="range" min="0" max="100" value="50" aria-label="compare"></div>'
-        f"<figcaption>{escape(title)}</figcaption></figure>\n"
+        f'<section id="{escape(section["name"])}" data-name="{escape(section["name"])}" '
+        f'data-columns="{escape(json.dumps(columns))}">\n<h2>{escape(section["title"])}</h2>\n'
+        f"<p>{escape(section['about'])}</p>{note}\n"
+        f'<div class="choice">Slide between {choice}</div>\n'
+        f'<div class="pairs{few}">{"".join(_pair(row, section) for row in rows)}</div>\n'
+        "<h3>Side by side</h3>\n"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(section["title"])}, side by side">'
+        f'<table class="strips"><thead><tr>{head}</tr></thead>\n<tbody>'
+        f"{''.join(_strip(row, columns) for row in rows)}</tbody></table></div>\n"
+        f'<div class="under">{_figures(section)}{_commands(section)}</div>\n</section>'
     )
 
 
-def _strip(name: str, title: str) -> str:
+def _choice(side: str, chosen: str, columns: dict[str, str]) -> str:
+    options = "".join(
+        f'<option value="{escape(key)}"{" selected" if key == chosen else ""}>{escape(title)}</option>'
+        for key, title in columns.items()
+    )
+    return f'<select class="{side}" aria-label="{side} side">{options}</select>'
+
+
+def _pair(row: dict[str, Any], section: dict[str, Any]) -> str:
+    columns, (left, right) = section["columns"], section["sides"]
+    title, pictures = escape(row["title"]), row["pictures"]
+    images = "".join(
+        f'<img class="{side}{_coarse(key)}" src="{escape(pictures[key])}" alt="{escape(columns[key])}: {title}">'
+        for side, key in (("left", left), ("right", right))
+    )
+    return (
+        f'<figure><div class="pair" data-name="{escape(row["name"])}" data-title="{title}">{images}'
+        f'<span class="bar"></span><b class="l">{escape(columns[left])}</b><b class="r">{escape(columns[right])}</b>'
+        f'<input type="range" min="0" max="100" value="50" aria-label="slide between two versions of: {title}"></div>'
+        f"<figcaption>{title}</figcaption></figure>\n"
+    )
+
+
+def _coarse(key: str) -> str:
+    """What is given is shown with its pixels, so that it looks as coarse as it is."""
+    return " coarse" if key == "given" else ""
+
+
+def _strip(row: dict[str, Any], columns: dict[str, str]) -> str:
+    title = escape(row["title"])
     cells = "".join(
-        f'<td><img loading="lazy" src="{folder}/{escape(name)}.png" alt="{what} of {escape(title)}"></td>'
-        for folder, what in VERSIONS.items()
+        f'<td><img class="{_coarse(key).strip()}" loading="lazy" src="{escape(row["pictures"][key])}" '
+        f'alt="{escape(heading)}: {title}"></td>'
+        for key, heading in columns.items()
     )
-    return f"<tr>{cells}</tr>\n"
+    return f'<tr class="cap"><th colspan="{len(columns)}"><span>{title}</span></th></tr><tr>{cells}</tr>\n'
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    for row in rows:
-        method = f"{row['steps']} step{'s' * (row['steps'] > 1)}" if row["steps"] else row["method"]
-        ms = "" if row["ms"] is None else f"{row['ms']:.0f}"
-        numbers = (
-            f"<td>{row['psnr']:.2f}</td><td>{row['obedience']:.1f}</td><td>{row['distance']:.4f}</td><td>{ms}</td>"
-        )
-        lines.append(f"<tr><th>{escape(row['group'])}</th><th>{escape(method)}</th>{numbers}</tr>")
-    return "\n".join(lines)
+def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of figures; the first cell of a row names it. Cells are escaped here."""
+    lines = [
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in rows
+    ]
+    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    return (
+        f'<div class="scroll"><table class="figures"><thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _figures(section: dict[str, Any]) -> str:
+    keys = [key for key in FIGURES if any(row.get(key) is not None for row in section["figures"])]
+    rows = [[section["columns"][r["column"]], *(_figure(r.get(k), k) for k in keys)] for r in section["figures"]]
+    table = _table(["", *(FIGURES[key][0] for key in keys)], rows)
+    return f"<div><h3>Means over these {len(section['rows'])} pictures</h3>{table}</div>"
+
+
+def _figure(value: float | None, key: str) -> str:
+    return "" if value is None else f"{value:.{FIGURES[key][1]}f}"
+
+
+def _commands(section: dict[str, Any]) -> str:
+    first, *rest = section["commands"]
+    more = "\n".join(map(escape, rest))
+    fold = f"<details><summary>The other rows</summary><pre><code>{more}</code></pre></details>" if rest else ""
+    steps = "; <code>--steps</code> chooses the column" if "many" in section["columns"] else ""
+    return (
+        '<div class="commands"><h3>Make it yourself</h3>'
+        f'<p class="soft">In the folder of this page{steps}.</p>'
+        f"<pre><code>{escape(first)}</code></pre>{fold}</div>"
+    )
+
+
+def _timings(told: dict[str, Any]) -> str:
+    """One row a task: milliseconds by steps, size of the adapter."""
+    rows = []
+    for section in told["sections"]:
+        if section["name"] not in told["adapters"]:
+            continue
+        adapter = told["adapters"][section["name"]]
+        ms = {row["column"]: row for row in section["figures"]}
+        kind = "full" if adapter["full"] else "backbone shared"
+        spent = [f"{ms[f'steps-{n}']['ms']:.0f}" for n in (1, 2, 4)]
+        many = f"{ms['many']['ms']:.0f} ({section['columns']['many']})"
+        rows.append([section["title"], *spent, many, f"{adapter['bytes'] / 1e6:.1f}", kind])
+    swap = told["swap_ms"]
+    swapping = "" if swap is None else f" Setting another adapter on the loaded backbone takes {swap:.2g} ms."
+    head = ["", "1 step", "2 steps", "4 steps", "many steps", "adapter MB", "kind"]
+    return (
+        f"<p>Milliseconds a picture, one at a time, reading the prompt and decoding included (median).{swapping}</p>"
+        f"{_table(head, rows)}"
+        '<p class="soft">PSNR is to the truth and favours blur; it is told only where one result is right. The ENLite0 '
+        "distance compares features of an image network, as LPIPS does. Figures over a handful of pictures are noisy: "
+        "<code>codi evaluate</code> measures as many as you like.</p>"
+    )
 
 
 def _training(training: dict[str, Any]) -> str:
     curve, previews = training["curve"], training["previews"]
     known = {key for row in curve for key in row} - {"images", "seconds", "learning_rate", "gradient_norm"}
-    obedience = sorted(key for key in known if key.startswith("obedience"))
-    losses = sorted(known - set(obedience))
+    losses = sorted(key for key in known if not key[-1].isdigit())
+    obedience = sorted(key for key in known if key.startswith("obedience_"))
 
     def series(keys: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
         return {
@@ -113,15 +210,15 @@ def _training(training: dict[str, Any]) -> str:
     charts = _chart("loss", series(losses)) + _chart("obedience, dB", series(obedience))
     shown = [previews[0], previews[-1]] if len(previews) > 1 else previews
     sheets = "".join(
-        f'<figure><img class="sheet" src="{escape(path)}" alt="preview">'
+        f'<figure><img class="coarse" src="{escape(path)}" alt="preview of the training" loading="lazy">'
         f"<figcaption>after {int(Path(path).stem):,} images: input, 1, 2, 4 steps, truth</figcaption></figure>"
         for path in shown
     )
     return (
-        f"<h2>Training</h2><p>A fresh adapter, adapted and distilled in one stage ({escape(training['objective'])}): "
-        f"{training['images']:,} of {training['of']:,} images in {training['seconds']:.0f} s. "
-        "The same command again goes on from there.</p>"
-        f'<div class="charts">{charts}</div><div class="grid sheets">{sheets}</div>'
+        f'<section id="training"><h2>Training</h2><p>A fresh upscaler, adapted and distilled in one stage '
+        f"({escape(training['objective'])}): {training['images']:,} of {training['of']:,} images in "
+        f"{training['seconds']:.0f} s. The same command again goes on from there; <code>codi distill</code> trains "
+        f'in earnest.</p><div class="charts">{charts}</div><div class="sheets">{sheets}</div></section>'
     )
 
 
@@ -152,102 +249,3 @@ def _chart(title: str, series: dict[str, list[tuple[float, float]]], width: int 
         f'<figure class="chart"><figcaption>{escape(title)} {names}</figcaption>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{axes}{lines}</svg></figure>'
     )
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>codi: upscaling in 1 to 4 steps</title>
-<style>
-:root { color-scheme: light dark; --paper: #fbfbf9; --ink: #1c1d1f; --soft: #6a6d73; --line: #dcdcd6; --panel: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #17181a; --ink: #e9e9e6; --soft: #9a9da3; --line: #34363a; --panel: #1f2023; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .9rem; }
-p { max-width: 44rem; margin: .5rem 0; }
-.note, figcaption, caption, .soft { color: var(--soft); font-size: .875rem; }
-.controls { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: 1.25rem; padding: .7rem 0;
-  background: var(--paper); border-bottom: 1px solid var(--line); margin-top: 1.2rem; }
-select { font: inherit; padding: .15rem .4rem; color: inherit; background: var(--panel); border: 1px solid var(--line);
-  border-radius: .35rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.25rem; }
-.grid.photographs { grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }
-.grid.sheets { grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
-figure { margin: 0; }
-figcaption { padding: .35rem .1rem; }
-img { display: block; width: 100%; image-rendering: pixelated; }
-.pair { --at: 50%; position: relative; aspect-ratio: 1; overflow: hidden; border-radius: .5rem;
-  background: var(--line); }
-.pair img { position: absolute; inset: 0; height: 100%; }
-.pair .right { clip-path: inset(0 0 0 var(--at)); }
-.pair .bar { position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px; margin-left: -1px; background: #fff;
-  box-shadow: 0 0 4px rgb(0 0 0 / .5); }
-.pair input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize; }
-.pair:focus-within { outline: 2px solid #2f6fde; outline-offset: 2px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-.figures td, .figures th { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right;
-  font-weight: 400; white-space: nowrap; }
-.figures th { text-align: left; }
-.figures thead th { color: var(--soft); font-size: .875rem; text-align: right; }
-.strips { width: 100%; table-layout: fixed; min-width: 40rem; }
-.strips td { padding: 2px; }
-.strips th { font-weight: 400; font-size: .875rem; color: var(--soft); }
-.charts { display: flex; flex-wrap: wrap; gap: 1.5rem; margin: 1rem 0; }
-.chart { flex: 1 1 20rem; }
-.chart span { margin-left: .6rem; }
-svg polyline { fill: none; stroke-width: 1.8; }
-svg .axis { fill: none; stroke: var(--line); }
-svg text { fill: var(--soft); font-size: 11px; }
-.sheet { border-radius: .4rem; }
-summary { cursor: pointer; }
-code { font-size: .92em; }
-</style>
-</head>
-<body>
-<h1>Upscaling in 1 to 4 steps</h1>
-<p>$summary</p>
-$note
-<div class="controls" aria-label="what the sliders compare">$left $right</div>
-$sections
-<h2>Figures</h2>
-<div class="scroll"><table class="figures">
-<thead><tr><th></th><th></th><th>PSNR dB ↑</th><th>obedience dB ↑</th><th>ENLite0 distance ↓</th><th>ms a picture ↓</th>
-</tr></thead>
-<tbody>
-$figures
-</tbody></table></div>
-<p class="soft">PSNR is to the truth; it favours blur, which is why bicubic does well in it. Obedience is the PSNR
-of the result, made small again, to the input. The ENLite0 distance compares features of an image network, as LPIPS
-does.</p>
-<details><summary>Everything side by side</summary>
-<div class="scroll"><table class="strips"><thead><tr>$heads</tr></thead><tbody>
-$strips</tbody></table></div></details>
-$training
-<script>
-for (const pair of document.querySelectorAll(".pair")) {
-  const slider = pair.querySelector("input");
-  slider.addEventListener("input", () => pair.style.setProperty("--at", slider.value + "%"));
-}
-for (const side of ["left", "right"]) {
-  const select = document.getElementById(side);
-  const show = () => {
-    for (const pair of document.querySelectorAll(".pair")) {
-      const image = pair.querySelector("." + side);
-      image.src = select.value + "/" + pair.dataset.name + ".png";
-      image.alt = select.selectedOptions[0].text;
-    }
-  };
-  select.addEventListener("change", show);
-  show();
-}
-</script>
-</body>
-</html>
-""")

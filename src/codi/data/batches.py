@@ -6,7 +6,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,11 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)
     index: list[int] = field(default_factory=list)
     instruction: list[str] = field(default_factory=list)
+
+    def part(self, which: slice) -> Batch:
+        """Some of its samples."""
+        extras = {name: column[which] for name, column in self.extras.items()}
+        return Batch(self.image[which], self.text[which], extras, self.index[which], self.instruction[which])
 
 
 def batches(
@@ -70,13 +75,14 @@ def _draw(stream: _Stream, batch_size: int, start: int) -> Generator[Batch, None
     position = start
     try:
         while True:
-            yield _collate(stream.at(range(position, position + batch_size)))
+            yield collate(stream.at(range(position, position + batch_size)))
             position += batch_size
     finally:
         stream.write_report()
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
+    """Samples of one size as one batch. Raises UserError where their columns do not fit together."""
     extras: dict[str, Tensor] = {}
     for column in samples[0].extras:
         grids = [s.extras[column] for s in samples]
@@ -149,18 +155,21 @@ class _Stream:
             )
 
     def write_report(self) -> None:
-        """Writes the report whole or not at all."""
-        if self.report is None:
-            return
-        files = [{"file": c.file, "why": c.why} for _, c in sorted(self.corrupt.items())]
-        content = {"read": len(self.read), "skipped": len(files), "files": files}
-        partial = self.report.with_name(self.report.name + ".partial")
-        try:
-            self.report.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self.report)
-        except OSError as error:
-            raise UserError(f"{self.report}: cannot be written ({error.strerror}): name another report file") from None
+        if self.report is not None:
+            report_corrupt(self.report, len(self.read), [c for _, c in sorted(self.corrupt.items())])
+
+
+def report_corrupt(path: Path, read: int, corrupt: Sequence[CorruptSample]) -> None:
+    """Writes the report that `batches` describes, whole or not at all. Raises UserError where it cannot be written."""
+    files = [{"file": c.file, "why": c.why} for c in corrupt]
+    content = {"read": read, "skipped": len(files), "files": files}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): name another report file") from None
 
 
 def _prefetched(drawn: Generator[Batch, None, None]) -> Generator[Batch, None, None]:

@@ -1,8 +1,12 @@
-"""A look at a data set before training: how many pictures, how large, what is missing or broken."""
+"""A look at a data set before training: what is there, what is missing, broken or there twice, what would fail."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -11,46 +15,216 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
-from .crops import load_picture, why_unreadable
-from .samples import CorruptSample, PictureSource
-from .sources import open_source
+from .batches import MIN_READ
+from .crops import is_deep, why_unreadable
+from .duplicates import near_groups, perceptual_hash
+from .samples import CorruptSample, PictureSource, Sample, Source
+from .sources import SceneSource, open_source
+
+SCENES = 256  # looked at where no count is given: they are exact by construction, and rendered for the purpose
 
 
 @dataclass
-class FolderReport:
-    """What `check_folder` found. Sides are shorter sides in pixels, over the readable pictures."""
+class ColumnReport:
+    """What a picture column holds beside its pictures. Values are those of the files, 0 left out of low and high."""
 
+    found: int = 0
+    missing: list[str] = field(default_factory=list)
+    resized: int = 0
+    """Of another resolution than their pictures, in the same aspect: they are scaled to fit."""
+    bits: list[int] = field(default_factory=list)
+    """Bits a channel, each kind that occurs."""
+    low: int = 0
+    high: int = 0
+    zero_share: float = 0.0
+    """Share of pixels that are 0: sky in a depth map, nothing in a mask."""
+    most_ids: int = 0
+    """Most different numbers other than 0 in one file: the instances of a mask."""
+    unchanged: int = 0
+    """Equal to their picture: an edit that does nothing."""
+
+
+@dataclass
+class DataReport:
+    """What `check_data` found. Sides are shorter sides in pixels, words are counted where there are any."""
+
+    source: str
     images: int
+    looked: int = 0
     side_min: int = 0
     side_median: int = 0
     side_max: int = 0
     captions_missing: int = 0
+    instructions_missing: int = 0
+    caption_words: tuple[int, int, int] = (0, 0, 0)
+    """Fewest, median, most."""
+    instruction_words: tuple[int, int, int] = (0, 0, 0)
+    columns: dict[str, ColumnReport] = field(default_factory=dict)
     corrupt: list[CorruptSample] = field(default_factory=list)
     too_small: list[str] = field(default_factory=list)
+    """Would have to be enlarged to the training size, which teaches blur."""
+    duplicates: list[list[str]] = field(default_factory=list)
+    """Groups of the same bytes."""
+    near_duplicates: list[list[str]] = field(default_factory=list)
+    """Groups that look alike and are not the same bytes."""
+
+    @property
+    def readable(self) -> int:
+        """Samples that training can use, if they have what the task needs."""
+        return self.looked - len(self.corrupt)
+
+    def faults(self, prompt_column: str = "text", max_corrupt: float = 0.05) -> list[str]:
+        """Why training would fail, a phrase each: too much is corrupt, a column is missing or of two bit depths, or
+        instructions, where `prompt_column` names them, are missing from more than the share `max_corrupt`."""
+        faults, broken = [], len(self.corrupt)
+        if not self.readable:
+            faults.append(f"no picture can be read ({self.corrupt[0].file}: {self.corrupt[0].why})")
+        elif self.looked >= MIN_READ and broken > max_corrupt * self.looked:
+            faults.append(f"{broken} of {self.looked} files are corrupt, more than {max_corrupt:.0%}")
+        for name, column in self.columns.items():
+            if column.missing:
+                lacking, first = len(column.missing), column.missing[0]
+                faults.append(f"{lacking} of {self.readable} pictures have no {name} ({first} is the first)")
+            if len(column.bits) > 1:
+                faults.append(f"{name} has files of {' and of '.join(map(str, column.bits))} bits, which do not mix")
+        if prompt_column == "instruction" and self.instructions_missing > max_corrupt * self.readable:
+            faults.append(f"{self.instructions_missing} of {self.readable} pictures have no instruction")
+        return faults
 
 
-def check_folder(folder: str | Path, task: str = "upscale", size: int = 64) -> FolderReport:
-    """Reads every picture of a folder (or .tar files) in full. For task `upscale`, `too_small` names those that would
-    have to be enlarged to `size`, the training size: they teach blur. Raises UserError as `open_source` does."""
-    source = open_source(folder)
-    if not isinstance(source, PictureSource):
-        raise UserError(f"{folder}: not files: name a folder of pictures or .tar files")
-    report, sides = FolderReport(len(source)), []
-    for index in range(len(source)):
-        try:
-            row = source.row(index)
-            side = min(load_picture(row.image).size)
-        except Exception as error:  # whatever a decoder raises on damaged bytes
-            report.corrupt.append(CorruptSample(index, source.name(index), why_unreadable(error)))
-            continue
-        sides.append(side)
-        report.captions_missing += not row.text
-        if task == "upscale" and side < size:
-            report.too_small.append(source.name(index))
+@dataclass
+class _Look:
+    """One readable sample. `columns`: name -> (bits, low, high, share of 0, distinct numbers, other size, unchanged)"""
+
+    name: str
+    side: int
+    text: str
+    instruction: str
+    digest: bytes
+    looks: int
+    columns: dict[str, tuple[int, int, int, float, int, bool, bool]]
+
+
+def check_data(
+    spec: str | Path,
+    columns: Sequence[str] = (),
+    size: int = 64,
+    count: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataReport:
+    """Reads every sample of `spec` (see `open_source`) in full, or the first `count`; of scenes, where no count is
+    given, 256.
+
+    `columns` are the picture columns that the task needs: here a sample may lack them, and is listed. `size`: the side
+    of training pictures. `progress` is told (done, all). Raises UserError as `open_source` does.
+    """
+    source = open_source(spec, optional=columns)
+    count = SCENES if count is None and isinstance(source, SceneSource) else count
+    looked = len(source) if count is None else min(count, len(source))
+    report = DataReport(source.describe(), len(source), looked, columns={c: ColumnReport() for c in columns})
+    looks: list[_Look] = []
+    for found in _looks(source, looked, size):
+        if isinstance(found, _Look):
+            looks.append(found)
+            _add(report, found)
+        else:
+            report.corrupt.append(found)
+        if progress is not None:
+            progress(len(looks) + len(report.corrupt), looked)
+    sides = [look.side for look in looks]
     if sides:
         report.side_min, report.side_median, report.side_max = min(sides), int(median(sides)), max(sides)
+    report.too_small = [look.name for look in looks if look.side < size]
+    report.caption_words = _words([look.text for look in looks])
+    report.instruction_words = _words([look.instruction for look in looks])
+    report.duplicates, report.near_duplicates = _repeated(looks)
     return report
+
+
+def _looks(source: Source, count: int, size: int) -> Iterator[_Look | CorruptSample]:
+    """In order. Decoders let other threads run, so that several files are read at a time."""
+    if isinstance(source, SceneSource):
+        for at in range(0, count, 64):
+            for sample in source.read(range(at, min(at + 64, count)), size):
+                yield _look_at_scene(sample) if isinstance(sample, Sample) else sample
+        return
+    assert isinstance(source, PictureSource)
+    waiting: deque[Future[_Look | CorruptSample]] = deque()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for index in range(count):
+            waiting.append(pool.submit(_look_at_files, source, index))
+            if len(waiting) > 64:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _look_at_files(source: PictureSource, index: int) -> _Look | CorruptSample:
+    name = source.name(index)
+    try:
+        row, picture, others = source.decode(index)
+        return _look(name, row.text, row.instruction, row.image, picture, others)
+    except Exception as error:  # whatever a decoder raises on damaged bytes
+        return CorruptSample(index, name, why_unreadable(error))
+
+
+def _look_at_scene(sample: Sample) -> _Look:
+    def picture(pixels: Tensor) -> Image.Image:
+        if len(pixels) == 1:
+            return Image.fromarray(pixels[0].numpy().astype(np.uint16))
+        return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+    image = picture(sample.image)
+    others = {column: picture(pixels) for column, pixels in sample.extras.items()}
+    return _look(sample.name, sample.text, sample.instruction, image.tobytes(), image, others)
+
+
+def _look(
+    name: str, text: str, instruction: str, data: bytes, picture: Image.Image, others: dict[str, Image.Image]
+) -> _Look:
+    columns = {}
+    for column, other in others.items():
+        grid = np.asarray(other)
+        some = grid[grid > 0]
+        low, high = (int(some.min()), int(some.max())) if some.size else (0, 0)
+        same = other.size == picture.size and other.mode == picture.mode and other.tobytes() == picture.tobytes()
+        ids = len(np.unique(some)) if column == "mask" else 0
+        zero, resized = 1 - some.size / grid.size, other.size != picture.size
+        columns[column] = (16 if is_deep(other) else 8, low, high, zero, ids, resized, same)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return _Look(name, min(picture.size), text, instruction, digest, perceptual_hash(picture), columns)
+
+
+def _add(report: DataReport, look: _Look) -> None:
+    report.captions_missing += not look.text
+    report.instructions_missing += not look.instruction
+    for name, column in report.columns.items():
+        if name not in look.columns:
+            column.missing.append(look.name)
+            continue
+        bits, low, high, zero, ids, resized, same = look.columns[name]
+        column.found += 1
+        column.bits = sorted({*column.bits, bits})
+        column.low = low if column.low == 0 else min(column.low, low or column.low)
+        column.high, column.most_ids = max(column.high, high), max(column.most_ids, ids)
+        column.zero_share += (zero - column.zero_share) / column.found  # the mean over files, whatever their sizes
+        column.resized += resized
+        column.unchanged += same
+
+
+def _words(texts: Sequence[str]) -> tuple[int, int, int]:
+    lengths = [len(text.split()) for text in texts if text]
+    return (min(lengths), int(median(lengths)), max(lengths)) if lengths else (0, 0, 0)
+
+
+def _repeated(looks: Sequence[_Look]) -> tuple[list[list[str]], list[list[str]]]:
+    """Groups of the same bytes; groups of those, one of each, that look alike."""
+    same: dict[bytes, list[_Look]] = {}
+    for look in looks:
+        same.setdefault(look.digest, []).append(look)
+    single = [group[0] for group in same.values()]
+    near = [[single[i].name for i in group] for group in near_groups([look.looks for look in single])]
+    return [[look.name for look in group] for group in same.values() if len(group) > 1], near
 
 
 def contact_sheet(images: Sequence[Tensor], columns: int, gap: int = 2) -> Image.Image:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from .crops import cut, draw_square, load_picture, why_unreadable
@@ -85,16 +86,24 @@ class PictureSource(ABC):
     ) -> list[Sample | CorruptSample]:
         return [self._read(i, size, None if crops is None else crops[at]) for at, i in enumerate(indices)]
 
+    def decode(self, index: int, least: int | None = None) -> tuple[Row, Image.Image, dict[str, Image.Image]]:
+        """The sample's row, its picture and its columns' pictures, whole. `least` as `crops.load_picture`. Raises what
+        a decoder raises on damaged bytes, and ValueError, naming the column, for a fault of a column's picture."""
+        row = self.row(index)
+        picture, others = load_picture(row.image, least), {}
+        for column, data in row.pictures.items():
+            try:
+                others[column] = load_picture(data)
+            except Exception as error:
+                raise ValueError(f"its {column}: {why_unreadable(error)}") from error
+            _same_shape(picture.size, others[column].size, column)
+        return row, picture, others
+
     def _read(self, index: int, size: int, rng: np.random.Generator | None) -> Sample | CorruptSample:
         try:
-            row = self.row(index)
-            picture = load_picture(row.image, least=2 * size)
+            row, picture, others = self.decode(index, least=2 * size)
             square = draw_square(picture.width, picture.height, size, rng)
-            extras = {}
-            for column, data in row.pictures.items():
-                other = load_picture(data)
-                _same_shape(picture.size, other.size, column)
-                extras[column] = cut(other, square, size, column)
+            extras = {column: cut(other, square, size, column) for column, other in others.items()}
             return Sample(index, self.name(index), cut(picture, square, size), row.text, row.instruction, extras)
         except Exception as error:  # Pillow's decoders raise nearly every type there is on damaged bytes
             return CorruptSample(index, self.name(index), why_unreadable(error))

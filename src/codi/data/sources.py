@@ -25,43 +25,49 @@ from .samples import CorruptSample, PictureSource, Row, Sample, Source
 from .scenes import SPLITS
 
 SCHEMES = ("scenes", "datasets")
+ALIASES = {  # what columns are also called on the hub, in `datasets:` alone: InstructPix2Pix's names, mostly
+    "image": ("original_image", "input_image"),
+    "text": ("caption",),
+    "instruction": ("edit_prompt", "edit_instruction", "edit"),
+}
 SCENE_COUNTS = {"train": 20_000, "held-out": 500, "composition": 500}
 
 
-def open_source(spec: str | Path, columns: Sequence[str] = ()) -> Source:
+def open_source(spec: str | Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Source:
     """Opens training data.
 
     `spec` is one of: a folder (Hugging Face imagefolder: pictures, in sub-folders too, and optionally metadata.jsonl
     with `file_name`, `text`, `instruction` and columns that name further pictures); WebDataset shards (a .tar, a glob
     or a folder of them); `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of a `datasets` data set).
-    `columns` names the picture columns to read into `extras`, e.g. `("mask",)`; every sample must have them.
-    In a tar, column `mask` is member KEY.mask.png. Raises UserError for data that is missing, empty or malformed.
+    `columns` names the picture columns to read into `extras`, e.g. `("mask",)`; every sample must have them, those in
+    `optional` it may lack. In a tar, column `mask` is member KEY.mask.png.
+    Raises UserError for data that is missing, empty or malformed.
     """
     spec = str(spec)
     path = Path(spec)
     if not path.exists():
         scheme, colon, rest = spec.partition(":")
         if colon and scheme == "scenes":
-            return _open_scenes(spec, rest, columns)
+            return _open_scenes(spec, rest, [*columns, *(c for c in optional if c in COLUMNS)])
         if colon and scheme == "datasets":
-            return DatasetsSource(rest, columns)
+            return DatasetsSource(rest, columns, optional)
         if colon and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
             hint = nearest(scheme, SCHEMES)
             raise UserError(f"{spec}: unknown scheme {scheme!r}{hint}: give a folder, .tar files, scenes: or datasets:")
         shards = sorted(Path(p) for p in glob.glob(spec))
         if shards:
-            return TarSource(spec, shards, columns)
+            return TarSource(spec, shards, columns, optional)
         raise UserError(f"{spec}: no such file or folder: give a folder of pictures, .tar files or scenes:SPLIT")
     if path.is_file():
         if path.suffix != ".tar":
             raise UserError(
                 f"{spec}: neither a folder nor a .tar: give a folder of pictures, .tar files or scenes:SPLIT"
             )
-        return TarSource(spec, [path], columns)
+        return TarSource(spec, [path], columns, optional)
     shards = sorted(path.glob("*.tar"))
     if shards and not any(p.suffix.lower() in SUFFIXES or p.name == "metadata.jsonl" for p in path.iterdir()):
-        return TarSource(spec, shards, columns)
-    return FolderSource(path, columns)
+        return TarSource(spec, shards, columns, optional)
+    return FolderSource(path, columns, optional)
 
 
 def _words(row: dict[str, Any], key: str, where: str) -> str:
@@ -75,8 +81,8 @@ class FolderSource(PictureSource):
     """A folder of pictures. With metadata.jsonl (anywhere in it; names are relative to it) its lines are the list, in
     their order; without, every picture below the folder, sorted, with text ""."""
 
-    def __init__(self, folder: Path, columns: Sequence[str] = ()) -> None:
-        self.folder, self.columns = folder, tuple(columns)
+    def __init__(self, folder: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
+        self.folder, self.columns, self.optional = folder, tuple(columns), tuple(optional)
         self._rows: list[tuple[Path, str, str, dict[str, Path]]] = []
         self.metadata = sorted(folder.rglob("metadata.jsonl"))
         for path in self.metadata:
@@ -109,6 +115,9 @@ class FolderSource(PictureSource):
                 files[column] = metadata.parent / row[column]
                 if not files[column].is_file():
                     raise UserError(f"{where} names {row[column]}, which is missing: restore it or drop the line")
+            for column in self.optional:
+                if isinstance(row.get(column), str) and (metadata.parent / row[column]).is_file():
+                    files[column] = metadata.parent / row[column]
             image = files.pop("file_name")
             yield image, _words(row, "text", where), _words(row, "instruction", where), files
 
@@ -130,20 +139,22 @@ class TarSource(PictureSource):
     """WebDataset shards: KEY.jpg (.png, .webp, ...) with KEY.json (`text`, `instruction`) or KEY.txt beside it and
     KEY.<column>.png for further pictures. Each tar is walked once for its offsets; nothing is unpacked."""
 
-    def __init__(self, spec: str, shards: Sequence[Path], columns: Sequence[str] = ()) -> None:
-        self.spec, self.shards, self.columns = spec, list(shards), tuple(columns)
+    def __init__(
+        self, spec: str, shards: Sequence[Path], columns: Sequence[str] = (), optional: Sequence[str] = ()
+    ) -> None:
+        self.spec, self.shards, self.columns = spec, list(shards), (*columns, *optional)
         self._groups: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []  # shard, key, extension -> offset, bytes
         suffixes = [s[1:] for s in SUFFIXES]
         for shard in self.shards:
             for key, members in self._index(shard).items():
-                columns_at = {c: next((f"{c}.{s}" for s in suffixes if f"{c}.{s}" in members), "") for c in columns}
+                named = {c: next((f"{c}.{s}" for s in suffixes if f"{c}.{s}" in members), "") for c in self.columns}
                 image = next((s for s in suffixes if s in members), None)
                 if image is None:
                     continue
-                for column, extension in columns_at.items():
-                    if not extension:
+                for column in columns:
+                    if not named[column]:
                         raise UserError(f"{shard}: {key} has no {column}: add a member {key}.{column}.png")
-                found = {"image": members[image]} | {c: members[e] for c, e in columns_at.items()}
+                found = {"image": members[image]} | {c: members[e] for c, e in named.items() if e}
                 self._groups.append((shard, key, found | {e: members[e] for e in ("json", "txt") if e in members}))
         if not self._groups:
             raise UserError(f"{spec}: no pictures in it: name members KEY.jpg or KEY.png, with KEY.json or KEY.txt")
@@ -186,13 +197,14 @@ class TarSource(PictureSource):
         if "json" in data:
             fields = json.loads(data["json"])
             text, instruction = _words(fields, "text", "its json") or text, _words(fields, "instruction", "its json")
-        return Row(data["image"], text, instruction, {c: data[c] for c in self.columns})
+        return Row(data["image"], text, instruction, {c: data[c] for c in self.columns if c in data})
 
 
 class DatasetsSource(PictureSource):
-    """The train split of a data set of the Hugging Face `datasets` library: columns `image`, `text`, `instruction`."""
+    """The train split of a data set of the Hugging Face `datasets` library: columns `image`, `text`, `instruction`,
+    under these names or their `ALIASES`."""
 
-    def __init__(self, dataset: str, columns: Sequence[str] = ()) -> None:
+    def __init__(self, dataset: str, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
         try:
             import datasets  # pyright: ignore[reportMissingImports]
         except ImportError:
@@ -202,12 +214,18 @@ class DatasetsSource(PictureSource):
         except Exception as error:  # a missing name, no network, a broken script: each has a type of its own
             why = " ".join(str(error).split())
             raise UserError(f"datasets:{dataset}: cannot be loaded ({why}): check the name and the network") from None
-        self.dataset, self.columns = dataset, tuple(columns)
+        self.dataset, has = dataset, self._table.column_names
+        self._named = {  # column -> what it is called in this data set
+            column: name
+            for column in ("image", "text", "instruction", *columns, *optional)
+            if (name := next((n for n in (column, *ALIASES.get(column, ())) if n in has), None)) is not None
+        }
         for column in ("image", *columns):
-            if column not in self._table.column_names:
-                has = ", ".join(self._table.column_names)
-                raise UserError(f"datasets:{dataset}: no column {column}: it has {has}")
-            self._table = self._table.cast_column(column, datasets.Image(decode=False))
+            if column not in self._named:
+                raise UserError(f"datasets:{dataset}: no column {column}: it has {', '.join(has)}")
+        self.needed, self.columns = ("image", *columns), [c for c in (*columns, *optional) if c in self._named]
+        for column in ("image", *self.columns):
+            self._table = self._table.cast_column(self._named[column], datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self._table)
@@ -219,8 +237,13 @@ class DatasetsSource(PictureSource):
         return f"datasets:{self.dataset}[{index}]"
 
     def row(self, index: int) -> Row:
-        row = self._table[index]
-        data = {c: row[c]["bytes"] or Path(row[c]["path"]).read_bytes() for c in ("image", *self.columns)}
+        stored = self._table[index]
+        row, data = {column: stored[name] for column, name in self._named.items()}, {}
+        for column in ("image", *self.columns):
+            if row[column] is not None:
+                data[column] = row[column]["bytes"] or Path(row[column]["path"]).read_bytes()
+            elif column in self.needed:
+                raise ValueError(f"it has no {column}")
         return Row(data.pop("image"), str(row.get("text") or ""), str(row.get("instruction") or ""), data)
 
 

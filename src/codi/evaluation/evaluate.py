@@ -15,15 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch
+from ..data.batches import Batch, collate
 from ..data.sources import CorruptSample, Sample, Source
 from ..errors import UserError
-from ..tasks import Task
+from ..tasks import Task, means
 from .metrics import MAX_PSNR, Features, default_features, frechet_distance, maps_distance, psnr, ssim
 
 READ_AT_ONCE = 16  # samples; independent of the batch, so that what is skipped does not depend on it
 
 Run = Callable[[Tensor, list[str], int, list[int]], Tensor]
+Judge = Callable[[Tensor, Tensor, Batch], dict[str, Tensor]]
+"""(output (B, 3, H, W), given, batch) -> named figures (B,), higher is better, NaN where there is nothing to measure:
+what only another network can tell, e.g. how far the depth that it reads from the output is from the given one."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Row:
     ssim: float  # at most 1, higher is better
     distance: float  # ENLite0 distance, lower is better
     fd: float  # FD-ENLite0, lower is better
-    obedience: float  # the task's own unit, higher is better
+    obedience: float | None  # the headline of `measures`, higher is better; None where there is none
     latency_ms: float  # median of single-picture calls
+    measures: dict[str, float] = field(default_factory=dict)  # the judge's and the task's own figures
 
 
 @dataclass
@@ -82,14 +86,18 @@ class Results:
 
 
 def pipeline_method(
-    pipe: Any, steps: Sequence[int] = (1, 2, 4), name: str = "codi", guidance_scale: float = 1.0
+    pipe: Any, steps: Sequence[int] = (1, 2, 4), name: str = "codi", guidance_scale: float | None = None
 ) -> Method:
-    """`pipe` (a `CoDiPipeline`: one seed for each picture, `output_type="pt"`) as a method."""
+    """`pipe` (a `CoDiPipeline`: one seed for each picture, `output_type="pt"`) as a method, called as users call it: a
+    picture and its mask apart, a size where there is no picture. `guidance_scale` None is the adapter's own."""
 
     def run(given: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
-        made = pipe(
-            image=given, prompt=prompts, steps=steps, guidance_scale=guidance_scale, seed=seeds, output_type="pt"
-        )
+        inputs: dict[str, Any] = {"image": given}
+        if given.shape[1] == 0:
+            inputs = {"height": given.shape[-2], "width": given.shape[-1]}
+        elif given.shape[1] == 4:
+            inputs = {"image": given[:, :3], "mask": given[:, 3:]}
+        made = pipe(**inputs, prompt=prompts, steps=steps, guidance_scale=guidance_scale, seed=seeds, output_type="pt")
         return made.images
 
     return Method(name, run, tuple(steps))
@@ -121,6 +129,7 @@ def evaluate(
     features: Features | None = None,
     calls: int = 5,
     keep: int = 8,
+    judge: Judge | None = None,
     progress: Callable[[int, int], None] | None = None,
     command: str | None = None,
 ) -> Results:
@@ -131,6 +140,8 @@ def evaluate(
     by `sample_seeds`, so neither `batch` nor the list of methods changes any figure but latency. Latency is the median
     of `calls` single-picture calls after a warm-up, methods taking turns so that a busy moment hits all alike. The
     first `keep` samples' pictures are kept in `Results.pictures`. `progress(done, total)` counts pictures made.
+    Truth and prompts are the task's. Obedience is the first figure of `judge`, or else of the task; both are told in
+    `Row.measures`, means over the samples that have them.
 
     Raises `UserError` when fewer than two samples can be read or a method makes non-finite pictures.
     """
@@ -147,24 +158,21 @@ def evaluate(
     samples = islice(reader, count)
     while group := list(islice(samples, batch)):
         positions = range(done, done + len(group))
-        given = torch.cat([task.given(_single(s), _stream(seed, k)) for s, k in zip(group, positions, strict=True)])
-        prompts = [sample.text if task.prompted else "" for sample in group]
-        truth = torch.stack([sample.image for sample in group])
+        given = torch.cat([task.given(collate([s]), _stream(seed, k)) for s, k in zip(group, positions, strict=True)])
+        whole = collate(group)
+        prompts, truth = task.prompts(whole), task.truth(whole)
         first = first or (given, prompts)
         truth_maps = features(truth)
         truths.append(truth_maps.pooled.cpu())
-        _keep(kept, "given", given, keep)
+        _keep(kept, "given", _shown(task, given), keep)
         for number, ((method, n), tally) in enumerate(zip(runs, tallies, strict=True)):
             output = _pictures(method, n, given, prompts, sample_seeds(seed, positions), truth)
             maps = features(output)
             tally.pooled.append(maps.pooled.cpu())
-            for figure, values in (
-                ("psnr", psnr(output, truth)),
-                ("ssim", ssim(output, truth)),
-                ("distance", maps_distance(maps, truth_maps)),
-                ("obedience", torch.nan_to_num(task.obedience(output, given), posinf=MAX_PSNR)),
-            ):
-                tally.values[figure].append(values.double().cpu())
+            tally.add(
+                {"psnr": psnr(output, truth), "ssim": ssim(output, truth), "distance": maps_distance(maps, truth_maps)},
+                (judge(output, given, whole) if judge else {}) | task.obedience(output, given, whole),
+            )
             _keep(kept, f"{method.name} · {n}" if n else method.name, output, keep)
             if progress:
                 progress(done * len(runs) + (number + 1) * len(group), count * len(runs))
@@ -173,16 +181,14 @@ def evaluate(
     if first is None or done < 2:
         raise UserError(f"{source.describe()}: holds {done} readable pictures: at least 2 are needed to measure")
     latencies = _latencies(runs, *first, seed=seed, calls=calls)
-    rows = [
-        Row(
-            method.name,
-            n,
-            **tally.means(),
-            fd=frechet_distance(torch.cat(tally.pooled), torch.cat(truths)),
-            latency_ms=ms,
+    headline = next(iter(tallies[0].measures), None) if tallies else None
+    rows = []
+    for (method, n), tally, ms in zip(runs, tallies, latencies, strict=True):
+        measures, fd = means(tally.measures), frechet_distance(torch.cat(tally.pooled), torch.cat(truths))
+        obeys = measures.get(headline) if headline else None
+        rows.append(
+            Row(method.name, n, **means(tally.figures), fd=fd, obedience=obeys, latency_ms=ms, measures=measures)
         )
-        for (method, n), tally, ms in zip(runs, tallies, latencies, strict=True)
-    ]
     # "truth" is the last column whatever the number of batches.
     kept["truth"] = kept.pop("truth")
     return Results(
@@ -190,7 +196,7 @@ def evaluate(
         count=done,
         seed=seed,
         rows=rows,
-        obedience_unit=task.obedience_unit,
+        obedience_unit=f"{headline}, by a judge" if judge and headline else task.obedience_unit,
         skipped=reader.skipped,
         machine=describe_machine(),
         command=command,
@@ -214,14 +220,18 @@ def describe_machine() -> dict[str, Any]:
 
 
 class _Tally:
-    """The figures of one method at one step count, sample by sample."""
+    """The figures of one method at one step count, sample by sample, in the order in which they first come."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "distance", "obedience")}
+        self.figures: dict[str, Tensor] = {}
+        self.measures: dict[str, Tensor] = {}
         self.pooled: list[Tensor] = []
 
-    def means(self) -> dict[str, float]:
-        return {name: float(torch.cat(parts).mean()) for name, parts in self.values.items()}
+    def add(self, figures: dict[str, Tensor], measures: dict[str, Tensor]) -> None:
+        for into, values in ((self.figures, figures), (self.measures, measures)):
+            for name, value in values.items():
+                value = value.double().cpu().clamp_max(MAX_PSNR)
+                into[name] = torch.cat([into[name], value]) if name in into else value
 
 
 class _Reader:
@@ -239,9 +249,9 @@ class _Reader:
                     yield sample
 
 
-def _single(sample: Sample) -> Batch:
-    extras = {name: column[None] for name, column in sample.extras.items()}
-    return Batch(sample.image[None], [sample.text], extras, [sample.index], [sample.instruction])
+def _shown(task: Task, given: Tensor) -> Tensor:
+    """What people see of `given`: itself where it is a picture or a map, else the picture that the adapter sees."""
+    return given if given.shape[1] in (1, 3) else task.condition(given)[:, :3]
 
 
 def _stream(seed: int, position: int) -> torch.Generator:

@@ -25,14 +25,31 @@ COLUMNS = (
     ("SSIM ↑", "ssim", ".4f"),
     ("ENLite0 distance ↓", "distance", ".4f"),
     ("FD-ENLite0 ↓", "fd", ".3f"),
-    ("obedience ↑", "obedience", ".2f"),
+    ("obedience ↑", "obedience", ".4g"),  # dB or a share
     ("latency ms ↓", "latency_ms", ".1f"),
 )
 
 
+def heads(results: Results) -> list[str]:
+    """The table's headings: `COLUMNS`, then what was measured beside the headline of obedience."""
+    return [*(head for head, _, _ in COLUMNS), *(f"{name} ↑" for name in _further(results))]
+
+
 def cells(results: Results) -> list[list[str]]:
-    """The table's rows as text, in the order of `COLUMNS`."""
-    return [[format(getattr(row, name), form) for _, name, form in COLUMNS] for row in results.rows]
+    """The table's rows as text, in the order of `heads`; "-" for what was not measured."""
+    return [
+        [_cell(getattr(row, name), form) for _, name, form in COLUMNS]
+        + [_cell(row.measures.get(name), ".4g") for name in _further(results)]
+        for row in results.rows
+    ]
+
+
+def _further(results: Results) -> list[str]:
+    return list(dict.fromkeys(name for row in results.rows for name in row.measures))[1:]
+
+
+def _cell(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def caption(results: Results) -> str:
@@ -45,16 +62,16 @@ def caption(results: Results) -> str:
 
 def markdown_table(results: Results) -> str:
     """The results as a GitHub-flavoured Markdown table, with its caption below."""
-    heads = [head for head, _, _ in COLUMNS]
-    rules = ["---"] + ["---:"] * (len(COLUMNS) - 1)
-    lines = ["| " + " | ".join(row) + " |" for row in (heads, rules, *cells(results))]
+    titles = heads(results)
+    rules = ["---"] + ["---:"] * (len(titles) - 1)
+    lines = ["| " + " | ".join(row) + " |" for row in (titles, rules, *cells(results))]
     return "\n".join(lines) + f"\n\n{caption(results)}\n"
 
 
 def rich_table(results: Results) -> Table:
     """The results as a rich table, for the terminal."""
     table = Table(caption=caption(results), caption_justify="left")
-    for number, (head, _, _) in enumerate(COLUMNS):
+    for number, head in enumerate(heads(results)):
         table.add_column(head, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
     for row in cells(results):
         table.add_row(*row)

@@ -1,18 +1,18 @@
 """Adapters: what turns a text-to-image U-Net into an image-conditioned one. Zero influence before training.
 
-Two forms. `FusedAdapter` is CoDi's: a copy of the U-Net's encoder looks at the condition alone, so its features are
+Three forms. `FusedAdapter` is CoDi's: a copy of the U-Net's encoder looks at the condition alone, so its features are
 computed once per image, and each backbone feature h_theta(z_t) becomes
 
     h'(z_t) = (1 - mu) h_theta(z_t) + mu h_eta(c),        mu = 0 at the start.
 
 `ControlNetAdapter` wraps diffusers' ControlNet: an encoder copy that also sees z_t and t, so it runs at every step,
-and adds its features through zero convolutions.
+and adds its features through zero convolutions. `LoraAdapter` has no condition: it only makes the backbone faster.
+
+Any form may come with low-rank updates of the backbone (see lora) and with distilled guidance (see guidance).
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ..errors import UserError
 from . import codec
-from .backbone import EMBEDDED, require_finite, unet_down
+from .backbone import unet_down
+from .guidance import GuidanceEmbedding
 
 
 def _architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -41,19 +41,36 @@ def _feature_widths(config: dict[str, Any]) -> list[int]:
     return [*out, widths[-1]]
 
 
-class FusedAdapter(ModelMixin, ConfigMixin):
+class _Form(ModelMixin, ConfigMixin):
+    """What the forms share. Arguments of all of them: `unet`, the backbone U-Net's config; `condition_channels`, 3 for
+    a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in; `info`, what the
+    adapter is (task, steps, backbone family, recipe, metrics), kept in config.json."""
+
+    config_name = "config.json"
+    guidance: GuidanceEmbedding | None
+
+    def _add_guidance(self, scales: int, unet: dict[str, Any]) -> None:
+        self.guidance = GuidanceEmbedding(scales, unet["block_out_channels"][0]) if scales else None
+
+    def embed_guidance(self, guidance: Tensor | None) -> Tensor | None:
+        """Scales (B, k) -> what `unet_down` takes; None (no guidance) stays None."""
+        return None if guidance is None or self.guidance is None else self.guidance(guidance)
+
+
+class FusedAdapter(_Form):
     """CoDi's condition encoder h_eta and fusion weights mu.
 
-    `unet`: the backbone U-Net's config. `condition_channels`: 3 for a picture, more when maps (a mask) follow it.
-    `info`: what the adapter is (task, steps, backbone family, recipe, metrics), kept in config.json.
     mu is one number a feature channel (the paper leaves its shape open; per channel contains per layer).
     """
 
-    sees_noise = False
-    config_name = "config.json"
-
     @register_to_config
-    def __init__(self, unet: dict[str, Any], condition_channels: int = 3, info: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        unet: dict[str, Any],
+        condition_channels: int = 3,
+        guidance_scales: int = 0,
+        info: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         encoder: Any = UNet2DConditionModel.from_config(unet)
         channels = unet["in_channels"] + condition_channels - 3
@@ -63,11 +80,14 @@ class FusedAdapter(ModelMixin, ConfigMixin):
             delattr(encoder, unused)
         self.encoder: UNet2DConditionModel = encoder
         self.mu = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in _feature_widths(unet))
+        self._add_guidance(guidance_scales, unet)
 
     @classmethod
-    def from_backbone(cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, **info: Any):
+    def from_backbone(
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
+    ) -> FusedAdapter:
         """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero."""
-        adapter = cls(_architecture(unet), condition_channels, info)
+        adapter = cls(_architecture(unet), condition_channels, guidance_scales)
         mine = adapter.encoder.state_dict().keys()
         weights = {k: v for k, v in unet.state_dict().items() if k in mine}
         widened = torch.zeros_like(adapter.encoder.conv_in.weight)
@@ -82,10 +102,16 @@ class FusedAdapter(ModelMixin, ConfigMixin):
             maps = nn.functional.interpolate(condition[:, 3:], latent.shape[-2:], mode="area")
             return torch.cat([latent, maps.to(latent)], dim=1)
 
-    def prepare(self, condition: Tensor, text: Tensor, added: dict[str, Tensor] | None = None) -> list[Tensor]:
+    def prepare(
+        self,
+        condition: Tensor,
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        guidance: Tensor | None = None,
+    ) -> list[Tensor]:
         """h_eta(c): independent of z_t and t, so once per image. The copied encoder's time input is held at 0."""
         zero = torch.zeros(1, dtype=torch.long, device=condition.device)
-        return unet_down(self.encoder, condition, zero, text, added)[0]
+        return unet_down(self.encoder, condition, zero, text, added, self.embed_guidance(guidance))[0]
 
     def fuse(self, features: list[Tensor], prepared: list[Tensor], strength: float, **_: Any) -> list[Tensor]:
         """(1 - mu) h + mu h_eta, with mu scaled by `strength` (0 gives the backbone exactly)."""
@@ -95,11 +121,8 @@ class FusedAdapter(ModelMixin, ConfigMixin):
         ]
 
 
-class ControlNetAdapter(ModelMixin, ConfigMixin):
-    """diffusers' ControlNet behind the same interface. Arguments as in FusedAdapter; `downscale`: pixels a latent."""
-
-    sees_noise = True
-    config_name = "config.json"
+class ControlNetAdapter(_Form):
+    """diffusers' ControlNet behind the same interface. `downscale`: pixels a latent."""
 
     @register_to_config
     def __init__(
@@ -107,11 +130,13 @@ class ControlNetAdapter(ModelMixin, ConfigMixin):
         unet: dict[str, Any],
         condition_channels: int = 3,
         downscale: int = 8,
+        guidance_scales: int = 0,
         info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         blank: Any = UNet2DConditionModel.from_config(unet)
         self.net = ControlNetAdapter._build(blank, condition_channels, downscale)
+        self._add_guidance(guidance_scales, unet)
 
     @staticmethod
     def _build(unet: UNet2DConditionModel, condition_channels: int, downscale: int) -> ControlNetModel:
@@ -123,9 +148,11 @@ class ControlNetAdapter(ModelMixin, ConfigMixin):
         )
 
     @classmethod
-    def from_backbone(cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, **info: Any):
+    def from_backbone(
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
+    ) -> ControlNetAdapter:
         """The encoder starts as a copy of the backbone's behind zero convolutions."""
-        adapter = cls(_architecture(unet), condition_channels, codec.downscale(vae), info)
+        adapter = cls(_architecture(unet), condition_channels, codec.downscale(vae), guidance_scales)
         built = cls._build(unet, condition_channels, codec.downscale(vae))
         adapter.net.load_state_dict(built.state_dict())
         return adapter.to(unet.device)  # type: ignore[arg-type]
@@ -134,7 +161,13 @@ class ControlNetAdapter(ModelMixin, ConfigMixin):
         """A ControlNet reads pixels itself."""
         return condition.to(self.dtype)
 
-    def prepare(self, condition: Tensor, text: Tensor, added: dict[str, Tensor] | None = None) -> Tensor:
+    def prepare(
+        self,
+        condition: Tensor,
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """Nothing can be computed before z_t is known."""
         return condition
 
@@ -155,67 +188,50 @@ class ControlNetAdapter(ModelMixin, ConfigMixin):
         return [h + r for h, r in zip(features, [*down, middle], strict=True)]
 
 
-Adapter = FusedAdapter | ControlNetAdapter
-FORMS: dict[str, type[FusedAdapter] | type[ControlNetAdapter]] = {
+class LoraAdapter(_Form):
+    """No condition: low-rank updates of the backbone and distilled guidance, which plain acceleration needs. It fits
+    any fine-tune of its backbone, as consistency LoRAs do (LCM-LoRA, Luo et al. 2023)."""
+
+    @register_to_config
+    def __init__(
+        self,
+        unet: dict[str, Any],
+        condition_channels: int = 3,
+        guidance_scales: int = 1,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._add_guidance(max(1, guidance_scales), unet)  # a file of weights cannot be empty
+
+    @classmethod
+    def from_backbone(
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 1
+    ) -> LoraAdapter:
+        """No influence yet."""
+        return cls(_architecture(unet), condition_channels, guidance_scales).to(unet.device)  # type: ignore[arg-type]
+
+    def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
+        """Nothing to read."""
+        return condition[:, :0]
+
+    def prepare(
+        self,
+        condition: Tensor,
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Nothing to prepare."""
+        return condition
+
+    def fuse(self, features: list[Tensor], prepared: Tensor, strength: float, **_: Any) -> list[Tensor]:
+        """The features as they are: all of the adapter's influence lies in the backbone's low-rank updates."""
+        return features
+
+
+Adapter = FusedAdapter | ControlNetAdapter | LoraAdapter
+FORMS: dict[str, type[FusedAdapter] | type[ControlNetAdapter] | type[LoraAdapter]] = {
     "fused": FusedAdapter,
     "controlnet": ControlNetAdapter,
+    "lora": LoraAdapter,
 }
-
-
-def find_adapter(name: str | Path) -> Path:
-    """An embedded adapter's name, or a folder -> the folder."""
-    embedded = EMBEDDED / "adapters" / str(name)
-    return embedded if (embedded / "config.json").is_file() else Path(name)
-
-
-def load_adapter(
-    name: str | Path, task: str | None, family: str | None, unet: UNet2DConditionModel
-) -> tuple[Adapter, UNet2DConditionModel]:
-    """Loads an adapter folder (config.json + safetensors), in float32 -> (adapter, the U-Net it works with).
-
-    A full adapter brings its own trained U-Net in `unet/`; otherwise the second answer is the backbone's `unet`.
-    Raises UserError where it is missing, broken, made for another `task`, or for another backbone `family`
-    (None: not checked).
-    """
-    folder = find_adapter(name)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        shipped = sorted(p.parent.name for p in (EMBEDDED / "adapters").glob("*/config.json"))
-        raise UserError(
-            f"{name}: no adapter there (no config.json): give a folder or one of {', '.join(shipped) or '(none)'}"
-        )
-    try:
-        config = json.loads(config_file.read_text())
-        cls = {c.__name__: c for c in FORMS.values()}[config["_class_name"]]
-        info = dict(config.get("info") or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{config_file}: not an adapter's config ({error!r}): train or fetch the adapter again"
-        ) from error
-    if family and info.get("family") and info["family"] != family:
-        raise UserError(
-            f"{name}: this adapter was trained for backbone {info['family']}, the model given is {family}: "
-            "use the model it was trained on (or a fine-tune of it), or train an adapter for this one"
-        )
-    if task and info.get("task") and info["task"] != task:
-        raise UserError(f"{name}: this adapter does {info['task']!r}, not {task!r}: give an adapter of that task")
-    adapter = _weights(cls, folder)
-    if (folder / "unet" / "config.json").is_file():
-        unet = _weights(UNet2DConditionModel, folder / "unet").to(device=unet.device, dtype=unet.dtype)
-    return adapter, unet
-
-
-def _weights(cls: Any, folder: Path) -> Any:
-    try:
-        module, report = cls.from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:  # diffusers would leave them random
-            raise ValueError(f"weight {sorted(report['missing_keys'])[0]!r} is missing")
-    except Exception as error:  # diffusers and safetensors raise many kinds; the user needs one line
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder}: the weights could not be read ({reason}): train or fetch the adapter again"
-        ) from error
-    require_finite(module, str(folder))
-    return module

@@ -114,14 +114,17 @@ def unet_down(
     timestep: Tensor,
     text: Tensor,
     added: dict[str, Tensor] | None = None,
+    guidance: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The U-Net's encoder and middle block: (skip features..., middle feature) and the time embedding.
 
-    `z` (B, C, h, w), `timestep` (B,) or (1,), `text` (B, L, D), `added` SDXL's extra conditions.
+    `z` (B, C, h, w), `timestep` (B,) or (1,), `text` (B, L, D), `added` SDXL's extra conditions, `guidance` (B, W)
+    added to the sinusoidal time features (W = the U-Net's first width), where diffusers puts `timestep_cond` too.
     `unet_up(unet, *unet_down(...))` is exactly `unet(...)`: the seam where adapters put their features.
     """
     timestep = timestep.to(z.device).expand(len(z))
-    embedding = unet.time_embedding(unet.get_time_embed(sample=z, timestep=timestep))
+    time = unet.get_time_embed(sample=z, timestep=timestep)
+    embedding = unet.time_embedding(time if guidance is None else time + guidance.to(time))
     extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
     embedding = embedding if extra is None else embedding + extra
     h = unet.conv_in(z)

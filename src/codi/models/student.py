@@ -2,67 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .adapter import Adapter
 from .backbone import unet_down, unet_up
+from .lora import lora_names, scale_lora
 
 
 @dataclass
 class Conditioning:
     """What a prediction may look at besides z_t and t.
 
-    `text` (B, L, D) prompt features; `condition` what `adapter.read` gave (None: no adapter); `prepared` the adapter's
-    cached features, made by `Student.prepare`; `added` SDXL's extra conditions.
+    `text` (B, L, D) prompt features; `condition` what `adapter.read` gave (None: no adapter, exactly the backbone);
+    `prepared` the adapter's cached features, made by `Student.prepare`; `added` SDXL's extra conditions; `guidance`
+    (B, k) distilled guidance scales, one column each (text, then image), None where all are 1.
     """
 
     text: Tensor
-    condition: Tensor | None = None
+    condition: Any = None
     prepared: Any = None
     added: dict[str, Tensor] | None = None
+    guidance: Tensor | None = None
 
 
 class Student(nn.Module):
-    """A backbone U-Net with an optional adapter. Without an adapter, or before training, exactly the backbone."""
+    """A backbone U-Net with an optional adapter. Without an adapter, or before training, exactly the backbone.
 
-    def __init__(self, unet: UNet2DConditionModel, adapter: Adapter | None = None) -> None:
+    `adapter` is an Adapter or, for several at once, a composition.AdapterSet. `unet` carries the adapter's low-rank
+    updates if it has any.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, adapter: Any | None = None) -> None:
         super().__init__()
         self.unet = unet
         self.adapter = adapter
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """Computes once what does not depend on z_t, for samplers that call the student several times."""
-        if self.adapter is None or conditioning.condition is None or conditioning.prepared is not None:
-            return conditioning
-        prepared = self.adapter.prepare(conditioning.condition, conditioning.text, conditioning.added)
-        return replace(conditioning, prepared=prepared)
+        c = conditioning
+        if self.adapter is None or c.condition is None or c.prepared is not None:
+            return c
+        return replace(c, prepared=self.adapter.prepare(c.condition, c.text, c.added, c.guidance))
 
     def forward(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float = 1.0) -> Tensor:
         """The network's prediction (B, C, h, w) at z_t. `timestep` (B,) or (1,), the checkpoint's own numbering;
         `strength` scales the adapter's influence (0: exactly the backbone)."""
         text, added = conditioning.text, conditioning.added
-        features, embedding = unet_down(self.unet, z, timestep, text, added)
-        if self.adapter is not None and conditioning.condition is not None and strength != 0:
-            prepared = self.prepare(conditioning).prepared
-            features = self.adapter.fuse(features, prepared, strength, z=z, timestep=timestep, text=text, added=added)
+        adapter = self.adapter if conditioning.condition is not None and strength != 0 else None
+        self._scale(strength if adapter is not None else 0.0)
+        if adapter is None:
+            return unet_up(self.unet, *unet_down(self.unet, z, timestep, text, added), text)
+        guidance = adapter.embed_guidance(conditioning.guidance)
+        guidance = None if guidance is None else strength * guidance
+        features, embedding = unet_down(self.unet, z, timestep, text, added, guidance)
+        prepared = self.prepare(conditioning).prepared
+        features = adapter.fuse(features, prepared, strength, z=z, timestep=timestep, text=text, added=added)
         return unet_up(self.unet, features, embedding, text)
 
+    def _scale(self, strength: float) -> None:
+        weights = getattr(self.adapter, "weights", {})  # of an AdapterSet
+        scale_lora(self.unet, {name: strength * weights.get(name, 1.0) for name in lora_names(self.unet)})
 
-def cat_conditionings(a: Conditioning, b: Conditioning) -> Conditioning:
-    """Both in one batch, `a` first: classifier-free guidance in one forward pass."""
 
-    def join(x: Any, y: Any) -> Any:
-        if x is None:
-            return None
-        if isinstance(x, list):
-            return [torch.cat(pair) for pair in zip(x, y, strict=True)]
-        if isinstance(x, dict):
-            return {k: torch.cat([x[k], y[k]]) for k in x}
-        return torch.cat([x, y])
+def cat_conditionings(*parts: Conditioning) -> Conditioning:
+    """All in one batch, in order: several predictions in one forward pass."""
+    return Conditioning(**{f.name: _join([getattr(p, f.name) for p in parts]) for f in fields(Conditioning)})
 
-    return Conditioning(*(join(getattr(a, f), getattr(b, f)) for f in ("text", "condition", "prepared", "added")))
+
+def _join(parts: list[Any]) -> Any:
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, list):
+        return [_join(list(items)) for items in zip(*parts, strict=True)]
+    if isinstance(first, dict):
+        return {k: _join([p[k] for p in parts]) for k in first}
+    return torch.cat(parts)

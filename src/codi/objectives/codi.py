@@ -8,15 +8,20 @@ r"""Conditional diffusion distillation (CoDi, CVPR 2024, arXiv 2310.01407), one 
 
 Every argument's default is the paper's choice, but for one: its boundary scaling is off, because x = alpha z - sigma v
 meets the boundary condition already and the scaling halves a pretrained network's signal prediction at high noise.
+
+Where the batch asks for guidance, x in the data term is the guided signal (see batch.guided_signal), and the network,
+which is told the scales, learns to answer as if it had been guided.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..schedule import Schedule
-from .batch import LatentBatch, Network, mean_square
+from .batch import LatentBatch, Network, guided_signal, mean_square
 from .distances import SignalDistance, latent
 
 SIGMA_DATA = 0.5
@@ -52,6 +57,7 @@ def codi(
     boundary: bool = False,
     consistency_weight: float = 1.0,
     signal_weight: float = 1.0,
+    signal_weighting: str = "signal",
     t: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Named losses {"consistency", "signal"} of one batch; a weight of 0 leaves its term out.
@@ -59,11 +65,15 @@ def codi(
     `student` trains, `target` is its average. `dt` in schedule time (levels of T for a checkpoint). `shared_t`: one
     time for the whole batch. `consistency`: compare "noise" or "signal" predictions. `ode`: who makes z_s, the adapted
     model ("own") or a frozen `teacher` ("teacher": the paper's "distilling PF-ODE" ablation). `d_x`: see distances.
-    `t`: fixed times instead of drawn ones.
-    Raises ValueError for an unknown `consistency` or `ode`, or a missing teacher.
+    `signal_weighting`: "signal" compares x as it is, which weighs noise level t by sigma_t^2 against the loss that a
+    velocity network was trained with, so that the last steps of a sampler are hardly trained; "velocity" divides that
+    out (both sides by sigma_t: the latent distance then is |v - v_t|^2). `t`: fixed times instead of drawn ones.
+    Raises ValueError for an unknown `consistency`, `signal_weighting` or `ode`, or a missing teacher.
     """
     if consistency not in ("noise", "signal"):
         raise ValueError(f"consistency {consistency!r}: use 'noise' or 'signal'")
+    if signal_weighting not in ("signal", "velocity"):
+        raise ValueError(f"signal_weighting {signal_weighting!r}: use 'signal' or 'velocity'")
     if ode not in ("own", "teacher") or (ode == "teacher" and teacher is None):
         raise ValueError(f"ode {ode!r}: use 'own', or 'teacher' together with a teacher network")
     x, c = batch.x, batch.conditioning
@@ -85,5 +95,9 @@ def codi(
         a, b = (e_t, e_s) if consistency == "noise" else (x_t, x_s)
         losses["consistency"] = consistency_weight * mean_square(a, b)
     if signal_weight:
-        losses["signal"] = signal_weight * d_x(x_t, batch)
+        goal = replace(batch, x=guided_signal(batch, target, z_t, t, schedule))
+        if signal_weighting == "velocity":
+            sigma = schedule.alpha_sigma(t, x_t)[1]
+            x_t, goal = x_t / sigma, replace(goal, x=goal.x / sigma)
+        losses["signal"] = signal_weight * d_x(x_t, goal)
     return losses

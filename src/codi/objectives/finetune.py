@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import Schedule
-from .batch import LatentBatch, Network, mean_square
+from .batch import LatentBatch, Network, guided_signal, mean_square
 
 
 def finetune(
@@ -20,10 +20,10 @@ def finetune(
     t: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """{"diffusion": |output - w(z_t, c, t)|^2} in the checkpoint's own prediction space (Ho et al. 2020; Salimans & Ho
-    2022 for velocity), t uniform. `target` is unused: the interface is every objective's."""
+    2022 for velocity), t uniform; towards the guided signal where the batch asks for guidance."""
     x = batch.x
     t = schedule.draw(len(x), 1, shared_t, generator) if t is None else t
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z = schedule.mix(x, eps, t)
     output = student(z, schedule.timestep(t).to(z.device), batch.conditioning)
-    return {"diffusion": mean_square(output, schedule.output(x, eps, t))}
+    return {"diffusion": mean_square(output, schedule.output(guided_signal(batch, target, z, t, schedule), eps, t))}

@@ -1,53 +1,45 @@
-"""`CoDiPipeline`: a backbone and an adapter as one diffusers pipeline."""
+"""`CoDiPipeline`: a backbone and its adapters as one diffusers pipeline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..errors import UserError
 from ..models import codec
-from ..models.adapter import Adapter, load_adapter
-from ..models.backbone import find_model, load_backbone, require_finite
+from ..models.adapter import Adapter
+from ..models.backbone import family, find_model, load_backbone
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
 from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
 from .colour import match_colour
-from .sampler import ddim, initial_noise
-from .tiling import covered_size, cut, mirror_pad, starts, upscale_tiled
+from .guidance import Guidance, resolve
+from .inputs import ImageInput, brought, one_for_each, output_size, to_output
+from .sampler import StepCallback, ddim, initial_noise
+from .shelf import FOLDER, Shelf
+from .tiles import Tiles
+from .tiling import mirror_pad
 
-ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
-# Tiles of a small backbone's own size see too little: 256 px crops of two photographs, enlarged x4 by a backbone of
-# 16 px, gained 0.2 and 1.4 dB of PSNR with tiles of 64 px instead (two steps, seed 0).
-LEAST_TILE = 64
-OVERLAP = 4  # a tile overlaps its neighbours by tile / OVERLAP
-
-
-def alignment(downscale: int, scale: int) -> int:
-    """Input pixels after which a picture enlarged `scale` times meets a whole latent cell of `downscale` pixels."""
-    return downscale // math.gcd(downscale, scale)
+OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class CoDiPipeline(DiffusionPipeline):
-    """Image-conditioned sampling in 1 to 4 steps.
+    """Image-conditioned sampling in 1 to 4 steps, by any of the adapters loaded; without one, plain text-to-image.
 
-    `adapter` None gives plain text-to-image. `task` and `task_options` say what the condition is (see codi.tasks).
-    Saves and loads as any diffusers pipeline; `from_pretrained` also joins a checkpoint and an adapter.
+    `unet` is the backbone's own and never changes: adapters stand beside it. A saved pipeline is a Stable Diffusion
+    folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well.
     """
-
-    _optional_components = ["adapter"]
 
     def __init__(
         self,
@@ -56,75 +48,122 @@ class CoDiPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler,
-        adapter: Adapter | None = None,
-        task: str | None = None,
-        task_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, adapter=adapter
-        )
-        self.register_to_config(task=task, task_options=task_options)
-        for part in (vae, text_encoder, unet, adapter):
-            if part is not None:
-                part.requires_grad_(False).eval()
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        for part in (vae, text_encoder, unet):
+            part.requires_grad_(False).eval()
+        self._shelf = Shelf(unet, family(unet, vae, scheduler))
+
+    # ---- models and adapters
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, model: str | Path, task: str | None = None, adapter: str | Path | None = None, **kwargs: Any
+        cls,
+        model: str | Path,
+        task: str | None = None,
+        adapter: str | Path | None = None,
+        torch_dtype: torch.dtype = torch.float32,
     ) -> CoDiPipeline:
-        """Loads a saved CoDiPipeline, or a Stable Diffusion checkpoint together with an adapter.
+        """Loads a Stable Diffusion checkpoint or a saved CoDiPipeline, and sets an adapter.
 
         `model`: "mini", a diffusers folder, a single .safetensors file or a hub id. `adapter`: the name of an embedded
-        adapter or a folder; None takes the embedded one of `task`. `torch_dtype`: float32 by default.
+        adapter or a folder; None takes the one of `task` that was saved with the model, else the embedded one.
         Raises UserError for a missing or broken model or adapter, or one made for another backbone or task.
         """
-        folder = Path(find_model(model))
-        if (folder / "adapter" / "config.json").is_file():
-            if adapter is not None:
-                raise UserError(f"{model}: a saved pipeline with an adapter of its own: leave the other adapter out")
-            pipe = super().from_pretrained(folder, **kwargs)
-            for name in ("vae", "text_encoder", "unet", "adapter"):
-                require_finite(getattr(pipe, name), f"{model}/{name}")
-            return pipe  # type: ignore[return-value]
-        dtype = kwargs.pop("torch_dtype", torch.float32)
-        if kwargs:
-            raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(kwargs)}")
-        backbone = load_backbone(model, dtype)
-        loaded, unet, options = None, backbone.unet, {}
-        if adapter is not None or task is not None:
-            if task is not None:
-                get_task(task)
-            loaded, unet = load_adapter(adapter or str(task), task, backbone.family, backbone.unet)
-            loaded = loaded.to(dtype)
-            info = loaded.config["info"] or {}
-            task, options = info.get("task", task), info.get("task_options", {})
-        return cls(
-            backbone.vae, backbone.text_encoder, backbone.tokenizer, unet, backbone.scheduler, loaded, task, options
-        )
+        if task is not None:
+            get_task(task)
+        backbone = load_backbone(model, torch_dtype)
+        pipe = cls(backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet, backbone.scheduler)
+        shelf, folder = pipe._shelf, Path(find_model(model))
+        if (folder / FOLDER).is_dir():
+            shelf.load_saved(folder)
+        of_task = [name for name, shelved in shelf.loaded.items() if shelved.task.name == task]
+        if adapter is not None:
+            shelf.set(shelf.load(adapter, task=task))
+        elif task is not None and task not in [shelved.task.name for shelved in shelf.active.values()]:
+            shelf.set(of_task[0] if of_task else shelf.load(task, task=task))
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Saves the checkpoint, every adapter loaded, and which ones are set with what weights."""
+        super().save_pretrained(save_directory, **kwargs)
+        self._shelf.save(Path(save_directory))
+
+    def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
+        """Loads one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it
+        by: `as_`, or the folder's. It is set at once if no other is. Raises UserError for one that does not fit."""
+        name = self._shelf.load(adapter, as_, task)
+        if not self._shelf.weights:
+            self._shelf.set(name)
+        return name
+
+    def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Sets one adapter or several at once, each with a weight (1: as trained); an empty list sets none.
+
+        Raises UserError for unknown names, and for several where one brings a backbone of its own.
+        """
+        self._shelf.set(names, weights)
 
     @property
-    def student(self) -> Student:
-        return Student(self.unet, self.adapter)
+    def adapters(self) -> list[str]:
+        """Names of all adapters loaded."""
+        return list(self._shelf.loaded)
 
     @property
-    def schedule(self) -> DiscreteSchedule:
-        return DiscreteSchedule.from_config(self.scheduler.config)
+    def adapter(self) -> Adapter | None:
+        """The adapter that is set, the first of several; None without."""
+        return next((shelved.adapter for shelved in self._shelf.active.values()), None)
 
     @property
     def task(self) -> Task | None:
-        return get_task(self.config["task"], **(self.config["task_options"] or {})) if self.config["task"] else None
+        """The task of `adapter`."""
+        return next(iter(self.tasks.values()), None)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks of the adapters that are set, by their names."""
+        return {name: shelved.task for name, shelved in self._shelf.active.items()}
+
+    @property
+    def student(self) -> Student:
+        """The backbone with the adapters that are set."""
+        return self._shelf.student()[0]
+
+    @property
+    def schedule(self) -> DiscreteSchedule:
+        """The backbone's noise levels."""
+        return DiscreteSchedule.from_config(self.scheduler.config)
+
+    def to(self, *args: Any, **kwargs: Any) -> CoDiPipeline:
+        """Moves or casts everything, as any diffusers pipeline."""
+        super().to(*args, **kwargs)
+        self._shelf.follow()
+        return self
+
+    def guidance(self, text: float | None = None, image: float | None = None, strength: float = 1.0) -> Guidance:
+        """The guidance that scales asked for lead to with the adapters that are set; None is the adapter's own.
+
+        Raises UserError for a scale that is no number from 0 up, or an image scale that no adapter has learnt.
+        """
+        return resolve(text, image, self._shelf.infos(strength))
+
+    # ---- sampling
 
     @torch.no_grad()
     def __call__(
         self,
-        image: ImageInput | None = None,
+        image: ImageInput | dict[str, ImageInput] | None = None,
+        mask: Any = None,
         prompt: str | Sequence[str] = "",
         steps: int = 4,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         negative_prompt: str = "",
         strength: float = 1.0,
         seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
         tile: int | None = None,
         colour: str = "wavelet",
         batch_size: int = 4,
@@ -136,151 +175,125 @@ class CoDiPipeline(DiffusionPipeline):
         """Makes pictures; `.images` is a list of PIL images, or with output_type "pt" a tensor (B, 3, H, W) in [0, 1],
         "np" an array (B, H, W, 3), "latent" latents.
 
-        image: what the task needs, RGB in [0, 1]: a tensor (B, 3, h, w) or (3, h, w), PIL image(s), or an array
-            (B, h, w, 3). None: plain text-to-image at the backbone's own size.
-        prompt: one, or one an image. steps: 1 and up; adapters are distilled for 1 to 4.
-        guidance_scale: 1 costs one forward pass a step, others two. strength: the adapter's influence, 0 is none.
+        image: what the task needs, in [0, 1] (see inputs.to_tensor); {name: image} where several adapters are set.
+            None for text-to-image, whose size is `height` x `width`, by default the backbone's own.
+        mask: for inpainting, 1 (white) = make new. prompt: one, or one an image. steps: 1 and up; adapters are
+            distilled for 1 to 4.
+        guidance_scale: None is the adapter's own. Distilled in, it costs nothing; otherwise any but 1 costs a second
+            forward pass a step, away from `negative_prompt`. image_guidance_scale: how closely an edit keeps to the
+            picture, if that was distilled in.
+        strength: the adapters' influence; 0 is exactly the backbone.
         seed: one an image, or one number (then image i uses seed + i). The same seed gives the same picture whatever
             else is in the batch.
-        tile: side of tiles in input pixels for upscaling; 0 never tiles, None tiles what is larger than 1.5 times the
-            backbone's own size (LEAST_TILE at least) in tiles of that size. batch_size: tiles at a time.
+        tile: upscaling only: side of tiles in input pixels; 0 never tiles, None tiles what is larger than 1.5 times the
+            backbone's own size (tiles.LEAST at least) in tiles of that size. batch_size: tiles at a time.
         colour: "wavelet", "adain" or "none": correction of the result's colours to the input's (upscaling).
         Raises UserError for arguments that no picture can be made from.
         """
-        task = self.task
-        if steps < 1 or steps > self.schedule.horizon:
+        tasks, f = self.tasks, codec.downscale(self.vae)
+        if not 1 <= steps <= self.schedule.horizon:
             raise UserError(
                 f"steps {steps}: must lie between 1 and {int(self.schedule.horizon)}: use 1 to 4 with an adapter"
             )
-        given = None if image is None else to_tensor(image)
-        if task is not None and given is None:
-            raise UserError(f"image: the task {task.name!r} needs one: pass image=...")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        count = max(len(prompts), 1 if given is None else len(given))
-        prompts = prompts * count if len(prompts) == 1 else prompts
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-        if len(prompts) != count or len(seeds) != count or (given is not None and len(given) != count):
-            raise UserError(
-                f"prompt, seed, image: {len(prompts)} prompts and {len(seeds)} seeds do not fit "
-                f"{0 if given is None else len(given)} images: give one, or one for each"
-            )
+        if not 0 <= strength < math.inf:
+            raise UserError(f"strength {strength}: not an influence: use 0 (none) to 1 (as trained)")
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type {output_type!r}: not known: use {', '.join(OUTPUTS)}")
+        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents", "denoised"}:
+            raise UserError(f"callback_on_step_end_tensor_inputs {unknown.pop()!r}: not known: use latents, denoised")
+        if image is not None and not tasks:
+            raise UserError("image: no adapter is set, and text-to-image takes none: load_adapter first")
+        guide = self.guidance(guidance_scale, image_guidance_scale, strength)
+        if guide.distilled and negative_prompt:
+            raise UserError("negative_prompt: guidance is distilled into this adapter, away from no prompt at all: "
+                            "leave it out")  # fmt: skip
+        size, own = self._size(height, width), self._size(None, None)
+        given = brought(tasks, image, mask, size) if tasks else {"": torch.zeros(1, 0, *size)}
+        given, prompts, seeds = one_for_each(given, prompt, seed)
+        name, one = next(iter(given.items()))
+        high, wide = output_size(tasks[name], one) if tasks else size
+        if (height or high, width or wide) != (high, wide):
+            raise UserError(f"size {width} x {height}: the picture given makes {wide} x {high} px: leave the size out")
+        tiles = None
+        if [task.name for task in tasks.values()] == ["upscale"]:
+            tiles = Tiles.choose(tile, one, tasks[name].scale, f, max(own))
+        elif tile:
+            raise UserError(f"tile {tile}: tiles are for upscaling alone: leave it out")
+        if tiles and output_type == "latent":
+            raise UserError("output_type 'latent': tiles have none in common: pass tile=0, or another type")
 
-        progress_bar: Any = self.progress_bar
-
-        def callback(step: int, t: int, z: Tensor, x: Tensor) -> Tensor | None:
+        def step(index: int, t: int, z: Tensor, x: Tensor) -> Tensor | None:
             bar.update()
             if callback_on_step_end is None:
                 return None
-            tensors = {"latents": z, "denoised": x}
-            named = {k: tensors[k] for k in callback_on_step_end_tensor_inputs}
-            return (callback_on_step_end(self, step, t, named) or {}).get("latents")
+            named = {key: {"latents": z, "denoised": x}[key] for key in callback_on_step_end_tensor_inputs}
+            return (callback_on_step_end(self, index, t, named) or {}).get("latents")
 
-        def sample(noise: Tensor, conditions: Tensor | None, texts: list[str]) -> Tensor:
-            noise = noise.to(device=self.device, dtype=self.unet.dtype)
-            conditioning = self._conditioning(conditions, texts)
-            blank = None
-            if guidance_scale != 1:
-                negative = embed_prompts(self.tokenizer, self.text_encoder, [negative_prompt] * len(texts))
-                blank = replace(conditioning, text=negative)
-            return ddim(
-                self.student, self.schedule, noise, conditioning, steps, guidance_scale, blank, strength, callback
-            )
+        walk = partial(
+            self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=negative_prompt, callback=step
+        )
+        channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
+        with progress_bar(total=steps * (-(-tiles.count(one) // batch_size) * len(one) if tiles else 1)) as bar:
+            if tiles:
 
-        channels, f = self.vae.config["latent_channels"], codec.downscale(self.vae)
-        if given is None:
-            side = self.unet.config["sample_size"]
-            with progress_bar(total=steps) as bar:
-                latent = sample(initial_noise((channels, side, side), seeds), None, prompts)
-            return self._finish(latent if output_type == "latent" else self._decode(latent), output_type, return_dict)
+                def make(noise: Tensor, low: Tensor, texts: list[str]) -> Tensor:
+                    return self._decode(walk(noise, {name: tasks[name].condition(low)}, texts))
 
-        assert task is not None
-        scale = getattr(task, "scale", 1)
-        align = alignment(f, scale)
-        side = max(self.unet.config["sample_size"] * f // scale, LEAST_TILE)  # the backbone's own size, input pixels
-        side = max(2, side // align) * align
-        tile = (side if max(given.shape[-2:]) > 1.5 * side else 0) if tile is None else tile
-        if tile and (tile % align or tile < 2 * align):
-            raise UserError(
-                f"tile {tile}: not a multiple of {align} from {2 * align} up: use {max(2, tile // align) * align}"
-            )
+                result = tiles.upscale(make, one, prompts, seeds, channels, batch_size)
+            else:
+                cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
+                covered = (cells[0] * f, cells[1] * f)
+                conditions = {key: mirror_pad(task.condition(given[key]), covered) for key, task in tasks.items()}
+                latent = walk(initial_noise((channels, *cells), seeds), conditions, prompts)
+                result = latent if output_type == "latent" else self._decode(latent)[:, :, :high, :wide].cpu()
+        if output_type != "latent":
+            for key, task in tasks.items():
+                if task.name == "upscale":
+                    result = match_colour(result, task.condition(given[key]).float(), method=colour)
+                result = task.finish(result, given[key])
+        self.maybe_free_model_hooks()
+        images = to_output(result, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-        if not tile:
-            # Reflect up to whole latent cells, cut off again below.
-            h, w = given.shape[-2:]
-            padded = mirror_pad(given, (-(-h // align) * align, -(-w // align) * align))
-            shape = (channels, padded.shape[-2] * scale // f, padded.shape[-1] * scale // f)
-            with progress_bar(total=steps) as bar:
-                latent = sample(initial_noise(shape, seeds), task.condition(padded), prompts)
-            if output_type == "latent":
-                return self._finish(latent, output_type, return_dict)
-            result = self._decode(latent)[:, :, : h * scale, : w * scale]
-        else:
-            outputs = []
-            for one, text, s in zip(given.split(1), prompts, seeds, strict=True):
-                covered = covered_size(one.shape[-2], one.shape[-1], tile, align)
-                # One noise field for the whole picture, so that neighbouring tiles agree where they overlap.
-                field = initial_noise((channels, covered[0] * scale // f, covered[1] * scale // f), [s])
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(h, w) of text-to-image. Raises UserError for sides that are no whole latent cells."""
+        f = codec.downscale(self.vae)
+        own = self.unet.config["sample_size"] * f
+        for side in (height, width):
+            if side is not None and (side < f or side % f):
+                raise UserError(f"size {width} x {height}: not multiples of {f} px: use {max(1, round(side / f)) * f}")
+        return height or own, width or own
 
-                def run(low: Tensor, corners: list[tuple[int, int]], field=field, text=text) -> Tensor:
-                    noise = cut(field, corners, tile, scale / f)
-                    return self._decode(sample(noise, task.condition(low), [text] * len(low)))
-
-                overlap = max(align, tile // OVERLAP // align * align)
-                tiles = math.prod(len(starts(length, tile, overlap, align)) for length in covered)
-                with progress_bar(total=-(-tiles // batch_size) * steps) as bar:
-                    outputs.append(upscale_tiled(run, one, scale, tile, overlap, batch_size, align))
-            result = torch.cat(outputs)
-        result = match_colour(result.float().cpu(), task.condition(given).float(), method=colour)
-        return self._finish(result, output_type, return_dict)
-
-    def _conditioning(self, conditions: Tensor | None, prompts: list[str]) -> Conditioning:
+    def _walk(
+        self,
+        noise: Tensor,
+        conditions: dict[str, Tensor],
+        prompts: list[str],
+        *,
+        steps: int,
+        strength: float,
+        guide: Guidance,
+        negative_prompt: str,
+        callback: StepCallback,
+    ) -> Tensor:
+        """From noise (B, C, h, w) and what each task makes of its input, at output size, to the latent."""
+        infos, (student, strength) = self._shelf.infos(strength), self._shelf.student(strength)
+        condition: Any = None
+        if student.adapter is not None:
+            read = {name: c.to(self.device) for name, c in conditions.items()}
+            condition = student.adapter.read(read if len(read) > 1 else next(iter(read.values())), self.vae)
         text = embed_prompts(self.tokenizer, self.text_encoder, prompts)
-        if conditions is None or self.adapter is None:
-            return Conditioning(text)
-        return Conditioning(text, self.adapter.read(conditions.to(self.device), self.vae))
+        columns = guide.columns(len(prompts))
+        conditioning = Conditioning(text, condition, guidance=None if columns is None else columns.to(self.device))
+        blank = None
+        if guide.second_pass != 1:
+            negative = embed_prompts(self.tokenizer, self.text_encoder, [negative_prompt] * len(prompts))
+            blank = replace(conditioning, text=negative)
+        shift = next((info["shift"] for info in infos if info.get("shift")), 1.0)
+        noise = noise.to(device=self.device, dtype=self.unet.dtype)
+        return ddim(
+            student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, shift,
+        )  # fmt: skip
 
     def _decode(self, latent: Tensor) -> Tensor:
         return codec.decode(self.vae, latent).float()
-
-    def _finish(self, result: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
-        images: Any = result
-        if output_type in ("pil", "np"):
-            array = result.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-            images = (
-                array if output_type == "np" else [Image.fromarray((a * 255).round().astype(np.uint8)) for a in array]
-            )
-        elif output_type not in ("pt", "latent"):
-            raise UserError(f"output_type {output_type!r}: not known: use pil, np, pt or latent")
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def to_tensor(image: ImageInput) -> Tensor:
-    """Whatever a caller brings -> float32 (B, 3, h, w) in [0, 1]. Raises UserError for another shape or range."""
-    if isinstance(image, Image.Image):
-        image = [image]
-    if isinstance(image, (list, tuple)):
-        arrays = [_pixels(i) if isinstance(i, Image.Image) else np.asarray(i) for i in image]
-        if len({a.shape for a in arrays}) != 1:
-            raise UserError("image: pictures of one call must have one size: call once for each size")
-        image = np.stack(arrays)
-    if isinstance(image, np.ndarray):
-        array = image[None] if image.ndim == 3 else image
-        if array.ndim != 4:
-            raise UserError(f"image: shape {image.shape} is not (B, h, w, 3): pass RGB pictures")
-        image = torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)).permute(0, 3, 1, 2)
-    assert isinstance(image, Tensor)
-    tensor = (image[None] if image.ndim == 3 else image).float()
-    if tensor.ndim != 4 or tensor.shape[1] != 3 or 0 in tensor.shape:
-        raise UserError(f"image: shape {tuple(image.shape)} is not (B, 3, h, w): pass RGB pictures")
-    if not bool(torch.isfinite(tensor).all()) or tensor.min() < -1e-3 or tensor.max() > 1 + 1e-3:
-        raise UserError("image: values outside [0, 1]: scale the picture to that range")
-    return tensor.clamp(0, 1)
-
-
-def _pixels(picture: Image.Image) -> np.ndarray:
-    """float32 (h, w, 3) in [0, 1], upright; 16-bit grey keeps its range. (Files in full: data.images.read_image.)"""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        return np.repeat(np.asarray(picture, dtype=np.float32)[..., None] / 65535, 3, axis=2)
-    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255

@@ -18,13 +18,21 @@ from ..schedule import Schedule
 StepCallback = Callable[[int, int, Tensor, Tensor], Tensor | None]
 
 
-def time_grid(horizon: float, steps: int) -> Tensor:
-    """`steps` + 1 times from `horizon` to 0, evenly spaced ("trailing": the first is always the noisiest).
+def time_grid(horizon: float, steps: int, shift: float = 1.0) -> Tensor:
+    """`steps` + 1 times from `horizon` to 0 ("trailing": the first is always the noisiest).
 
-    Whole numbers for a whole `horizon`, which counts a checkpoint's levels.
+    u = s v / (s v + 1 - v) of evenly spaced v: a `shift` s above 1 spends more of the steps on noise (Esser et al.,
+    2024), 1 spaces them evenly. Whole numbers for a whole `horizon`, which counts a checkpoint's levels; they fall
+    strictly as long as there are enough levels.
     """
-    grid = torch.linspace(float(horizon), 0.0, steps + 1, dtype=torch.float64)
-    return grid.round().long() if float(horizon).is_integer() else grid
+    v = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    grid = float(horizon) * (shift * v / (shift * v + (1 - v)))  # at v = 1 exactly the horizon
+    if not float(horizon).is_integer():
+        return grid
+    # Rounding may make two neighbours equal where the grid is dense: each time leaves room for those below and above.
+    least = torch.arange(steps, -1, -1)
+    most = int(horizon) - torch.arange(steps + 1)
+    return torch.minimum(torch.maximum(grid.round().long(), least), most) if steps <= horizon else grid.round().long()
 
 
 def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -69,16 +77,18 @@ def ddim(
     unconditional: Conditioning | None = None,
     strength: float = 1.0,
     callback: StepCallback | None = None,
+    shift: float = 1.0,
 ) -> Tensor:
     """Deterministic DDIM (Song et al., ICLR 2021, eta = 0): z_s = alpha_s x(z_t) + sigma_s eps(z_t).
 
-    `z` (B, C, h, w) ~ N(0, I) at t = T. The condition's features are computed once. Returns the latent x, in z's dtype.
+    `z` (B, C, h, w) ~ N(0, I) at t = T. The condition's features are computed once. `shift`: see time_grid. Returns
+    the latent x, in z's dtype.
     """
     conditioning = student.prepare(conditioning)
     if unconditional is not None:
         # The condition is the same with and without the prompt; its features differ only through the text they attend.
         unconditional = student.prepare(unconditional) if guidance_scale != 1.0 else None
-    grid = time_grid(schedule.horizon, steps)
+    grid = time_grid(schedule.horizon, steps, shift)
     x = z
     for i in range(steps):
         t, s = grid[i : i + 1], grid[i + 1 : i + 2]

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from ..errors import UserError, nearest
+from .base import Task, means
+from .canny import Canny
+from .depth import Depth
+from .edit import Edit
+from .generate import Generate
+from .inpaint import Inpaint
 from .upscale import Upscale
 
-if TYPE_CHECKING:
-    from ..data.batches import Batch
+__all__ = ["TASKS", "Task", "get_task", "means"]
 
-
-class Task(Protocol):
-    """What training, sampling and evaluation ask of a task. Images are (B, C, H, W) in [0, 1]."""
-
-    name: ClassVar[str]
-    """As get_task knows it."""
-    condition_channels: ClassVar[int]
-    """C of `condition`."""
-    prompted: ClassVar[bool]
-    """Whether users say what to make: a task without prompts is measured without them."""
-    obedience_unit: ClassVar[str]
-    """What `obedience` measures and its unit, for tables."""
-
-    def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """What a user would bring, made from a training sample. The same generator state gives the same bytes."""
-        ...
-
-    def condition(self, given: Tensor) -> Tensor:
-        """The adapter's input (B, condition_channels, H, W) at output size."""
-        ...
-
-    def obedience(self, output: Tensor, given: Tensor) -> Tensor:
-        """How well `output` (B, 3, H, W) keeps to `given`, (B,), higher is better."""
-        ...
-
-    def config(self) -> dict[str, Any]:
-        """The options, JSON-able: get_task(name, **config) rebuilds the task."""
-        ...
-
-
-TASKS: dict[str, Callable[..., Task]] = {Upscale.name: Upscale}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Upscale, Inpaint, Depth, Canny, Edit, Generate)}
 
 
 def get_task(name: str, **options: Any) -> Task:
@@ -55,5 +26,6 @@ def get_task(name: str, **options: Any) -> Task:
     known = inspect.signature(TASKS[name]).parameters
     for option in options:
         if option not in known:
-            raise UserError(f"{option}: unknown option of task {name}{nearest(option, known)}: use {', '.join(known)}")
+            use = f"use {', '.join(known)}" if known else "it has none"
+            raise UserError(f"{option}: unknown option of task {name}{nearest(option, known)}: {use}")
     return TASKS[name](**options)

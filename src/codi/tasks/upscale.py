@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .base import CAP, Task
 from .degradations import bicubic, second_order
 
 if TYPE_CHECKING:
     from ..data.batches import Batch
 
 DEGRADATIONS = ("real", "bicubic")
-OBEDIENCE_CAP = 60.0  # dB; the rounding of an 8-bit input alone costs this much, so beyond it nothing is measured
 
 
 @dataclass(frozen=True)
-class Upscale:
-    """A codi.tasks.Task. The given image is (B, 3, h, w); the output is (B, 3, scale h, scale w)."""
+class Upscale(Task):
+    """The given image is (B, 3, h, w), the condition its enlargement; the output is (B, 3, scale h, scale w)."""
 
     scale: int = 4
     """Output pixels per input pixel along a side."""
     degradation: str = "real"
-    """How training makes the input: "real" (blur, noise, JPEG; see degradations) or "bicubic" (classical x4)."""
+    """How training makes the input: "real" (blur, noise, JPEG; see degradations) or "bicubic" (classical)."""
 
     name: ClassVar[str] = "upscale"
-    condition_channels: ClassVar[int] = 3
     prompted: ClassVar[bool] = False
     obedience_unit: ClassVar[str] = "dB PSNR of the downscaled result to the input"
 
@@ -54,11 +53,8 @@ class Upscale:
         """`given` bicubically enlarged to output size, (B, 3, scale h, scale w) in [0, 1]."""
         return F.interpolate(given, scale_factor=self.scale, mode="bicubic", align_corners=False).clamp(0, 1)
 
-    def obedience(self, output: Tensor, given: Tensor) -> Tensor:
+    def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
         """PSNR in dB of `output`, brought to the size of `given` by antialiased bicubic, to `given`; at most 60."""
         small = F.interpolate(output.float(), size=given.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
         error = (small - given.float()).square().mean(dim=(1, 2, 3))
-        return (-10 * error.clamp_min(1e-12).log10()).clamp_max(OBEDIENCE_CAP)
-
-    def config(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"input_psnr": (-10 * error.clamp_min(1e-12).log10()).clamp_max(CAP)}

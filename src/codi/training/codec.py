@@ -37,15 +37,20 @@ class CodecJob(Job):
     def batches(self, start: int) -> Iterator[Batch]:
         return batches(self.source, self.recipe.vae_batch, self.recipe.size, self.recipe.seed, start)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def crops(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Random crops of pictures and textures, (B, 3, crop, crop) in [-1, 1]."""
         recipe, crop = self.recipe, self.recipe.vae_crop
         count = int(len(batch.image) * recipe.textures)
         pick = torch.randint(len(self.textures), (count,), generator=generator)
         image = torch.cat([batch.image[count:], self.textures[pick].float() / 255])
         corners = torch.randint(recipe.size - crop + 1, (len(image), 2), generator=generator).tolist()
         image = torch.stack([x[:, i : i + crop, j : j + crop] for x, (i, j) in zip(image, corners, strict=True)])
+        device = next(self.online.parameters()).device
+        return image.to(device).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        recipe, x = self.recipe, self.crops(batch, generator)
         vae: Any = self.online
-        x = image.to(vae.device).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
         rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample.float()
@@ -74,6 +79,31 @@ class CodecJob(Job):
         write_atomically(
             out / "vae", lambda folder: vae.to(memory_format=torch.contiguous_format).save_pretrained(folder)
         )
+
+
+class DecoderJob(CodecJob):
+    """The decoder alone, on latents with noise in them: it learns to take out the grain that a sampler's latents have.
+    The encoder stays, and with it every backbone and adapter that was trained on its latents."""
+
+    def __init__(self, vae: AutoencoderKL, recipe: PretrainRecipe, source: Source, held_out: Source) -> None:
+        vae.requires_grad_(False)
+        for part in (vae.decoder, vae.post_quant_conv):
+            part.requires_grad_(True)  # type: ignore[union-attr]
+        super().__init__(vae, recipe, source, held_out)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        x = self.crops(batch, generator)
+        vae: Any = self.online
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mean
+        noise = torch.randn(z.shape, generator=generator) * torch.rand(len(z), 1, 1, 1, generator=generator)
+        rebuilt = vae.decode(z + self.recipe.decoder_noise * noise.to(z)).sample.float()
+        return {"squared": (rebuilt - x).square().mean(), "absolute": 0.05 * (rebuilt - x).abs().mean()}
+
+    def finish(self, out: Path, progress: Progress) -> None:
+        vae: Any = self.average
+        vae.to(memory_format=torch.contiguous_format)
+        write_atomically(out / "vae", lambda folder: vae.save_pretrained(folder))
 
 
 def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:

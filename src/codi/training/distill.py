@@ -3,148 +3,49 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, batches
+from ..data.batches import Batch, batches, collate
 from ..data.check import contact_sheet
 from ..data.sources import Sample, SceneSource, Source, open_source
-from ..errors import UserError, nearest
+from ..errors import UserError
 from ..models import codec
-from ..models.adapter import FORMS, FusedAdapter, load_adapter
+from ..models.adapter import FORMS, ControlNetAdapter, FusedAdapter
+from ..models.adapter_files import load_adapter
 from ..models.backbone import Backbone, load_backbone
+from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
-from ..objectives import distances
-from ..objectives.batch import LatentBatch
-from ..objectives.codi import codi
-from ..objectives.finetune import finetune
+from ..objectives.batch import Guidance, LatentBatch
 from ..sampling.sampler import ddim, initial_noise
 from ..tasks import Task, get_task
+from ..tasks.base import means
 from . import ema
-from .checkpoint import Progress, edit_json, require_same_run, write_atomically
-from .trainer import Job, RunSettings, make_accelerator, train
+from .checkpoint import Progress, require_same_run
+from .distill_recipe import SCALES, DistillRecipe, configure_objective
+from .saving import save_adapter
+from .trainer import Job, make_accelerator, train
 
 # Keys that may differ between a run and its continuation: they do not change what is computed before the next image.
-_FREE = {"out", "images", "device", "log_every", "preview_every", "checkpoint_every", "keep", "half"}
-OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {"codi": codi, "finetune": finetune}
+_FREE = {"out", "images", "device", "log_every", "preview_every", "checkpoint_every", "keep", "half", "shift"}
+_FREE |= {"guidance_scale", "image_guidance_scale"}
 PREVIEW_STEPS = (1, 2, 4)
-_CHOICES = {"consistency": ("noise", "signal"), "ode": ("own", "teacher"), "d_x": distances.DISTANCES}
 
 
-@dataclass(kw_only=True)
-class DistillRecipe(RunSettings):
-    """Everything that decides a run, one key of the YAML file each; RunSettings' keys too."""
-
-    out: str
-    """Folder of the finished adapter; checkpoints, previews and logs lie in its sub-folders."""
-    task: str = "upscale"
-    task_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the task, e.g. {scale: 4, degradation: bicubic}."""
-    degradation: str | None = None
-    """Short for task_options.degradation: real or bicubic."""
-    model: str = "mini"
-    """The backbone: mini, a diffusers folder, a .safetensors file or a hub id."""
-    data: str = "scenes:train:20000"
-    """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
-    held_out: str = "scenes:held-out:64"
-    """Pictures for previews and the obedience curve; never trained on."""
-    size: int = 64
-    """Side of training pictures in pixels."""
-    max_corrupt: float = 0.05
-    """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
-    objective: str = "codi"
-    """codi (the paper's loss) or finetune (plain conditional diffusion)."""
-    objective_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
-    adapter: str = "fused"
-    """fused (CoDi's condition encoder) or controlnet."""
-    start: str | None = None
-    """An adapter to go on from, instead of a fresh copy of the backbone's encoder."""
-    teacher: str | None = None
-    """For ode: teacher: the adapter whose path makes z_s; none takes the starting point, frozen."""
-    train_backbone: bool = True
-    """Full CoDi. false: PE-CoDi, the adapter alone trains and the backbone stays shared between tasks."""
-    prompt_dropout: float = 0.5
-    """Share of prompts replaced by the empty one."""
-    mu_rate: float = 30.0
-    """Learning rate of the fusion weights mu, as a multiple: they start at 0 and have a long way to go."""
-    half: bool = True
-    """Store the finished adapter in float16."""
-
-    def validate(self) -> None:
-        """Raises UserError for values that no run can have."""
-        super().validate()
-        for key, known in (("objective", OBJECTIVES), ("adapter", FORMS)):
-            if getattr(self, key) not in known:
-                value = getattr(self, key)
-                raise UserError(f"{key} {value!r}: not known{nearest(value, known)}: use one of {', '.join(known)}")
-        if not 0 <= self.prompt_dropout <= 1:
-            raise UserError(f"prompt_dropout {self.prompt_dropout}: must lie in [0, 1]: use for example 0.5")
-        allowed = [
-            p.name
-            for p in inspect.signature(OBJECTIVES[self.objective]).parameters.values()
-            if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t")  # not for recipes: a network, a tensor
-        ]
-        for key, values in _CHOICES.items():
-            chosen = self.objective_options.get(key, values[0])
-            if chosen not in values:
-                raise UserError(
-                    f"{key} {chosen!r}: not known{nearest(str(chosen), values)}: use one of {', '.join(values)}"
-                )
-        dt = self.objective_options.get("dt", 1)
-        if not isinstance(dt, int) or dt < 1:
-            raise UserError(f"dt {dt!r}: must be a whole number of noise levels from 1 up: the paper uses 1")
-        for key in self.objective_options:
-            if key not in allowed:
-                raise UserError(
-                    f"objective_options: unknown key {key!r}{nearest(key, allowed)}: known are {', '.join(allowed)}"
-                )
-
-
-def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None) -> Callable[..., dict[str, Tensor]]:
-    """The objective with its options bound: names of distances and the teacher become functions."""
-    options = dict(recipe.objective_options)
-    name = options.pop("d_x", "latent")
-    decode = functools.partial(codec.decode, vae, clamp=False)
-    if name == "latent":
-        distance = distances.latent
-    elif name == "pixel":
-        distance = distances.pixel(decode)
-    elif name == "features":
-        distance = distances.features(decode, lambda image: vae.encoder(image * 2 - 1))
-    elif name == "perceptual":
-        distance = distances.perceptual(decode, _perceptual(vae))
-    else:
-        known = distances.DISTANCES
-        raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
-    if recipe.objective == "codi":
-        options["d_x"] = distance
-        if options.get("ode") == "teacher":
-            options["teacher"] = teacher
-    return functools.partial(OBJECTIVES[recipe.objective], **options)
-
-
-def _perceptual(vae: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    from ..evaluation.metrics import Features, enlite0_distance
-
-    extractors: dict[Any, Features] = {}  # made where the codec is, which is not known before training starts
-
-    def metric(a: Tensor, b: Tensor) -> Tensor:
-        if vae.device not in extractors:
-            extractors[vae.device] = Features(device=vae.device)
-        return enlite0_distance(a.float(), b.float(), extractors[vae.device])
-
-    return metric
+def recipe_task(recipe: DistillRecipe) -> Task:
+    """The task with the recipe's options. Raises UserError for an unknown task or option."""
+    options = dict(recipe.task_options)
+    if recipe.degradation is not None:
+        options["degradation"] = recipe.degradation
+    return get_task(recipe.task, **options)
 
 
 class DistillJob(Job):
@@ -155,10 +56,7 @@ class DistillJob(Job):
     ) -> None:
         super().__init__()
         self.recipe, self.source, self.report = recipe, source, report
-        options = dict(recipe.task_options)
-        if recipe.degradation is not None:
-            options["degradation"] = recipe.degradation
-        self.task: Task = get_task(recipe.task, **options)
+        self.task = recipe_task(recipe)
         self.vae, self.text_encoder, self.tokenizer = backbone.vae, backbone.text_encoder, backbone.tokenizer
         self.schedule, self.family = backbone.schedule, backbone.family
         cell = codec.downscale(self.vae)
@@ -172,14 +70,33 @@ class DistillJob(Job):
             if not isinstance(adapter, form):
                 raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
         else:
-            adapter = form.from_backbone(backbone.unet, backbone.vae, self.task.condition_channels)
+            adapter = form.from_backbone(
+                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance)
+            )
             unet = backbone.unet
-        self.own_unet = unet is not backbone.unet  # a full adapter to go on from brings its own
-        student = Student(unet, adapter).requires_grad_(True)
-        student.unet.requires_grad_(recipe.train_backbone)
+            if recipe.lora_rank:
+                unet = add_lora(unet, recipe.lora_rank, recipe.task, recipe.seed)
+        updates = lora_names(unet)
+        if bool(updates) != bool(recipe.lora_rank):
+            has = "with" if updates else "without"
+            raise UserError(
+                f"lora_rank {recipe.lora_rank}: {recipe.start} was trained {has} low-rank updates: set it so"
+            )
+        scales = adapter.guidance.scales if adapter.guidance is not None else 0
+        if recipe.guidance and scales != len(recipe.guidance):
+            raise UserError(f"guidance: {len(recipe.guidance)} scales for an adapter that takes {scales}: start afresh")
+        # A full adapter has a backbone of its own, also one to go on from.
+        self.full = recipe.train_backbone or (unet is not backbone.unet and not updates)
+        student = Student(unet, adapter)
+        adapter.requires_grad_(True)
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_("lora_" in name if updates else recipe.train_backbone)
         if recipe.gradient_checkpointing:
-            student.unet.enable_gradient_checkpointing()
-            (adapter.encoder if isinstance(adapter, FusedAdapter) else adapter.net).enable_gradient_checkpointing()  # type: ignore[union-attr]
+            unet.enable_gradient_checkpointing()
+            if isinstance(adapter, FusedAdapter):
+                adapter.encoder.enable_gradient_checkpointing()
+            elif isinstance(adapter, ControlNetAdapter):
+                adapter.net.enable_gradient_checkpointing()
         self.online: Any = student.train()
         self.average: Any = ema.average_copy(student)
         self.teacher = self._teacher(student, backbone)
@@ -188,8 +105,7 @@ class DistillJob(Job):
         samples = [s for s in held if isinstance(s, Sample)]
         if not samples:
             raise UserError(f"{recipe.held_out}: no picture could be read: check the data set")
-        extras = {k: torch.stack([s.extras[k] for s in samples]) for k in samples[0].extras}
-        self.held = Batch(torch.stack([s.image for s in samples]), [s.text for s in samples], extras)
+        self.held = collate(samples)
 
     def _teacher(self, student: Student, backbone: Backbone) -> Student | None:
         if self.recipe.objective_options.get("ode") != "teacher":
@@ -227,91 +143,89 @@ class DistillJob(Job):
         condition = self.task.condition(given).to(text.device)
         return Conditioning(text, self.online.adapter.read(condition, self.vae))
 
+    def guidance(self, conditioning: Conditioning, dropped: Tensor, generator: torch.Generator) -> Guidance | None:
+        """Scales for this batch, drawn uniformly from their ranges, or None for a batch without guidance."""
+        spans = self.recipe.guidance
+        if not spans or torch.rand((), generator=generator) >= self.recipe.guidance_share:
+            return None
+        chosen = [name for name in SCALES if name in spans]
+        low, high = (torch.tensor([float(spans[name][k]) for name in chosen]) for k in (0, 1))
+        scales = low + (high - low) * torch.rand(len(dropped), len(chosen), generator=generator)
+        scales[dropped, 0] = 1.0  # without a prompt there is nothing to be guided towards
+        blank = embed_prompts(self.tokenizer, self.text_encoder, [""]).expand_as(conditioning.text)
+        ladder = [conditioning, replace(conditioning, text=blank), Conditioning(blank)]
+        return Guidance(scales, ladder[: len(chosen) + 1])
+
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         given = self.task.given(batch, generator)
         drop = torch.rand(len(batch.text), generator=generator) < self.recipe.prompt_dropout
-        prompts = ["" if d else p for d, p in zip(drop.tolist(), batch.text, strict=True)]
+        prompts = ["" if d else p for d, p in zip(drop.tolist(), self.task.prompts(batch), strict=True)]
         with torch.no_grad():
-            image = batch.image.to(self.vae.device)
+            image = self.task.truth(batch).to(self.vae.device)
             x = codec.encode(self.vae, image, generator).float()
             conditioning = self.conditioning(given, prompts)
-        return self.objective(
-            self.online, self.average, LatentBatch(x, conditioning, image), self.schedule, generator=generator
-        )
+        guidance = self.guidance(conditioning, drop, generator)
+        if guidance is not None:
+            conditioning = replace(conditioning, guidance=guidance.scales.to(x.device))
+        sample = LatentBatch(x, conditioning, image, guidance)
+        return self.objective(self.online, self.average, sample, self.schedule, generator=generator)
 
     @torch.no_grad()
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
-        parts = [self._samples(start) for start in range(0, len(self.held.image), self.recipe.batch_size)]
-        given = torch.cat([p[0] for p in parts])
-        outputs = {n: torch.cat([p[1][n] for p in parts]) for n in PREVIEW_STEPS}
-        columns = [self.task.condition(given)[:, :3], *outputs.values(), self.held.image]
+        size, count = self.recipe.batch_size, len(self.held.image)
+        parts = [(self.held.part(slice(k, k + size)), k) for k in range(0, count, size)]
+        made = [self._samples(part, start) for part, start in parts]
         folder = out / "previews"
         folder.mkdir(parents=True, exist_ok=True)
+        first, (given, outputs) = parts[0][0], made[0]
+        columns = [self.task.condition(given)[:, :3], *outputs.values(), self.task.truth(first)]
         rows = torch.stack([c[:8] for c in columns], dim=1).flatten(0, 1)
         contact_sheet(list(rows), len(columns)).save(folder / f"{progress.images:08d}.png")
-        return {f"obedience_{n}": float(self.task.obedience(outputs[n], given).mean()) for n in PREVIEW_STEPS}
+        (folder / "prompts.txt").write_text("\n".join(self.task.prompts(first)[:8]) + "\n")
+        figures: dict[str, float] = {}
+        measured = self.task.measured()
+        for steps in PREVIEW_STEPS:
+            told = [measured.obedience(o[steps], g, part) for (part, _), (g, o) in zip(parts, made, strict=True)]
+            averages = means({name: torch.cat([t[name] for t in told]) for name in told[0]})
+            for number, (name, value) in enumerate(averages.items()):
+                figures[f"obedience_{steps}" if number == 0 else f"{name}_{steps}"] = value  # the first is the headline
+        return figures
 
-    def _samples(self, start: int) -> tuple[Tensor, dict[int, Tensor]]:
+    def _samples(self, batch: Batch, start: int) -> tuple[Tensor, dict[int, Tensor]]:
         """What is given and what the average makes of it at each step count, for one batch of held-out samples."""
-        part = slice(start, start + self.recipe.batch_size)
-        extras = {k: v[part] for k, v in self.held.extras.items()}
-        batch = Batch(self.held.image[part], self.held.text[part], extras)
-        given = self.task.given(batch, torch.Generator().manual_seed(start))
-        conditioning = self.conditioning(given, [t if self.task.prompted else "" for t in batch.text])
+        given = self.task.measured().given(batch, torch.Generator().manual_seed(start))
+        conditioning = self.conditioning(given, self.task.prompts(batch))
+        if self.recipe.guidance:
+            scales = {"text": self.recipe.guidance_scale, "image": self.recipe.image_guidance_scale}
+            row = torch.tensor([[scales[name] for name in SCALES if name in self.recipe.guidance]])
+            conditioning.guidance = row.expand(len(given), -1).to(conditioning.text.device)
         shape = (self.vae.config["latent_channels"], *[self.recipe.size // codec.downscale(self.vae)] * 2)
         noise = initial_noise(shape, range(start, start + len(given))).to(self.vae.device)
-        latents = {n: ddim(self.average, self.schedule, noise, conditioning, steps=n) for n in PREVIEW_STEPS}
-        return given, {n: codec.decode(self.vae, latent).float().cpu() for n, latent in latents.items()}
+        outputs = {}
+        for steps in PREVIEW_STEPS:
+            latent = ddim(self.average, self.schedule, noise, conditioning, steps, shift=self.recipe.shift)
+            outputs[steps] = codec.decode(self.vae, latent).float().cpu()
+        return given, outputs
 
     def finish(self, out: Path, progress: Progress) -> None:
         figures = self.preview(out, progress)
         recipe = {k: _public(v) for k, v in asdict(self.recipe).items() if k not in ("out", "device")}
         adapter = copy.deepcopy(self.average.adapter)
-        own_unet = self.own_unet or self.recipe.train_backbone
+        told = {key: recipe[key] for key in ("guidance", "guidance_scale", "image_guidance_scale", "shift")}
         adapter.register_to_config(
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
-                "family": self.family, "full": own_unet, "images": progress.images,
+                "family": self.family, "full": self.full, **told, "images": progress.images,
                 "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds),
                 "recipe": recipe, "metrics": figures,
             }
         )  # fmt: skip
-        save_adapter(out, adapter, self.average.unet if own_unet else None, half=self.recipe.half)
+        save_adapter(out, adapter, self.average.unet, self.full, half=self.recipe.half)
 
 
 def _public(value: Any) -> Any:
     """A recipe's value as it may be shared: of a local path only the last part."""
     return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
-
-
-def save_adapter(out: Path, adapter: Any, unet: Any | None, half: bool) -> None:
-    """Writes an adapter folder into `out`, which may hold other things: config.json comes last, so that a folder with
-    one is whole. `unet`: the trained backbone of a full adapter, kept in `unet/`. Neither argument is changed."""
-
-    def stored(module: Any) -> Any:
-        return copy.deepcopy(module).to(torch.float16) if half else module
-
-    def fill(folder: Path) -> None:
-        stored(adapter).save_pretrained(folder, safe_serialization=True)
-        if unet is not None:
-            stored(unet).save_pretrained(folder / "unet", safe_serialization=True)
-        for config in folder.rglob("config.json"):
-            edit_json(config, _name_or_path=None)  # where it lay on this machine
-        for weights in folder.rglob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors leaves them to their owner alone
-
-    staged = out / ".finished"
-    write_atomically(staged, fill)
-    for item in sorted(
-        staged.rglob("*"), key=lambda p: (p.name == "config.json", len(p.parts) == len(staged.parts) + 1)
-    ):
-        if item.is_file():
-            target = out / item.relative_to(staged)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            item.replace(target)
-    for folder in sorted((p for p in staged.rglob("*") if p.is_dir()), reverse=True):
-        folder.rmdir()
-    staged.rmdir()
 
 
 def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
@@ -321,7 +235,8 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
     require_same_run(out / "checkpoints", asdict(recipe), _FREE)
     torch.manual_seed(recipe.seed)
     deadline = time.monotonic() + 60 * minutes if minutes else None
-    source, held_out = open_source(recipe.data), open_source(recipe.held_out)
+    columns = recipe_task(recipe).columns
+    source, held_out = open_source(recipe.data, columns), open_source(recipe.held_out, columns)
     if isinstance(source, SceneSource):
         source.device = str(make_accelerator(recipe).device)
     job = DistillJob(recipe, load_backbone(recipe.model), source, held_out, out / "corrupt.json")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..data.samples import CorruptSample, Sample
 from ..data.sources import Source
 from ..models import codec, text
 from ..models.student import Conditioning, Student
@@ -184,9 +186,32 @@ def new_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
+class EditedPictures:
+    """A source's edited pictures under their instructions, as if these were captions."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def describe(self) -> str:
+        return f"{self.source.describe()}, edited"
+
+    def read(
+        self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
+    ) -> list[Sample | CorruptSample]:
+        found = self.source.read(indices, size, crops)
+        return [
+            replace(s, image=s.extras["edited_image"], text=s.instruction, extras={}) if isinstance(s, Sample) else s
+            for s in found
+        ]
+
+
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, source: Source, size: int, folder: Path) -> tuple[np.ndarray, list[str]]:
-    """Latents (float16 memory map) and captions of every picture of `source`, computed once per codec."""
+    """Latents (float16 memory map) and captions of every picture of `source`, computed once per codec. Those that
+    cannot be read are listed in `folder`/corrupt.json."""
     weights = sum(p.double().sum().item() for p in vae.parameters())
     mark = {"codec": round(weights, 6), "source": source.describe(), "size": size, "count": len(source)}
     index, data = folder / "latents.json", folder / "latents.npy"
@@ -196,7 +221,8 @@ def encode_all(vae: AutoencoderKL, source: Source, size: int, folder: Path) -> t
     captions: list[str] = []
     chunks = []
     for start in range(0, len(source), 64):
-        images, texts = read_pictures(source, range(start, min(start + 64, len(source))), size)
+        indices = range(start, min(start + 64, len(source)))
+        images, texts = read_pictures(source, indices, size, folder / "corrupt.json")
         chunks.append(codec.encode(vae, images.to(vae.device)).half().cpu().numpy())
         captions += texts
     np.save(data, np.concatenate(chunks))

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
@@ -15,14 +16,15 @@ from ..data.sources import SceneSource, open_source
 from ..models import codec
 from ..models.backbone import find_model, load_backbone
 from .checkpoint import require_same_run
-from .codec import CodecJob, new_vae
-from .latents import LatentsJob, encode_all, new_ldm, new_scheduler
+from .codec import CodecJob, DecoderJob, new_vae
+from .latents import EditedPictures, LatentsJob, encode_all, new_ldm, new_scheduler
 from .pretrain_recipe import PretrainRecipe, first_pictures
 from .tokenizer import train_tokenizer
 from .trainer import RunSettings, make_accelerator, train
 
 # Keys that may differ between a run and its continuation.
-_FREE = {"out", "vae_images", "ldm_images", "device", "log_every", "preview_every", "checkpoint_every", "keep"}
+_FREE = {"out", "vae_images", "decoder_images", "ldm_images", "device", "keep"}
+_FREE |= {"log_every", "preview_every", "checkpoint_every"}
 
 
 def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
@@ -34,7 +36,7 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     recipe.validate()
     out = Path(recipe.out)
     work = out / "training"
-    for stage in ("codec", "ldm"):
+    for stage in ("codec", "decoder", "ldm"):
         require_same_run(work / stage / "checkpoints", vars(recipe), _FREE)
     deadline = time.monotonic() + 60 * minutes if minutes else None
     device = make_accelerator(RunSettings(device=recipe.device)).device
@@ -66,9 +68,25 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     vae.requires_grad_(False).eval().to(device)
 
     latents, captions = encode_all(vae, source, recipe.size, work)
+    if recipe.edits is not None:
+        pairs = EditedPictures(open_source(recipe.edits, ("edited_image",)))
+        edited, instructions = encode_all(vae, pairs, recipe.size, work / "edits")
+        latents, captions = np.concatenate([latents, edited]), [*captions, *instructions]
+    if recipe.decoder_images:
+        if not (work / "decoder" / "vae" / "config.json").is_file():
+            settings = replace(
+                shared, images=recipe.decoder_images, batch_size=recipe.vae_batch, precision=recipe.precision,
+                learning_rate=recipe.decoder_learning_rate,
+            )  # fmt: skip
+            job = DecoderJob(vae, recipe, source, held_out)
+            progress = train(job, settings, work / "decoder", vars(recipe), quiet=quiet, deadline=deadline)
+            if progress.images < recipe.decoder_images:
+                return out
+        vae = AutoencoderKL.from_pretrained(work / "decoder" / "vae", use_safetensors=True)
+        vae.requires_grad_(False).eval().to(device)
     if begin is None:
-        instructions = [sample_edit(sample_scene(0, "train", i), 0, "train", i).instruction for i in range(2_000)]
-        tokenizer = train_tokenizer([*captions, *instructions], work / "tokenizer")
+        words = [sample_edit(sample_scene(0, "train", i), 0, "train", i).instruction for i in range(2_000)]
+        tokenizer = train_tokenizer([*captions, *words], work / "tokenizer")
         unet, encoder = new_ldm(recipe, tokenizer)
         scheduler = new_scheduler()
     else:

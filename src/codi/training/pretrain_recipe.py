@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..data.batches import report_corrupt
 from ..data.check import contact_sheet
+from ..data.samples import CorruptSample
 from ..data.sources import Sample, Source
 from ..errors import UserError
 
@@ -37,6 +40,14 @@ class PretrainRecipe:
     kl_weight: float = 1e-5
     textures: float = 0.25
     """Share of procedural textures among the codec's training pictures, so that it can also hold photographs."""
+    decoder_images: int = 0
+    """Images with which the codec's decoder alone trains once more, on noisy latents; its encoder stays as it is."""
+    decoder_noise: float = 0.2
+    """Largest standard deviation of that noise, where latents have 1."""
+    decoder_learning_rate: float = 1e-3
+    edits: str | None = None
+    """Edit pairs whose edited pictures are learnt under their instructions, e.g. scenes:train:6000:1, so that the text
+    encoder knows the words of instructions."""
     ldm_images: int = 160_000
     ldm_batch: int = 16
     ldm_learning_rate: float = 5e-4
@@ -75,9 +86,17 @@ class PretrainRecipe:
                 raise UserError(f"{name} {list(widths)}: must be multiples of {unit}: change it")
 
 
-def read_pictures(source: Source, indices: range, size: int) -> tuple[Tensor, list[str]]:
-    """Pictures (B, 3, S, S) and captions of the readable samples among `indices`."""
-    samples = [s for s in source.read(indices, size) if isinstance(s, Sample)]
+def read_pictures(source: Source, indices: range, size: int, report: Path | None = None) -> tuple[Tensor, list[str]]:
+    """Pictures (B, 3, S, S) and captions of the readable samples among `indices`.
+
+    `report`: the JSON file (as of `data.batches`) that lists the others; indices that do not start at 0 go on with it.
+    Raises UserError where none is readable."""
+    found = source.read(indices, size)
+    if report is not None:
+        before = json.loads(report.read_text())["files"] if indices.start and report.is_file() else []
+        corrupt = [CorruptSample(0, **file) for file in before] + [s for s in found if isinstance(s, CorruptSample)]
+        report_corrupt(report, indices.stop, corrupt)
+    samples = [s for s in found if isinstance(s, Sample)]
     if not samples:
         raise UserError(f"{source.describe()}: no picture could be read: check the data set")
     return torch.stack([s.image for s in samples]), [s.text for s in samples]

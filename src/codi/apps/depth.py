@@ -1,0 +1,53 @@
+"""`codi depth`: a picture with the geometry of a depth map, or of a photo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .common import BadUsage, Prompt, choose_device, working
+from .pictures import Order, Out, Settings, deliver, open_pipeline, plan_one, shared, variants
+
+EXAMPLE = 'Example: codi depth room-depth.png --near bright --prompt "a red ball in a hall" -o room.png'
+
+
+@shared
+def depth(
+    depthmap: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DEPTHMAP", help="A depth map of 8 or 16 bits, or .npy of any range.", show_default=False
+        ),
+    ],
+    out: Out,
+    settings: Settings,
+    prompt: Prompt = "",
+    near: Annotated[
+        Literal["guess", "bright", "dark"], typer.Option(help="Which end of the map is near; dark: distances.")
+    ] = "guess",
+    from_image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="DEPTHMAP is a photo: estimate its depth by this model of transformers, a folder or hub id.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make a picture that has the geometry of a depth map, in 1 to 4 steps."""
+    with working("reading"):
+        from ..data.images import read_image
+        from ..tasks.depth import estimate_depth, read_depth
+
+        if from_image and near != "guess":
+            raise BadUsage(f"--near {near}: the model of --from-image says itself what is near: leave one out")
+        job = plan_one(depthmap, out, settings)
+        if from_image:
+            found = estimate_depth(read_image(depthmap).rgb, from_image, choose_device(settings.device))
+        else:
+            found = read_depth(depthmap, near)
+    pipe = open_pipeline("depth", settings)
+    notes = {"prompt": prompt, **({} if from_image else {"near": near})}
+    deliver(pipe, variants(job, settings, {"image": found}), Order("depth", {"prompt": prompt}, notes), settings)

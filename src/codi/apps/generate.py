@@ -1,0 +1,54 @@
+"""`codi generate`: a picture of a prompt alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import BadUsage, Prompt, working
+from .pictures import Order, Settings, deliver, open_pipeline, plan_new, shared, variants
+
+EXAMPLE = 'Example: codi generate --prompt "a red ball and a blue box" -o scene.png'
+
+
+@shared
+def generate(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The file to write, or a folder for it.", show_default=False)
+    ],
+    settings: Settings,
+    prompt: Prompt = "",
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Pixels; by default the model's own.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a picture from a prompt, in 1 to 4 steps."""
+    with working("starting"):
+        width, height = parse_size(size)
+        job = plan_new(out, "generated", settings.count, settings.overwrite)
+    pipe = open_pipeline("generate", settings)
+    from ..models import codec
+
+    check_cells(width, height, codec.downscale(pipe.vae))
+    arguments = {"prompt": prompt, "width": width, "height": height}
+    deliver(pipe, variants(job, settings, {}), Order("generate", arguments, {"prompt": prompt}), settings)
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """ "512x384" -> (512, 384), width first; None -> (None, None). Raises BadUsage for anything else."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text.strip().lower())
+    if match is None or not int(match[1]) or not int(match[2]):
+        raise BadUsage(f"--size {text}: not a size: write width x height in pixels, such as 512x384")
+    return int(match[1]), int(match[2])
+
+
+def check_cells(width: int | None, height: int | None, cell: int) -> None:
+    """Raises BadUsage for sides that are no multiples of `cell` pixels."""
+    if width and height and (width % cell or height % cell):
+        near = [max(1, round(side / cell)) * cell for side in (width, height)]
+        raise BadUsage(f"--size {width}x{height}: not multiples of {cell} px: use {near[0]}x{near[1]}")

@@ -1,0 +1,64 @@
+"""The training that `codi demo` shows: a fresh upscaler, adapted and distilled for as long as one cares to wait."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from ..sampling.pipeline import CoDiPipeline
+from ..training.checkpoint import complete
+from ..training.distill import DistillRecipe, distill
+from .common import watched
+
+
+def lesson(
+    pipe: CoDiPipeline,
+    out: Path,
+    minutes: float,
+    *,
+    model: str,
+    side: int,
+    seed: int,
+    device: str,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains below `out`/training, from the backbone on or from where an earlier tour stopped. `changes` go to the
+    recipe. Returns what the page shows of it. Raises UserError where the training fails."""
+    recipe = _recipe(pipe, out, model, side, seed, device, changes or {})
+    done = distill(recipe, quiet=not watched(), minutes=minutes)
+    rows = {row["images"]: {} for row in _log(done)}
+    for row in _log(done):  # losses and obedience come in lines of their own; a killed run's lines are passed again
+        rows[row["images"]].update(row)
+    state = json.loads((complete(done / "checkpoints")[-1] / "state.json").read_text())
+    return {
+        "images": state["progress"]["images"],
+        "of": recipe.images,
+        "seconds": state["progress"]["seconds"],
+        "objective": recipe.objective,
+        "curve": [rows[images] for images in sorted(rows)],
+        "previews": [f"training/{done.name}/previews/{p.name}" for p in sorted((done / "previews").glob("*.png"))],
+    }
+
+
+def _recipe(
+    pipe: CoDiPipeline, out: Path, model: str, side: int, seed: int, device: str, changes: dict[str, Any]
+) -> DistillRecipe:
+    """Its folder is named after all that decides it, so that a tour of another model or version starts afresh instead
+    of meeting checkpoints that do not fit."""
+    settings: dict[str, Any] = {
+        "model": model, "data": "scenes:train:512", "held_out": "scenes:held-out:8",
+        "size": side, "degradation": "bicubic", "images": 8_000, "batch_size": 8, "learning_rate": 3e-4, "warmup": 160,
+        "ema": 0.99, "log_every": 40, "preview_every": 160, "checkpoint_every": 8_000, "keep": 1, "seed": seed,
+        "device": device,
+    }  # fmt: skip
+    settings |= changes
+    weights = float(pipe.unet.conv_in.weight.double().sum())
+    key = zlib.crc32(json.dumps([settings, dict(pipe.unet.config), weights], sort_keys=True, default=str).encode())
+    return DistillRecipe(out=str(out / "training" / f"{key:08x}"), **settings)
+
+
+def _log(out: Path) -> list[dict[str, Any]]:
+    path = out / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

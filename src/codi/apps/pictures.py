@@ -1,0 +1,306 @@
+"""What the commands that make pictures share: their options, planning of files, batches, writing, rows of figures."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from .. import __version__
+from ..errors import UserError
+from .common import (
+    Adapter,
+    BadUsage,
+    Batch,
+    Count,
+    Device,
+    DType,
+    Guidance,
+    Json,
+    Model,
+    Overwrite,
+    Seed,
+    Steps,
+    Strength,
+    load_pipeline,
+    print_json,
+    say_error,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.images import Picture
+    from ..sampling.pipeline import CoDiPipeline
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write, or a folder for it.", show_default=False)]
+ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that every command which makes pictures has; `shared` adds them to one."""
+
+    model: Model = "mini"
+    adapter: Adapter = None
+    steps: Steps = 4
+    guidance: Guidance = None
+    strength: Strength = 1.0
+    seed: Seed = 0
+    count: Count = 1
+    batch: Batch = 4
+    device: Device = "auto"
+    dtype: DType = "float32"
+    overwrite: Overwrite = False
+    json_: Json = False
+
+
+def shared(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of Settings as its own, which it gets packed in its parameter `settings`."""
+    own, options = (get_type_hints(c, include_extras=True) for c in (command, Settings))
+    parameters = [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=own[p.name])
+        for p in inspect.signature(command).parameters.values()
+        if p.name != "settings"
+    ] + [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=options[f.name])
+        for f in fields(Settings)
+    ]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        command(settings=Settings(**{f.name: values.pop(f.name) for f in fields(Settings)}), **values)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input, None where there is none, and where its variants go."""
+
+    source: Path | None
+    targets: list[Path]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to make: its own arguments for the pipeline, tensors without a batch, and what the file is like."""
+
+    target: Path
+    seed: int
+    given: dict[str, Tensor]
+    source: str | None = None
+    like: Picture | None = None  # whose grey and 16 bits are kept; None: colour of 8 bits
+    alpha: Tensor | None = None  # (1, h, w)
+    alone: bool = False  # too large to share a batch
+
+
+@dataclass(frozen=True)
+class Order:
+    """What all pictures of one command share: the pipeline's further arguments, notes for the files' metadata, and
+    `fit`, which brings a result (C, H, W) to the size of its file."""
+
+    task: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    fit: Callable[[Tensor, Item], Tensor] = lambda image, item: image
+
+
+def plan(
+    inputs: Sequence[Path], out: Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
+) -> list[Job]:
+    """Which file becomes which: `out` itself for one picture file, else `out`/NAME.png; variants are
+    NAME-0.png, ... `beside` are further files that are read.
+
+    Every target is checked before anything is computed. Raises UserError for one that cannot be written, that is an
+    input, or that two inputs share, and for a folder without pictures.
+    """
+    from ..data.writing import WRITABLE
+
+    sources = [file for path in inputs for file in _pictures(path)]
+    into = len(sources) > 1 or inputs[0].is_dir() or out.is_dir()
+    if into and out.suffix.lower() in WRITABLE and not out.is_dir():
+        raise BadUsage(f"{out}: is one file for {len(sources)} pictures: name a folder after -o")
+    jobs, taken = [], {path.resolve(): path for path in (*sources, *beside)}
+    for source in sources:
+        targets = _variants(out / f"{source.stem}.png" if into else out, count, overwrite)
+        for one in targets:
+            owner = taken.setdefault(one.resolve(), source)
+            if owner.resolve() == one.resolve():
+                raise UserError(f"{one}: is an input: name another file or folder")
+            if owner is not source:
+                raise UserError(f"{one}: {owner} is written there too: rename one of the pictures")
+        jobs.append(Job(source, targets))
+    return jobs
+
+
+def plan_one(source: Path, out: Path, settings: Settings, beside: Sequence[Path] = ()) -> Job:
+    """`plan` for a command that takes one file."""
+    if source.is_dir():
+        raise UserError(f"{source}: is a folder: name one file in it")
+    return plan([source], out, settings.count, settings.overwrite, beside)[0]
+
+
+def plan_new(out: Path, name: str, count: int = 1, overwrite: bool = False) -> Job:
+    """Where pictures that have no input go: `out`, or `name`.png in it if it is a folder."""
+    return Job(None, _variants(out / f"{name}.png" if out.is_dir() else out, count, overwrite))
+
+
+def _variants(target: Path, count: int, overwrite: bool) -> list[Path]:
+    from ..data.writing import check_writable
+
+    targets = [target] if count == 1 else [target.with_stem(f"{target.stem}-{k}") for k in range(count)]
+    for one in targets:
+        check_writable(one, overwrite)
+    return targets
+
+
+def _pictures(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    from ..data.crops import SUFFIXES
+
+    try:
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+    if not found:
+        raise UserError(f"{path}: no pictures in this folder: name one that holds {', '.join(SUFFIXES)} files")
+    return found
+
+
+def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
+    """The pipeline that the options name. Raises BadUsage for guidance or steps that it cannot take."""
+    pipe = load_pipeline(settings.model, task, settings.adapter, settings.device, settings.dtype)
+    horizon = int(pipe.schedule.horizon)
+    if settings.steps > horizon:
+        raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")
+    return pipe
+
+
+def variants(job: Job, settings: Settings, given: dict[str, Tensor], **kept: Any) -> Iterator[Item]:
+    """The items of one job, of seeds settings.seed, + 1, ...; `kept` are further fields of Item."""
+    source = None if job.source is None else str(job.source)
+    for number, target in enumerate(job.targets):
+        yield Item(target, settings.seed + number, given, source, **kept)
+
+
+def deliver(pipe: CoDiPipeline, items: Iterable[Item | UserError], order: Order, settings: Settings) -> None:
+    """`make`s, and prints a line a picture or, in the end, JSON rows; exits with 1 in the end if anything failed."""
+    faults = []
+
+    def report(error: UserError) -> None:
+        faults.append(error)
+        say_error(error)
+
+    rows = []
+    for row in make(pipe, items, order, settings, report):
+        rows.append(row)
+        if not settings.json_:
+            arrow = f"{row['input']} -> " if row["input"] else ""
+            print(f"{arrow}{row['output']}  {row['width']} x {row['height']} px, {row['seconds']:.2f} s")
+    if settings.json_:
+        print_json(rows)
+    if faults:
+        raise typer.Exit(1)
+
+
+def make(
+    pipe: CoDiPipeline,
+    items: Iterable[Item | UserError],
+    order: Order,
+    settings: Settings,
+    report: Callable[[UserError], None],
+) -> Iterator[dict[str, Any]]:
+    """Makes and writes; yields a row for each picture written. What is wrong with one, or stands in its place among the
+    items, goes to `report`, and the others follow. A picture depends on its seed, not on what else is in the run."""
+    import torch
+
+    from ..data.writing import write_image
+
+    asked = order.arguments.get("image_guidance_scale")
+    scales = pipe.guidance(settings.guidance, asked, settings.strength).scales
+    arguments = {**order.arguments, "guidance_scale": scales["text"], "image_guidance_scale": scales.get("image")}
+    notes = {
+        "Software": f"codi {__version__}",
+        "codi model": _public(settings.model),
+        "codi adapter": _public(settings.adapter or order.task),
+        "codi task": order.task,
+        "codi steps": str(settings.steps),
+        "codi guidance": f"{scales['text']:g}",
+        **({"codi image guidance": f"{scales['image']:g}"} if "image" in scales else {}),
+        **({"codi strength": f"{settings.strength:g}"} if settings.strength != 1 else {}),
+        **{f"codi {name}": value for name, value in order.notes.items()},
+    }
+    bar: dict[str, Any] = getattr(pipe, "_progress_bar_config", {})
+    for group in _groups(items, settings.batch, report):
+        began = time.perf_counter()
+        pipe.set_progress_bar_config(**{**bar, "desc": group[0].target.name})
+        try:
+            made: Tensor = pipe(
+                **{name: torch.stack([item.given[name] for item in group]) for name in group[0].given},
+                steps=settings.steps,
+                strength=settings.strength,
+                seed=[item.seed for item in group],
+                batch_size=settings.batch,
+                output_type="pt",
+                **arguments,
+            ).images  # type: ignore[union-attr]
+        except UserError as error:
+            report(UserError(f"{group[0].source}: {error}") if group[0].source else error)
+            continue
+        seconds = (time.perf_counter() - began) / len(group)
+        for item, rgb in zip(group, made, strict=True):
+            rgb = order.fit(rgb, item)
+            try:
+                write_image(
+                    item.target,
+                    rgb,
+                    None if item.alpha is None else order.fit(item.alpha, item),
+                    metadata={**notes, "codi seed": str(item.seed)},
+                    bits=item.like.bits if item.like else 8,
+                    grey=item.like is not None and item.like.grey,
+                    overwrite=settings.overwrite,
+                )
+            except UserError as error:
+                report(error)
+                continue
+            yield {
+                "input": item.source,
+                "output": str(item.target),
+                "width": rgb.shape[-1],
+                "height": rgb.shape[-2],
+                "seconds": round(seconds, 4),
+                "seed": item.seed,
+                "steps": settings.steps,
+            }
+
+
+def _public(name: str) -> str:
+    """A model's name for a picture that may be passed on: of a path its last part, not where the user keeps it."""
+    path = Path(name)
+    return path.name if path.exists() else name
+
+
+def _groups(items: Iterable[Item | UserError], most: int, report: Callable[[UserError], None]) -> Iterator[list[Item]]:
+    """In batches of one size."""
+    group: list[Item] = []
+    for item in items:
+        if isinstance(item, UserError):
+            report(item)
+            continue
+        shapes = [{name: tensor.shape for name, tensor in one.given.items()} for one in (item, *group[:1])]
+        if group and (len(group) >= most or item.alone or group[0].alone or shapes[0] != shapes[1]):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

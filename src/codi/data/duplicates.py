@@ -1,0 +1,49 @@
+"""Pictures that occur twice: a perceptual hash, and groups of pictures whose hashes nearly agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from .crops import to_rgb
+
+BITS = 64
+DISTANCE = 3  # bits by which the hashes of one picture differ after another JPEG quality or a small change of size
+
+
+def perceptual_hash(picture: Image.Image) -> int:
+    """64 bits of what a picture looks like: its 8 x 8 lowest cosine waves at 32 x 32 grey pixels, each above their
+    median or not. Compressing or scaling it changes few of them."""
+    grey = to_rgb(picture).convert("L").resize((32, 32), Image.Resampling.BOX, reducing_gap=2)
+    waves = cv2.dct(np.asarray(grey, np.float32))[:8, :8]
+    return int.from_bytes(np.packbits(waves > np.median(waves)).tobytes(), "big")
+
+
+def near_groups(hashes: Sequence[int], distance: int = DISTANCE) -> list[list[int]]:
+    """Numbers of pictures that are linked by hashes which differ in at most `distance` bits; groups of two and more."""
+    values, which = np.unique(np.array(hashes, np.uint64), return_inverse=True)
+    parent = list(range(len(values)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    # Cut into one band more than bits may differ, two near hashes agree in at least one whole band: only hashes with a
+    # band in common are compared.
+    edges = np.linspace(0, BITS, distance + 2).astype(int)
+    for low, high in zip(edges, edges[1:], strict=False):
+        band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        for bucket in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
+            for at, one in enumerate(bucket[:-1]):
+                rest = bucket[at + 1 :]
+                for other in rest[np.bitwise_count(values[rest] ^ values[one]) <= distance]:
+                    parent[root(int(other))] = root(int(one))
+    groups: dict[int, list[int]] = {}
+    for i, value in enumerate(which.ravel().tolist()):
+        groups.setdefault(root(value), []).append(i)
+    return [group for group in groups.values() if len(group) > 1]

@@ -1,0 +1,95 @@
+"""Adapters on disk: a folder with config.json, safetensors, and what else belongs to it.
+
+config.json, diffusion_pytorch_model.safetensors    the adapter itself
+pytorch_lora_weights.safetensors                    its low-rank updates of the backbone, if it has any
+unet/                                               the backbone trained with it (full CoDi only)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..errors import UserError
+from .adapter import FORMS, Adapter
+from .backbone import EMBEDDED, require_finite
+from .lora import FILE, load_lora
+
+
+def find_adapter(name: str | Path) -> Path:
+    """An embedded adapter's name, or a folder -> the folder."""
+    embedded = EMBEDDED / "adapters" / str(name)
+    return embedded if (embedded / "config.json").is_file() else Path(name)
+
+
+def load_adapter(
+    name: str | Path, task: str | None, family: str | None, unet: UNet2DConditionModel
+) -> tuple[Adapter, UNet2DConditionModel]:
+    """Loads an adapter folder (config.json + safetensors), in float32 -> (adapter, the U-Net it works with).
+
+    A full adapter brings its own trained U-Net in `unet/`; one with low-rank updates a copy of `unet` that shares its
+    weights and carries them under the task's name; otherwise the second answer is `unet` itself, which never changes.
+    Raises UserError where it is missing, broken, made for another `task`, or for another backbone `family`
+    (None: not checked).
+    """
+    folder = find_adapter(name)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        shipped = sorted(p.parent.name for p in (EMBEDDED / "adapters").glob("*/config.json"))
+        raise UserError(
+            f"{name}: no adapter there (no config.json): give a folder or one of {', '.join(shipped) or '(none)'}"
+        )
+    try:
+        config = json.loads(config_file.read_text())
+        cls = {c.__name__: c for c in FORMS.values()}[config["_class_name"]]
+        info = dict(config.get("info") or {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{config_file}: not an adapter's config ({error!r}): train or fetch the adapter again"
+        ) from error
+    if family and info.get("family") and info["family"] != family:
+        raise UserError(
+            f"{name}: this adapter was trained for backbone {info['family']}, the model given is {family}: "
+            "use the model it was trained on (or a fine-tune of it), or train an adapter for this one"
+        )
+    if task and info.get("task") and info["task"] != task:
+        raise UserError(f"{name}: this adapter does {info['task']!r}, not {task!r}: give an adapter of that task")
+    adapter = _weights(cls, folder)
+    if (folder / "unet" / "config.json").is_file():
+        unet = _weights(UNet2DConditionModel, folder / "unet").to(device=unet.device, dtype=unet.dtype)
+    elif (folder / FILE).is_file():
+        unet = _updates(unet, folder, str(info.get("task", "adapter")))
+    return adapter, unet
+
+
+def _updates(unet: UNet2DConditionModel, folder: Path, name: str) -> UNet2DConditionModel:
+    try:
+        adapted = load_lora(unet, {name: folder})
+    except Exception as error:  # peft, diffusers and safetensors raise many kinds
+        raise UserError(f"{folder / FILE}: the low-rank updates could not be read ({_short(error)}): "
+                        "train or fetch the adapter again") from error  # fmt: skip
+    require_finite(adapted, str(folder / FILE))
+    return adapted
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _weights(cls: Any, folder: Path) -> Any:
+    try:
+        module, report = cls.from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:  # diffusers would leave them random
+            raise ValueError(f"weight {sorted(report['missing_keys'])[0]!r} is missing")
+    except Exception as error:  # diffusers and safetensors raise many kinds; the user needs one line
+        raise UserError(
+            f"{folder}: the weights could not be read ({_short(error)}): train or fetch the adapter again"
+        ) from error
+    require_finite(module, str(folder))
+    return module

@@ -1,0 +1,93 @@
+"""Several adapters at once, on one backbone: depth and inpainting, edges and upscaling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .adapter import Adapter
+from .lora import load_lora
+from .student import Student
+
+
+class AdapterSet(nn.Module):
+    """Adapters by name, each with a weight (1: as trained), behind the interface of one.
+
+    Conditions and prepared features are dicts by the same names. Each adapter fuses its features into those left by
+    the one before; since the last would otherwise have the last word, the result is the mean of both orders. With one
+    adapter it is exactly that adapter.
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict(adapters)  # type: ignore[arg-type]
+        self.weights = {name: float(weights[name]) for name in adapters}
+
+    def read(self, condition: dict[str, Tensor], vae: AutoencoderKL) -> dict[str, Tensor]:
+        return {name: adapter.read(condition[name], vae) for name, adapter in self._items()}
+
+    def prepare(
+        self,
+        condition: dict[str, Tensor],
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        guidance: Tensor | None = None,
+    ) -> dict[str, Any]:
+        scales = {name: _columns(adapter, guidance) for name, adapter in self._items()}
+        return {n: adapter.prepare(condition[n], text, added, scales[n]) for n, adapter in self._items()}
+
+    def embed_guidance(self, guidance: Tensor | None) -> Tensor | None:
+        """The sum of what the adapters that know guidance make of it, by weight; their mean where the weights exceed 1
+        together, so that as much guidance comes out as was asked for."""
+        parts = [(self.weights[n], a.embed_guidance(_columns(a, guidance))) for n, a in self._items()]
+        known = [(weight, part) for weight, part in parts if part is not None and weight]
+        total = max(1.0, sum(abs(weight) for weight, _ in known))
+        return torch.stack([weight / total * part for weight, part in known]).sum(0) if known else None
+
+    def fuse(self, features: list[Tensor], prepared: dict[str, Any], strength: float, **at: Any) -> list[Tensor]:
+        names = [name for name in self.adapters if self.weights[name]]
+
+        def through(order: list[str]) -> list[Tensor]:
+            fused = features
+            for name in order:
+                fused = self.adapters[name].fuse(fused, prepared[name], strength * self.weights[name], **at)  # type: ignore[operator]
+            return fused
+
+        if len(names) < 2:
+            return through(names)
+        return [(a + b) / 2 for a, b in zip(through(names), through(names[::-1]), strict=True)]
+
+    def _items(self) -> list[tuple[str, Any]]:
+        return list(self.adapters.items())
+
+
+def _columns(adapter: Any, guidance: Tensor | None) -> Tensor | None:
+    """As many scales as the adapter knows: text comes first, image second."""
+    if guidance is None or adapter.guidance is None:
+        return None
+    missing = adapter.guidance.scales - guidance.shape[1]
+    return torch.cat([guidance, guidance.new_ones(len(guidance), max(0, missing))], 1)[:, : adapter.guidance.scales]
+
+
+def compose(
+    unet: UNet2DConditionModel,
+    adapters: Mapping[str, Adapter],
+    folders: Mapping[str, Path],
+    weights: Mapping[str, float],
+) -> Student:
+    """A student of `unet`, the backbone's own, and of several adapters; `folders` is where each was loaded from, for
+    its low-rank updates. Conditioning.condition is a dict by the adapters' names.
+
+    Raises UserError for an adapter that brings a backbone of its own: two cannot run at once.
+    """
+    for name, folder in folders.items():
+        if (folder / "unet" / "config.json").is_file():
+            raise UserError(f"{name}: a full adapter with a backbone of its own cannot be combined: "
+                            "train it with train_backbone: false")  # fmt: skip
+    return Student(load_lora(unet, dict(folders)), AdapterSet(adapters, weights))

@@ -1,0 +1,64 @@
+"""How strongly a picture follows its prompt: from what a caller asks for to what the adapters that are set can do."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Scales by name, 1 = none. `distilled`: they are an input of the network, one column each, and cost nothing;
+    otherwise there is "text" alone, by classifier-free guidance in a second forward pass."""
+
+    scales: dict[str, float]
+    distilled: bool
+
+    def columns(self, count: int) -> Tensor | None:
+        """What Conditioning.guidance takes for `count` pictures, (count, k); None where nothing is distilled."""
+        return torch.tensor([list(self.scales.values())]).repeat(count, 1) if self.distilled else None
+
+    @property
+    def second_pass(self) -> float:
+        """The scale of classifier-free guidance; 1 where one pass will do."""
+        return 1.0 if self.distilled else self.scales["text"]
+
+
+def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, Any]]) -> Guidance:
+    """Guidance for the scales asked for, None = the default of the first of `infos` (adapters') that has one.
+
+    Distilled scales are kept within the range that was learnt, with a warning. Raises UserError for a scale that is no
+    number from 0 up, and for an image scale that no adapter has learnt.
+    """
+    asked = {"guidance_scale": text, "image_guidance_scale": image}
+    for name, scale in asked.items():
+        if scale is not None and not 0 <= scale < math.inf:
+            raise UserError(f"{name} {scale}: not a guidance scale: use a number from 0 up, 1 is none")
+    ranges: dict[str, Sequence[float]] = {}
+    for info in infos:
+        ranges = {**(info.get("guidance") or {}), **ranges}
+    if image not in (None, 1) and "image" not in ranges:
+        raise UserError(f"image_guidance_scale {image:g}: no adapter set has learnt it: leave it out, "
+                        "or distil an adapter of task edit with it")  # fmt: skip
+    wanted = {}
+    for key, (name, scale) in zip(("text", "image"), asked.items(), strict=True):
+        default = next((info[name] for info in infos if info.get(name)), 1.0)
+        wanted[key] = float(default if scale is None else scale)
+    if not ranges:
+        return Guidance({"text": wanted["text"]}, distilled=False)
+    scales = {}
+    for key in ("text", "image")[: 2 if "image" in ranges else 1]:
+        low, high = ranges.get(key, (1, 1))
+        scales[key] = min(max(wanted[key], float(low)), float(high))
+        if scales[key] != wanted[key]:
+            warnings.warn(f"guidance of the {key} {wanted[key]:g}: {low:g} to {high:g} is distilled into this adapter: "
+                          f"using {scales[key]:g}", stacklevel=3)  # fmt: skip
+    return Guidance(scales, distilled=True)

@@ -1,0 +1,140 @@
+"""What callers of the pipeline pass and get: pictures, masks, prompts and seeds of any usual kind <-> tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import UserError
+from ..tasks import Task
+
+ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
+
+
+def to_tensor(image: ImageInput) -> Tensor:
+    """Whatever a caller brings -> float32 (B, C, h, w) in [0, 1]: a tensor (B, C, h, w) or (C, h, w), an array
+    (B, h, w, C) or (h, w, C), PIL pictures (C = 3; of two levels, as edge maps are: 1).
+
+    Raises UserError for another shape or range. What C may be is for the task to say.
+    """
+    if isinstance(image, Image.Image):
+        image = [image]
+    if isinstance(image, (list, tuple)):
+        arrays = [_pixels(i) if isinstance(i, Image.Image) else np.asarray(i) for i in image]
+        if len({a.shape for a in arrays}) != 1:
+            raise UserError("image: pictures of one call must have one size: call once for each size")
+        image = np.stack(arrays)
+    if isinstance(image, np.ndarray):
+        array = image[None] if image.ndim == 3 else image
+        if array.ndim != 4:
+            raise UserError(f"image: shape {image.shape} is not (B, h, w, 3): pass RGB pictures")
+        image = torch.from_numpy(_scaled(array)).permute(0, 3, 1, 2)
+    if not isinstance(image, Tensor):
+        raise UserError(f"image: {type(image).__name__} is no picture: pass a tensor, an array or PIL pictures")
+    tensor = (image[None] if image.ndim == 3 else image).float()
+    if tensor.ndim != 4 or tensor.shape[1] > 4 or 0 in (len(tensor), *tensor.shape[-2:]):
+        raise UserError(f"image: shape {tuple(image.shape)} is not (B, 3, h, w): pass RGB pictures")
+    return _in_range(tensor, "image", "scale the picture to that range")
+
+
+def to_mask(mask: Tensor | Image.Image | np.ndarray) -> Tensor:
+    """A mask, 1 (white) = make new: a tensor or array (h, w), (B, h, w) or (B, 1, h, w), or a PIL picture -> float32
+    (B, 1, h, w) in [0, 1]. Raises UserError for another shape or range."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(ImageOps.exif_transpose(mask).convert("L"))
+    tensor = torch.from_numpy(_scaled(mask)) if isinstance(mask, np.ndarray) else mask.float()
+    if tensor.ndim in (2, 3):
+        tensor = tensor.reshape(-1, 1, *tensor.shape[-2:])
+    if tensor.ndim != 4 or tensor.shape[1] != 1 or 0 in tensor.shape:
+        raise UserError(f"mask: shape {tuple(mask.shape)} is not (B, 1, h, w): pass one channel, 1 = make new")
+    return _in_range(tensor, "mask", "1 is what to make new, 0 what to keep")
+
+
+def one_for_each(
+    given: dict[str, Tensor], prompt: str | Sequence[str], seed: int | Sequence[int]
+) -> tuple[dict[str, Tensor], list[str], list[int]]:
+    """What each picture is made of: single ones are repeated, a single seed counts up. Raises UserError where the
+    numbers do not fit."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    sizes = {"prompts": len(prompts), "seeds": len(seeds), **{f"images of {n}": len(g) for n, g in given.items()}}
+    count = max(sizes.values())
+    if wrong := [f"{size} {what}" for what, size in sizes.items() if size not in (1, count)]:
+        raise UserError(f"prompt, seed, image: {', '.join(wrong)} for {count} pictures: give one, or one for each")
+    if isinstance(seed, int):
+        seeds = [seed + i for i in range(count)]
+    given = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in given.items()}
+    return given, prompts * (count // len(prompts)), seeds * (count // len(seeds))
+
+
+def brought(
+    tasks: dict[str, Task], image: ImageInput | dict[str, Any] | None, mask: Any, size: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """What each task is given, by the name of its adapter. `size` (h, w) is that of tasks which take no picture; None
+    where only the others know it.
+
+    Raises UserError for a picture or mask that is missing, in excess, or not of the kind that its task takes.
+    """
+    takers = [name for name, task in tasks.items() if task.name != "generate"]
+    images = image if isinstance(image, dict) else {name: image for name in takers or tasks if image is not None}
+    if len(takers) > 1 and not isinstance(image, dict):
+        raise UserError(f"image: {', '.join(takers)} take one each: pass image={{name: picture}}")
+    if unknown := set(images) - set(tasks):
+        raise UserError(f"image: {sorted(unknown)[0]!r} is no adapter that is set: use {', '.join(tasks)}")
+    if missing := [name for name in takers if images.get(name) is None]:
+        raise UserError(f"image: the task {tasks[missing[0]].name!r} needs one: pass image=...")
+    masked = [name for name, task in tasks.items() if task.takes_mask]
+    if mask is not None and not masked:
+        raise UserError(f"mask: {', '.join(tasks) or 'text-to-image'} takes none: leave it out, or set task inpaint")
+    given = {
+        name: tasks[name].bring(to_tensor(one), to_mask(mask) if mask is not None and name in masked else None)
+        for name, one in images.items()
+    }
+    outputs = {name: output_size(tasks[name], g) for name, g in given.items()}
+    if len(set(outputs.values())) > 1:
+        told = ", ".join(f"{name} {w} x {h} px" for name, (h, w) in outputs.items())
+        raise UserError(f"image: pictures of one size cannot come of {told}: bring them to the same output size")
+    height, width = next(iter(outputs.values()), size or (0, 0))
+    return {name: given[name] if name in given else torch.zeros(1, 0, height, width) for name in tasks}
+
+
+def output_size(task: Task, given: Tensor) -> tuple[int, int]:
+    """(H, W) of what is made of `given`."""
+    height, width = given.shape[-2:]
+    return height * task.scale, width * task.scale
+
+
+def to_output(result: Tensor, output_type: str) -> Any:
+    """Pictures (B, 3, H, W) in [0, 1], or latents -> what `output_type` names: pil, np, pt or latent."""
+    if output_type in ("pt", "latent"):
+        return result
+    array = result.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    return array if output_type == "np" else [Image.fromarray((a * 255).round().astype(np.uint8)) for a in array]
+
+
+def _scaled(array: np.ndarray) -> np.ndarray:
+    """float32, whole numbers of 8 or 16 bits brought to [0, 1]."""
+    levels = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(array.dtype, 1)
+    return array.astype(np.float32) / levels
+
+
+def _in_range(tensor: Tensor, what: str, mend: str) -> Tensor:
+    bad = not bool(torch.isfinite(tensor).all()) or (tensor.numel() and (tensor.min() < -1e-3 or tensor.max() > 1.001))
+    if bad:
+        raise UserError(f"{what}: values outside [0, 1]: {mend}")
+    return tensor.clamp(0, 1)
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """float32 (h, w, 3 or 1) in [0, 1], upright; 16-bit grey keeps its range. (Files: data.images.read_image.)"""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "1":
+        return np.asarray(picture, dtype=np.float32)[..., None]
+    if picture.mode.startswith("I"):
+        return np.repeat(np.asarray(picture, dtype=np.float32)[..., None] / 65535, 3, axis=2)
+    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255

@@ -1,0 +1,150 @@
+"""The adapters of a pipeline: loaded once, side by side on one backbone, and set in milliseconds."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from ..errors import UserError, nearest
+from ..models.adapter import Adapter
+from ..models.adapter_files import find_adapter, load_adapter
+from ..models.composition import compose
+from ..models.student import Student
+from ..tasks import Task, get_task
+
+FOLDER = "adapters"  # of a saved pipeline: one folder an adapter, and SET
+SET = "set.json"  # {name: weight} of those that were set
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """One adapter, the U-Net that works with it, its task, and the folder it came from."""
+
+    adapter: Adapter
+    unet: UNet2DConditionModel
+    task: Task
+    folder: Path
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the adapter says of itself."""
+        return self.adapter.config["info"] or {}
+
+
+class Shelf:
+    """Adapters by name for `unet`, the backbone's own, of `family`; `weights` are those of the ones that are set."""
+
+    def __init__(self, unet: UNet2DConditionModel, family: str) -> None:
+        self.unet, self.family = unet, family
+        self.loaded: dict[str, Shelved] = {}
+        self.weights: dict[str, float] = {}
+        self._composed: dict[tuple[str, ...], Student] = {}
+
+    def load(self, source: str | Path, name: str | None = None, task: str | None = None) -> str:
+        """Loads an embedded adapter or a folder; returns the name it has from now on, by default the folder's.
+
+        Raises UserError for an adapter that does not fit or is not of `task`, and for a name that is taken.
+        """
+        folder = find_adapter(source).resolve()
+        name = (name or folder.name).replace(".", "-")  # dots would part the names of modules
+        if name in self.loaded:
+            if self.loaded[name].folder == folder:
+                return name
+            raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
+        adapter, unet = load_adapter(source, task, self.family, self.unet)
+        info = adapter.config["info"] or {}
+        kind = info.get("task", task)
+        if kind is None:
+            raise UserError(f"{source}: does not say which task it does: name it with task=...")
+        shelved = Shelved(adapter, unet, get_task(kind, **info.get("task_options", {})), folder)
+        for module in (adapter, unet):
+            self._place(module).requires_grad_(False).eval()
+        self.loaded[name] = shelved
+        return name
+
+    def set(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Sets these and no others; `weights` are 1 by default. Raises UserError for what cannot be set, and then
+        leaves everything as it was."""
+        names = [names] if isinstance(names, str) else list(names)
+        values = [1.0] * len(names) if weights is None else [weights] if isinstance(weights, (int, float)) else weights
+        if len(values) != len(names) or len(set(names)) != len(names):
+            raise UserError(f"{', '.join(names)}: {len(values)} weights for {len(set(names))} adapters: give one each")
+        for name in names:
+            if name not in self.loaded:
+                hint = nearest(name, self.loaded)
+                raise UserError(f"{name}: no such adapter loaded{hint}: use {', '.join(self.loaded) or 'load_adapter'}")
+        chosen = {name: float(weight) for name, weight in zip(names, values, strict=True)}
+        if len(chosen) > 1 and tuple(chosen) not in self._composed:
+            adapters = {name: self.loaded[name].adapter for name in chosen}
+            folders = {name: self.loaded[name].folder for name in chosen}
+            self._composed[tuple(chosen)] = self._place(compose(self.unet, adapters, folders, chosen)).eval()
+        self.weights = chosen
+
+    @property
+    def active(self) -> dict[str, Shelved]:
+        """Those that are set."""
+        return {name: self.loaded[name] for name in self.weights}
+
+    def infos(self, strength: float = 1.0) -> list[dict[str, Any]]:
+        """What the adapters with some influence say of themselves."""
+        return [self.loaded[name].info for name, weight in self.weights.items() if strength * weight]
+
+    def student(self, strength: float = 1.0) -> tuple[Student, float]:
+        """(the student to sample with, the strength to give it): without influence the backbone alone."""
+        if not self.infos(strength):
+            return Student(self.unet).eval(), 1.0
+        if len(self.weights) == 1:
+            name, weight = next(iter(self.weights.items()))
+            return Student(self.loaded[name].unet, self.loaded[name].adapter).eval(), strength * weight
+        student = self._composed[tuple(self.weights)]
+        student.adapter.weights = dict(self.weights)  # type: ignore[union-attr]
+        return student, strength
+
+    def follow(self) -> None:
+        """Moves everything to where the backbone went."""
+        for shelved in self.loaded.values():
+            self._place(shelved.adapter), self._place(shelved.unet)
+        for student in self._composed.values():
+            self._place(student)
+
+    def _place(self, module: nn.Module) -> nn.Module:
+        """Past diffusers' own `to`, which warns of every cast. Parameters shared with the backbone stay shared."""
+        return nn.Module.to(module, device=self.unet.device, dtype=self.unet.dtype)
+
+    def save(self, folder: Path) -> None:
+        """Copies the adapters' files to `folder`/adapters, whole or not at all."""
+        target = folder / FOLDER
+        temporary = folder / f".{FOLDER}.{secrets.token_hex(4)}.tmp"
+        try:
+            temporary.mkdir(parents=True)
+            for name, shelved in self.loaded.items():
+                (temporary / name).mkdir()
+                for part in (shelved.folder / "config.json", *shelved.folder.glob("*.safetensors")):
+                    shutil.copyfile(part, temporary / name / part.name)
+                if (shelved.folder / "unet").is_dir():  # of a full adapter
+                    shutil.copytree(shelved.folder / "unet", temporary / name / "unet")
+            (temporary / SET).write_text(json.dumps(self.weights))
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def load_saved(self, folder: Path) -> None:
+        """Loads and sets what `save` left in `folder`/adapters. Raises UserError where that is broken."""
+        try:
+            weights = json.loads((folder / FOLDER / SET).read_text())
+            names, values = list(weights), [float(w) for w in weights.values()]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / FOLDER / SET}: not a saved pipeline's list of adapters ({error}): "
+                            "save it again") from error  # fmt: skip
+        for path in sorted((folder / FOLDER).glob("*/config.json")):
+            self.load(path.parent, path.parent.name)
+        self.set(names, values)

@@ -1,0 +1,236 @@
+"""Depth: a depth map and a prompt -> a picture with this geometry."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..data.images import read_image
+from ..errors import UserError, nearest
+from .base import Task, seeds
+from .canny import edges, widen
+
+if TYPE_CHECKING:
+    from ..data.batches import Batch
+
+NEAR = ("auto", "bright", "dark")
+JUMP = 0.08  # of the range of depths, between neighbouring pixels
+COLOURLESS = 0.02  # mean spread of the channels: what JPEG leaves of a grey picture
+METRIC = ("depth_pro", "glpn", "tipsv2_dpt", "zoedepth")  # model types that always estimate distances
+EDGE = (50.0, 100.0)  # thresholds of an edge that shows a jump: fainter than those of task canny
+
+
+@dataclass(frozen=True)
+class Depth(Task):
+    """Given is (B, 1, H, W), disparity scaled to [0, 1] in each picture: 1 = nearest, 0 = farthest or sky."""
+
+    near: str = "auto"
+    """What is near in the data's `conditioning_image`: "bright", "dark" (a distance, 0 = unknown), or "auto": 16-bit
+    columns are distances, 8-bit ones bright where near."""
+    soften: float = 0.0
+    """Share of the maps that training softens to a quarter of their resolution or more: what estimators make of photos
+    is not as sharp as exact depth."""
+
+    name: ClassVar[str] = "depth"
+    obedience_unit: ClassVar[str] = "share of depth jumps with a picture edge within 1 px, less that of all pixels"
+
+    def __post_init__(self) -> None:
+        if self.near not in NEAR:
+            raise UserError(f"near={self.near}: unknown{nearest(str(self.near), NEAR)}: use one of {', '.join(NEAR)}")
+        if not 0 <= self.soften <= 1:
+            raise UserError(f"soften={self.soften}: not a share: use a number from 0 to 1")
+
+    def measured(self) -> Depth:
+        """With exact maps."""
+        return replace(self, soften=0.0)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The depth maps."""
+        return ("conditioning_image",)
+
+    def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The data's depth, `normalise`d, (B, 1, H, W)."""
+        depth = self._column(batch, "conditioning_image")
+        eight_bit = depth.shape[1] == 3  # how sources hand out 8-bit columns: RGB in [0, 1]
+        depth = depth.mean(1, keepdim=True)
+        if self.near == "bright" or (self.near == "auto" and eight_bit):
+            near = normalise(depth)
+        else:
+            near = normalise(1 - depth) if eight_bit else disparity(depth)
+        if not self.soften:
+            return near
+        drawn = zip(near.split(1), seeds(batch, generator), strict=True)
+        return torch.cat([_softened(one, self.soften, np.random.default_rng(seed)) for one, seed in drawn])
+
+    def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """A map (B, 1 or 3, H, W), bright where near, scaled to [0, 1]."""
+        self._refuse(mask)
+        if image.ndim != 4 or image.shape[1] not in (1, 3):
+            raise UserError(f"depth of shape {tuple(image.shape)}: not a depth map: give (B, 1, H, W)")
+        return normalise(image.mean(1, keepdim=True))
+
+    def condition(self, given: Tensor) -> Tensor:
+        """`given` in three channels, (B, 3, H, W)."""
+        return given.expand(-1, 3, -1, -1)
+
+    def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """How many of the depth's jumps the picture shows, above chance: the share of jumps that have an edge of
+        `output` within 1 px, less the share of all pixels that have one, so that edges everywhere earn nothing; NaN
+        without jumps.
+
+        The re-read depth itself needs a reader network, which a judge may bring.
+        """
+        jumps, near_edge = depth_jumps(given.float().to(output.device)), widen(edges(output, *EDGE))
+        shown = (jumps * near_edge).sum((1, 2, 3)) / jumps.sum((1, 2, 3))
+        return {"jumps_shown": shown - near_edge.mean((1, 2, 3))}
+
+
+def normalise(near: Tensor) -> Tensor:
+    """(..., 1, H, W), larger where nearer -> scaled to [0, 1] map by map. What is not finite is taken as farthest; a
+    constant map has no range: it is all nearest where above 0, all farthest elsewhere."""
+    known = near.isfinite()
+    low = near.where(known, torch.inf).amin((-2, -1), keepdim=True)
+    high = near.where(known, -torch.inf).amax((-2, -1), keepdim=True)
+    scaled = torch.where(high > low, (near - low) / (high - low), (near > 0).to(near))
+    return torch.where(known, scaled, 0.0)
+
+
+def disparity(distance: Tensor) -> Tensor:
+    """Distances z (..., 1, H, W) of any unit -> `(1/z - 1/z_max) / (1/z_min - 1/z_max)`, map by map; what is not a
+    positive finite number (0 = sky) is 0."""
+    known = distance.isfinite() & (distance > 0)
+    return normalise(torch.where(known, 1 / distance.double(), torch.nan)).to(distance)
+
+
+def _softened(near: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """(1, 1, H, W), or with probability `share` the same at a lower resolution."""
+    if rng.random() >= share:
+        return near
+    factor, size = rng.uniform(0.25, 1), near.shape[-2:]
+    small = F.interpolate(near, [max(1, round(side * factor)) for side in size], mode="area")
+    return normalise(F.interpolate(small, size, mode="bilinear"))
+
+
+def depth_jumps(given: Tensor) -> Tensor:
+    """(B, 1, H, W) in [0, 1] -> 1 at either side of a jump between neighbouring pixels, (B, 1, H, W)."""
+    jumps = torch.zeros_like(given)
+    for axis in (-2, -1):
+        n = given.shape[axis] - 1
+        jump = (given.diff(dim=axis).abs() > JUMP).to(given)
+        jumps.narrow(axis, 0, n).add_(jump)
+        jumps.narrow(axis, 1, n).add_(jump)
+    return jumps.clamp_max(1)
+
+
+# --- maps of users ---------------------------------------------------------------------------------------------------
+
+
+def read_depth(path: str | os.PathLike[str], near: str = "guess") -> Tensor:
+    """A depth map of 8 or 16 bits (PNG or another picture format) or .npy, of any range -> as `Depth.given`, (1, H, W).
+
+    `near="dark"`: 16-bit and .npy numbers are distances of any unit (0, NaN and infinity = sky or unknown, farthest),
+    8-bit ones are inverted linearly. `near="bright"`: larger is nearer. "guess" takes whichever makes the ground below
+    nearer than what is above, and warns of what it took. Transparent pixels are unknown. A constant map is a warning.
+    Raises UserError for a file that cannot be read, is a colour picture or holds no depth at all.
+    """
+    if near not in ("guess", "bright", "dark"):
+        raise UserError(f"near={near}: unknown: use guess, bright or dark")
+    path = Path(path)
+    values, levels = _read_array(path) if path.suffix.lower() == ".npy" else _read_grey(path)
+    if near == "guess":
+        near, why = _guess(values, levels)
+        warnings.warn(f"{path}: took {near} as near ({why}): say --near bright or --near dark", stacklevel=2)
+    if near == "bright":
+        known, depth = values.isfinite(), normalise(values)
+    elif levels:
+        known, depth = values.isfinite(), normalise(1 - values)
+    else:
+        known, depth = values.isfinite() & (values > 0), disparity(values)
+    if not known.any():
+        raise UserError(f"{path}: holds no depth, only 0, NaN or infinity: give a map with numbers above 0")
+    if depth.amin() == depth.amax():
+        warnings.warn(f"{path}: is constant, so that it says nothing about depth", stacklevel=2)
+    return depth.float()
+
+
+def _read_grey(path: Path) -> tuple[Tensor, bool]:
+    """(1, H, W) with NaN where transparent, and whether these are 8-bit levels in [0, 1], not numbers of 16 bits."""
+    picture = read_image(path)
+    if not picture.grey and float((picture.rgb.amax(0) - picture.rgb.amin(0)).mean()) > COLOURLESS:
+        raise UserError(f"{path}: is a colour picture, not a depth map: give a grey one, or estimate the depth")
+    values = picture.rgb[:1] if picture.grey else picture.rgb.mean(0, keepdim=True)
+    if picture.bits == 16:
+        values = (values * 65535).round()  # the numbers of the file, exactly
+    if picture.alpha is not None:
+        values = torch.where(picture.alpha < 0.5, torch.nan, values)
+    return values.double(), picture.bits == 8
+
+
+def _read_array(path: Path) -> tuple[Tensor, bool]:
+    """As `_read_grey`; bool and 8-bit unsigned arrays hold levels, all others numbers."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it takes nothing but one plain array
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{path}: cannot be read ({why or 'no whole array of numbers'}): "
+                        "save the map with numpy.save") from error  # fmt: skip
+    grid = array
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
+        grid = array[0] if array.shape[0] == 1 else array[..., 0]
+    if grid.ndim != 2 or array.dtype.kind not in "buif":
+        raise UserError(f"{path}: an array of {array.dtype} of shape {array.shape}: give one number a pixel, (H, W)")
+    full = 255 if array.dtype == np.uint8 else 1
+    return torch.from_numpy(grid.astype(np.float64))[None] / full, array.dtype in (np.bool_, np.uint8)
+
+
+def _guess(values: Tensor, levels: bool) -> tuple[str, str]:
+    """What is near, and why: most cameras see the ground at the bottom, nearer than what stands at the top.
+
+    Zeros are left out: they are the sky of distances.
+    """
+    known = (values[0].isfinite() & (values[0] != 0)).nonzero(as_tuple=True)
+    pairs = torch.stack([known[0].double(), values[0][known]])
+    tilt = float(torch.corrcoef(pairs)[0, 1]) if pairs.shape[1] > 1 else 0.0
+    if abs(tilt) > 0.1:  # False for the NaN of a constant map
+        return ("bright", "its lower part is brighter") if tilt > 0 else ("dark", "its lower part is darker")
+    return ("bright", "usual for 8 bits") if levels else ("dark", "usual for distances")
+
+
+@functools.lru_cache(maxsize=1)
+def _estimator(model: str, device: str) -> Any:
+    """transformers' pipeline, kept so that a folder of photos loads it once."""
+    from transformers import pipeline  # late: it takes seconds, and depth maps of users need none of it
+
+    return pipeline("depth-estimation", model=model, device=device)
+
+
+def estimate_depth(picture: Tensor, model: str, device: str = "cpu") -> Tensor:
+    """The depth of a photo (3, H, W) in [0, 1], by a depth estimator of transformers (`model`: a folder or a hub's
+    name, e.g. depth-anything/Depth-Anything-V2-Small-hf) -> as `Depth.given`, (1, H, W).
+
+    Models of relative depth give disparity, those of metric depth distances: both come out as 1 = nearest. Raises
+    UserError where the model cannot be had or is no depth estimator.
+    """
+    try:
+        estimator = _estimator(str(model), str(device))
+    except Exception as error:  # no such folder, no network, no weights, another kind of model: each of its own type
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"{model}: no depth estimator ({why}): give the folder or name of one") from error
+    levels = (picture.detach().float().clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
+    found = estimator(Image.fromarray(levels))["predicted_depth"].float().cpu()[None, None]
+    config = estimator.model.config
+    metric = config.model_type in METRIC or getattr(config, "depth_estimation_type", "relative") == "metric"
+    if found.shape[-2:] != picture.shape[-2:]:
+        found = F.interpolate(found, picture.shape[-2:], mode="bilinear")
+    return (disparity(found) if metric else normalise(found))[0]

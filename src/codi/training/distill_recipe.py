@@ -1,0 +1,177 @@
+"""What a distillation is told: one dataclass, a key of the YAML file each, and the objective they choose."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError, nearest
+from ..models import codec
+from ..models.adapter import FORMS
+from ..models.student import Student
+from ..objectives import distances
+from ..objectives.codi import codi
+from ..objectives.finetune import finetune
+from .trainer import RunSettings
+
+OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {"codi": codi, "finetune": finetune}
+SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
+_CHOICES = {
+    "consistency": ("noise", "signal"),
+    "ode": ("own", "teacher"),
+    "d_x": distances.DISTANCES,
+    "signal_weighting": ("signal", "velocity"),
+}
+
+
+@dataclass(kw_only=True)
+class DistillRecipe(RunSettings):
+    """Everything that decides a run, one key of the YAML file each; RunSettings' keys too."""
+
+    out: str
+    """Folder of the finished adapter; checkpoints, previews and logs lie in its sub-folders."""
+    task: str = "upscale"
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the task, e.g. {scale: 4, degradation: bicubic}."""
+    degradation: str | None = None
+    """Short for task_options.degradation: real or bicubic."""
+    model: str = "mini"
+    """The backbone: mini, a diffusers folder, a .safetensors file or a hub id."""
+    data: str = "scenes:train:20000"
+    """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
+    held_out: str = "scenes:held-out:64"
+    """Pictures for previews and the obedience curve; never trained on."""
+    size: int = 64
+    """Side of training pictures in pixels."""
+    max_corrupt: float = 0.05
+    """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
+    objective: str = "codi"
+    """codi (the paper's loss) or finetune (plain conditional diffusion)."""
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
+    adapter: str = "fused"
+    """fused (CoDi's condition encoder), controlnet, or lora (no condition: plain acceleration)."""
+    start: str | None = None
+    """An adapter to go on from, instead of a fresh copy of the backbone's encoder."""
+    teacher: str | None = None
+    """For ode: teacher: the adapter whose path makes z_s; none takes the starting point, frozen."""
+    train_backbone: bool = True
+    """Full CoDi. false: PE-CoDi, the adapter alone trains and the backbone stays shared between tasks."""
+    lora_rank: int = 0
+    """With train_backbone: false, low-rank updates of the shared backbone as part of the adapter; 0: none."""
+    guidance: dict[str, list[float]] = field(default_factory=dict)
+    """Ranges of guidance scales to distil in, e.g. {text: [1, 4]} or {text: [1, 4], image: [1, 2]}: guided pictures at
+    one forward pass a step. Empty: none, and guidance at inference costs a second pass."""
+    guidance_share: float = 0.5
+    """Share of the updates that train with guidance; each costs one more forward pass a scale, and one more."""
+    guidance_scale: float = 1.0
+    """The default for users of the adapter, and what previews are made with."""
+    image_guidance_scale: float = 1.0
+    """The same for guidance by the picture."""
+    shift: float = 1.0
+    """Time grid of the sampler, kept with the adapter: above 1, more of the steps lie where noise is high."""
+    prompt_dropout: float = 0.5
+    """Share of prompts replaced by the empty one."""
+    mu_rate: float = 30.0
+    """Learning rate of the fusion weights mu, as a multiple: they start at 0 and have a long way to go."""
+    half: bool = True
+    """Store the finished adapter in float16."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that no run can have."""
+        super().validate()
+        for key, known in (("objective", OBJECTIVES), ("adapter", FORMS)):
+            if getattr(self, key) not in known:
+                value = getattr(self, key)
+                raise UserError(f"{key} {value!r}: not known{nearest(value, known)}: use one of {', '.join(known)}")
+        for key in ("prompt_dropout", "guidance_share"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{key} {getattr(self, key)}: must lie in [0, 1]: use for example 0.5")
+        if self.shift <= 0:
+            raise UserError(f"shift {self.shift}: must be above 0: 1 spaces the steps evenly, 3 favours noise")
+        if self.lora_rank < 0 or (self.lora_rank and self.train_backbone):
+            raise UserError(
+                f"lora_rank {self.lora_rank}: needs a rank from 1 up and a frozen backbone: set train_backbone: false"
+            )
+        self._validate_guidance()
+        allowed = [
+            p.name
+            for p in inspect.signature(OBJECTIVES[self.objective]).parameters.values()
+            if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t")  # not for recipes: a network, a tensor
+        ]
+        for key, values in _CHOICES.items():
+            chosen = self.objective_options.get(key, values[0])
+            if chosen not in values:
+                raise UserError(
+                    f"{key} {chosen!r}: not known{nearest(str(chosen), values)}: use one of {', '.join(values)}"
+                )
+        if (
+            self.objective_options.get("signal_weighting") == "velocity"
+            and self.objective_options.get("d_x", "latent") != "latent"
+        ):
+            raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent")
+        dt = self.objective_options.get("dt", 1)
+        if not isinstance(dt, int) or dt < 1:
+            raise UserError(f"dt {dt!r}: must be a whole number of noise levels from 1 up: the paper uses 1")
+        for key in self.objective_options:
+            if key not in allowed:
+                raise UserError(
+                    f"objective_options: unknown key {key!r}{nearest(key, allowed)}: known are {', '.join(allowed)}"
+                )
+
+    def _validate_guidance(self) -> None:
+        if unknown := set(self.guidance) - set(SCALES):
+            raise UserError(f"guidance: unknown scale {sorted(unknown)[0]!r}: known are {', '.join(SCALES)}")
+        if "image" in self.guidance and "text" not in self.guidance:
+            raise UserError("guidance: image alone: give a range for text too, for example text: [1, 1]")
+        for name, span in self.guidance.items():
+            if len(span) != 2 or not 0 < float(span[0]) <= float(span[1]):
+                raise UserError(f"guidance: {name} {span}: must be [least, most] above 0: use for example [1, 4]")
+        for key, name in (("guidance_scale", "text"), ("image_guidance_scale", "image")):
+            value = getattr(self, key)
+            low, high = self.guidance.get(name, [1, 1] if name == "image" else [0, float("inf")])
+            if not low <= value <= high:
+                raise UserError(
+                    f"{key} {value:g}: not within the range that is trained, {low:g} to {high:g}: change one"
+                )
+
+
+def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None) -> Callable[..., dict[str, Tensor]]:
+    """The objective with its options bound: names of distances and the teacher become functions."""
+    options = dict(recipe.objective_options)
+    name = options.pop("d_x", "latent")
+    decode = functools.partial(codec.decode, vae, clamp=False)
+    if name == "latent":
+        distance = distances.latent
+    elif name == "pixel":
+        distance = distances.pixel(decode)
+    elif name == "features":
+        distance = distances.features(decode, lambda image: vae.encoder(image * 2 - 1))
+    elif name == "perceptual":
+        distance = distances.perceptual(decode, _perceptual(vae))
+    else:
+        known = distances.DISTANCES
+        raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
+    if recipe.objective == "codi":
+        options["d_x"] = distance
+        if options.get("ode") == "teacher":
+            options["teacher"] = teacher
+    return functools.partial(OBJECTIVES[recipe.objective], **options)
+
+
+def _perceptual(vae: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    from ..evaluation.metrics import Features, enlite0_distance
+
+    extractors: dict[Any, Features] = {}  # made where the codec is, which is not known before training starts
+
+    def metric(a: Tensor, b: Tensor) -> Tensor:
+        if vae.device not in extractors:
+            extractors[vae.device] = Features(device=vae.device)
+        return enlite0_distance(a.float(), b.float(), extractors[vae.device])
+
+    return metric

@@ -1,0 +1,47 @@
+"""Writing a finished adapter: whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.lora import FILE, lora_names, save_lora
+from .checkpoint import edit_json, write_atomically
+
+
+def save_adapter(out: Path, adapter: Any, unet: Any, full: bool, half: bool) -> None:
+    """Writes an adapter folder into `out`, which may hold other things: config.json comes last, so that a folder with
+    one is whole. `unet`: the U-Net it works with; of a `full` adapter all of it is kept, in `unet/`, otherwise its
+    low-rank updates, if it has any. Neither argument is changed."""
+
+    def stored(module: Any) -> Any:
+        return copy.deepcopy(module).to(torch.float16) if half else module
+
+    def fill(folder: Path) -> None:
+        stored(adapter).save_pretrained(folder, safe_serialization=True)
+        if full:
+            stored(unet).save_pretrained(folder / "unet", safe_serialization=True)
+        for name in [] if full else lora_names(unet):
+            save_lora(unet, folder, name, half)
+        for config in folder.rglob("config.json"):
+            edit_json(config, _name_or_path=None)  # where it lay on this machine
+        for weights in folder.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors leaves them to their owner alone
+
+    staged = out / ".finished"
+    write_atomically(staged, fill)
+    if not (staged / FILE).is_file():
+        (out / FILE).unlink(missing_ok=True)  # of an earlier adapter in this folder
+    for item in sorted(
+        staged.rglob("*"), key=lambda p: (p.name == "config.json", len(p.parts) == len(staged.parts) + 1)
+    ):
+        if item.is_file():
+            target = out / item.relative_to(staged)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            item.replace(target)
+    for folder in sorted((p for p in staged.rglob("*") if p.is_dir()), reverse=True):
+        folder.rmdir()
+    staged.rmdir()

@@ -1,0 +1,307 @@
+"""The scripts of benchmarks/: what the reader's output is taken to say, the judges built on it, the tables."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts that import one another
+
+import judges  # noqa: E402
+import reader as training  # noqa: E402
+import reading  # noqa: E402
+import readme  # noqa: E402
+import tasks as task_figures  # noqa: E402
+from reading import Found, Reader, Reading, decode  # noqa: E402
+
+from codi.data.batches import Batch  # noqa: E402
+from codi.data.scenes import MAX_OBJECTS, sample_scene  # noqa: E402
+from codi.tasks import get_task  # noqa: E402
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Twelve held-out scenes."""
+    return training.labelled("held-out", range(12), SIDE)
+
+
+def exact_maps(data):
+    """What a reader that makes no mistake puts out."""
+    number = data.mask.long()
+    truth = data.classes.gather(1, number.flatten(1)[..., None].expand(-1, -1, 3)).view(*number.shape, 3)
+    pixels = reading.pixels(SIDE)
+    offset, heat = torch.zeros(len(number), 2, SIDE, SIDE), torch.full((len(number), 1, SIDE // 2, SIDE // 2), -9.0)
+    for b in range(len(number)):
+        for k in range(1, 1 + MAX_OBJECTS):
+            mine = number[b] == k
+            if mine.any():
+                centre = pixels[:, mine].mean(1)
+                offset[b][:, mine] = (centre[:, None] - pixels[:, mine]) * reading.OFFSET_UNIT / SIDE
+                heat[b, 0, int(centre[1] / 2), int(centre[0] / 2)] = 9.0
+    sizes = zip(("colour", "shape", "material"), (9, 4, 2), strict=True)
+    maps = {name: 20.0 * F.one_hot(truth[..., k], n).permute(0, 3, 1, 2) for k, (name, n) in enumerate(sizes)}
+    return {**maps, "centre": heat, "offset": offset, "disparity": data.disparity.float()[:, None]}
+
+
+def exact_reading(data):
+    """The scenes as a reader that makes no mistake reads them, by way of the instance masks alone."""
+    objects, instances = [], torch.zeros_like(data.mask, dtype=torch.long)
+    for b, scene in enumerate(data.scenes):
+        found = []
+        for k, solid in enumerate(scene.solids, 1):
+            y, x = (data.mask[b] == k).nonzero().float().mean(0).tolist()
+            found.append((Found(solid.colour, solid.shape, solid.material, x / SIDE, y / SIDE, 0.1), k))
+        found.sort(key=lambda pair: pair[0].x)
+        for number, (_, k) in enumerate(found, 1):
+            instances[b][data.mask[b] == k] = number
+        objects.append([f for f, _ in found])
+    return Reading(objects, instances, data.disparity.float())
+
+
+def batch_of(data):
+    """The scenes as evaluation brings them."""
+    extras = {"mask": data.mask[:, None].float()}
+    captions = [scene.caption for scene in data.scenes]
+    return Batch(data.image.float() / 255, captions, extras, list(range(len(captions))), [""] * len(captions))
+
+
+def test_exact_output_is_decoded_to_the_scene(data):
+    seen, wanted = decode(exact_maps(data)), exact_reading(data)
+    for read, true in zip(seen.objects, wanted.objects, strict=True):
+        assert [f.attributes for f in read] == [f.attributes for f in true]
+    assert torch.equal(seen.instances, wanted.instances)
+    assert torch.equal(seen.disparity, wanted.disparity)
+    assert all([f.x for f in found] == sorted(f.x for f in found) for found in seen.objects)
+
+
+def test_touching_objects_of_one_colour_are_told_apart_by_their_centres(data):
+    maps = {name: torch.zeros(1, n, SIDE, SIDE) for name, n in reading.HEADS.items()}
+    maps["colour"][:, 3, 20:30, 10:50] = 20.0  # one yellow bar ...
+    maps["centre"] = torch.full((1, 1, SIDE // 2, SIDE // 2), -9.0)
+    pixels = reading.pixels(SIDE)
+    for x in (20, 40):  # ... of two objects, each 20 px wide
+        maps["centre"][0, 0, 12, x // 2] = 9.0
+        half = slice(x - 10, x + 10)
+        way = torch.tensor([x + 1.0, 25.0])[:, None, None] - pixels[:, 20:30, half]
+        maps["offset"][0, :, 20:30, half] = way * reading.OFFSET_UNIT / SIDE
+    maps["shape"][:, 1, :, :30], maps["shape"][:, 2, :, 30:] = 5.0, 5.0
+    (found,) = decode(maps).objects
+    assert [(f.colour, f.shape) for f in found] == [("yellow", "box"), ("yellow", "cylinder")]
+    assert found[0].area == pytest.approx(200 / SIDE**2)
+
+
+def test_too_few_pixels_are_no_object(data):
+    maps = {name: torch.zeros(1, n, SIDE, SIDE) for name, n in reading.HEADS.items()}
+    maps["centre"] = torch.full((1, 1, SIDE // 2, SIDE // 2), -9.0)
+    maps["centre"][0, 0, 5, 5] = 9.0
+    maps["colour"][:, 1, 10:13, 10:13] = 20.0
+    assert decode(maps).objects == [[]]
+    maps["colour"][:, 1, 10:14, 10:14] = 20.0
+    assert [f.colour for f in decode(maps).objects[0]] == ["red"]
+    maps["centre"][:] = -9.0
+    assert decode(maps).objects == [[]]
+
+
+def test_losses_are_least_for_the_exact_output_and_train_the_network(data):
+    truth = data.mask, data.disparity.float(), data.classes
+    best = training.losses(exact_maps(data), *truth)
+    assert all(float(value) < 0.01 for name, value in best.items() if name != "centre")
+    torch.manual_seed(0)
+    net = Reader((8, 8, 8))
+    images = data.image.float() / 255
+    first = torch.stack(list(training.losses(net(images), *truth).values())).sum()
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
+    for _ in range(8):
+        loss = torch.stack(list(training.losses(net(images), *truth).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.7 * float(first.detach())
+
+
+def test_weights_return_from_their_file(tmp_path):
+    torch.manual_seed(0)
+    net = Reader()
+    torch.nn.init.normal_(net.heads.weight)
+    reading.save_reader(net, tmp_path / "reader.safetensors")
+    assert (tmp_path / "reader.safetensors").stat().st_size < 1.5e6
+    again = reading.load_reader(tmp_path / "reader.safetensors")
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(net(image)["colour"], again(image)["colour"], atol=0.1)
+
+
+def test_measure_gives_full_marks_to_exact_output_and_counts_what_is_missed(data):
+    maps = exact_maps(data)
+    figures = training.measure(lambda images: maps, data, data.image.float() / 255)
+    assert [figures[key] for key in ("count", "colour", "shape", "material")] == [1, 1, 1, 1]
+    assert figures["disparity_error"] == 0
+    maps["centre"][0] = -9.0  # the first scene's objects are missed
+    figures = training.measure(lambda images: maps, data, data.image.float() / 255)
+    assert figures["count"] == pytest.approx(11 / 12)
+    assert figures["colour"] == pytest.approx(1 - len(data.scenes[0].solids) / figures["objects"])
+
+
+def test_captions_say_their_objects_in_the_order_of_the_instance_ids():
+    for index in range(20):
+        scene = sample_scene(0, "held-out", index)
+        assert judges.asked(scene.caption) == [(s.colour, s.shape, s.material) for s in scene.solids]
+    assert judges.asked("nothing on a white plain floor at noon") == []
+
+
+def found(*attributes):
+    """Read objects from left to right."""
+    return [Found(*a, x=0.2 * i, y=0.5, area=0.1) for i, a in enumerate(attributes)]
+
+
+RED_BOX, RED_CONE, BLUE_CONE = ("red", "box", "matte"), ("red", "cone", "matte"), ("blue", "cone", "shiny")
+
+
+def test_matching_prefers_agreement_then_order():
+    assert [f.attributes for f in judges.match(found(BLUE_CONE, RED_BOX), [RED_BOX, BLUE_CONE])] == [RED_BOX, BLUE_CONE]
+    pair = found(RED_CONE, RED_CONE)
+    assert judges.match(pair, [RED_CONE, RED_CONE]) == pair
+    assert judges.match(found(RED_CONE), [RED_BOX, BLUE_CONE])[1] is None  # a red one rather stands for the red one
+    assert judges.match([], [RED_BOX]) == [None]
+    assert judges.match(found(RED_BOX), []) == []
+
+
+def test_caption_figures_count_each_attribute_apart(data):
+    scenes = [sample_scene(0, "held-out", i, 2) for i in range(4)]
+    captions = [scene.caption for scene in scenes]
+    objects = [found(*judges.asked(caption)) for caption in captions]
+    objects[1][0] = replace(objects[1][0], colour="red" if objects[1][0].colour != "red" else "blue")
+    objects[2] = objects[2][:1]
+    objects[3] = objects[3] + found(BLUE_CONE)
+    figures = judges.caption_figures(Reading(objects, torch.zeros(4, 8, 8), torch.zeros(4, 8, 8)), captions)
+    assert figures["all"].tolist() == [1, 0, 0, 0]
+    assert figures["count"].tolist() == [1, 1, 0, 0]
+    assert figures["colour"].tolist() == [1, 0.5, 0.5, 1]
+    assert figures["shape"].tolist() == figures["material"].tolist() == [1, 1, 0.5, 1]
+    nothing = judges.caption_figures(Reading([[]], torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)), ["nothing"])
+    assert nothing["all"].tolist() == [1] and nothing["colour"].isnan().all()
+
+
+def test_caption_judge_agrees_with_true_renders(data):
+    judge = judges.caption_judge(lambda images: exact_reading(data))
+    figures = judge(batch_of(data).image, torch.zeros(12, 0, SIDE, SIDE), batch_of(data))
+    assert all(bool((values == 1).all()) for values in figures.values())
+    assert next(iter(figures)) == "caption_all"
+
+
+def test_hole_judge_asks_for_the_objects_of_the_hole_alone(data):
+    batch, given = batch_of(data), torch.zeros(12, 4, SIDE, SIDE)
+    given[:, 3] = (data.mask == 1).float()  # the hole is the first object of each scene
+    judge = judges.hole_judge(lambda images: exact_reading(data))
+    assert judge(batch.image, given, batch)["hole_objects"].tolist() == [1] * 12
+
+    empty = exact_reading(data)
+    for b in range(12):  # nothing is read in the hole any more, the rest is as it was
+        gone = int(empty.instances[b][data.mask[b] == 1][0])
+        empty.instances[b][empty.instances[b] == gone] = 0
+    assert judges.hole_judge(lambda images: empty)(batch.image, given, batch)["hole_objects"].tolist() == [0] * 12
+
+    painted = exact_reading(data)
+    for b, objects in enumerate(painted.objects):  # the right colour in another shape
+        at = int(painted.instances[b][data.mask[b] == 1][0]) - 1
+        objects[at] = replace(objects[at], shape="cone" if objects[at].shape != "cone" else "box")
+    figures = judges.hole_judge(lambda images: painted)(batch.image, given, batch)
+    assert figures["hole_objects"].tolist() == [0] * 12 and figures["hole_colours"].tolist() == [1] * 12
+
+    given[:, 3] = 0
+    assert judge(batch.image, given, batch)["hole_objects"].isnan().all()
+
+
+def test_depth_judge_measures_the_disparity_read(data):
+    batch, given = batch_of(data), data.disparity.float()[:, None]
+    exact = exact_reading(data)
+    figures = judges.depth_judge(lambda images: exact)(batch.image, given, batch)
+    assert figures["depth_db"].tolist() == [60] * 12 and figures["caption_all"].tolist() == [1] * 12
+    off = replace(exact, disparity=exact.disparity + 0.1)
+    figures = judges.depth_judge(lambda images: off)(batch.image, given, batch)
+    assert torch.allclose(figures["depth_db"], torch.full((12,), 20.0, dtype=torch.float64), atol=0.01)
+    assert torch.allclose(figures["depth_closeness"], torch.full((12,), 0.9, dtype=torch.float64), atol=1e-3)
+
+
+def test_the_truth_is_judged_once_a_batch(data):
+    seen = []
+
+    def judge(output, given, batch):
+        seen.append(float(output.mean()))
+        return {"brightness": output.mean((1, 2, 3))}
+
+    batch = batch_of(data)
+    witness = task_figures.Witness(judge, get_task("depth"))
+    for _ in range(2):
+        assert witness(torch.zeros_like(batch.image), torch.zeros(12, 1, SIDE, SIDE), batch)["brightness"].max() == 0
+    assert len(seen) == 3
+    assert witness.means() == {"brightness": pytest.approx(float(batch.image.mean()))}
+
+
+def test_composition_gives_both_adapters_their_input(data):
+    batch = batch_of(data)
+    batch.extras["conditioning_image"] = torch.full((12, 1, SIDE, SIDE), 4000.0)
+    batch.extras["conditioning_image"][..., 0] = 8000.0
+    task = task_figures.DepthInpaint()
+    given = task.given(batch, torch.Generator().manual_seed(0))
+    assert given.shape == (12, 5, SIDE, SIDE)
+    assert torch.equal(given[:, :4], get_task("inpaint").given(batch, torch.Generator().manual_seed(0)))
+    assert given[:, 4].amax() == 1 and given[..., 0][:, 4].amax() == 0
+    figures = task_figures.composition_judge(lambda images: exact_reading(data))(batch.image, given, batch)
+    assert set(figures) == {"hole_objects", "hole_colours", "hole_depth_db"}
+
+
+def row(method, steps, fd, obedience, **more):
+    """A row of results."""
+    told = {"method": method, "steps": steps, "fd": fd, "obedience": obedience, "latency_ms": 10.0 * steps}
+    return {**told, "psnr": 20.0, "ssim": 0.8, "distance": 0.5, "measures": {}, **more}
+
+
+def test_ratios_compare_few_steps_with_many():
+    rows = [row("codi", 4, 11.0, 0.9), row("finetuned", 4, 30.0, 0.1), row("finetuned", 50, 10.0, 0.6)]
+    assert task_figures.ratios(rows) == {"4": {"fd": 1.1, "obedience": pytest.approx(1.5), "speed": 12.5}}
+    assert task_figures.ratios(rows[:2]) == {}
+
+
+def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
+    machine = {"cpus": 2}
+    entry = {"count": 5, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "machine": machine}
+    entry["rows"] = [row("codi", 4, 11.0, 22.25), row("finetuned", 50, 10.0, None)]
+    holes = row("inpaint + 1 depth", 4, 9.0, 0.5, measures={"hole_objects": 0.5, "hole_depth_db": 17.0})
+    both = {"count": 5, "obedience": "hole_objects", "judge_on_truth": {}, "rows": [holes], "machine": machine}
+    figures = dict.fromkeys(("all", "count", "colour", "shape", "material"), 0.5)
+    counts = figures | {"by_count": {"1": figures}}
+    results = {
+        "tasks.json": {"tasks": {"depth": entry, "composition": both}, "command": "python tasks.py"},
+        "backbone.json": {
+            "codec_psnr_db": 33.0,
+            "fd_codec": 3.0,
+            "prompts": 4,
+            "steps": 25,
+            "guidance_scale": 3.0,
+            "judge_on_true_renders": counts,
+            "rows": [{"fd": 20.0, **counts}],
+        },
+        "reader.json": {"held_out": {**figures, "disparity_error": 0.01}},
+    }
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name, result in results.items():
+        (tmp_path / "benchmarks" / "results" / name).write_text(json.dumps(result))
+    (tmp_path / "README.md").write_text("before\n" + readme.BEGIN + "old\n" + readme.END + "after\n")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "benchmarks" / "results")
+    readme.main()
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n" + readme.BEGIN) and text.endswith(readme.END + "after\n") and "old" not in text
+    assert "| depth | codi | 4 | 11.0 | 0.5000 | 22.2 | 40 |" in text
+    assert "| depth | finetuned | 50 | 10.0 | 0.5000 | - | 500 |" in text
+    assert "| inpaint + 1 depth | 4 | 9.0 | 50% | 17.0 |" in text
+    assert "| 1 to 4 | 50% (50%) |" in text
+    assert set(readme.OBEDIENCE) >= set(task_figures.HEADLINES.values())
+    readme.main()
+    assert (tmp_path / "README.md").read_text() == text

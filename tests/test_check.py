@@ -1,0 +1,240 @@
+"""`codi data check`: what a data set holds is counted rightly, and exit code 1 means that training would fail."""
+
+import json
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from codi.apps.data import rehearse
+from codi.data.batches import batches
+from codi.data.check import check_data, contact_sheet
+from codi.data.duplicates import near_groups, perceptual_hash
+from codi.data.render import render_folder
+from codi.data.sources import open_source
+from codi.errors import UserError
+from codi.tasks import TASKS, get_task
+from shell import Shell, picture
+from test_data import noise, refused, rows_of, serve, shard, smooth
+
+
+@pytest.fixture
+def shell(capsys) -> Shell:
+    return Shell(capsys)
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    render_folder(6, tmp_path / "rendered", size=32, seed=1)
+    return tmp_path / "rendered"
+
+
+def rewrite(folder, change):
+    """Changes each row of a folder's metadata.jsonl by `change(number, row)`."""
+    rows = rows_of(folder)
+    for number, row in enumerate(rows):
+        change(number, row)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# Reading.
+
+
+def test_pictures_are_counted_and_measured(tmp_path):
+    for i, side in enumerate((20, 64, 100)):
+        noise(side, side + 9, i).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"")
+    rows = [{"file_name": f"{i}.png", "text": "a good caption" if i == 1 else ""} for i in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = []
+    found = check_data(tmp_path, size=64, progress=lambda *done: told.append(done))
+    assert (found.images, found.side_min, found.side_median, found.side_max) == (4, 20, 64, 100)
+    assert found.captions_missing == 2 and found.caption_words == (3, 3, 3) and found.too_small == ["0.png"]
+    assert [c.file for c in found.corrupt] == ["3.png"] and found.readable == 3
+    assert told == [(n, 4) for n in (1, 2, 3, 4)]
+    assert check_data(tmp_path, size=16, count=2).looked == 2
+    assert found.faults() == []
+
+
+def test_columns_are_measured(rendered):
+    columns = ("conditioning_image", "mask", "edited_image")
+    depth, mask = (
+        np.stack([cv2.imread(str(rendered / row[c]), cv2.IMREAD_UNCHANGED) for row in rows_of(rendered)])
+        for c in columns[:2]
+    )
+    (rendered / "edited" / "000003.png").write_bytes((rendered / "000003.png").read_bytes())
+    found = check_data(rendered, columns).columns
+    assert [c.found for c in found.values()] == [6, 6, 6] and [c.bits for c in found.values()] == [[16], [16], [8]]
+    seen = found["conditioning_image"]
+    assert (seen.low, seen.high) == (depth[depth > 0].min(), depth.max())
+    assert seen.zero_share == pytest.approx((depth == 0).mean())
+    assert found["mask"].most_ids == max(len(np.unique(m)) - 1 for m in mask)
+    assert found["edited_image"].unchanged == 1
+
+
+def test_every_kind_of_source_is_read(rendered, tmp_path, monkeypatch):
+    shard(rendered, tmp_path / "x.tar", rows_of(rendered))
+    rows = [
+        {"image": (rendered / row["file_name"]).read_bytes(), "text": row["text"], "instruction": row["instruction"]}
+        | {"mask": (rendered / row["mask"]).read_bytes()}
+        for row in rows_of(rendered)
+    ]
+    serve(monkeypatch, rows, ("image", "mask"))
+    specs = (rendered, tmp_path / "x.tar", "datasets:served", "scenes:train:6:1")
+    reports = [check_data(spec, ("mask",), size=32) for spec in specs]
+    for report in reports:
+        assert report.columns == reports[0].columns and report.faults() == []
+        assert report.caption_words == reports[0].caption_words and report.images == report.looked == 6
+
+
+def test_of_endless_scenes_a_part_is_looked_at(monkeypatch):
+    monkeypatch.setattr("codi.data.check.SCENES", 3)
+    report = check_data("scenes:train", size=32)
+    assert (report.images, report.looked) == (20_000, 3)
+    assert check_data("scenes:train", size=32, count=2).looked == 2
+
+
+def test_copies_are_found(tmp_path):
+    photo = smooth(200, 160)
+    photo.paste(noise(60, 60).resize((90, 90)), (40, 30))
+    photo.save(tmp_path / "a.png")
+    photo.save(tmp_path / "b.jpg", quality=80)
+    photo.resize((150, 120)).save(tmp_path / "c.png")
+    for name in ("d", "e"):
+        noise(50, 50, seed=3).save(tmp_path / f"{name}.png")
+    noise(50, 50, seed=4).save(tmp_path / "f.png")
+    found = check_data(tmp_path, size=32)
+    assert found.duplicates == [["d.png", "e.png"]]
+    assert [sorted(group) for group in found.near_duplicates] == [["a.png", "b.jpg", "c.png"]]
+    assert found.faults() == []
+
+
+def test_near_hashes_are_linked_and_no_others():
+    rng = np.random.default_rng(0)
+    hashes = [int(h) for h in rng.integers(0, 2**63, 200, dtype=np.uint64)]
+    hashes += [hashes[0] ^ 0b111, hashes[0] ^ 0b111 ^ (0b11 << 40), hashes[1] ^ (0b1111 << 20), hashes[2]]
+    assert sorted(near_groups(hashes)) == [[0, 200, 201], [2, 203]]
+    assert near_groups([]) == [] and near_groups([5]) == []
+    assert perceptual_hash(noise(40, 40)) < 2**64
+
+
+# What would make training fail.
+
+
+def test_missing_columns_are_a_fault(rendered):
+    def drop(number, row):
+        if number in (2, 4):
+            del row["mask"]
+
+    rewrite(rendered, drop)
+    report = check_data(rendered, ("mask",))
+    assert report.columns["mask"].missing == ["000002.png", "000004.png"] and report.columns["mask"].found == 4
+    assert report.faults() == ["2 of 6 pictures have no mask (000002.png is the first)"]
+    refused(lambda: open_source(rendered, ("mask",)), "no mask")
+
+
+def test_two_bit_depths_are_a_fault(rendered):
+    noise(32, 32).convert("L").save(rendered / "depth" / "000001.png")
+    assert "8 and of 16 bits" in check_data(rendered, ("conditioning_image",)).faults()[0]
+
+
+def test_instructions_are_needed_by_whom_they_prompt(rendered):
+    rewrite(rendered, lambda number, row: row.pop("instruction") if number < 2 else None)
+    report = check_data(rendered, ("edited_image",))
+    assert report.instructions_missing == 2 and report.faults("text") == []
+    assert report.faults("instruction") == ["2 of 6 pictures have no instruction"]
+    assert report.faults("instruction", max_corrupt=0.5) == []
+
+
+def test_pairs_of_other_shapes_are_corrupt_and_of_other_sizes_scaled(rendered):
+    noise(32, 24).save(rendered / "edited" / "000000.png")
+    noise(64, 64).save(rendered / "edited" / "000001.png")
+    (rendered / "edited" / "000002.png").write_bytes(b"junk")
+    report = check_data(rendered, ("edited_image",), size=32)
+    assert [c.file for c in report.corrupt] == ["000000.png", "000002.png"]
+    assert "its edited_image has another shape" in report.corrupt[0].why
+    assert "its edited_image: not a picture" in report.corrupt[1].why
+    assert report.columns["edited_image"].resized == 1 and report.columns["edited_image"].found == 4
+
+
+# The command.
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_every_task_is_checked_and_its_conditions_shown(shell, rendered, tmp_path, task):
+    ran = shell("data", "check", rendered, "--task", task, "--size", 32, "--sheet", tmp_path / "sheet.png")
+    assert (ran.code, ran.err) == (0, "") and "6 pictures" in ran.out
+    assert all(f"{column}: 6 of 6 pairs" in ran.out for column in get_task(task).columns)
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.height > 6 * 96 and len(json.loads(sheet.text["prompts"])) == 6
+    assert shell("data", "check", "scenes:train:4", "--task", task, "--size", 32).code == 0
+
+
+def test_the_sheet_shows_what_training_sees(rendered):
+    task = get_task("edit")
+    first = rehearse(task, str(rendered), size=32, seed=3, count=4)
+    batch = next(batches(open_source(rendered, task.columns), 4, 32, seed=3))
+    assert torch.equal(first.condition, batch.image) and torch.equal(first.truth, batch.extras["edited_image"])
+    assert first.prompts == batch.instruction
+
+
+def test_options_of_the_task_count(shell, rendered, tmp_path):
+    (tmp_path / "plain").mkdir()
+    noise(40, 40).save(tmp_path / "plain" / "a.png")
+    objects = ("--task", "inpaint", "--task-options", "{masks: [objects]}", "--size", 32)
+    ran = shell("data", "check", rendered, *objects)
+    assert ran.code == 0 and "mask: 6 of 6 pairs; 16 bit" in ran.out
+    shell("data", "check", tmp_path / "plain", *objects).failed(1, "1 of 1 pictures have no mask")
+    assert shell("data", "check", tmp_path / "plain", "--task", "inpaint", "--size", 32).code == 0
+    shell("data", "check", rendered, "--task-options", "{scale: 5}").failed(2, "--size 64", "scale 5", "use 60")
+    shell("data", "check", rendered, "--task-options", "scale").failed(2, "--task-options scale", "key: value")
+    shell("data", "check", rendered, "--task-options", "{sale: 2}").failed(2, "sale", "did you mean 'scale'")
+
+
+def test_faults_are_told_at_the_end_and_in_json(shell, rendered):
+    rewrite(rendered, lambda number, row: row.pop("instruction"))
+    ran = shell("data", "check", rendered, "--task", "edit", "--size", 32, "--json")
+    ran.failed(1, "6 of 6 pictures have no instruction")
+    told = json.loads(ran.out)
+    assert told["faults"] == ["6 of 6 pictures have no instruction"] and told["columns"]["edited_image"]["found"] == 6
+    rewrite(rendered, lambda number, row: row.pop("edited_image"))
+    shell("data", "check", rendered, "--task", "edit", "--size", 32).failed(1, "6 of 6 pictures have no edited_image")
+    assert shell("data", "check", rendered, "--task", "depth", "--size", 32).code == 0
+
+
+def test_what_is_odd_is_remarked(shell, tmp_path):
+    for k in range(3):
+        Image.new("RGB", (40, 40), (k, k, k)).save(tmp_path / f"{k}.png")
+    ran = shell("data", "check", tmp_path, "--task", "canny", "--size", 32)
+    assert ran.code == 0 and "3 of 3 conditions are flat" in ran.out and "would learn to ignore prompts" in ran.out
+    assert "flat" not in shell("data", "check", tmp_path, "--task", "generate", "--size", 32).out
+
+
+def test_a_task_whose_condition_is_none_is_refused(tmp_path):
+    picture(tmp_path / "a.png", 40, 40)
+    own = SimpleNamespace(
+        name="own", columns=(), condition_channels=3, given=lambda batch, generator: batch.image,
+        condition=lambda given: given * 2, truth=lambda batch: batch.image, prompts=lambda batch: [""],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"task own: its condition leaves \[0, 1\]"):
+        rehearse(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+    own.condition = lambda given: given[:, :1]
+    with pytest.raises(UserError, match=r"its condition is \(1, 1, 32, 32\), not \(1, 3, 32, 32\)"):
+        rehearse(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+
+
+# The sheet of pictures.
+
+
+def test_a_contact_sheet_shows_all_pictures():
+    sheet = np.asarray(
+        contact_sheet([torch.full((3, 8, 8), v) for v in (0.0, 0.5, 1.0, 2.0)] + [torch.zeros(3, 4, 6)], 2)
+    )
+    assert sheet.shape == (3 * 10 + 2, 2 * 10 + 2, 3) and sheet.dtype == np.uint8
+    assert (sheet[2:10, 2:10] == 0).all() and (sheet[2:10, 12:20] == 128).all() and (sheet[12:20, 2:10] == 255).all()
+    assert (sheet[22:26, 2:8] == 0).all() and (sheet[22:30, 12:] == 255).all()
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([], 2)

@@ -1,0 +1,182 @@
+"""Low-rank updates: nothing before training, nothing of the backbone touched, and files that diffusers reads."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from codi.models.adapter import FORMS
+from codi.models.adapter_files import load_adapter
+from codi.models.lora import FILE, TARGETS, add_lora, load_lora, lora_names, save_lora, scale_lora, shared_copy
+from codi.models.student import Conditioning, Student
+from codi.training.saving import save_adapter
+from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_unet, tiny_vae
+
+UNET, VAE = tiny_unet().requires_grad_(False), tiny_vae()
+WORDS, Z = randn(2, 5, TEXT_WIDTH, seed=7), randn(2, LATENT_CHANNELS, 8, 8)
+LEVELS = torch.tensor([3, 800])
+
+
+def predicted(unet: UNet2DConditionModel, weight: float | None = None) -> Tensor:
+    if weight is not None:
+        scale_lora(unet, {name: weight for name in lora_names(unet)})
+    with torch.no_grad():
+        return unet(Z, LEVELS, WORDS).sample
+
+
+EXPECTED = predicted(UNET)
+
+
+def conditioning(adapter) -> Conditioning:
+    with torch.no_grad():
+        return Conditioning(WORDS, adapter.read(rand(2, 3, 8 * DOWNSCALE, 8 * DOWNSCALE, seed=1), VAE))
+
+
+def test_before_training_nothing_changes_and_everything_is_shared():
+    before = {name: value.clone() for name, value in UNET.state_dict().items()}
+    adapted = add_lora(UNET, 2, "depth")
+    assert torch.equal(predicted(adapted), EXPECTED)
+    shared, mine = {id(p) for p in UNET.parameters()}, dict(adapted.named_parameters())
+    assert {id(p) for name, p in mine.items() if "lora_" not in name} == shared
+    added = {name for name, p in mine.items() if id(p) not in shared}
+    assert added and all(".lora_A.depth." in name or ".lora_B.depth." in name for name in added)
+    assert {name for name, p in mine.items() if p.requires_grad} == added
+    # The backbone is what it was: the same modules, the same bytes, no updates.
+    assert lora_names(UNET) == [] and not any("lora" in name for name, _ in UNET.named_modules())
+    assert all(torch.equal(before[name], value) for name, value in UNET.state_dict().items())
+    assert lora_names(adapted) == ["depth"]
+
+
+def test_the_start_belongs_to_its_seed():
+    state = torch.get_rng_state()
+    one, again, other = (dict(add_lora(UNET, 2, "depth", seed).named_parameters()) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_changes_the_updates_alone():
+    before = {name: value.clone() for name, value in UNET.state_dict().items()}
+    adapted = add_lora(UNET, 2, "depth")
+    start = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(3):  # A has no gradient while B is 0
+        optimizer.zero_grad()
+        adapted(Z, LEVELS, WORDS).sample.square().mean().backward()
+        optimizer.step()
+    assert not any(torch.equal(start[name], p) for name, p in adapted.named_parameters() if p.requires_grad)
+    assert all(torch.equal(before[name], value) for name, value in UNET.state_dict().items())
+    assert torch.equal(predicted(UNET), EXPECTED) and not torch.equal(predicted(adapted), EXPECTED)
+
+
+def test_weight_0_is_the_backbone_and_more_weight_is_more_influence():
+    adapted = tiny_lora(UNET)
+    full = predicted(adapted)
+    away = [float((predicted(adapted, weight) - EXPECTED).norm()) for weight in (0.0, 0.1, 0.3, 0.6, 1.0)]
+    assert away[0] == 0 and all(b > a for a, b in zip(away, away[1:], strict=False))
+    assert torch.equal(predicted(adapted, 0.0), EXPECTED) and torch.equal(predicted(adapted, 1.0), full)
+    scale_lora(adapted, {"nobody": 0.5})  # names of other adapters are ignored
+    assert torch.equal(predicted(adapted), full)
+
+
+def test_scaling_leaves_what_trains_alone():
+    for trains in (False, True):
+        adapted = add_lora(UNET, 2, "depth")
+        for name, p in adapted.named_parameters():
+            p.requires_grad_(trains and "lora_" in name)
+        before = {name: p.requires_grad for name, p in adapted.named_parameters()}
+        predicted(adapted, 0.5)
+        assert {name: p.requires_grad for name, p in adapted.named_parameters()} == before
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_round_trip_by_us_and_by_stock_diffusers(half, tmp_path):
+    adapted = tiny_lora(UNET, "depth")
+    save_lora(adapted, tmp_path, "depth", half)
+    stored = load_file(tmp_path / FILE)
+    assert stored and all(value.dtype == (torch.float16 if half else torch.float32) for value in stored.values())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    loaded = load_lora(UNET, {"anything": tmp_path})
+    assert lora_names(loaded) == ["anything"] and not any(p.requires_grad for p in loaded.parameters())
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert {id(p) for p in UNET.parameters()} <= {id(p) for p in loaded.parameters()}
+    stock = tiny_unet()  # a U-Net of its own, with no code of ours
+    stock.load_lora_adapter(tmp_path, adapter_name="stock", prefix=None, weight_name=FILE)
+    for found in (predicted(loaded), predicted(stock)):
+        if half:
+            torch.testing.assert_close(found, predicted(adapted), rtol=0, atol=2e-3)
+        else:
+            assert torch.equal(found, predicted(adapted))
+    assert torch.equal(predicted(loaded), predicted(stock)) and torch.equal(predicted(UNET), EXPECTED)
+
+
+def test_the_same_updates_make_the_same_bytes(tmp_path):
+    adapted = tiny_lora(UNET, "depth")
+    for i in range(6):
+        save_lora(adapted, tmp_path / str(i), "depth", half=i % 2 == 1)
+    for parity in (0, 1):
+        assert len({(tmp_path / str(i) / FILE).read_bytes() for i in range(parity, 6, 2)}) == 1
+    with safe_open(tmp_path / "0" / FILE, "pt") as file:
+        (notes,) = file.metadata().values()  # several would be written in random order
+    assert json.loads(notes)["target_modules"] == TARGETS  # and so would peft's sets
+
+
+def test_updates_fit_a_fine_tune_of_the_backbone(tmp_path):
+    """Another family member's weights, the same updates: what they change is theirs, and 0 is exactly it."""
+    save_lora(tiny_lora(UNET), tmp_path, "generate")
+    tuned = shared_copy(UNET)
+    tuned.load_state_dict({k: v + 0.005 * randn(*v.shape, seed=3) for k, v in UNET.state_dict().items()}, assign=True)
+    assert torch.equal(predicted(UNET), EXPECTED)
+    expected = predicted(tuned)
+    loaded = load_lora(tuned, {"generate": tmp_path})
+    moved, original = predicted(loaded) - expected, predicted(load_lora(UNET, {"generate": tmp_path})) - EXPECTED
+    assert torch.equal(predicted(loaded, 0.0), expected) and not torch.equal(expected, EXPECTED)
+    assert torch.cosine_similarity(moved.flatten(), original.flatten(), dim=0) > 0.8
+
+
+def test_folders_without_updates_add_none(tmp_path):
+    loaded = load_lora(UNET, {"nothing": tmp_path})
+    assert lora_names(loaded) == [] and torch.equal(predicted(loaded), EXPECTED)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_carries_updates_through_its_folder(form, tmp_path):
+    adapter = FORMS[form].from_backbone(UNET, VAE)
+    adapter.register_to_config(info={"task": "depth"})
+    adapted = tiny_lora(UNET, "depth")
+    save_adapter(tmp_path, adapter, adapted, full=False, half=False)
+    assert not (tmp_path / "unet").exists()
+    loaded, unet = load_adapter(tmp_path, "depth", None, UNET)
+    assert unet is not UNET and lora_names(unet) == ["depth"]
+    with torch.no_grad():
+        student, c = Student(unet, loaded), conditioning(loaded)
+        assert torch.equal(student(Z, LEVELS, c), predicted(adapted))
+        assert torch.equal(student(Z, LEVELS, c, 0.0), EXPECTED)
+        assert torch.equal(student(Z, LEVELS, Conditioning(WORDS)), EXPECTED)  # no condition: no adapter
+        half = (student(Z, LEVELS, c, 0.5) - EXPECTED).norm()
+        assert 0 < half < (student(Z, LEVELS, c) - EXPECTED).norm()
+    # Another adapter in the same folder, this time without updates, leaves none behind.
+    save_adapter(tmp_path, adapter, UNET, full=False, half=False)
+    assert load_adapter(tmp_path, "depth", None, UNET)[1] is UNET
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_checkpointing_gives_the_same_gradients(form):
+    adapter = FORMS[form].from_backbone(UNET, VAE)
+    plain = Student(tiny_lora(UNET), adapter).train()
+    for name, p in plain.unet.named_parameters():
+        p.requires_grad_("lora_" in name)
+    saving = copy.deepcopy(plain)
+    saving.unet.enable_gradient_checkpointing()
+    found = []
+    for student in (plain, saving):
+        student(Z, LEVELS, conditioning(adapter)).square().mean().backward()
+        found.append({name: p.grad for name, p in student.named_parameters() if "lora_" in name})
+    for name, gradient in found[0].items():
+        assert gradient is not None and gradient.any(), name
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)

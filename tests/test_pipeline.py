@@ -1,0 +1,423 @@
+"""The pipeline on tiny models: every task, several adapters, guidance, sizes, saving; what callers may pass."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from codi.errors import UserError
+from codi.sampling.guidance import resolve
+from codi.sampling.inputs import to_mask, to_tensor
+from codi.sampling.pipeline import CoDiPipeline
+from codi.tasks import TASKS
+from shell import make_adapter
+from tiny import rand, tiny_checkpoint
+
+GUIDANCE = {"generate": {"text": [1.0, 5.0]}, "edit": {"text": [1.0, 5.0], "image": [1.0, 2.0]}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """model/ and an adapter a task, and full/, an upscaler with a U-Net of its own."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_checkpoint(root / "model")
+    for task in TASKS:
+        make_adapter(root / task, task, GUIDANCE.get(task))
+    make_adapter(root / "full", "upscale", full=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shared(folder) -> CoDiPipeline:
+    """One backbone with all adapters."""
+    pipe = CoDiPipeline.from_pretrained(folder / "model")
+    for task in TASKS:
+        pipe.load_adapter(folder / task)
+    pipe.load_adapter(folder / "full")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(shared) -> CoDiPipeline:
+    """The same, with none set."""
+    shared.set_adapters([])
+    return shared
+
+
+def given(task: str, height: int = 16, width: int = 24, count: int = 1) -> dict[str, Tensor]:
+    """What a caller passes for a task."""
+    if task == "generate":
+        return {}
+    image = rand(count, 3, height, width, seed=1)
+    return {"image": image, **({"mask": hole(height, width)} if task == "inpaint" else {})}
+
+
+def hole(height: int, width: int) -> Tensor:
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., 3:11, 5:] = 1
+    return mask
+
+
+def run(pipe: CoDiPipeline, **arguments) -> Tensor:
+    return pipe(**{"prompt": "a red ball", "steps": 2, "output_type": "pt", **arguments}).images  # type: ignore
+
+
+# ---- every task
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pictures_of_every_task(folder, pipe, task):
+    pipe.set_adapters(task)
+    sizes = [(16, 24), (7, 9)] if task != "generate" else [(32, 32)]  # whole latent cells of 4 px, and not
+    for height, width in sizes:
+        made = run(pipe, **given(task, height, width))
+        scale = 4 if task == "upscale" else 1
+        assert made.shape == (1, 3, scale * height, scale * width) and made.dtype == torch.float32
+        assert made.isfinite().all() and made.min() >= 0 and made.max() <= 1
+        assert torch.equal(run(pipe, **given(task, height, width)), made)
+        assert not torch.allclose(run(pipe, **given(task, height, width), seed=1), made, atol=1e-3)
+    alone = CoDiPipeline.from_pretrained(folder / "model", task=task, adapter=folder / task)
+    alone.set_progress_bar_config(disable=True)
+    assert torch.equal(run(alone, **given(task, height, width)), made)
+    assert (alone.task.name, pipe.task.name, alone.adapters) == (task, task, [task])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("task", ["depth", "canny", "generate"])
+def test_strength_0_is_the_backbone(pipe, task):
+    pipe.set_adapters([])
+    size = {"height": 16, "width": 24}
+    backbone = run(pipe, **size)
+    pipe.set_adapters(task)
+    arguments = given(task) or size
+    assert torch.equal(run(pipe, **arguments, strength=0), backbone)
+    half, whole = run(pipe, **arguments, strength=0.5), run(pipe, **arguments)
+    assert not torch.allclose(half, backbone, atol=1e-3) and not torch.allclose(half, whole, atol=1e-3)
+    pipe.set_adapters(task, 0.5)
+    torch.testing.assert_close(run(pipe, **arguments), half)
+    pipe.set_adapters(task, 0)
+    assert torch.equal(run(pipe, **arguments), backbone)
+    pipe.set_adapters([])
+    assert torch.equal(run(pipe, **size), backbone)
+
+
+def test_strength_0_of_a_full_adapter_is_the_backbone_too(pipe):
+    backbone = run(pipe, height=64, width=96)
+    pipe.set_adapters("full")
+    assert torch.equal(run(pipe, **given("upscale"), strength=0, colour="none"), backbone)
+
+
+def test_known_pixels_come_back_exactly(pipe):
+    pipe.set_adapters("inpaint")
+    image, known = rand(2, 3, 15, 22, seed=3), hole(15, 22).expand(2, 3, -1, -1) == 0
+    made = run(pipe, image=image, mask=hole(15, 22), strength=0.5)
+    assert torch.equal(made[known], image[known]) and not torch.isclose(made, image)[~known].any()
+    nothing, all_ = torch.zeros(15, 22), torch.ones(15, 22)
+    assert torch.equal(run(pipe, image=image, mask=nothing), image)
+    whole = run(pipe, image=image, mask=all_)
+    assert torch.equal(run(pipe, image=1 - image, mask=all_), whole)  # what is hidden is not looked at
+    assert torch.equal(run(pipe, image=torch.cat([image, hole(15, 22).expand(2, -1, -1, -1)], 1), strength=0.5), made)
+
+
+@pytest.mark.parametrize("task", ["depth", "edit", "upscale"])
+def test_the_same_seed_gives_the_same_picture_whatever_the_batch(pipe, task):
+    pipe.set_adapters(task)
+    images, prompts = rand(3, 3, 8, 12, seed=5), ["a red ball", "", "a blue box"]
+    together = run(pipe, image=images, prompt=prompts, seed=[4, 9, 4])
+    for k, seed in enumerate([4, 9, 4]):
+        alone = run(pipe, image=images[k], prompt=prompts[k], seed=seed)
+        torch.testing.assert_close(alone, together[k : k + 1], rtol=0, atol=1e-5)
+    counted = run(pipe, image=images[0], seed=[7, 8])
+    torch.testing.assert_close(run(pipe, image=images[:1].repeat(2, 1, 1, 1), seed=7), counted, rtol=0, atol=1e-5)
+
+
+def test_sizes_of_text_to_image(pipe):
+    assert run(pipe).shape == (1, 3, 32, 32)
+    for name in ([], "generate"):
+        pipe.set_adapters(name)
+        assert run(pipe, height=20, width=48).shape == (1, 3, 20, 48)
+        assert run(pipe, width=48, prompt=["a", "b"]).shape == (2, 3, 32, 48)
+        for size in ({"height": 18}, {"width": 0}, {"width": -4}):
+            with pytest.raises(UserError, match="not multiples of 4 px"):
+                run(pipe, **size)
+    pipe.set_adapters("canny")
+    with pytest.raises(UserError, match="leave the size out"):
+        run(pipe, **given("canny"), height=20)
+    assert run(pipe, **given("canny"), height=16, width=24).shape == (1, 3, 16, 24)
+
+
+def test_tiles_are_for_upscaling(pipe):
+    pipe.set_adapters("upscale")
+    image = rand(1, 3, 9, 21)
+    made = run(pipe, image=image, tile=8, steps=1)
+    assert made.shape == (1, 3, 36, 84)
+    torch.testing.assert_close(run(pipe, image=image, tile=8, steps=1, batch_size=1), made, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="tile 1: not a multiple of 1 from 2 up"):
+        run(pipe, image=image, tile=1)
+    with pytest.raises(UserError, match="tile=0"):
+        run(pipe, image=image, tile=8, output_type="latent")
+    pipe.set_adapters("canny")
+    with pytest.raises(UserError, match="upscaling alone"):
+        run(pipe, image=image, tile=8)
+    assert run(pipe, image=rand(1, 3, 8, 120), steps=1).shape == (1, 3, 8, 120)  # far beyond the backbone's 32 px
+
+
+# ---- guidance
+
+
+def test_distilled_guidance_is_one_pass_and_kept_within_its_range(pipe):
+    pipe.set_adapters("edit")
+    calls: list[int] = []
+    unet = pipe.student.unet
+    hook = unet.conv_out.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    plain = run(pipe, **given("edit"))
+    assert torch.equal(run(pipe, **given("edit"), guidance_scale=1, image_guidance_scale=1), plain)
+    strong = run(pipe, **given("edit"), guidance_scale=5)
+    assert not torch.allclose(strong, plain, atol=1e-3)
+    assert not torch.allclose(run(pipe, **given("edit"), image_guidance_scale=2), plain, atol=1e-4)
+    with pytest.warns(UserWarning, match=r"guidance of the text 9: 1 to 5 is distilled .*: using 5"):
+        assert torch.equal(run(pipe, **given("edit"), guidance_scale=9), strong)
+    assert set(calls) == {1}
+    hook.remove()
+    with pytest.raises(UserError, match="negative_prompt"):
+        run(pipe, **given("edit"), negative_prompt="blur")
+
+
+def test_guidance_that_is_not_distilled_takes_two_passes(pipe):
+    pipe.set_adapters("depth")
+    calls: list[int] = []
+    hook = pipe.student.unet.conv_out.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    plain = run(pipe, **given("depth"))
+    assert set(calls) == {1}
+    guided = run(pipe, **given("depth"), guidance_scale=3)
+    assert calls[-1] == 2 and not torch.allclose(guided, plain, atol=1e-3)
+    assert not torch.equal(run(pipe, **given("depth"), guidance_scale=3, negative_prompt="a blue box"), guided)
+    hook.remove()
+    with pytest.raises(UserError, match="image_guidance_scale 1.5: no adapter set has learnt it"):
+        run(pipe, **given("depth"), image_guidance_scale=1.5)
+
+
+def test_which_guidance_is_used():
+    distilled = {"guidance": {"text": [1, 5], "image": [1, 2]}, "guidance_scale": 3.0, "image_guidance_scale": 1.2}
+    assert resolve(None, None, []).scales == {"text": 1.0}
+    assert resolve(None, None, [{"guidance": {}, "guidance_scale": 2.0}]).second_pass == 2.0
+    found = resolve(None, None, [{}, distilled])
+    assert (found.scales, found.second_pass) == ({"text": 3.0, "image": 1.2}, 1.0)
+    assert found.columns(2).tolist() == pytest.approx(np.array([[3.0, 1.2]] * 2))  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(5, 2, [distilled]).scales == {"text": 5.0, "image": 2.0}
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="not a guidance scale"):
+            resolve(wrong, None, [])
+
+
+# ---- several adapters
+
+
+def test_two_adapters_at_once(pipe):
+    pipe.set_adapters(["depth", "inpaint"])
+    images = {"depth": rand(1, 1, 16, 24, seed=2), "inpaint": rand(1, 3, 16, 24, seed=3)}
+    both = run(pipe, image=images, mask=hole(16, 24))
+    known = hole(16, 24).expand(1, 3, -1, -1) == 0
+    assert torch.equal(both[known], images["inpaint"][known])
+    for name, arguments in (
+        ("depth", {"image": images["depth"]}),
+        ("inpaint", {"image": images["inpaint"], "mask": hole(16, 24)}),
+    ):
+        pipe.set_adapters(["depth", "inpaint"], [float(name == "depth"), float(name == "inpaint")])
+        one = run(pipe, image=images, mask=hole(16, 24))
+        pipe.set_adapters(name)
+        alone = run(pipe, **arguments)
+        assert not torch.allclose(one[~known], both[~known], atol=1e-3)
+        torch.testing.assert_close(one[~known], alone[~known], rtol=0, atol=1e-4)
+    pipe.set_adapters(["depth", "generate"])
+    assert run(pipe, image=images["depth"]).shape == (1, 3, 16, 24)
+    pipe.set_adapters(["canny", "upscale"], [0.5, 1])
+    edges = (rand(1, 1, 32, 32) > 0.9).float()
+    assert run(pipe, image={"canny": edges, "upscale": rand(1, 3, 8, 8)}).shape == (1, 3, 32, 32)
+
+
+def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
+    pipe.set_adapters(["canny", "upscale"])
+    for names, words in (
+        (["full", "depth"], "full"),
+        (["depth", "cany"], "did you mean 'canny'"),
+        (["depth", "depth"], "give one each"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pipe.set_adapters(names)
+    with pytest.raises(UserError, match="3 weights for 2"):
+        pipe.set_adapters(["canny", "depth"], [1, 1, 1])
+    assert list(pipe.tasks) == ["canny", "upscale"]
+    image = rand(1, 3, 8, 8)
+    for arguments, words in (
+        ({"image": image}, "canny, upscale take one each"),
+        ({"image": {"canny": image}}, "'upscale' needs one"),
+        ({"image": {"canny": image, "upscale": image}}, "one size cannot come of canny 8 x 8 px, upscale 32 x 32 px"),
+        ({"image": {"canny": image, "upscale": image, "edit": image}}, "'edit' is no adapter that is set"),
+        ({"image": {"canny": image, "upscale": image}, "mask": torch.ones(8, 8)}, "takes none|take none"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(pipe, **arguments)
+
+
+def test_adapters_swap_without_loading_anything(folder, pipe, monkeypatch):
+    monkeypatch.setattr("codi.sampling.shelf.load_adapter", None)
+    before = {name: p.clone() for name, p in pipe.unet.named_parameters()}
+    began = time.perf_counter()
+    for task in TASKS:
+        pipe.set_adapters(task)
+        assert pipe.student.adapter is pipe.adapter
+    assert (time.perf_counter() - began) / len(TASKS) < 0.1
+    assert all(torch.equal(p, before[name]) for name, p in pipe.unet.named_parameters())
+    own = {id(p) for p in pipe.unet.parameters()}
+    pipe.set_adapters("depth")
+    assert own <= {id(p) for p in pipe.student.unet.parameters()}  # one backbone in memory
+    assert pipe.load_adapter(folder / "depth") == "depth"  # there already
+
+
+def test_names_of_adapters(folder, tmp_path):
+    pipe = CoDiPipeline.from_pretrained(folder / "model")
+    assert (pipe.adapters, pipe.task, pipe.adapter) == ([], None, None)
+    assert pipe.load_adapter(folder / "canny") == "canny" and pipe.task.name == "canny"  # type: ignore[union-attr]
+    assert pipe.load_adapter(folder / "depth", as_="relief") == "relief" and list(pipe.tasks) == ["canny"]
+    other = make_adapter(tmp_path / "canny", "canny")
+    with pytest.raises(UserError, match="is loaded already: name this one with as_"):
+        pipe.load_adapter(other)
+    assert pipe.load_adapter(other, as_="other") == "other"
+    with pytest.raises(UserError, match="does 'depth', not 'canny'"):
+        pipe.load_adapter(folder / "depth", as_="mine", task="canny")
+    assert pipe.adapters == ["canny", "relief", "other"]
+
+
+def test_saving_and_loading(folder, tmp_path):
+    pipe = CoDiPipeline.from_pretrained(folder / "model", task="upscale", adapter=folder / "full")
+    pipe.load_adapter(folder / "depth")
+    pipe.load_adapter(folder / "inpaint")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.set_adapters(["depth", "inpaint"], [1.0, 0.5])
+    arguments = {"image": {"depth": rand(1, 1, 8, 8), "inpaint": rand(1, 3, 8, 8)}, "mask": hole(8, 8)}
+    made = run(pipe, **arguments)
+    saved = tmp_path / "saved"
+    pipe.save_pretrained(saved)
+    again = CoDiPipeline.from_pretrained(saved)
+    again.set_progress_bar_config(disable=True)
+    assert set(again.adapters) == {"full", "depth", "inpaint"} and list(again.tasks) == ["depth", "inpaint"]
+    assert torch.equal(run(again, **arguments), made)
+    again.save_pretrained(saved)  # over itself
+    of_task = CoDiPipeline.from_pretrained(saved, task="upscale")
+    of_task.set_progress_bar_config(disable=True)
+    pipe.set_adapters("full")
+    assert list(of_task.tasks) == ["full"] and not list(saved.glob(".*"))
+    assert torch.equal(run(of_task, **given("upscale")), run(pipe, **given("upscale")))
+    assert isinstance(StableDiffusionPipeline.from_pretrained(saved), StableDiffusionPipeline)
+    (saved / "adapters" / "set.json").write_text("[")
+    with pytest.raises(UserError, match="not a saved pipeline's list"):
+        CoDiPipeline.from_pretrained(saved)
+
+
+def test_other_precision(folder):
+    pipe = CoDiPipeline.from_pretrained(folder / "model", torch_dtype=torch.bfloat16)
+    for task in ("inpaint", "generate"):
+        pipe.load_adapter(folder / task)
+        pipe.set_adapters(task)
+        assert run(pipe, **given(task)).dtype == torch.float32
+    pipe.to(torch.float32)
+    assert {p.dtype for p in pipe.student.parameters()} == {torch.float32}
+    assert run(pipe).isfinite().all()
+
+
+# ---- callers
+
+
+def test_callbacks_see_every_step_and_may_replace_the_latents(pipe):
+    pipe.set_adapters("canny")
+    seen: list[tuple[int, int, list[str]]] = []
+
+    def look(which, step, t, tensors):
+        assert which is pipe
+        seen.append((step, t, sorted(tensors)))
+
+    both = ("latents", "denoised")
+    run(pipe, **given("canny"), callback_on_step_end=look, callback_on_step_end_tensor_inputs=both)
+    assert seen == [(0, 1000, ["denoised", "latents"]), (1, 500, ["denoised", "latents"])]
+
+    def blank(which, step, t, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else {}
+
+    made = run(pipe, **given("canny"), callback_on_step_end=blank)
+    assert torch.equal(made, run(pipe, **given("canny"), callback_on_step_end=blank, seed=5))
+
+
+def test_kinds_of_output(pipe):
+    pipe.set_adapters("canny")
+    made = run(pipe, **given("canny"))
+    array = run(pipe, **given("canny"), output_type="np")
+    assert np.array_equal(array, made.permute(0, 2, 3, 1).numpy())
+    (picture,) = run(pipe, **given("canny"), output_type="pil")
+    assert isinstance(picture, Image.Image) and picture.size == (24, 16)
+    assert run(pipe, **given("canny"), output_type="latent").shape == (1, 4, 4, 6)
+    (told,) = pipe(**given("canny"), steps=2, prompt="a red ball", output_type="pt", return_dict=False)
+    assert torch.equal(told, made)
+
+
+def test_kinds_of_input(pipe):
+    levels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    expected = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
+    for image in (expected, expected[0], levels, levels[None], levels / 255, Image.fromarray(levels)):
+        torch.testing.assert_close(to_tensor(image), expected)  # type: ignore[arg-type]
+    deep = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    torch.testing.assert_close(
+        to_tensor(Image.fromarray(deep))[:, :1], torch.from_numpy(deep / 65535.0)[None, None].float()
+    )
+    assert to_tensor(Image.fromarray(levels[..., 0] > 99)).shape == (1, 1, 6, 8)  # two levels: an edge map
+    marks = torch.from_numpy(levels[..., 0] > 99)
+    for mask in (marks, marks[None], marks[None, None], marks.numpy(), Image.fromarray(marks.numpy())):
+        assert torch.equal(to_mask(mask), marks[None, None].float())
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "words"),
+    [
+        ("depth", {}, "the task 'depth' needs one"),
+        ("depth", {"image": torch.full((3, 8, 8), 2.0)}, "outside \\[0, 1\\]"),
+        ("depth", {"image": torch.full((3, 8, 8), torch.nan)}, "outside \\[0, 1\\]"),
+        ("edit", {"image": torch.ones(2, 8)}, "is not \\(B, 3, h, w\\)"),
+        ("edit", {"image": torch.ones(3, 8, 0)}, "is not \\(B, 3, h, w\\)"),
+        ("edit", {"image": torch.ones(4, 8, 8)}, "task edit takes pictures"),
+        ("edit", {"image": "photo.png"}, "str is no picture"),
+        ("edit", {"image": torch.ones(3, 8, 8), "mask": torch.ones(8, 8)}, "mask: .* leave it out"),
+        ("inpaint", {"image": torch.ones(3, 8, 8)}, "mask: missing"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": torch.ones(8, 9)}, "mask of 9 x 8 px: the picture has"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": torch.ones(1, 3, 8, 8)}, "one channel"),
+        ("generate", {"image": torch.ones(3, 8, 8)}, "generate takes no picture"),
+        (None, {"image": torch.ones(3, 8, 8)}, "no adapter is set"),
+        ("canny", {"image": torch.ones(2, 3, 8, 8), "prompt": ["a"] * 3}, "2 images of canny for 3 pictures"),
+        ("canny", {"image": torch.ones(2, 3, 8, 8), "seed": [1, 2, 3]}, "for 3 pictures"),
+        (None, {"steps": 0}, "steps 0"),
+        (None, {"steps": 1001}, "between 1 and 1000"),
+        (None, {"strength": -1.0}, "strength -1.0"),
+        (None, {"strength": float("nan")}, "strength nan"),
+        (None, {"output_type": "jpeg"}, "'jpeg': not known"),
+        (None, {"guidance_scale": -2.0}, "guidance_scale -2.0"),
+        (None, {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
+    ],
+)  # fmt: skip
+def test_what_no_picture_can_be_made_from(pipe, task, arguments, words):
+    pipe.set_adapters(task or [])
+    with pytest.raises(UserError, match=words):
+        run(pipe, **arguments)
+
+
+def test_an_unknown_task(folder):
+    with pytest.raises(UserError, match="did you mean 'depth'"):
+        CoDiPipeline.from_pretrained(folder / "model", task="dept")
