@@ -35,7 +35,7 @@ format: $(STAMP)  ## let ruff mend what it can
 
 # Resumes from the shipped weights; lowest priority, so that it only uses idle cores.
 train-mini: $(STAMP)  ## go on training the embedded model, at lowest priority
-	nice -n 19 $(BIN)/codi pretrain recipes/mini.yaml --start mini --out runs/mini --ldm-learning-rate 2e-4
+	nice -n 19 $(BIN)/codi pretrain recipes/mini.yaml --start mini --out runs/mini --decoder-images 0 --ldm-learning-rate 2e-4
 
 clean:  ## remove what was made here, but not .venv and not runs/
 	rm -rf demo build dist .pytest_cache .ruff_cache

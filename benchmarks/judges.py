@@ -78,8 +78,9 @@ def caption_judge(read: Read) -> Judge:
 
 
 def hole_judge(read: Read) -> Judge:
-    """Inpainting: `hole_objects`, the share of the objects that belong in the hole (most of their visible pixels lie in
-    it) whose colour and shape the result shows there; `hole_colours`, of their colours alone. One read object stands
+    """Inpainting: `hole_objects`, the share of the objects that belong in the hole (two thirds of their visible pixels
+    lie in it) whose colour and shape the result shows there (by an object that has half of its pixels in it, so that an
+    outline read a little differently changes nothing); `hole_colours`, of their colours alone. One read object stands
     for one asked for. Needs the data column `mask`."""
 
     def judge(output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -87,9 +88,9 @@ def hole_judge(read: Read) -> Judge:
         hole = given[:, 3] > 0.5
         rows = []
         for b, objects in enumerate(asked(text) for text in batch.text):
-            inside = _mostly_inside(ids[b], len(objects), hole[b])
+            inside = _inside(ids[b], len(objects), hole[b], 2 / 3)
             wanted = [a for a, inner in zip(objects, inside, strict=True) if inner]
-            inside = _mostly_inside(reading.instances[b], len(reading.objects[b]), hole[b])
+            inside = _inside(reading.instances[b], len(reading.objects[b]), hole[b], 1 / 2)
             found = [f.attributes for f, inner in zip(reading.objects[b], inside, strict=True) if inner]
             rows.append([_share(wanted, found, 2), _share(wanted, found, 1)])
         columns = torch.tensor(rows, dtype=torch.float64).T
@@ -115,11 +116,11 @@ def depth_judge(read: Read) -> Judge:
     return judge
 
 
-def _mostly_inside(ids: Tensor, count: int, region: Tensor) -> list[bool]:
-    """For each instance 1 ... count of `ids` (S, S): is it seen, and more than half of it in `region` (S, S)?"""
+def _inside(ids: Tensor, count: int, region: Tensor, share: float) -> list[bool]:
+    """For each instance 1 ... count of `ids` (S, S): is it seen, and that share of it in `region` (S, S)?"""
     area = ids.flatten().bincount(minlength=count + 1)[1 : count + 1]
     inner = ids[region].bincount(minlength=count + 1)[1 : count + 1]
-    return ((area >= LEAST_PIXELS * ids.numel() / 64**2) & (2 * inner > area)).tolist()
+    return ((area >= LEAST_PIXELS * ids.numel() / 64**2) & (inner >= share * area)).tolist()
 
 
 def _share(wanted: list[Attributes], found: list[Attributes], attributes: int) -> float:

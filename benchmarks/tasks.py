@@ -3,8 +3,10 @@
     python benchmarks/tasks.py --finetuned runs                  # the tasks that RESULTS does not hold yet
     python benchmarks/tasks.py --finetuned runs --tasks depth    # one of them again; the others' rows stay
 
-Few steps: the adapter of each task, embedded or from --adapters (backbone frozen), at 1, 2 and 4 steps. Many steps: the adapter
-`<task>-finetuned` (plain diffusion loss, same form and budget) at 50 and at 4, embedded or from --finetuned; for `generate` the backbone itself with classifier-free guidance. Adapters use the guidance that they were made for.
+Few steps: the adapter of each task, embedded or from --adapters (backbone frozen), at 1, 2 and 4 steps. Many steps:
+the adapter `<task>-finetuned` (plain diffusion loss, same form and budget) at 50 and at 4, embedded or from
+--finetuned; for `generate` the backbone itself with classifier-free guidance. Adapters use the guidance that they were
+made for.
 
 Obedience is what the task measures itself (upscale, canny, edit) or what the scene reader says (inpaint, depth,
 generate; see judges.py); `judge_on_truth` holds the same judge's figures on the true pictures. `composition` sets the
@@ -187,16 +189,16 @@ def measure(name: str, args: argparse.Namespace, look: Read) -> dict[str, Any]:
     }
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """{"1": {"fd": few / many, "obedience": few / many, "speed": ...}, ...} for the rows of "codi"; {} where there is
-    no many-step row."""
+    no many-step row, obedience None where many steps have none."""
     many = next((row for row in rows if row["steps"] == MANY), None)
     if many is None:
         return {}
     return {
         str(row["steps"]): {
             "fd": row["fd"] / many["fd"],
-            "obedience": row["obedience"] / many["obedience"] if many["obedience"] else float(row["obedience"] >= 0),
+            "obedience": row["obedience"] / many["obedience"] if many["obedience"] else None,
             "speed": many["latency_ms"] / row["latency_ms"],
         }
         for row in rows

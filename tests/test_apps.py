@@ -18,7 +18,7 @@ from PIL import Image
 import codi
 from codi.apps import cli, common, evaluate, generate
 from codi.apps import models as embedded
-from codi.apps.upscale import plan
+from codi.apps.pictures import plan
 from codi.errors import UserError
 from codi.training.checkpoint import complete
 from shell import Models, Shell, make_adapter, make_models, picture
@@ -320,7 +320,7 @@ def test_edges_are_found_or_given(shell, adapters, tmp_path):
     from codi.tasks.canny import edges
 
     shape = np.zeros((24, 24, 3), np.uint8)
-    shape[6:18, 6:18] = 200
+    shape[6:18, 6:18] = 60  # a gradient of 240
     Image.fromarray(shape).save(tmp_path / "photo.png")
     found = edges(read_image(tmp_path / "photo.png").rgb[None], 100, 200)[0, 0].numpy()
     Image.fromarray((found * 255).astype(np.uint8)).save(tmp_path / "edges.png")

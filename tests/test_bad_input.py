@@ -20,7 +20,7 @@ from codi.apps import models as embedded
 from codi.data.samples import CorruptSample
 from codi.data.sources import open_source
 from codi.training.checkpoint import complete
-from shell import Models, Shell, make_models, picture
+from shell import Models, Shell, make_adapter, make_models, picture
 from tiny import tiny_checkpoint
 
 
@@ -107,7 +107,7 @@ def test_an_existing_output_is_kept_unless_told_otherwise(shell, tiny, tmp_path)
     assert Image.open(out).size == (28, 20)
 
 
-def test_an_output_that_cannot_be_written(shell, tiny, tmp_path):
+def test_an_output_that_cannot_be_written(shell, tiny, adapters, tmp_path):
     source = picture(tmp_path / "in.png")
     for target, words in (
         (source / "out.png", "is a file, not a folder"),
@@ -118,7 +118,9 @@ def test_an_output_that_cannot_be_written(shell, tiny, tmp_path):
     shell("data", "render", 2, "-o", source / "scenes").failed(1, str(source / "scenes"))
     out = ("--out", source / "figures.json")
     shell("evaluate", "--task", "upscale", "--data", "scenes:held-out:2", *out).failed(1, "is a file, not a folder")
-    shell("demo", "--out", source / "demo", "--model", tiny.model, "--device", "cpu").failed(1, str(source))
+    shelf = adapters["depth"].adapter.parent
+    ran = shell("demo", "--out", source / "demo", "--model", tiny.model, "--adapters", shelf, "--device", "cpu")
+    ran.failed(1, str(source))
     assert files(tmp_path) == ["in.png"]
 
 
@@ -186,6 +188,92 @@ def test_an_adapter_that_does_not_fit(shell, tiny, tmp_path):
     assert not out.exists()
 
 
+# --- the tasks beside upscaling --------------------------------------------------------------------------------------
+
+TASKS = {
+    "inpaint": ("IN", "--mask", "MASK"),
+    "depth": ("IN", "--near", "bright"),
+    "canny": ("IN",),
+    "edit": ("IN", "--instruction", "blue"),
+    "generate": ("--prompt", "ball"),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory) -> dict[str, Models]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {task: Models(tiny.model, make_adapter(root / task, task)) for task in TASKS}
+
+
+@pytest.fixture
+def command(adapters, tmp_path):
+    """The words of a task's command, with the files that it reads."""
+    files = {"IN": picture(tmp_path / "in.png", 12, 8, mode="L"), "MASK": picture(tmp_path / "mask.png", 12, 8, "L")}
+
+    def words(task: str, *more: object, **other: Path) -> tuple[object, ...]:
+        found = [{**files, **other}.get(word, word) for word in TASKS[task]]
+        return (task, *found, "-o", tmp_path / "out.png", *adapters[task].options, "--steps", 1, *more)
+
+    return words
+
+
+@pytest.mark.parametrize("task", ["inpaint", "depth", "canny", "edit"])
+def test_files_that_are_no_pictures(shell, command, tmp_path, task):
+    before = files(tmp_path)
+    for name in ("IN", "MASK") if task == "inpaint" else ("IN",):
+        for content, words in ((None, "no such file"), (b"", "empty (0 bytes)"), (b"%PDF-1.7", "is not an image")):
+            bad = tmp_path / "bad.png"
+            if content is not None:
+                bad.write_bytes(content)
+            shell(*command(task, **{name: bad})).failed(1, str(bad), words)
+            bad.unlink(missing_ok=True)
+        shell(*command(task, **{name: tmp_path})).failed(1, "is a folder")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_targets_and_adapters_of_every_task(shell, adapters, command, tmp_path, task):
+    out = tmp_path / "out.png"
+    other = adapters["canny" if task == "edit" else "edit"]
+    ran = shell(*command(task, "--adapter", other.adapter))
+    ran.failed(1, str(other.adapter), f"does {other.adapter.name!r}, not {task!r}")
+    shell(*command(task, "--adapter", tmp_path / "gone")).failed(1, "gone", "no adapter there")
+    if task != "generate":
+        shell(*command(task, "-o", tmp_path / "in.png", "--overwrite")).failed(1, "is an input")
+    shell(*command(task, "-o", tmp_path / "out.gif")).failed(1, "cannot write .gif")
+    out.write_bytes(b"mine")
+    shell(*command(task)).failed(1, str(out), "exists already", "--overwrite")
+    assert out.read_bytes() == b"mine"
+    ran = shell(*command(task, "--overwrite"))
+    assert (ran.code, ran.err) == (0, "") and Image.open(out).size == ((32, 32) if task == "generate" else (12, 8))
+
+
+def test_masks_that_do_not_fit(shell, command, tmp_path):
+    mask = picture(tmp_path / "small.png", 8, 12)
+    shell(*command("inpaint", MASK=mask)).failed(1, str(mask), "8 x 12 px", "has 12 x 8", "of the picture's size")
+    shell(*command("inpaint", "-o", tmp_path / "mask.png", "--overwrite")).failed(1, "is an input")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_what_an_adapter_does_not_do(shell, command, tmp_path):
+    shell(*command("edit", "--image-guidance", 1.5)).failed(1, "image_guidance_scale 1.5", "leave it out")
+    shell(*command("generate", "--size", "30x32")).failed(2, "--size 30x32", "multiples of 4 px", "use 32x32")
+    shell(*command("canny", "--low", 250)).failed(2, "low=250", "above high=200")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_depth_files_that_hold_none(shell, command, tmp_path):
+    flat, text = tmp_path / "flat.npy", tmp_path / "text.npy"
+    np.save(flat, np.zeros((8, 12)))
+    text.write_bytes(b"not numpy")
+    shell(*command("depth", "--near", "dark", IN=flat)).failed(1, str(flat), "no depth")
+    shell(*command("depth", IN=text)).failed(1, str(text))
+    shell(*command("depth", IN=picture(tmp_path / "photo.png"))).failed(1, "photo.png")
+    missing = command("depth", "--near", "guess", "--from-image", tmp_path / "no-model")
+    shell(*missing).failed(1, "no-model", "no depth estimator")
+    assert not (tmp_path / "out.png").exists()
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +288,24 @@ def test_an_adapter_that_does_not_fit(shell, tiny, tmp_path):
         ("upscale in.png -o out.png --steps four", ["--steps", "integer"]),
         ("upscale in.png -o out.png --colour wavlet", ["--colour", "wavelet"]),
         ("upscale in.png -o out.png --device tpu", ["--device", "cuda"]),
+        ("upscale in.png -o out.png --strength -1", ["--strength"]),
+        ("inpaint in.png -o out.png --prompt ball", ["--mask"]),
+        ("inpaint --mask m.png -o out.png", ["IMAGE"]),
+        ("inpaint in.png --maks m.png -o out.png", ["--maks", "--mask"]),
+        ("depth -o out.png", ["DEPTHMAP"]),
+        ("depth in.png -o out.png --near far", ["--near", "bright"]),
+        ("depth in.png -o out.png --near dark --from-image a/b", ["--near dark", "--from-image"]),
+        ("canny in.png -o out.png --low 300", ["--low", "255"]),
+        ("canny in.png -o out.png --high x", ["--high", "number"]),
+        ("canny in.png -o out.png --edges --low 3", ["--edges", "--low"]),
+        ("edit in.png -o out.png", ["--instruction"]),
+        ("edit in.png -o out.png --instruction blue --image-guidance -1", ["--image-guidance"]),
+        ("generate --prompt ball", ["--out"]),
+        ("generate -o out.png --size 32", ["--size 32", "512x384"]),
+        ("generate -o out.png --size 0x32", ["--size 0x32"]),
+        ("generate -o out.png --guidance -1", ["--guidance"]),
+        ("generate -o out.png --count 0", ["--count"]),
+        ("generate in.png -o out.png", ["in.png"]),
         ("evaluate", ["--task"]),
         ("evaluate --task upscle", ["upscle", "did you mean 'upscale'"]),
         ("evaluate --task upscale --steps 1,2,x", ["--steps 1,2,x"]),

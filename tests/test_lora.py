@@ -106,7 +106,7 @@ def test_round_trip_by_us_and_by_stock_diffusers(half, tmp_path):
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     assert {id(p) for p in UNET.parameters()} <= {id(p) for p in loaded.parameters()}
     stock = tiny_unet()  # a U-Net of its own, with no code of ours
-    stock.load_lora_adapter(tmp_path, adapter_name="stock", prefix=None, weight_name=FILE)
+    stock.load_lora_adapter(tmp_path, adapter_name="stock", prefix=None, weight_name=FILE)  # type: ignore[arg-type]
     for found in (predicted(loaded), predicted(stock)):
         if half:
             torch.testing.assert_close(found, predicted(adapted), rtol=0, atol=2e-3)

@@ -1,6 +1,8 @@
 """CoDi's loss and plain diffusion training: closed forms in float64, then real (tiny) networks."""
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from codi.models.adapter import FORMS
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
-from codi.objectives.batch import LatentBatch, mean_square
+from codi.objectives.batch import Guidance, LatentBatch, mean_square
 from codi.objectives.codi import boundary_scaling, codi
 from codi.objectives.distances import features, latent, perceptual, pixel
 from codi.objectives.finetune import finetune
@@ -189,7 +191,7 @@ def test_the_paper_s_choices_are_the_defaults():
     default = codi(*trio()[:2], float64_batch(), LEVELS, seeded(3))
     spelled_out = codi(
         *trio()[:2], float64_batch(), LEVELS, seeded(3), dt=1, shared_t=True, consistency="noise", ode="own",
-        d_x=latent, consistency_weight=1.0, signal_weight=1.0,
+        d_x=latent, consistency_weight=1.0, signal_weight=1.0, signal_weighting="signal",
     )  # fmt: skip
     assert default.keys() == {"consistency", "signal"}
     assert all(torch.equal(default[name], spelled_out[name]) for name in default)
@@ -246,7 +248,9 @@ def test_weights_scale_their_terms_and_0_leaves_them_out():
     assert torch.equal(only_consistency["consistency"], plain["consistency"])
 
 
-@pytest.mark.parametrize("wrong", [{"consistency": "both"}, {"ode": "theirs"}, {"ode": "teacher"}])
+@pytest.mark.parametrize(
+    "wrong", [{"consistency": "both"}, {"signal_weighting": "both"}, {"ode": "theirs"}, {"ode": "teacher"}]
+)
 def test_unknown_choices_are_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         codi(*trio()[:2], float64_batch(), LEVELS, seeded(), **wrong)
@@ -356,6 +360,28 @@ def test_finetune_by_hand(prediction):
     truth = {"epsilon": eps, "v_prediction": alpha * eps - sigma * batch.x, "sample": batch.x}[prediction]
     torch.testing.assert_close(loss["diffusion"], (0.3 * z + 0.1 - truth).square().mean(), rtol=1e-12, atol=0)
     assert torch.equal(student.timesteps[0], t - 1)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_codi_s_data_term_by_velocity_is_the_loss_of_a_velocity_network(guided):
+    """|x_t - x|^2 / sigma_t^2 = |v_t - v|^2, so that both give every noise level the same weight."""
+    for t in (torch.tensor([1, 500, 1000]), torch.tensor([300])):
+        student, target, _ = trio()
+        batch = float64_batch()
+        if guided:  # by a network that takes any conditioning
+            batch = replace(batch, guidance=Guidance(torch.tensor([[2.0], [3.0], [1.0]]), [0.0, 1.0]))
+            target = network_of_numbers
+        fine = finetune(student, target, batch, LEVELS, seeded(6), t=t)["diffusion"]
+        options: dict[str, Any] = {"t": t, "consistency_weight": 0}
+        signal = codi(student, target, batch, LEVELS, seeded(6), signal_weighting="velocity", **options)["signal"]
+        torch.testing.assert_close(signal, fine, rtol=1e-9, atol=0)
+        if len(t) == 1:
+            plain = codi(student, target, batch, LEVELS, seeded(6), **options)["signal"]
+            torch.testing.assert_close(plain, fine * LEVELS.sigmas[t].square().squeeze(), rtol=1e-9, atol=0)
+
+
+def network_of_numbers(z: Tensor, timestep: Tensor, conditioning: float) -> Tensor:
+    return 0.2 * z + conditioning
 
 
 @pytest.mark.parametrize("shared", [False, True])

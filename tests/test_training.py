@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from safetensors.torch import load_file
 from codi.errors import UserError
 from codi.models.adapter_files import load_adapter
 from codi.models.backbone import load_backbone
+from codi.models.lora import lora_names
+from codi.models.student import Conditioning, Student
+from codi.tasks import TASKS, get_task
 from codi.training import checkpoint
 from codi.training import recipe as recipes
-from codi.training.distill import DistillRecipe, distill
+from codi.training.distill import DistillRecipe, distill, recipe_task
 from codi.training.trainer import RunSettings, learning_rate_factor
 from tiny import tiny_checkpoint
 
@@ -52,7 +56,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch):
+# A shared backbone with low-rank updates, and guidance by the prompt.
+SHARED = {"train_backbone": False, "lora_rank": 2, "guidance": {"text": [1, 4]}, "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize("changes", [{}, SHARED], ids=["full", "shared"])
+def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch, changes):
+    tiny_run = replace(tiny_run, **changes)
     whole = distill(replace(tiny_run, out=str(tmp_path / "whole")), quiet=True)
 
     from codi.training.distill import DistillJob
@@ -75,6 +85,8 @@ def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch):
     resumed = distill(broken, quiet=True)
     assert same(weights(whole), weights(resumed))
     assert not same(weights(whole), {k: torch.zeros_like(v) for k, v in weights(whole).items()})
+    for file in whole.glob("*.safetensors"):
+        assert file.read_bytes() == (resumed / file.name).read_bytes()
 
 
 def test_kill_in_the_middle_of_a_checkpoint_loses_nothing(tiny_run, tmp_path):
@@ -113,7 +125,7 @@ def test_accumulation_equals_one_large_batch_of_the_plain_loss(tiny_run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"adapter": "controlnet"}]
+    "changes", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"adapter": "controlnet"}, {"shift": 3.0}]
 )
 def test_options_train(tiny_run, tmp_path, changes):
     out = distill(replace(tiny_run, out=str(tmp_path / "run"), images=4, **changes), quiet=True)
@@ -121,7 +133,9 @@ def test_options_train(tiny_run, tmp_path, changes):
     assert (out / "log.jsonl").read_text().count("\n") >= 1 and list((out / "tensorboard").iterdir())
 
 
-def test_gradient_checkpointing_changes_no_weight(tiny_run, tmp_path):
+@pytest.mark.parametrize("changes", [{}, SHARED], ids=["full", "shared"])
+def test_gradient_checkpointing_changes_no_weight(tiny_run, tmp_path, changes):
+    tiny_run = replace(tiny_run, **changes)
     plain = distill(replace(tiny_run, out=str(tmp_path / "plain"), images=4), quiet=True)
     saving = distill(replace(tiny_run, out=str(tmp_path / "saving"), images=4, gradient_checkpointing=True), quiet=True)
     for (name, a), b in zip(weights(plain).items(), weights(saving).values(), strict=True):
@@ -136,6 +150,13 @@ def test_pe_leaves_the_backbone_alone_and_full_does_not(tiny_run, tmp_path):
     before = backbone.unet.state_dict()
     _, unet = load_adapter(pe, "upscale", backbone.family, backbone.unet)
     assert unet is backbone.unet
+    shared = distill(replace(tiny_run, out=str(tmp_path / "shared"), **SHARED), quiet=True)
+    assert not (shared / "unet").exists()
+    _, unet = load_adapter(shared, "upscale", backbone.family, backbone.unet)
+    theirs = {id(p) for p in backbone.unet.parameters()}
+    mine = {name: p for name, p in unet.named_parameters() if id(p) not in theirs}
+    assert len(mine) == len(list(unet.parameters())) - len(theirs) and all("lora_" in name for name in mine)
+    assert lora_names(unet) == ["upscale"] and all(bool(p.any()) for p in mine.values())
     _, unet = load_adapter(full, "upscale", backbone.family, backbone.unet)
     assert any(not torch.equal(before[k], v) for k, v in unet.state_dict().items())
 
@@ -146,6 +167,101 @@ def test_the_finished_adapter_says_what_it_is(tiny_run, tmp_path):
     assert info["task"] == "upscale" and info["family"] == load_backbone(tiny_run.model).family
     assert info["images"] == 4 and set(info["metrics"]) == {"obedience_1", "obedience_2", "obedience_4"}
     assert (out / "checkpoints").is_dir() and list((out / "previews").glob("*.png"))
+    told = {"full": True, "guidance": {}, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "shift": 1.0}
+    assert {key: info[key] for key in told} == told
+
+
+OF_TASKS: dict[str, dict[str, Any]] = {
+    "upscale": {"task_options": {"scale": 4}},
+    "inpaint": {"guidance": {"text": [1, 4]}, "guidance_scale": 3.0, "shift": 3.0},
+    "depth": {},
+    "canny": {"adapter": "controlnet"},
+    "edit": {"guidance": {"text": [1, 4], "image": [1, 2]}, "guidance_scale": 2.0, "image_guidance_scale": 1.5},
+    "generate": {"adapter": "lora", "guidance": {"text": [1, 4]}, "guidance_share": 1.0},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_distils(tiny_run, tmp_path, task):
+    """Two updates on rendered scenes, by the shared backbone's form; the adapter that comes out loads and counts."""
+    run = replace(
+        tiny_run, out=str(tmp_path / task), task=task, data="scenes:train:8", held_out="scenes:held-out:2", images=4,
+        degradation=None, train_backbone=False, lora_rank=2, half=True, **OF_TASKS[task],
+    )  # fmt: skip
+    out, backbone = distill(run, quiet=True), load_backbone(tiny_run.model)
+    adapter, unet = load_adapter(out, task, backbone.family, backbone.unet)
+    info = json.loads((out / "config.json").read_text())["info"]
+    assert info["task"] == task and get_task(task, **info["task_options"]) == recipe_task(run)
+    for key in ("guidance", "guidance_scale", "image_guidance_scale", "shift"):
+        assert info[key] == getattr(run, key)
+    assert lora_names(unet) == [task] and lora_names(backbone.unet) == []
+    assert all(v.dtype == torch.float16 for v in weights(out).values() if v.is_floating_point())
+    assert adapter.config["condition_channels"] == get_task(task).condition_channels
+    condition = adapter.read(torch.rand(1, get_task(task).condition_channels, 32, 32), backbone.vae)
+    student, z, t = Student(unet, adapter), torch.ones(1, 4, 8, 8), torch.tensor([500])
+    conditioning = Conditioning(torch.ones(1, 5, 8), condition)
+    with torch.no_grad():
+        assert not torch.equal(student(z, t, conditioning), backbone.unet(z, t, conditioning.text).sample)
+    assert list((out / "previews").glob("*.png"))
+
+
+def test_drawn_guidance(tiny_run, tmp_path, monkeypatch):
+    """Scales lie in their ranges, 1 for a sample without prompt; the share of updates with guidance is as told."""
+    from codi.training.distill import DistillJob
+
+    draw, drawn = DistillJob.guidance, []
+
+    def recorded(self, conditioning, dropped, generator):
+        drawn.append((conditioning, dropped, draw(self, conditioning, dropped, generator)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(DistillJob, "guidance", recorded)
+    both = {"guidance": {"text": [2, 4], "image": [1.5, 2]}, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    run = replace(tiny_run, **{**SHARED, **both}, preview_every=1000)
+    distill(replace(run, out=str(tmp_path / "all"), guidance_share=1.0), quiet=True)
+    assert len(drawn) == 4 and any(bool(dropped.any()) for _, dropped, _ in drawn)
+    for conditioning, dropped, guidance in drawn:
+        full, image_alone, nothing = guidance.ladder
+        assert full is conditioning and image_alone.condition is full.condition and nothing.condition is None
+        assert torch.equal(image_alone.text, nothing.text) and full.guidance is None
+        assert torch.equal(full.text[dropped], nothing.text[dropped])
+        text, image = guidance.scales.unbind(1)
+        assert (text[dropped] == 1).all() and ((text[~dropped] >= 2) & (text[~dropped] <= 4)).all()
+        assert ((image >= 1.5) & (image <= 2)).all()
+    drawn.clear()
+    distill(replace(run, out=str(tmp_path / "none"), guidance_share=0.0), quiet=True)
+    assert len(drawn) == 4 and all(guidance is None for *_, guidance in drawn)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({**SHARED, "lora_rank": 0}, "lora_rank 0: .*with low-rank updates"),
+        ({**SHARED, "guidance": {"text": [1, 4], "image": [1, 2]}}, "2 scales for an adapter that takes 1"),
+        ({**SHARED, "adapter": "controlnet"}, "not a controlnet adapter"),
+        ({**SHARED, "task": "canny", "degradation": None}, "'upscale', not 'canny'"),
+    ],
+)
+def test_a_start_of_another_kind_is_refused(tiny_run, shared_adapter, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        distill(replace(tiny_run, out=str(tmp_path / "run"), start=str(shared_adapter), **changes), quiet=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def shared_adapter(tiny_run, tmp_path_factory) -> Path:
+    """A finished run of SHARED."""
+    out = tmp_path_factory.mktemp("shared") / "adapter"
+    return distill(replace(tiny_run, out=str(out), images=4, **SHARED), quiet=True)
+
+
+def test_going_on_from_a_shared_adapter(tiny_run, shared_adapter, tmp_path):
+    """A start's low-rank updates are what training goes on from, and without a word on guidance it keeps its own."""
+    run = replace(tiny_run, out=str(tmp_path / "run"), start=str(shared_adapter), images=2, learning_rate=0.0)
+    out = distill(replace(run, **SHARED), quiet=True)
+    assert same(weights(out), weights(shared_adapter))
+    moved = distill(replace(run, **SHARED, out=str(tmp_path / "moved"), learning_rate=1e-2), quiet=True)
+    assert not same(weights(moved), weights(shared_adapter))
 
 
 def test_non_finite_loss_stops_with_the_last_good_checkpoint(tiny_run, tmp_path, monkeypatch):
@@ -226,8 +342,23 @@ def test_every_shipped_recipe_builds(name):
         ({"batch_size": 0}, "at least 1"),
         ({"precision": "fp8"}, "use one of"),
         ({"size": 30}, "multiple"),
+        ({"lora_rank": 4}, "lora_rank 4: .*train_backbone: false"),
+        ({"lora_rank": -1, "train_backbone": False}, "rank from 1 up"),
+        ({"guidance": {"txt": [1, 4]}}, "unknown scale 'txt': known are text, image"),
+        ({"guidance": {"image": [1, 2]}}, "image alone"),
+        *[
+            ({"guidance": {"text": span}}, r"guidance: text .*\[least, most\]")
+            for span in ([4, 1], [0, 2], [2], 3, "ab")
+        ],
+        ({"guidance": {"text": [1, 4]}, "guidance_scale": 5.0}, "guidance_scale 5: not within .* 1 to 4"),
+        ({"image_guidance_scale": 1.5}, "image_guidance_scale 1.5: not within"),
+        ({"guidance_share": 1.5}, "guidance_share 1.5: must lie in"),
+        *[({"shift": shift}, "shift .*: must be above 0") for shift in (0.0, -1.0)],
+        ({"objective_options": {"signal_weighting": "velo"}}, "use one of signal, velocity"),
+        ({"objective_options": {"signal_weighting": "velocity", "d_x": "pixel"}}, "use it with d_x: latent"),
     ],
 )
 def test_values_no_run_can_have(tiny_run, tmp_path, changes, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         distill(replace(tiny_run, out=str(tmp_path / "run"), **changes), quiet=True)
+    assert "\n" not in str(error.value)

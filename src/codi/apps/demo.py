@@ -86,6 +86,7 @@ def tour(
     Returns what timings.json holds. Raises UserError where no task can be shown, the folder cannot be written or the
     training fails.
     """
+    from ..data.writing import check_writable
     from ..evaluation.evaluate import describe_machine
     from ..evaluation.report import write_json
     from . import gallery, page
@@ -93,6 +94,7 @@ def tour(
     from .show import ABOUT, FEW, Show
 
     began = time.perf_counter()
+    check_writable(out / "gallery.png", overwrite=True)
     with working("loading adapters"):
         show = Show(pipe, out, seed, model, adapters, finetuned)
         count = count or show.fitting()

@@ -110,12 +110,17 @@ def photographs(titles: Mapping[str, str], side: int, scale: int) -> list[Sample
 
 
 def subject(task: Task, name: str, samples: Sequence[Sample], seed: int) -> Subject:
-    """The samples as the adapter `name` of `task` meets them. Masks to inpaint go through all kinds in turn."""
+    """The samples as the adapter `name` of `task` meets them. Masks to inpaint go through all kinds in turn, and
+    are drawn again where they cover everything or nothing."""
     given = []
     for number, sample in enumerate(samples):
         kind = {"masks": (KINDS[number % len(KINDS)],)} if task.takes_mask else {}
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
-        given.append(replace(task, **kind).given(collate([sample]), generator))  # type: ignore[type-var]
+        for _ in range(8):
+            one = replace(task, **kind).given(collate([sample]), generator)  # type: ignore[type-var]
+            if not task.takes_mask or 0 < float(one[:, 3:].mean()) < 1:  # some masks cover everything or nothing
+                break
+        given.append(one)
     brought = (torch.cat(given) * 255).round() / 255
     batch = collate(list(samples))
     shown: dict[str, Tensor] = {}

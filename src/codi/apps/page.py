@@ -15,14 +15,14 @@ from ..errors import UserError
 
 LAYOUT = Path(__file__).with_name("page.html")
 FIGURES = {  # key of a figure -> its heading, decimals
-    "psnr": ("PSNR dB ↑", 2),
-    "input_psnr": ("PSNR to the input, dB ↑", 1),
-    "jumps_shown": ("depth jumps shown ↑", 2),
-    "edge_f1": ("edge F1 ↑", 2),
-    "psnr_inside": ("PSNR inside the change, dB ↑", 1),
-    "psnr_outside": ("PSNR outside it, dB ↑", 1),
-    "distance": ("ENLite0 distance ↓", 3),
-    "ms": ("ms a picture ↓", 0),
+    "psnr": ("PSNR dB ↑", 2),
+    "input_psnr": ("PSNR to the input, dB ↑", 1),
+    "jumps_shown": ("depth jumps shown ↑", 2),
+    "edge_f1": ("edge F1 ↑", 2),
+    "psnr_inside": ("PSNR inside the change, dB ↑", 1),
+    "psnr_outside": ("PSNR outside it, dB ↑", 1),
+    "distance": ("ENLite0 distance ↓", 3),
+    "ms": ("ms a picture ↓", 0),
 }
 COLOURS = ("#2f6fde", "#d9762b", "#3a9a5b", "#9a4fc4")
 

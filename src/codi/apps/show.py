@@ -59,21 +59,23 @@ class Show:
             source = (folder or shipped) / task
             try:
                 if not (source / "config.json").is_file():
-                    raise UserError(f"no adapter of this task is here: train one with `codi distill {task} --out "
-                                    f"ADAPTERS/{task}` and show it with `codi demo --adapters ADAPTERS`")  # fmt: skip
+                    raise UserError(f"no adapter of this task is here: `codi distill {task} --out "
+                                    f"ADAPTERS/{task}` trains one for `codi demo --adapters ADAPTERS`")  # fmt: skip
                 pipe.load_adapter(source, as_=task, task=task)
-                for many in ((finetuned or shipped) / f"{task}-finetuned", *([finetuned / task] if finetuned else [])):
-                    if (many / "config.json").is_file() and f"{task}-finetuned" not in pipe.adapters:
-                        pipe.load_adapter(many, as_=f"{task}-finetuned", task=task)
             except UserError as error:
                 self.skipped[task] = str(error)
                 continue
-            info = self._info(task)
+            told = self._info(task)
+            keys = ("full", "steps", "guidance", "guidance_scale", "images")
             size = sum(p.stat().st_size for p in source.glob("**/*.safetensors") if "checkpoints" not in p.parts)
-            self.adapters[task] = {
-                key: info.get(key) for key in ("full", "steps", "guidance", "guidance_scale", "images")
-            }
-            self.adapters[task]["bytes"] = size
+            self.adapters[task] = {**{key: told.get(key) for key in keys}, "bytes": size}
+            many = (finetuned or shipped) / f"{task}-finetuned"
+            try:
+                if (many / "config.json").is_file():
+                    pipe.load_adapter(many, as_=f"{task}-finetuned", task=task)
+            except UserError as error:
+                if finetuned:  # the embedded ones fit the embedded backbone alone
+                    self.skipped[f"{task}-finetuned"] = str(error)
         if not self.adapters:
             raise UserError(f"{folder or 'the embedded adapters'}: {next(iter(self.skipped.values()))}")
 

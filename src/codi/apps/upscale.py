@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import UserError
-from . import pictures
 from .common import BadUsage, Prompt, working
-from .pictures import Item, Job, Order, deliver, make, open_pipeline, plan, shared, variants
+from .pictures import Item, Job, Order, Settings, deliver, open_pipeline, plan, shared, variants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +21,6 @@ EXAMPLE = "Example: codi upscale photos/ holiday.jpg -o larger/ --steps 4"
 TOGETHER = 256 * 256  # input pixels up to which pictures of one size share a batch
 
 
-@dataclass(frozen=True)
-class Settings(pictures.Settings):
-    """What the options of `codi upscale` say about the pictures. `scale` None: the adapter's own."""
-
-    prompt: str = ""
-    scale: float | None = None
-    tile: int | None = None
-    colour: str = "wavelet"
-
-
 @shared
 def upscale(
     inputs: Annotated[
@@ -41,7 +29,7 @@ def upscale(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A file for one picture, a folder for several.", show_default=False)
     ],
-    settings: pictures.Settings,
+    settings: Settings,
     scale: Annotated[
         float | None, typer.Option(min=1, help="Enlargement; by default the adapter's (4), its maximum.")
     ] = None,
@@ -58,48 +46,34 @@ def upscale(
         from ..data.images import read_image
 
         jobs = plan(inputs, out, settings.count, settings.overwrite)
-        if len(jobs) == 1:
+        if len(jobs) == 1 and jobs[0].source:
             read_image(jobs[0].source)  # a bad one should not cost the loading of a model
     pipe = open_pipeline("upscale", settings)
-    chosen = Settings(**vars(settings), prompt=prompt, scale=scale, tile=tile, colour=colour)
-    check(pipe, chosen)
-    deliver(pipe, _items(jobs, chosen), _order(pipe, chosen), chosen)
+    check(pipe, scale, tile)
+    enlargement = scale or pipe.task.scale  # type: ignore[union-attr]
+
+    def fit(image: Tensor, item: Item) -> Tensor:
+        height, width = (max(1, round(side * enlargement)) for side in item.given["image"].shape[-2:])
+        return _resized(image, height, width)
+
+    arguments = {"prompt": prompt, "tile": tile, "colour": colour}
+    order = Order("upscale", arguments, {"prompt": prompt, "scale": f"{enlargement:g}"}, fit)
+    deliver(pipe, _items(jobs, settings), order, settings)
 
 
-def check(pipe: CoDiPipeline, settings: Settings) -> None:
+def check(pipe: CoDiPipeline, scale: float | None, tile: int | None) -> None:
     """Raises BadUsage for a scale or tile that this pipeline does not make."""
     from ..models import codec
     from ..sampling.tiles import alignment
 
     most = pipe.task.scale  # type: ignore[union-attr]
-    if settings.scale is not None and settings.scale > most:
-        raise BadUsage(
-            f"--scale {settings.scale:g}: this adapter enlarges {most} times: use at most {most}, or run twice"
-        )
+    if scale is not None and scale > most:
+        raise BadUsage(f"--scale {scale:g}: this adapter enlarges {most} times: use at most {most}, or run twice")
     align = alignment(codec.downscale(pipe.vae), most)
-    if settings.tile and (settings.tile % align or settings.tile < 2 * align):
+    if tile and (tile % align or tile < 2 * align):
         raise BadUsage(
-            f"--tile {settings.tile}: not a multiple of {align} from {2 * align} up: "
-            f"use {max(2, settings.tile // align) * align}"
+            f"--tile {tile}: not a multiple of {align} from {2 * align} up: use {max(2, tile // align) * align}"
         )
-
-
-def run(
-    pipe: CoDiPipeline, jobs: Sequence[Job], settings: Settings, report: Callable[[UserError], None]
-) -> Iterator[dict[str, Any]]:
-    """Upscales and writes; yields a row for each picture written, as pictures.make."""
-    return make(pipe, _items(jobs, settings), _order(pipe, settings), settings, report)
-
-
-def _order(pipe: CoDiPipeline, settings: Settings) -> Order:
-    scale = settings.scale or pipe.task.scale  # type: ignore[union-attr]
-
-    def fit(image: Tensor, item: Item) -> Tensor:
-        height, width = (max(1, round(side * scale)) for side in item.given["image"].shape[-2:])
-        return _resized(image, height, width)
-
-    arguments = {"prompt": settings.prompt, "tile": settings.tile, "colour": settings.colour}
-    return Order("upscale", arguments, {"prompt": settings.prompt, "scale": f"{scale:g}"}, fit)
 
 
 def _items(jobs: Sequence[Job], settings: Settings) -> Iterator[Item | UserError]:

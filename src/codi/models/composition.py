@@ -26,7 +26,8 @@ class AdapterSet(nn.Module):
 
     def __init__(self, adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> None:
         super().__init__()
-        self.adapters = nn.ModuleDict(adapters)  # type: ignore[arg-type]
+        # A list, because a ModuleDict refuses names that modules have attributes for, such as "training".
+        self.members, self.names = nn.ModuleList(adapters.values()), list(adapters)  # type: ignore[arg-type]
         self.weights = {name: float(weights[name]) for name in adapters}
 
     def read(self, condition: dict[str, Tensor], vae: AutoencoderKL) -> dict[str, Tensor]:
@@ -56,12 +57,17 @@ class AdapterSet(nn.Module):
         def through(order: list[str]) -> list[Tensor]:
             fused = features
             for name in order:
-                fused = self.adapters[name].fuse(fused, prepared[name], strength * self.weights[name], **at)  # type: ignore[operator]
+                fused = self.adapters[name].fuse(fused, prepared[name], strength * self.weights[name], **at)
             return fused
 
         if len(names) < 2:
             return through(names)
         return [(a + b) / 2 for a, b in zip(through(names), through(names[::-1]), strict=True)]
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """The adapters by name."""
+        return dict(zip(self.names, self.members, strict=True))
 
     def _items(self) -> list[tuple[str, Any]]:
         return list(self.adapters.items())

@@ -48,7 +48,7 @@ def load_lora(unet: UNet2DConditionModel, folders: dict[str, Path]) -> UNet2DCon
                 adapted.load_lora_adapter(
                     folder,
                     adapter_name=name,
-                    prefix=None,
+                    prefix=None,  # type: ignore[arg-type]
                     weight_name=FILE,
                     use_safetensors=True,
                     local_files_only=True,

@@ -26,4 +26,8 @@ def finetune(
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z = schedule.mix(x, eps, t)
     output = student(z, schedule.timestep(t).to(z.device), batch.conditioning)
-    return {"diffusion": mean_square(output, schedule.output(guided_signal(batch, target, z, t, schedule), eps, t))}
+    signal = guided_signal(batch, target, z, t, schedule)
+    if batch.guidance is not None:  # guidance moves both predictions: the noise is the one that goes with this signal
+        alpha, sigma = schedule.alpha_sigma(t, z)
+        eps = (z - alpha * signal) / sigma
+    return {"diffusion": mean_square(output, schedule.output(signal, eps, t))}

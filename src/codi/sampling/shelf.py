@@ -111,11 +111,12 @@ class Shelf:
     def follow(self) -> None:
         """Moves everything to where the backbone went."""
         for shelved in self.loaded.values():
-            self._place(shelved.adapter), self._place(shelved.unet)
+            self._place(shelved.adapter)
+            self._place(shelved.unet)
         for student in self._composed.values():
             self._place(student)
 
-    def _place(self, module: nn.Module) -> nn.Module:
+    def _place(self, module: Any) -> Any:
         """Past diffusers' own `to`, which warns of every cast. Parameters shared with the backbone stay shared."""
         return nn.Module.to(module, device=self.unet.device, dtype=self.unet.dtype)
 

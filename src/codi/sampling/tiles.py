@@ -58,7 +58,7 @@ class Tiles:
 
     def count(self, given: Tensor) -> int:
         """How many cover one picture of `given`."""
-        covered = covered_size(*given.shape[-2:], self.side, self.align)
+        covered = covered_size(given.shape[-2], given.shape[-1], self.side, self.align)
         return math.prod(len(starts(length, self.side, self.overlap, self.align)) for length in covered)
 
     def upscale(

@@ -130,7 +130,8 @@ class DistillRecipe(RunSettings):
         if "image" in self.guidance and "text" not in self.guidance:
             raise UserError("guidance: image alone: give a range for text too, for example text: [1, 1]")
         for name, span in self.guidance.items():
-            if len(span) != 2 or not 0 < float(span[0]) <= float(span[1]):
+            two = isinstance(span, (list, tuple)) and [isinstance(v, (int, float)) for v in span] == [True, True]
+            if not two or not 0 < span[0] <= span[1] < float("inf"):
                 raise UserError(f"guidance: {name} {span}: must be [least, most] above 0: use for example [1, 4]")
         for key, name in (("guidance_scale", "text"), ("image_guidance_scale", "image")):
             value = getattr(self, key)

@@ -119,7 +119,8 @@ class LatentsJob(Job):
             pipe.save_pretrained(folder, safe_serialization=True)
             # float16 on disk, but a stock pipeline without a dtype shall load all parts in float32 alike.
             edit_json(folder / "text_encoder" / "config.json", dtype="float32")
-            edit_json(folder / "vae" / "config.json", _name_or_path=None)
+            for part in ("vae", "unet", "text_encoder"):
+                edit_json(folder / part / "config.json", _name_or_path=None)  # where it lay on this machine
             write_classic_files(folder / "tokenizer")
             (folder / "training.json").write_text(
                 json.dumps({"images": self.images_before + progress.images}, indent=1) + "\n"

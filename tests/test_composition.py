@@ -1,0 +1,194 @@
+"""Two adapters at once on one backbone: weights, order, what each brings, and what cannot be combined."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from codi.errors import UserError
+from codi.models.adapter import FORMS, Adapter
+from codi.models.adapter_files import load_adapter
+from codi.models.composition import compose
+from codi.models.lora import lora_names
+from codi.models.student import Conditioning, Student
+from codi.training.saving import save_adapter
+from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_unet, tiny_vae
+
+UNET, VAE = tiny_unet().requires_grad_(False), tiny_vae()
+WORDS, Z = randn(2, 5, TEXT_WIDTH, seed=7), randn(2, LATENT_CHANNELS, 8, 8)
+LEVELS = torch.tensor([3, 800])
+with torch.no_grad():
+    BACKBONE = UNET(Z, LEVELS, WORDS).sample
+# name: (form, condition channels, guidance scales, low-rank updates)
+KINDS = {
+    "inpaint": ("fused", 4, 1, True),
+    "depth": ("fused", 3, 0, False),
+    "canny": ("controlnet", 3, 0, True),
+    "edit": ("fused", 3, 2, True),
+    "generate": ("lora", 3, 1, True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A trained adapter of each of KINDS."""
+    root = tmp_path_factory.mktemp("adapters")
+    for number, (name, (form, channels, scales, updates)) in enumerate(KINDS.items()):
+        adapter = FORMS[form].from_backbone(UNET, VAE, channels, scales)
+        adapter.register_to_config(info={"task": name})
+        with torch.no_grad():
+            for i, (key, p) in enumerate(adapter.named_parameters()):
+                if key.startswith(("mu.", "guidance.")) or "controlnet_" in key:
+                    p.copy_(0.3 * rand(*p.shape, seed=100 * number + i))
+        unet = tiny_lora(UNET, name, seed=number) if updates else UNET
+        save_adapter(root / name, adapter, unet, full=False, half=False)
+    return {name: root / name for name in KINDS}
+
+
+class Parts:
+    """The adapters called `names`, as files give them, and what each is told."""
+
+    def __init__(self, folders: dict[str, Path], *names: str) -> None:
+        self.folders = {name: folders[name] for name in names}
+        self.loaded = {name: load_adapter(folders[name], name, None, UNET) for name in names}
+        side = 8 * DOWNSCALE
+        with torch.no_grad():
+            self.conditions = {
+                name: adapter.read(rand(2, KINDS[name][1], side, side, seed=len(name)), VAE)
+                for name, (adapter, _) in self.loaded.items()
+            }
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        return {name: adapter for name, (adapter, _) in self.loaded.items()}
+
+    @torch.no_grad()
+    def alone(self, name: str, strength: float = 1.0, guidance: Tensor | None = None) -> Tensor:
+        adapter, unet = self.loaded[name]
+        student = Student(unet, adapter)
+        return student(Z, LEVELS, Conditioning(WORDS, self.conditions[name], guidance=guidance), strength)
+
+    @torch.no_grad()
+    def together(self, *weights: float, guidance: Tensor | None = None, strength: float = 1.0, **changes: Any):
+        student = compose(UNET, self.adapters, self.folders, dict(zip(self.loaded, weights, strict=True)))
+        conditioning = Conditioning(WORDS, self.conditions, guidance=guidance)
+        found = student(Z, LEVELS, conditioning, strength)
+        prepared = student.prepare(conditioning)
+        assert torch.equal(student(Z, LEVELS, prepared, strength), found)
+        return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_adapter_is_that_adapter(name, folders):
+    parts = Parts(folders, name)
+    scales = torch.tensor([[3.0, 1.5], [1.0, 2.0]])[:, : max(KINDS[name][2], 1)]
+    assert not torch.equal(parts.alone(name), BACKBONE)
+    for guidance in (None, scales):
+        for weight in (1.0, 0.4):
+            assert torch.equal(parts.together(weight, guidance=guidance), parts.alone(name, weight, guidance))
+    assert torch.equal(parts.together(1.0, strength=0.4), parts.alone(name, 0.4))
+
+
+PAIRS = [("depth", "inpaint"), ("inpaint", "edit"), ("canny", "inpaint"), ("generate", "depth")]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_weight_0_of_one_leaves_the_other_and_of_both_the_backbone(first, second, folders):
+    parts = Parts(folders, first, second)
+    told = torch.full((2, 1), 3.0)
+    for guidance in (None, told):
+        scales = {name: told if KINDS[name][2] < 2 else torch.tensor([[3.0, 1.0]]).expand(2, 2) for name in KINDS}
+        for name, weights in ((first, (1, 0)), (second, (0, 1))):
+            alone = parts.alone(name, 1.0, None if guidance is None else scales[name])
+            assert torch.equal(parts.together(*weights, guidance=guidance), alone)
+        assert torch.equal(parts.together(0, 0, guidance=guidance), BACKBONE)
+        assert torch.equal(parts.together(1, 1, guidance=guidance, strength=0.0), BACKBONE)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_both_have_a_say_in_any_order_and_by_weight(first, second, folders):
+    parts, reverse = Parts(folders, first, second), Parts(folders, second, first)
+    both = parts.together(1, 1)
+    torch.testing.assert_close(reverse.together(1, 1), both, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reverse.together(0.3, 0.8), parts.together(0.8, 0.3), rtol=0, atol=1e-5)
+    apart = {name: float((both - parts.alone(name)).norm()) for name in (first, second)}
+    assert min(apart.values()) > 0.01
+    nearer = float((parts.together(1, 0.1) - parts.alone(first)).norm())
+    assert 0 < nearer < apart[first]
+
+
+def test_the_low_rank_updates_of_both_are_applied(folders):
+    """Fused features aside: with the conditions' own influence at 0, the backbone carries both updates' sums."""
+    parts = Parts(folders, "generate", "inpaint")
+    with torch.no_grad():
+        for mu in parts.adapters["inpaint"].mu:  # type: ignore[union-attr]
+            mu.zero_()
+    student = compose(UNET, parts.adapters, parts.folders, {"generate": 1.0, "inpaint": 0.5})
+    assert lora_names(student.unet) == ["generate", "inpaint"] and lora_names(UNET) == []
+    assert {id(p) for p in UNET.parameters()} <= {id(p) for p in student.unet.parameters()}
+    merged = tiny_unet()
+    updates = [dict(parts.loaded[name][1].named_parameters()) for name in parts.loaded]
+    with torch.no_grad():
+        for key, p in merged.named_parameters():
+            at = key.removesuffix(".weight")
+            for name, values, weight in zip(parts.loaded, updates, (1.0, 0.5), strict=True):
+                if f"{at}.lora_A.{name}.weight" in values and key.endswith(".weight"):
+                    a, b = (values[f"{at}.lora_{side}.{name}.weight"] for side in "AB")
+                    p.add_(weight * torch.einsum("or...,ri...->oi...", b.flatten(1), a.flatten(1)).view_as(p))
+        expected = merged(Z, LEVELS, WORDS).sample
+    torch.testing.assert_close(parts.together(1.0, 0.5), expected, rtol=0, atol=1e-4)
+    assert (expected - BACKBONE).norm() > 0.1
+
+
+def test_each_takes_the_guidance_columns_that_it_knows(folders):
+    """Text is first, image second: who knows one takes the text's, who knows two takes 1 for what is not said."""
+    inpaint, edit = Parts(folders, "inpaint"), Parts(folders, "edit")
+    two, text = torch.tensor([[3.0, 1.5]]).expand(2, 2), torch.full((2, 1), 3.0)
+    assert torch.equal(inpaint.together(1, guidance=two), inpaint.alone("inpaint", 1, text))
+    assert torch.equal(edit.together(1, guidance=text), edit.alone("edit", 1, torch.tensor([[3.0, 1.0]]).expand(2, 2)))
+    both = Parts(folders, "inpaint", "edit")
+    plain = both.together(1, 1)
+    assert torch.equal(both.together(1, 1, guidance=torch.ones(2, 2)), plain)
+    assert not torch.allclose(both.together(1, 1, guidance=two), plain)
+    assert not torch.allclose(both.together(1, 1, guidance=two), both.together(1, 1, guidance=text))
+    assert Parts(folders, "depth").together(1, guidance=two).equal(Parts(folders, "depth").alone("depth"))
+
+
+def test_the_embedding_of_guidance_is_a_mean_by_weight(folders):
+    parts, told = Parts(folders, "inpaint", "generate"), torch.full((2, 1), 3.0)
+    a, b = (adapter.embed_guidance(told) for adapter in parts.adapters.values())
+    assert a is not None and b is not None
+
+    def embedded(*weights: float) -> Tensor:
+        student = compose(UNET, parts.adapters, parts.folders, dict(zip(parts.loaded, weights, strict=True)))
+        assert student.adapter is not None
+        return student.adapter.embed_guidance(told)
+
+    torch.testing.assert_close(embedded(1, 1), (a + b) / 2)
+    torch.testing.assert_close(embedded(3, 1), 0.75 * a + 0.25 * b)
+    torch.testing.assert_close(embedded(0.2, 0.3), 0.2 * a + 0.3 * b)  # little influence of all, little guidance
+
+
+def test_weights_change_without_composing_again(folders):
+    parts = Parts(folders, "depth", "inpaint")
+    student = compose(UNET, parts.adapters, parts.folders, {"depth": 1.0, "inpaint": 1.0})
+    conditioning = Conditioning(WORDS, parts.conditions)
+    with torch.no_grad():
+        for weights in ((1.0, 0.0), (0.2, 0.9), (0.0, 0.0), (1.0, 1.0)):
+            student.adapter.weights = dict(zip(parts.loaded, weights, strict=True))  # type: ignore[union-attr]
+            assert torch.equal(student(Z, LEVELS, conditioning), parts.together(*weights))
+
+
+def test_a_full_adapter_cannot_be_combined(folders, tmp_path):
+    adapter = FORMS["fused"].from_backbone(UNET, VAE)
+    save_adapter(tmp_path, adapter, tiny_unet(seed=5), full=True, half=False)
+    parts = Parts(folders, "depth")
+    with pytest.raises(UserError, match="^upscale: a full adapter.*train_backbone: false$"):
+        compose(
+            UNET,
+            {**parts.adapters, "upscale": adapter},
+            {**parts.folders, "upscale": tmp_path},
+            {"depth": 1.0, "upscale": 1.0},
+        )
