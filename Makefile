@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
-demo: $(STAMP)  ## upscale real pictures in 1, 2 and 4 steps, train for a minute, write demo/index.html
+demo: $(STAMP)  ## show every task in 1, 2 and 4 steps, train for half a minute, write demo/index.html
 	$(BIN)/codi demo --out demo
 
 test: $(STAMP)  ## the whole test suite

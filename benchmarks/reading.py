@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).with_name("reader.safetensors")
 HEADS = {"colour": 1 + len(COLOURS), "shape": len(SHAPES), "material": len(MATERIALS), "offset": 2, "disparity": 1}
 LEAST_PIXELS = 12  # of 64 x 64
 THRESHOLD = 0.4  # least probability of a centre
-OFFSET_UNIT = 16  # cells of an offset of 1: a sixteenth of the picture's side is 1/4
+OFFSET_UNIT = 16  # offsets are counted in sixteenths of the picture's side
 
 
 @dataclass(frozen=True)
@@ -154,4 +154,5 @@ def save_reader(reader: Reader, path: Path = WEIGHTS, how: dict[str, str] | None
     """Writes the weights in float16, whole or not at all; `how` they were made becomes the file's metadata."""
     partial = path.with_suffix(".partial")
     save_file({name: value.half().contiguous() for name, value in reader.state_dict().items()}, partial, how)
+    partial.chmod(0o644)
     partial.replace(path)

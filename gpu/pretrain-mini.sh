@@ -10,10 +10,10 @@ mkdir -p "$OUT"
 start=()
 if [ -n "${SHARDS:-}" ] && [ ! -d "$RUN/training" ]; then
     "$PYTHON" gpu/shards.py unpack "$SHARDS" runs/start
-    start=(--start runs/start)
+    start=(--start runs/start --decoder-images 0)
 fi
 "$PYTHON" -m codi pretrain mini-128 --out "$RUN" --device "$DEVICE" --minutes "$MINUTES" "${start[@]}" "$@"
-for stage in codec ldm; do
+for stage in codec decoder ldm; do
     if [ -f "$RUN/training/$stage/log.jsonl" ]; then cp "$RUN/training/$stage/log.jsonl" "$OUT/log-$stage.jsonl"; fi
     last=$(ls -1 "$RUN/training/$stage/previews/"*.png 2>/dev/null | tail -n 1 || true)
     if [ -n "$last" ]; then cp "$last" "$OUT/preview-$stage.png"; fi
@@ -23,5 +23,5 @@ if [ -f "$RUN/model_index.json" ]; then
     (cd "$RUN" && tar cf - --exclude=training .) | tar xf - -C runs/pack
     "$PYTHON" gpu/shards.py pack runs/pack "$OUT"
 elif [ -d "$RUN/training/codec" ]; then
-    echo "the codec is not finished: run again on this machine, or with more MINUTES" >&2
+    echo "the codec or its decoder is not finished: run again on this machine, or with more MINUTES" >&2
 fi

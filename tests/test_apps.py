@@ -261,15 +261,11 @@ def test_inpainting_gives_known_pixels_back_exactly(shell, adapters, tmp_path, k
         assert (after[:, 35:, 3] == 255).all()
 
 
-def test_a_mask_of_light_and_opaque_pixels(tmp_path):
-    from codi.apps.inpaint import read_mask
-    from codi.data.images import read_image
-
-    pixels = np.zeros((2, 3, 4), np.uint8)
-    pixels[0] = [[255, 255, 255, 255], [255, 255, 255, 0], [120, 120, 120, 255]]
-    Image.fromarray(pixels).save(tmp_path / "mask.png")
-    mask = read_mask(tmp_path / "mask.png", read_image(tmp_path / "mask.png"))
-    assert mask.tolist() == [[[1, 0, 0], [0, 0, 0]]]
+def test_a_lossy_file_is_a_warning(shell, adapters, tmp_path):
+    source, mask = picture(tmp_path / "in.png", 22, 15), mask_file(tmp_path / "mask.png", 44, 30)  # scaled to fit
+    command = ("inpaint", source, "--mask", mask, *adapters["inpaint"], "--steps", 1)
+    ran = shell(*command, "-o", tmp_path / "out.jpg")
+    assert ran.code == 0 and ran.err.startswith("warning: ") and ran.err.count("\n") == 1 and ".png keeps" in ran.err
 
 
 def test_depth_maps_of_several_kinds_make_the_same_picture(shell, adapters, tmp_path):
@@ -333,6 +329,14 @@ def test_edges_are_found_or_given(shell, adapters, tmp_path):
     )
     a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in "abc")
     assert np.array_equal(a, b) and "low" not in told(tmp_path / "b.png") and (a != c).any()
+    assert "low" in told(tmp_path / "a.png") and "jitter" not in told(tmp_path / "a.png")
+    clear = np.dstack([np.full((24, 24, 3), 255), found * 255]).astype(np.uint8)  # white lines on a clear ground
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    assert shell("canny", tmp_path / "clear.png", "--edges", "-o", tmp_path / "d.png", *options).err == ""
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "d.png"), int), b)
+    Image.new("L", (24, 24), 255).save(tmp_path / "white.png")
+    ran = shell("canny", tmp_path / "white.png", "--edges", "-o", tmp_path / "e.png", *options)
+    assert ran.code == 0 and "mostly white" in ran.err and ran.err.count("\n") == 1
 
 
 def test_guidance_beyond_what_is_distilled_is_a_warning(shell, adapters, tmp_path):
@@ -367,6 +371,8 @@ def test_models_lists_what_is_embedded(shell, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "embedded", lambda: rows)
     assert json.loads(shell("models", "--json").out) == rows
     assert "upscale" in shell("models").out
+    rows[1]["name"] = "[red]:smile:"
+    assert "[red]:smile:" in shell("models").out
 
 
 def test_rendered_scenes_pass_the_check(shell, tmp_path):
@@ -460,6 +466,21 @@ def test_pretrain_reads_its_recipe(shell, tmp_path, monkeypatch):
     assert (settings.ldm_images, settings.out, quiet, minutes) == (500, str(tmp_path), True, 2)
     assert "--ldm-images" in shell("pretrain", "--keys").out
     assert re.search(r"--max-corrupt 0.05\n +Share of unreadable files", shell("distill", "--keys").out)
+
+
+def test_an_adapter_is_measured_with_the_columns_that_it_needs(shell, tiny, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", "inpaint", masks=["objects"])
+    options = ("--model", tiny.model, "--adapter", adapter, "--data", "scenes:held-out:2", "--size", 32)
+    ran = shell("evaluate", "--task", "inpaint", *options, "--steps", 1, "--device", "cpu", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    row = json.loads(ran.out)["rows"][0]
+    assert row["obedience"] == row["measures"]["hole_psnr"] < 40
+
+
+def test_libraries_are_told_to_be_quiet(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    with common.quiet_libraries():
+        assert {os.environ[f"{name}_VERBOSITY"] for name in ("HF_HUB", "DIFFUSERS", "TRANSFORMERS")} == {"error"}
 
 
 def test_step_counts():

@@ -250,13 +250,14 @@ def test_targets_and_adapters_of_every_task(shell, adapters, command, tmp_path, 
 
 def test_masks_that_do_not_fit(shell, command, tmp_path):
     mask = picture(tmp_path / "small.png", 8, 12)
-    shell(*command("inpaint", MASK=mask)).failed(1, str(mask), "8 x 12 px", "has 12 x 8", "of the picture's size")
+    shell(*command("inpaint", MASK=mask)).failed(1, str(mask), "8 x 12 px", "picture of 12 x 8", "mask of its shape")
     shell(*command("inpaint", "-o", tmp_path / "mask.png", "--overwrite")).failed(1, "is an input")
     assert not (tmp_path / "out.png").exists()
 
 
 def test_what_an_adapter_does_not_do(shell, command, tmp_path):
-    shell(*command("edit", "--image-guidance", 1.5)).failed(1, "image_guidance_scale 1.5", "leave it out")
+    shell(*command("edit", "--image-guidance", 1.5)).failed(2, "error: --image-guidance 1.5", "leave it out")
+    shell(*command("edit", "--guidance", "inf")).failed(2, "error: --guidance inf", "from 0 up")
     shell(*command("generate", "--size", "30x32")).failed(2, "--size 30x32", "multiples of 4 px", "use 32x32")
     shell(*command("canny", "--low", 250)).failed(2, "low=250", "above high=200")
     assert not (tmp_path / "out.png").exists()
@@ -305,6 +306,8 @@ def test_depth_files_that_hold_none(shell, command, tmp_path):
         ("generate -o out.png --size 0x32", ["--size 0x32"]),
         ("generate -o out.png --guidance -1", ["--guidance"]),
         ("generate -o out.png --count 0", ["--count"]),
+        ("generate -o out.png --seed 9223372036854775807", ["--seed 922", "at most 922337203685477580"]),
+        ("evaluate --task upscale --seed 9223372036854775807", ["--seed 9223372036854775807", "at most"]),
         ("generate in.png -o out.png", ["in.png"]),
         ("evaluate", ["--task"]),
         ("evaluate --task upscle", ["upscle", "did you mean 'upscale'"]),

@@ -139,6 +139,20 @@ def test_missing_columns_are_a_fault(rendered):
 def test_two_bit_depths_are_a_fault(rendered):
     noise(32, 32).convert("L").save(rendered / "depth" / "000001.png")
     assert "8 and of 16 bits" in check_data(rendered, ("conditioning_image",)).faults()[0]
+    mask = rendered / rows_of(rendered)[1]["mask"]  # but ids are ids
+    Image.fromarray(np.asarray(Image.open(mask)).astype(np.uint8)).save(mask)
+    report = check_data(rendered, ("mask",))
+    assert report.columns["mask"].bits == [8, 16] and report.faults() == []
+    assert next(batches(open_source(rendered, ("mask",)), 6, 32, seed=0)).extras["mask"].shape == (6, 1, 32, 32)
+
+
+def test_the_size_must_fit_the_models_latent_cells(shell, rendered, tmp_path):
+    command = ("data", "check", rendered, "--task", "canny", "--size", 36)
+    assert shell(*command).code == 0
+    (tmp_path / "model" / "vae").mkdir(parents=True)  # the config is enough
+    (tmp_path / "model" / "vae" / "config.json").write_text('{"block_out_channels": [4, 8, 8, 8]}')
+    shell(*command, "--model", tmp_path / "model").failed(1, "size 36 is not a multiple of 8", "use 32")
+    shell(*command, "--model", tmp_path / "gone").failed(1, "gone: no model there")
 
 
 def test_instructions_are_needed_by_whom_they_prompt(rendered):

@@ -51,7 +51,6 @@ class Parts:
     """The adapters called `names`, as files give them, and what each is told."""
 
     def __init__(self, folders: dict[str, Path], *names: str) -> None:
-        self.folders = {name: folders[name] for name in names}
         self.loaded = {name: load_adapter(folders[name], name, None, UNET) for name in names}
         side = 8 * DOWNSCALE
         with torch.no_grad():
@@ -64,6 +63,10 @@ class Parts:
     def adapters(self) -> dict[str, Adapter]:
         return {name: adapter for name, (adapter, _) in self.loaded.items()}
 
+    @property
+    def unets(self) -> dict[str, Any]:
+        return {name: unet for name, (_, unet) in self.loaded.items()}
+
     @torch.no_grad()
     def alone(self, name: str, strength: float = 1.0, guidance: Tensor | None = None) -> Tensor:
         adapter, unet = self.loaded[name]
@@ -72,7 +75,7 @@ class Parts:
 
     @torch.no_grad()
     def together(self, *weights: float, guidance: Tensor | None = None, strength: float = 1.0, **changes: Any):
-        student = compose(UNET, self.adapters, self.folders, dict(zip(self.loaded, weights, strict=True)))
+        student = compose(UNET, self.adapters, self.unets, dict(zip(self.loaded, weights, strict=True)))
         conditioning = Conditioning(WORDS, self.conditions, guidance=guidance)
         found = student(Z, LEVELS, conditioning, strength)
         prepared = student.prepare(conditioning)
@@ -125,8 +128,8 @@ def test_the_low_rank_updates_of_both_are_applied(folders):
     with torch.no_grad():
         for mu in parts.adapters["inpaint"].mu:  # type: ignore[union-attr]
             mu.zero_()
-    student = compose(UNET, parts.adapters, parts.folders, {"generate": 1.0, "inpaint": 0.5})
-    assert lora_names(student.unet) == ["generate", "inpaint"] and lora_names(UNET) == []
+    student = compose(UNET, parts.adapters, parts.unets, {"generate": 1.0, "inpaint": 0.5})
+    assert lora_names(student.unet) == ["set_generate", "set_inpaint"] and lora_names(UNET) == []
     assert {id(p) for p in UNET.parameters()} <= {id(p) for p in student.unet.parameters()}
     merged = tiny_unet()
     updates = [dict(parts.loaded[name][1].named_parameters()) for name in parts.loaded]
@@ -162,7 +165,7 @@ def test_the_embedding_of_guidance_is_a_mean_by_weight(folders):
     assert a is not None and b is not None
 
     def embedded(*weights: float) -> Tensor:
-        student = compose(UNET, parts.adapters, parts.folders, dict(zip(parts.loaded, weights, strict=True)))
+        student = compose(UNET, parts.adapters, parts.unets, dict(zip(parts.loaded, weights, strict=True)))
         assert student.adapter is not None
         return student.adapter.embed_guidance(told)
 
@@ -173,7 +176,7 @@ def test_the_embedding_of_guidance_is_a_mean_by_weight(folders):
 
 def test_weights_change_without_composing_again(folders):
     parts = Parts(folders, "depth", "inpaint")
-    student = compose(UNET, parts.adapters, parts.folders, {"depth": 1.0, "inpaint": 1.0})
+    student = compose(UNET, parts.adapters, parts.unets, {"depth": 1.0, "inpaint": 1.0})
     conditioning = Conditioning(WORDS, parts.conditions)
     with torch.no_grad():
         for weights in ((1.0, 0.0), (0.2, 0.9), (0.0, 0.0), (1.0, 1.0)):
@@ -181,14 +184,12 @@ def test_weights_change_without_composing_again(folders):
             assert torch.equal(student(Z, LEVELS, conditioning), parts.together(*weights))
 
 
-def test_a_full_adapter_cannot_be_combined(folders, tmp_path):
-    adapter = FORMS["fused"].from_backbone(UNET, VAE)
-    save_adapter(tmp_path, adapter, tiny_unet(seed=5), full=True, half=False)
-    parts = Parts(folders, "depth")
+def test_a_full_adapter_cannot_be_combined(folders):
+    adapter, parts = FORMS["fused"].from_backbone(UNET, VAE), Parts(folders, "depth")
     with pytest.raises(UserError, match="^upscale: a full adapter.*train_backbone: false$"):
         compose(
             UNET,
             {**parts.adapters, "upscale": adapter},
-            {**parts.folders, "upscale": tmp_path},
+            {**parts.unets, "upscale": tiny_unet(seed=5)},
             {"depth": 1.0, "upscale": 1.0},
         )

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from codi.data.batches import batches
+from codi.data.check import check_data
 from codi.data.render import COLUMNS, render_folder
 from codi.data.scenes import sample_edit, sample_scene
 from codi.data.sources import CorruptSample, Sample, open_source
@@ -208,6 +209,18 @@ def test_random_crops_keep_columns_aligned(tmp_path):
         assert 0.75 * 0.5 - 0.05 < across < 0.75 + 0.05  # the shorter side is scaled to between 32 and 64
         seen.add(round(across.item(), 3))
     assert len(seen) > 4
+
+
+def test_the_indices_of_a_palette_are_the_ids_of_a_mask(tmp_path):
+    noise(16, 16).save(tmp_path / "a.png")
+    ids = np.kron([[0, 1], [2, 7]], np.ones((8, 8))).astype(np.uint8)
+    mask = Image.fromarray(ids, "L").convert("P")
+    mask.putpalette([0, 0, 0, 90, 90, 90, 90, 90, 90] + [10] * 15)  # 1 and 2 look alike
+    mask.save(tmp_path / "m.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "mask": "m.png"}))
+    found = read(open_source(tmp_path, columns=("mask",)), [0], 16)[0].extras["mask"]
+    assert torch.equal(found[0], torch.from_numpy(ids).float())
+    assert check_data(tmp_path, ("mask",), 16).columns["mask"].most_ids == 3
 
 
 def test_soft_or_hard_masks_stay_between_zero_and_one(tmp_path):

@@ -7,12 +7,22 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codi.models.adapter import FORMS
 from codi.models.adapter_files import load_adapter
-from codi.models.lora import FILE, TARGETS, add_lora, load_lora, lora_names, save_lora, scale_lora, shared_copy
+from codi.models.lora import (
+    FILE,
+    TARGETS,
+    add_lora,
+    join_lora,
+    load_lora,
+    lora_names,
+    save_lora,
+    scale_lora,
+    shared_copy,
+)
 from codi.models.student import Conditioning, Student
 from codi.training.saving import save_adapter
 from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_unet, tiny_vae
@@ -101,7 +111,7 @@ def test_round_trip_by_us_and_by_stock_diffusers(half, tmp_path):
     stored = load_file(tmp_path / FILE)
     assert stored and all(value.dtype == (torch.float16 if half else torch.float32) for value in stored.values())
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    loaded = load_lora(UNET, {"anything": tmp_path})
+    loaded = load_lora(UNET, tmp_path, "anything")
     assert lora_names(loaded) == ["anything"] and not any(p.requires_grad for p in loaded.parameters())
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     assert {id(p) for p in UNET.parameters()} <= {id(p) for p in loaded.parameters()}
@@ -133,15 +143,28 @@ def test_updates_fit_a_fine_tune_of_the_backbone(tmp_path):
     tuned.load_state_dict({k: v + 0.005 * randn(*v.shape, seed=3) for k, v in UNET.state_dict().items()}, assign=True)
     assert torch.equal(predicted(UNET), EXPECTED)
     expected = predicted(tuned)
-    loaded = load_lora(tuned, {"generate": tmp_path})
-    moved, original = predicted(loaded) - expected, predicted(load_lora(UNET, {"generate": tmp_path})) - EXPECTED
+    loaded = load_lora(tuned, tmp_path, "generate")
+    moved, original = predicted(loaded) - expected, predicted(load_lora(UNET, tmp_path, "generate")) - EXPECTED
     assert torch.equal(predicted(loaded, 0.0), expected) and not torch.equal(expected, EXPECTED)
     assert torch.cosine_similarity(moved.flatten(), original.flatten(), dim=0) > 0.8
 
 
-def test_folders_without_updates_add_none(tmp_path):
-    loaded = load_lora(UNET, {"nothing": tmp_path})
-    assert lora_names(loaded) == [] and torch.equal(predicted(loaded), EXPECTED)
+def test_updates_of_several_are_joined_and_backbones_without_any_add_none():
+    joined = join_lora(UNET, {"a": tiny_lora(UNET, "depth"), "nothing": UNET, "b": tiny_lora(UNET, "x", seed=1)})
+    assert lora_names(joined) == ["a", "b"] and lora_names(UNET) == []
+    scale_lora(joined, {"a": 1.0, "b": 0.0})
+    torch.testing.assert_close(predicted(joined), predicted(tiny_lora(UNET, "depth")))
+    assert torch.equal(predicted(join_lora(UNET, {"nothing": UNET})), EXPECTED)
+
+
+def test_half_an_update_is_refused(tmp_path):
+    save_lora(tiny_lora(UNET, "depth"), tmp_path, "depth")
+    weights = load_file(tmp_path / FILE)
+    gone = next(key for key in weights if "lora_B" in key)
+    del weights[gone]
+    save_file(weights, tmp_path / FILE)
+    with pytest.raises(ValueError, match=f"{gone!r} is missing"):
+        load_lora(UNET, tmp_path, "depth")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -134,6 +134,12 @@ def test_eight_bits_are_levels(tmp_path: Path):
         read_depth(save(255 - levels, tmp_path / "d.png"))
 
 
+def test_zeros_of_dark_maps_are_farthest(tmp_path: Path):
+    levels = np.array([[0, 50, 100], [0, 150, 250]], np.uint8)
+    expected = torch.tensor([[0, 1, 0.75], [0, 0.5, 0]])
+    assert torch.allclose(read_depth(save(levels, tmp_path / "d.png"), near="dark")[0], expected)
+
+
 def test_transparent_pixels_are_unknown(tmp_path: Path):
     ramp = np.tile(np.linspace(50, 200, 12).astype(np.uint8)[:, None], (1, 16))
     rgba = np.dstack([ramp, ramp, ramp, HALF])
@@ -174,6 +180,7 @@ def test_what_is_no_depth_map_is_one_clear_line(tmp_path: Path):
         "three.npy": r"shape \(4, 4, 3\): give one number a pixel",
         "text.npy": "cannot be read",
         "words.npy": "array of <U1",
+        "empty.npy": r"shape \(0, 4\): give one number a pixel|cannot be read",
         "objects.npy": "cannot be read",
         "missing.npy": "cannot be read .No such file",
         "missing.png": "no such file",
@@ -181,6 +188,7 @@ def test_what_is_no_depth_map_is_one_clear_line(tmp_path: Path):
     save(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), tmp_path / "colour.png")
     np.save(tmp_path / "three.npy", np.zeros((4, 4, 3)))
     (tmp_path / "text.npy").write_text("0 1 2")
+    np.save(tmp_path / "empty.npy", np.zeros((0, 4)))
     np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
     np.save(tmp_path / "objects.npy", np.array([[None]]), allow_pickle=True)
     for name, words in cases.items():
@@ -222,7 +230,14 @@ def test_depth_is_estimated_by_a_model_in_hub_layout(kind, processor: str, tmp_p
     assert torch.equal(normalise(depth), depth)
 
 
-def test_a_model_that_cannot_be_had_is_one_clear_line(tmp_path: Path):
+def test_a_model_that_cannot_be_had_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="no depth estimator") as error:
         estimate_depth(torch.zeros(3, 8, 8), str(tmp_path))
     assert "\n" not in str(error.value)
+
+    def offline(*_):
+        raise OSError("We couldn't connect to 'https://huggingface.co'.\nCheck your connection or see how to run")
+
+    monkeypatch.setattr("codi.tasks.depth._estimator", offline)
+    with pytest.raises(UserError, match=r"\(We couldn't connect to 'https://huggingface.co'\): give"):
+        estimate_depth(torch.zeros(3, 8, 8), "a/b")

@@ -210,8 +210,8 @@ def test_a_mask_may_cover_everything_or_nothing(value: float, batch: Batch):
     given = task.bring(batch.image, torch.full((1, 1, SIDE, SIDE), value))
     output = torch.rand(batch.image.shape, generator=generator())
     assert torch.equal(task.finish(output, given), output if value else batch.image)
-    known = task.obedience(output, given, batch)["known_psnr"]
-    assert known.isnan().all() if value else known.isfinite().all()
+    hole, known = task.obedience(output, given, batch).values()
+    assert (known if value else hole).isnan().all() and (hole if value else known).isfinite().all()
 
 
 def test_known_pixels_come_back_exactly_and_are_measured_before(batch: Batch):
@@ -224,6 +224,11 @@ def test_known_pixels_come_back_exactly_and_are_measured_before(batch: Batch):
     assert torch.equal(finished[..., :20], batch.image[..., :20].double())
     assert torch.equal(finished[..., 20:40], output[..., 20:40])
     assert task.obedience(output, given, batch)["known_psnr"].tolist() == pytest.approx([20] * 6, abs=0.01)
+    measured = task.obedience(finished, given, batch)
+    assert list(measured) == ["hole_psnr", "known_psnr"]  # the first, the headline, tells results apart
+    assert measured["hole_psnr"].tolist() == pytest.approx([20] * 6, abs=0.01)
+    assert measured["known_psnr"].tolist() == [60] * 6
+    assert task.obedience(batch.image, given, batch)["hole_psnr"].tolist() == [60] * 6
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,9 @@ def test_depth_of_data_in_8_and_16_bits(batch: Batch):
     assert (given.flatten(1).gather(1, nearest[:, None]) == 1).all()
     rgb = Batch(batch.image, batch.text, {"conditioning_image": given.mul(0.5).repeat(1, 3, 1, 1)})
     assert torch.allclose(get_task("depth").given(rgb, generator()), given, atol=1e-6)  # 8 bits: near is bright
-    assert torch.allclose(get_task("depth", near="dark").given(rgb, generator()), normalise(-given), atol=1e-6)
+    dark = get_task("depth", near="dark").given(rgb, generator())
+    assert torch.allclose(dark, normalise((-given).where(given > 0, torch.nan)), atol=1e-6)
+    assert (dark[given == 0] == 0).all()  # in dark maps 0 is no distance
 
 
 def test_softened_maps_are_blurred_seeded_and_still_scaled(batch: Batch):

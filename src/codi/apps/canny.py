@@ -35,11 +35,15 @@ def canny(
         if edges and (low is not None or high is not None):
             raise BadUsage("--edges: finds no edges, so --low and --high say nothing: leave them out")
         job = plan_one(image, out, settings)
-        rgb = read_image(image).rgb
+        picture = read_image(image)
     pipe = open_pipeline("canny", settings)
     given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
     with usage():
         task = get_task("canny", **{**pipe.task.config(), **given})  # type: ignore[union-attr]
-    found = task.bring(rgb.mean(0)[None, None] if edges else rgb[None])[0]
-    notes = {"prompt": prompt, **({} if edges else {k: f"{v:g}" for k, v in task.config().items()})}
+    if edges:
+        found = picture.rgb.mean(0, keepdim=True)
+        found = found if picture.alpha is None else found * picture.alpha  # what is clear shows no line
+    else:
+        found = task.bring(picture.rgb[None])[0]
+    notes = {"prompt": prompt, **({} if edges else {k: f"{task.config()[k]:g}" for k in ("low", "high")})}
     deliver(pipe, variants(job, settings, {"image": found}), Order("canny", {"prompt": prompt}, notes), settings)

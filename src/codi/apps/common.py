@@ -73,6 +73,12 @@ def usage() -> Iterator[None]:
         raise BadUsage(str(error)) from error
 
 
+def check_seed(seed: int, most: int) -> None:
+    """Raises BadUsage for a seed above `most`."""
+    if seed > most:
+        raise BadUsage(f"--seed {seed}: too large: use at most {most}")
+
+
 def say_error(error: object) -> None:
     """The one line of an error, on stderr."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -90,11 +96,12 @@ def watched() -> bool:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps torch, diffusers and transformers from talking past the user; our own warnings become one line each."""
+    """Keeps torch, diffusers, transformers and the hub's client from talking past the user; our own warnings become one
+    line each."""
     if os.environ.get("CODI_DEBUG"):
         yield
         return
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when they are imported
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read when they are imported
         os.environ.setdefault(name, "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

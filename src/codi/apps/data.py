@@ -7,7 +7,7 @@ import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -70,6 +70,7 @@ def check(
         str | None, typer.Option(help="Options of the task, as in a recipe: '{masks: [boxes, objects]}'.")
     ] = None,
     size: Annotated[int, typer.Option(min=8, help="Side of training pictures in pixels.")] = 64,
+    model: Annotated[str, typer.Option(help="What is to be trained on: its latent cells must fit the size.")] = "mini",
     count: Annotated[int | None, typer.Option(min=1, help="Look at the first N only (scenes: 256).")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write what training would begin with (.png).")] = None,
     max_corrupt: Annotated[
@@ -93,12 +94,16 @@ def check(
                            f"use {max(1, size // chosen.scale) * chosen.scale}")  # fmt: skip
         if sheet is not None:
             check_writable(sheet, overwrite, extensions=(".png",))
+        cell = latent_cell(model)
     with progress("pictures") as bar:
         line = bar.add_task("reading", total=None)
         report = check_data(
             folder, chosen.columns, size, count, lambda done, total: bar.update(line, completed=done, total=total)
         )
     faults = report.faults(chosen.prompt_column, max_corrupt)
+    if size % cell:
+        fitting = max(1, round(size / cell)) * cell
+        faults.append(f"size {size} is not a multiple of {cell}, the model's latent cell: use {fitting}")
     remarks: list[str] = []
     if report.readable and not any(column.missing for column in report.columns.values()):
         try:
@@ -117,6 +122,23 @@ def check(
             print(f"  {told}")
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}: mend this before training")
+
+
+def latent_cell(model: str) -> int:
+    """Pixels a latent cell along a side, told by the model's config alone: no weights are read. Raises UserError for
+    what is no model."""
+    from diffusers import AutoencoderKL
+
+    from ..models.backbone import find_model
+
+    source = find_model(model)
+    if source.endswith(".safetensors"):
+        return 8  # such a file has no config; that of Stable Diffusion is meant
+    try:
+        config: dict[str, Any] = AutoencoderKL.load_config(source, subfolder="vae")  # type: ignore[assignment]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: no model there: give mini, a Stable Diffusion folder or a hub id") from error
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def _task(name: str, options: str | None) -> Task:

@@ -20,6 +20,7 @@ from .common import (
     Model,
     Overwrite,
     Seed,
+    check_seed,
     load_pipeline,
     print_json,
     progress,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: codi evaluate --task upscale --data scenes:held-out:100 --steps 1,2,4 --json"
 HELD_OUT = "scenes:held-out:500"
+MAX_SEED = 2**46  # those of the samples are about 100,000 times as large, in 63 bits
 WIDTH = 120  # of the table where no terminal says how wide it is
 MANY_STEPS = (1, 2, 4, 50)  # of the fine-tuned reference: what it makes of a few, and what it needs
 NAMES = {"codi": "codi", "finetune": "ldm"}  # objective -> the method's name in tables
@@ -72,6 +74,7 @@ def evaluate(
 ) -> None:
     """Measure adapters over steps: PSNR, SSIM, ENLite0 distance, FD-ENLite0, obedience, latency."""
     counts = parse_steps(steps)
+    check_seed(seed, MAX_SEED)
     adapters = list(adapter or [])
     options: dict[str, Any] = {}
     with working("starting"):
@@ -90,13 +93,12 @@ def evaluate(
         if task is None:
             raise BadUsage("give a recipe or --task: codi evaluate --task upscale")
         with usage():
-            columns = get_task(task, **options).columns
+            get_task(task, **options)
             if degradation is not None:
                 get_task(task, degradation=degradation)
         for path, suffix in ((out, ".json"), (sheet, ".png")):
             if path is not None:
                 check_writable(path, overwrite, extensions=(suffix,))
-        source = open_source(data or HELD_OUT, columns)
 
     methods: list[Method] = []
     reference = None
@@ -116,6 +118,8 @@ def evaluate(
     if degradation is not None:
         options["degradation"] = degradation
     measured = get_task(task, **{**reference.task.config(), **options}).measured()
+    with working("opening the pictures"):
+        source = open_source(data or HELD_OUT, measured.columns)  # an adapter may need more than its task by default
     with progress("pictures") as bar:
         line = bar.add_task("measuring", total=None)
         results = measure(
@@ -138,7 +142,8 @@ def evaluate(
     else:
         from rich.console import Console
 
-        Console(width=None if sys.stdout.isatty() else WIDTH).print(rich_table(results))
+        width = None if sys.stdout.isatty() else WIDTH
+        Console(width=width, emoji=False, markup=False).print(rich_table(results))  # names are no markup
 
 
 def parse_steps(text: str) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def photographs(titles: Mapping[str, str], side: int, scale: int) -> list[Sample
 def subject(task: Task, name: str, samples: Sequence[Sample], seed: int) -> Subject:
     """The samples as the adapter `name` of `task` meets them. Masks to inpaint go through all kinds in turn, and
     are drawn again where they cover everything or nothing."""
-    given = []
+    task, given = task.measured(), []
     for number, sample in enumerate(samples):
         kind = {"masks": (KINDS[number % len(KINDS)],)} if task.takes_mask else {}
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
@@ -192,7 +192,8 @@ def _sample(pipe: CoDiPipeline, what: Subject, k: int, way: Way, seed: int) -> T
 
 def measure(section: Section, task: Task, what: Subject, made: dict[str, Tensor]) -> None:
     """Adds to the section's figures the task's own, PSNR where there is one right answer, and the ENLite0 distance."""
-    given, truth, features = next(iter(what.given.values())), what.shown.get("truth"), default_features()
+    task, truth, features = task.measured(), what.shown.get("truth"), default_features()
+    given = next(iter(what.given.values()))
     seen = None if truth is None else features(truth)
     if "bicubic" in what.shown:
         section.figures.insert(0, {"column": "bicubic", "steps": 0, "ms": None})

@@ -30,7 +30,7 @@ def models(json_: Json = False) -> None:
         steps = ", ".join(str(n) for n in row["steps"] or [])
         size = f"{row['bytes'] / 1e6:.1f}"
         table.add_row(row["name"], row["kind"], row["task"] or "", steps, size, row["licence"], row["origin"])
-    Console().print(table)
+    Console(emoji=False, markup=False).print(table)  # names of folders are no markup
 
 
 def embedded(weights: Path = WEIGHTS) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from .common import (
     Seed,
     Steps,
     Strength,
+    check_seed,
     load_pipeline,
     print_json,
     say_error,
@@ -59,6 +60,9 @@ class Settings:
     dtype: DType = "float32"
     overwrite: Overwrite = False
     json_: Json = False
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, 2**63 - 1 - self.count)
 
 
 def shared(command: Callable[..., None]) -> Callable[..., None]:
@@ -178,7 +182,7 @@ def _pictures(path: Path) -> list[Path]:
 
 
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
-    """The pipeline that the options name. Raises BadUsage for guidance or steps that it cannot take."""
+    """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
     pipe = load_pipeline(settings.model, task, settings.adapter, settings.device, settings.dtype)
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
@@ -226,8 +230,7 @@ def make(
 
     from ..data.writing import write_image
 
-    asked = order.arguments.get("image_guidance_scale")
-    scales = pipe.guidance(settings.guidance, asked, settings.strength).scales
+    scales = _scales(pipe, order, settings)
     arguments = {**order.arguments, "guidance_scale": scales["text"], "image_guidance_scale": scales.get("image")}
     notes = {
         "Software": f"codi {__version__}",
@@ -282,6 +285,16 @@ def make(
                 "seed": item.seed,
                 "steps": settings.steps,
             }
+
+
+def _scales(pipe: CoDiPipeline, order: Order, settings: Settings) -> dict[str, float]:
+    """Guidance by name, as the pipeline will take it. Raises BadUsage, in the options' own names, where it cannot."""
+    asked = order.arguments.get("image_guidance_scale")
+    try:
+        return pipe.guidance(settings.guidance, asked, settings.strength).scales
+    except UserError as error:
+        told = str(error).replace("image_guidance_scale", "--image-guidance").replace("guidance_scale", "--guidance")
+        raise BadUsage(told) from error
 
 
 def _public(name: str) -> str:

@@ -79,8 +79,9 @@ def cut(picture: Image.Image, square: Square, size: int, column: str | None = No
     """Cuts and resizes to a float32 (C, size, size): Lanczos for pictures; ids and distances are never averaged."""
     box = square.box(picture)
     if column is not None and (is_deep(picture) or column == "mask"):
-        scale = 1.0 if is_deep(picture) else 1 / 255
-        grid = np.asarray(picture if is_deep(picture) else picture.convert("L"))
+        numbers = is_deep(picture) or picture.mode == "P"  # a palette's indices are ids, its colours are not
+        scale = 1.0 if numbers else 1 / 255
+        grid = np.asarray(picture if numbers else picture.convert("L"))
         step = (np.arange(size) + 0.5) / size
         rows = (box[1] + step * (box[3] - box[1])).astype(int).clip(0, grid.shape[0] - 1)
         cols = (box[0] + step * (box[2] - box[0])).astype(int).clip(0, grid.shape[1] - 1)

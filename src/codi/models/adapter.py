@@ -1,12 +1,14 @@
 """Adapters: what turns a text-to-image U-Net into an image-conditioned one. Zero influence before training.
 
-Three forms. `FusedAdapter` is CoDi's: a copy of the U-Net's encoder looks at the condition alone, so its features are
+Four forms. `FusedAdapter` is CoDi's: a copy of the U-Net's encoder looks at the condition alone, so its features are
 computed once per image, and each backbone feature h_theta(z_t) becomes
 
     h'(z_t) = (1 - mu) h_theta(z_t) + mu h_eta(c),        mu = 0 at the start.
 
 `ControlNetAdapter` wraps diffusers' ControlNet: an encoder copy that also sees z_t and t, so it runs at every step,
-and adds its features through zero convolutions. `LoraAdapter` has no condition: it only makes the backbone faster.
+and adds its features through zero convolutions. `HintAdapter` is the lean one: two convolutions add the condition to
+the U-Net's input, and low-rank updates of the backbone learn to use it; nothing runs beside the backbone. `LoraAdapter`
+has no condition: it only makes the backbone faster.
 
 Any form may come with low-rank updates of the backbone (see lora) and with distilled guidance (see guidance).
 """
@@ -56,6 +58,22 @@ class _Form(ModelMixin, ConfigMixin):
         """Scales (B, k) -> what `unet_down` takes; None (no guidance) stays None."""
         return None if guidance is None or self.guidance is None else self.guidance(guidance)
 
+    def hint(self, prepared: Any, strength: float) -> Tensor | None:
+        """What is added to the U-Net's input features, (B, W, h, w); None: nothing."""
+        return None
+
+    def fuse(self, features: list[Tensor], prepared: Any, strength: float, **_: Any) -> list[Tensor]:
+        """Features of `unet_down`, with the adapter's own in them."""
+        return features
+
+
+def _read(condition: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps, (B, ..., h, w)."""
+    with torch.no_grad():
+        latent = codec.encode(vae, condition[:, :3])
+        maps = nn.functional.interpolate(condition[:, 3:], latent.shape[-2:], mode="area")
+        return torch.cat([latent, maps.to(latent)], dim=1)
+
 
 class FusedAdapter(_Form):
     """CoDi's condition encoder h_eta and fusion weights mu.
@@ -97,10 +115,7 @@ class FusedAdapter(_Form):
 
     def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
         """Condition (B, C, H, W) in [0, 1] -> what the encoder takes: the picture's latent, then any maps."""
-        with torch.no_grad():
-            latent = codec.encode(vae, condition[:, :3])
-            maps = nn.functional.interpolate(condition[:, 3:], latent.shape[-2:], mode="area")
-            return torch.cat([latent, maps.to(latent)], dim=1)
+        return _read(condition, vae)
 
     def prepare(
         self,
@@ -188,6 +203,53 @@ class ControlNetAdapter(_Form):
         return [h + r for h, r in zip(features, [*down, middle], strict=True)]
 
 
+class HintAdapter(_Form):
+    """The condition's latent through two convolutions, the second zero at first, added to the U-Net's input features:
+    channel concatenation (SR3, InstructPix2Pix) as an adapter. Without low-rank updates it can do little."""
+
+    @register_to_config
+    def __init__(
+        self,
+        unet: dict[str, Any],
+        condition_channels: int = 3,
+        guidance_scales: int = 0,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        width, channels = unet["block_out_channels"][0], unet["in_channels"] + condition_channels - 3
+        self.entry = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+        nn.init.zeros_(self.entry[2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.entry[2].bias)  # type: ignore[arg-type]
+        self._add_guidance(guidance_scales, unet)
+
+    @classmethod
+    def from_backbone(
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
+    ) -> HintAdapter:
+        """No influence yet."""
+        return cls(_architecture(unet), condition_channels, guidance_scales).to(unet.device)  # type: ignore[arg-type]
+
+    def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
+        """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps."""
+        return _read(condition, vae)
+
+    def prepare(
+        self,
+        condition: Tensor,
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """What is added: independent of z_t and t, so once per image."""
+        return self.entry(condition)
+
+    def hint(self, prepared: Tensor, strength: float) -> Tensor:
+        """The condition's features, scaled."""
+        return strength * prepared
+
+
 class LoraAdapter(_Form):
     """No condition: low-rank updates of the backbone and distilled guidance, which plain acceleration needs. It fits
     any fine-tune of its backbone, as consistency LoRAs do (LCM-LoRA, Luo et al. 2023)."""
@@ -224,14 +286,11 @@ class LoraAdapter(_Form):
         """Nothing to prepare."""
         return condition
 
-    def fuse(self, features: list[Tensor], prepared: Tensor, strength: float, **_: Any) -> list[Tensor]:
-        """The features as they are: all of the adapter's influence lies in the backbone's low-rank updates."""
-        return features
 
-
-Adapter = FusedAdapter | ControlNetAdapter | LoraAdapter
-FORMS: dict[str, type[FusedAdapter] | type[ControlNetAdapter] | type[LoraAdapter]] = {
+Adapter = FusedAdapter | ControlNetAdapter | HintAdapter | LoraAdapter
+FORMS: dict[str, type[FusedAdapter] | type[ControlNetAdapter] | type[HintAdapter] | type[LoraAdapter]] = {
     "fused": FusedAdapter,
     "controlnet": ControlNetAdapter,
+    "hint": HintAdapter,
     "lora": LoraAdapter,
 }

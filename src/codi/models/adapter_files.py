@@ -68,7 +68,7 @@ def load_adapter(
 
 def _updates(unet: UNet2DConditionModel, folder: Path, name: str) -> UNet2DConditionModel:
     try:
-        adapted = load_lora(unet, {name: folder})
+        adapted = load_lora(unet, folder, name)
     except Exception as error:  # peft, diffusers and safetensors raise many kinds
         raise UserError(f"{folder / FILE}: the low-rank updates could not be read ({_short(error)}): "
                         "train or fetch the adapter again") from error  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .adapter import Adapter
-from .lora import load_lora
+from .lora import join_lora, lora_names
 from .student import Student
+
+_PREFIX = "set_"  # of low-rank updates: peft, too, keeps them in a dict of modules
 
 
 class AdapterSet(nn.Module):
@@ -26,7 +27,7 @@ class AdapterSet(nn.Module):
 
     def __init__(self, adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> None:
         super().__init__()
-        # A list, because a ModuleDict refuses names that modules have attributes for, such as "training".
+        # A list, because a dict of modules refuses names that modules have attributes for, such as "training".
         self.members, self.names = nn.ModuleList(adapters.values()), list(adapters)  # type: ignore[arg-type]
         self.weights = {name: float(weights[name]) for name in adapters}
 
@@ -51,6 +52,12 @@ class AdapterSet(nn.Module):
         total = max(1.0, sum(abs(weight) for weight, _ in known))
         return torch.stack([weight / total * part for weight, part in known]).sum(0) if known else None
 
+    def hint(self, prepared: dict[str, Any], strength: float) -> Tensor | None:
+        """The sum of theirs, by weight."""
+        hints = [a.hint(prepared[n], strength * self.weights[n]) for n, a in self._items() if self.weights[n]]
+        known = [hint for hint in hints if hint is not None]
+        return torch.stack(known).sum(0) if known else None
+
     def fuse(self, features: list[Tensor], prepared: dict[str, Any], strength: float, **at: Any) -> list[Tensor]:
         names = [name for name in self.adapters if self.weights[name]]
 
@@ -63,6 +70,11 @@ class AdapterSet(nn.Module):
         if len(names) < 2:
             return through(names)
         return [(a + b) / 2 for a, b in zip(through(names), through(names[::-1]), strict=True)]
+
+    @property
+    def lora_weights(self) -> dict[str, float]:
+        """The weight of each adapter's low-rank updates, by the name that they have in the U-Net."""
+        return {_PREFIX + name: weight for name, weight in self.weights.items()}
 
     @property
     def adapters(self) -> dict[str, Any]:
@@ -84,16 +96,16 @@ def _columns(adapter: Any, guidance: Tensor | None) -> Tensor | None:
 def compose(
     unet: UNet2DConditionModel,
     adapters: Mapping[str, Adapter],
-    folders: Mapping[str, Path],
+    unets: Mapping[str, UNet2DConditionModel],
     weights: Mapping[str, float],
 ) -> Student:
-    """A student of `unet`, the backbone's own, and of several adapters; `folders` is where each was loaded from, for
-    its low-rank updates. Conditioning.condition is a dict by the adapters' names.
+    """A student of `unet`, the backbone's own, and of several adapters; `unets` are those that they were loaded with
+    (see load_adapter), for their low-rank updates. Conditioning.condition is a dict by the adapters' names.
 
     Raises UserError for an adapter that brings a backbone of its own: two cannot run at once.
     """
-    for name, folder in folders.items():
-        if (folder / "unet" / "config.json").is_file():
+    for name, own in unets.items():
+        if own is not unet and not lora_names(own):
             raise UserError(f"{name}: a full adapter with a backbone of its own cannot be combined: "
                             "train it with train_backbone: false")  # fmt: skip
-    return Student(load_lora(unet, dict(folders)), AdapterSet(adapters, weights))
+    return Student(join_lora(unet, {_PREFIX + name: own for name, own in unets.items()}), AdapterSet(adapters, weights))

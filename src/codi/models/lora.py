@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -39,20 +40,33 @@ def add_lora(unet: UNet2DConditionModel, rank: int, name: str, seed: int = 0) ->
     return adapted
 
 
-def load_lora(unet: UNet2DConditionModel, folders: dict[str, Path]) -> UNet2DConditionModel:
-    """A shared copy of `unet` with the updates in `folders`, {name: adapter folder}; folders without any add none."""
+def load_lora(unet: UNet2DConditionModel, folder: Path, name: str) -> UNet2DConditionModel:
+    """A shared copy of `unet` with the updates in `folder`/FILE under this name.
+
+    Raises ValueError for a file in which an update has only one of its two factors.
+    """
+    with safe_open(folder / FILE, "pt") as file:
+        keys = set(file.keys())
+    for key in keys:
+        other = key.replace("lora_A", "lora_B") if "lora_A" in key else key.replace("lora_B", "lora_A")
+        if other not in keys:
+            raise ValueError(f"weight {other!r} is missing")
+    adapted = shared_copy(unet)
+    here: dict[str, Any] = {"weight_name": FILE, "use_safetensors": True, "local_files_only": True, "prefix": None}
+    with _quiet():
+        adapted.load_lora_adapter(folder, adapter_name=name, **here)
+    return adapted.requires_grad_(False)
+
+
+def join_lora(unet: UNet2DConditionModel, others: Mapping[str, UNet2DConditionModel]) -> UNet2DConditionModel:
+    """A shared copy of `unet` with the updates of `others` under the names given; those without any add none."""
     adapted = shared_copy(unet)
     with _quiet():
-        for name, folder in folders.items():
-            if (folder / FILE).is_file():
-                adapted.load_lora_adapter(
-                    folder,
-                    adapter_name=name,
-                    prefix=None,  # type: ignore[arg-type]
-                    weight_name=FILE,
-                    use_safetensors=True,
-                    local_files_only=True,
-                )
+        for name, other in others.items():
+            for own in lora_names(other):
+                state: Any = get_peft_model_state_dict(other, adapter_name=own)
+                notes = other.peft_config[own].to_dict()  # type: ignore[union-attr, operator]
+                adapted.load_lora_adapter(state, adapter_name=name, prefix=None, metadata=notes)  # type: ignore[arg-type]
     return adapted.requires_grad_(False)
 
 

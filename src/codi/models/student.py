@@ -58,13 +58,14 @@ class Student(nn.Module):
             return unet_up(self.unet, *unet_down(self.unet, z, timestep, text, added), text)
         guidance = adapter.embed_guidance(conditioning.guidance)
         guidance = None if guidance is None else strength * guidance
-        features, embedding = unet_down(self.unet, z, timestep, text, added, guidance)
         prepared = self.prepare(conditioning).prepared
+        hint = adapter.hint(prepared, strength)
+        features, embedding = unet_down(self.unet, z, timestep, text, added, guidance, hint)
         features = adapter.fuse(features, prepared, strength, z=z, timestep=timestep, text=text, added=added)
         return unet_up(self.unet, features, embedding, text)
 
     def _scale(self, strength: float) -> None:
-        weights = getattr(self.adapter, "weights", {})  # of an AdapterSet
+        weights = getattr(self.adapter, "lora_weights", {})  # of an AdapterSet
         scale_lora(self.unet, {name: strength * weights.get(name, 1.0) for name in lora_names(self.unet)})
 
 

@@ -22,9 +22,14 @@ class Guidance:
     scales: dict[str, float]
     distilled: bool
 
-    def columns(self, count: int) -> Tensor | None:
-        """What Conditioning.guidance takes for `count` pictures, (count, k); None where nothing is distilled."""
-        return torch.tensor([list(self.scales.values())]).repeat(count, 1) if self.distilled else None
+    def columns(self, prompts: Sequence[str]) -> Tensor | None:
+        """What Conditioning.guidance takes for these prompts, (B, k); None where nothing is distilled. Away from no
+        prompt, towards no prompt, there is nowhere to go: the scale of the text is 1 where the prompt is empty."""
+        if not self.distilled:
+            return None
+        rows = torch.tensor([list(self.scales.values())]).repeat(len(prompts), 1)
+        rows[[not prompt for prompt in prompts], 0] = 1.0
+        return rows
 
     @property
     def second_pass(self) -> float:
@@ -50,7 +55,9 @@ def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, A
                         "or distil an adapter of task edit with it")  # fmt: skip
     wanted = {}
     for key, (name, scale) in zip(("text", "image"), asked.items(), strict=True):
-        default = next((info[name] for info in infos if info.get(name)), 1.0)
+        # Adapters without guidance say 1, which is no opinion where another has one.
+        able = [info for info in infos if key in (info.get("guidance") or {})] or infos
+        default = next((info[name] for info in able if info.get(name)), 1.0)
         wanted[key] = float(default if scale is None else scale)
     if not ranges:
         return Guidance({"text": wanted["text"]}, distilled=False)

@@ -146,7 +146,9 @@ class CoDiPipeline(DiffusionPipeline):
 
         Raises UserError for a scale that is no number from 0 up, or an image scale that no adapter has learnt.
         """
-        return resolve(text, image, self._shelf.infos(strength))
+        infos = self._shelf.infos(strength)
+        # Where all influence is turned down there is nothing to refuse: a slider may reach 0.
+        return resolve(text, image if infos or not self._shelf.weights else None, infos)
 
     # ---- sampling
 
@@ -207,7 +209,9 @@ class CoDiPipeline(DiffusionPipeline):
         if guide.distilled and negative_prompt:
             raise UserError("negative_prompt: guidance is distilled into this adapter, away from no prompt at all: "
                             "leave it out")  # fmt: skip
-        size, own = self._size(height, width), self._size(None, None)
+        own = self._size(None, None)
+        # A picture that is given sets the size itself.
+        size = own if image is not None else self._size(height, width)
         given = brought(tasks, image, mask, size) if tasks else {"": torch.zeros(1, 0, *size)}
         given, prompts, seeds = one_for_each(given, prompt, seed)
         name, one = next(iter(given.items()))
@@ -283,7 +287,7 @@ class CoDiPipeline(DiffusionPipeline):
             read = {name: c.to(self.device) for name, c in conditions.items()}
             condition = student.adapter.read(read if len(read) > 1 else next(iter(read.values())), self.vae)
         text = embed_prompts(self.tokenizer, self.text_encoder, prompts)
-        columns = guide.columns(len(prompts))
+        columns = guide.columns(prompts)
         conditioning = Conditioning(text, condition, guidance=None if columns is None else columns.to(self.device))
         blank = None
         if guide.second_pass != 1:

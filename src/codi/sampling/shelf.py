@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ class Shelf:
         """
         folder = find_adapter(source).resolve()
         name = (name or folder.name).replace(".", "-")  # dots would part the names of modules
+        if not name or "/" in name or "\\" in name:
+            raise UserError(f"{name!r}: not a name for an adapter: it becomes a folder's, so leave slashes out")
         if name in self.loaded:
             if self.loaded[name].folder == folder:
                 return name
@@ -74,7 +78,9 @@ class Shelf:
         """Sets these and no others; `weights` are 1 by default. Raises UserError for what cannot be set, and then
         leaves everything as it was."""
         names = [names] if isinstance(names, str) else list(names)
-        values = [1.0] * len(names) if weights is None else [weights] if isinstance(weights, (int, float)) else weights
+        values = [1.0] * len(names) if weights is None else [weights] if isinstance(weights, Real) else list(weights)  # type: ignore[arg-type]
+        if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+            raise UserError(f"weights {values}: not numbers: use 1 for an adapter as it was trained, 0 for none of it")
         if len(values) != len(names) or len(set(names)) != len(names):
             raise UserError(f"{', '.join(names)}: {len(values)} weights for {len(set(names))} adapters: give one each")
         for name in names:
@@ -84,8 +90,8 @@ class Shelf:
         chosen = {name: float(weight) for name, weight in zip(names, values, strict=True)}
         if len(chosen) > 1 and tuple(chosen) not in self._composed:
             adapters = {name: self.loaded[name].adapter for name in chosen}
-            folders = {name: self.loaded[name].folder for name in chosen}
-            self._composed[tuple(chosen)] = self._place(compose(self.unet, adapters, folders, chosen)).eval()
+            unets = {name: self.loaded[name].unet for name in chosen}
+            self._composed[tuple(chosen)] = self._place(compose(self.unet, adapters, unets, chosen)).eval()
         self.weights = chosen
 
     @property

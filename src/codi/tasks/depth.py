@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import textwrap
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +69,7 @@ class Depth(Task):
         if self.near == "bright" or (self.near == "auto" and eight_bit):
             near = normalise(depth)
         else:
-            near = normalise(1 - depth) if eight_bit else disparity(depth)
+            near = inverted(depth) if eight_bit else disparity(depth)
         if not self.soften:
             return near
         drawn = zip(near.split(1), seeds(batch, generator), strict=True)
@@ -113,6 +115,13 @@ def disparity(distance: Tensor) -> Tensor:
     return normalise(torch.where(known, 1 / distance.double(), torch.nan)).to(distance)
 
 
+def inverted(levels: Tensor) -> Tensor:
+    """Levels (..., 1, H, W) in [0, 1], darker where nearer -> 1 - levels, `normalise`d map by map. 0 marks the unknown
+    and the sky, farthest, in a map that has anything above it."""
+    known = levels > 0
+    return normalise((1 - levels).where(known | ~known.any(-1, True).any(-2, True), torch.nan))
+
+
 def _softened(near: Tensor, share: float, rng: np.random.Generator) -> Tensor:
     """(1, 1, H, W), or with probability `share` the same at a lower resolution."""
     if rng.random() >= share:
@@ -140,8 +149,9 @@ def read_depth(path: str | os.PathLike[str], near: str = "guess") -> Tensor:
     """A depth map of 8 or 16 bits (PNG or another picture format) or .npy, of any range -> as `Depth.given`, (1, H, W).
 
     `near="dark"`: 16-bit and .npy numbers are distances of any unit (0, NaN and infinity = sky or unknown, farthest),
-    8-bit ones are inverted linearly. `near="bright"`: larger is nearer. "guess" takes whichever makes the ground below
-    nearer than what is above, and warns of what it took. Transparent pixels are unknown. A constant map is a warning.
+    8-bit ones are inverted linearly, all but 0, which is farthest too. `near="bright"`: larger is nearer. "guess" takes
+    whichever makes the ground below nearer than what is above, and warns of what it took. Transparent pixels are
+    unknown. A constant map is a warning.
     Raises UserError for a file that cannot be read, is a colour picture or holds no depth at all.
     """
     if near not in ("guess", "bright", "dark"):
@@ -154,7 +164,7 @@ def read_depth(path: str | os.PathLike[str], near: str = "guess") -> Tensor:
     if near == "bright":
         known, depth = values.isfinite(), normalise(values)
     elif levels:
-        known, depth = values.isfinite(), normalise(1 - values)
+        known, depth = values.isfinite(), inverted(values)
     else:
         known, depth = values.isfinite() & (values > 0), disparity(values)
     if not known.any():
@@ -188,7 +198,7 @@ def _read_array(path: Path) -> tuple[Tensor, bool]:
     grid = array
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         grid = array[0] if array.shape[0] == 1 else array[..., 0]
-    if grid.ndim != 2 or array.dtype.kind not in "buif":
+    if grid.ndim != 2 or not grid.size or array.dtype.kind not in "buif":
         raise UserError(f"{path}: an array of {array.dtype} of shape {array.shape}: give one number a pixel, (H, W)")
     full = 255 if array.dtype == np.uint8 else 1
     return torch.from_numpy(grid.astype(np.float64))[None] / full, array.dtype in (np.bool_, np.uint8)
@@ -225,7 +235,8 @@ def estimate_depth(picture: Tensor, model: str, device: str = "cpu") -> Tensor:
     try:
         estimator = _estimator(str(model), str(device))
     except Exception as error:  # no such folder, no network, no weights, another kind of model: each of its own type
-        why = " ".join(str(error).split())[:160]
+        sentence = re.split(r"(?<=[.!?])\s", str(error).strip(), maxsplit=1)[0]
+        why = textwrap.shorten(sentence.rstrip("."), 240, placeholder=" ...")
         raise UserError(f"{model}: no depth estimator ({why}): give the folder or name of one") from error
     levels = (picture.detach().float().clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
     found = estimator(Image.fromarray(levels))["predicted_depth"].float().cpu()[None, None]

@@ -26,7 +26,7 @@ class Inpaint(Task):
     name: ClassVar[str] = "inpaint"
     condition_channels: ClassVar[int] = 4
     takes_mask: ClassVar[bool] = True
-    obedience_unit: ClassVar[str] = "dB PSNR to the known pixels"
+    obedience_unit: ClassVar[str] = "dB PSNR to the true picture within the hole"
 
     def __post_init__(self) -> None:
         kinds = self.masks.split(",") if isinstance(self.masks, str) else self.masks
@@ -79,6 +79,11 @@ class Inpaint(Task):
         return torch.where(given[:, 3:].to(output.device) > 0.5, output, given[:, :3].to(output))
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """PSNR in dB of the network's own output, before `finish`, to the known pixels; at most 60, NaN where all is
-        to be made new. Whether the hole shows what was asked for only a judge can see."""
-        return {"known_psnr": region_psnr(output, given[:, :3], given[:, 3:] < 0.5)}
+        """PSNR in dB, at most 60, to the true picture within the hole and to the known pixels; NaN where there is no
+        hole, or nothing else. The second is 60 after `finish`: it tells of the network's own output alone. Another
+        filling may be as good as the true one: whether it is what was asked for only a judge can see."""
+        hole = given[:, 3:] > 0.5
+        return {
+            "hole_psnr": region_psnr(output, batch.image, hole),
+            "known_psnr": region_psnr(output, given[:, :3], ~hole),
+        }

@@ -97,7 +97,8 @@ class DecoderJob(CodecJob):
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         noise = torch.randn(z.shape, generator=generator) * torch.rand(len(z), 1, 1, 1, generator=generator)
-        rebuilt = vae.decode(z + self.recipe.decoder_noise * noise.to(z)).sample.float()
+        level = self.recipe.decoder_noise / vae.config["scaling_factor"]  # of latents as samplers know them
+        rebuilt = vae.decode(z + level * noise.to(z)).sample.float()
         return {"squared": (rebuilt - x).square().mean(), "absolute": 0.05 * (rebuilt - x).abs().mean()}
 
     def finish(self, out: Path, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from ..data.check import contact_sheet
 from ..data.sources import Sample, SceneSource, Source, open_source
 from ..errors import UserError
 from ..models import codec
-from ..models.adapter import FORMS, ControlNetAdapter, FusedAdapter
+from ..models.adapter import FORMS, Adapter, ControlNetAdapter, FusedAdapter, LoraAdapter
 from ..models.adapter_files import load_adapter
 from ..models.backbone import Backbone, load_backbone
 from ..models.lora import add_lora, lora_names
@@ -77,14 +77,10 @@ class DistillJob(Job):
             if recipe.lora_rank:
                 unet = add_lora(unet, recipe.lora_rank, recipe.task, recipe.seed)
         updates = lora_names(unet)
-        if bool(updates) != bool(recipe.lora_rank):
-            has = "with" if updates else "without"
-            raise UserError(
-                f"lora_rank {recipe.lora_rank}: {recipe.start} was trained {has} low-rank updates: set it so"
-            )
-        scales = adapter.guidance.scales if adapter.guidance is not None else 0
-        if recipe.guidance and scales != len(recipe.guidance):
-            raise UserError(f"guidance: {len(recipe.guidance)} scales for an adapter that takes {scales}: start afresh")
+        rank = unet.peft_config[updates[0]].r if updates else 0  # type: ignore[union-attr, index]
+        if rank != recipe.lora_rank:
+            raise UserError(f"lora_rank {recipe.lora_rank}: {recipe.start} was trained with {rank}: set it so")
+        self._require_scales(adapter, recipe.start or "the adapter")
         # A full adapter has a backbone of its own, also one to go on from.
         self.full = recipe.train_backbone or (unet is not backbone.unet and not updates)
         student = Student(unet, adapter)
@@ -115,14 +111,22 @@ class DistillJob(Job):
         adapter, unet = load_adapter(
             self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.unet)
         )
+        self._require_scales(adapter, self.recipe.teacher)
         return Student(unet, adapter).requires_grad_(False).eval()
 
+    def _require_scales(self, adapter: Adapter, name: str) -> None:
+        scales, wanted = adapter.guidance.scales if adapter.guidance is not None else 0, len(self.recipe.guidance)
+        if scales != wanted and (wanted or not isinstance(adapter, LoraAdapter)):  # a LoraAdapter has an idle one
+            raise UserError(f"guidance: {wanted} scales, {name} was trained with {scales}: set as many")
+
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        mu = [p for n, p in self.online.named_parameters() if p.requires_grad and n.startswith("adapter.mu.")]
-        chosen = {id(p) for p in mu}
-        rest = [p for p in self.online.parameters() if p.requires_grad and id(p) not in chosen]
-        groups = [{"params": rest, "lr": learning_rate}]
-        return [*groups, {"params": mu, "lr": learning_rate * self.recipe.mu_rate}] if mu else groups
+        """What starts at zero and decides early learns faster: mu, and guidance's input, without which guided targets
+        would teach the unguided answer too and then, being made of it, run away."""
+        fast = ("adapter.mu.", "adapter.guidance.")
+        named = [(n, p) for n, p in self.online.named_parameters() if p.requires_grad]
+        slow, quick = ([p for n, p in named if n.startswith(fast) == is_fast] for is_fast in (False, True))
+        groups = [{"params": slow, "lr": learning_rate}]
+        return [*groups, {"params": quick, "lr": learning_rate * self.recipe.mu_rate}] if quick else groups
 
     def batches(self, start: int) -> Iterator[Batch]:
         r = self.recipe
@@ -153,7 +157,8 @@ class DistillJob(Job):
         scales = low + (high - low) * torch.rand(len(dropped), len(chosen), generator=generator)
         scales[dropped, 0] = 1.0  # without a prompt there is nothing to be guided towards
         blank = embed_prompts(self.tokenizer, self.text_encoder, [""]).expand_as(conditioning.text)
-        ladder = [conditioning, replace(conditioning, text=blank), Conditioning(blank)]
+        without = replace(conditioning, text=blank)
+        ladder = [conditioning, without, replace(without, condition=None)]  # nothing at all: the backbone as it was
         return Guidance(scales, ladder[: len(chosen) + 1])
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from ..models.student import Student
 from ..objectives import distances
 from ..objectives.codi import codi
 from ..objectives.finetune import finetune
+from ..tasks import get_task
 from .trainer import RunSettings
 
 OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {"codi": codi, "finetune": finetune}
@@ -55,7 +57,8 @@ class DistillRecipe(RunSettings):
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
     adapter: str = "fused"
-    """fused (CoDi's condition encoder), controlnet, or lora (no condition: plain acceleration)."""
+    """fused (CoDi's condition encoder), controlnet, hint (lean: a few convolutions; wants lora_rank or a backbone that
+    trains), or lora (no condition: plain acceleration)."""
     start: str | None = None
     """An adapter to go on from, instead of a fresh copy of the backbone's encoder."""
     teacher: str | None = None
@@ -78,7 +81,8 @@ class DistillRecipe(RunSettings):
     prompt_dropout: float = 0.5
     """Share of prompts replaced by the empty one."""
     mu_rate: float = 30.0
-    """Learning rate of the fusion weights mu, as a multiple: they start at 0 and have a long way to go."""
+    """Learning rate of the fusion weights mu and of the guidance input, as a multiple: they start at 0 and have a long
+    way to go."""
     half: bool = True
     """Store the finished adapter in float16."""
 
@@ -92,12 +96,16 @@ class DistillRecipe(RunSettings):
         for key in ("prompt_dropout", "guidance_share"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key} {getattr(self, key)}: must lie in [0, 1]: use for example 0.5")
-        if self.shift <= 0:
+        if not 0 < self.shift < math.inf:
             raise UserError(f"shift {self.shift}: must be above 0: 1 spaces the steps evenly, 3 favours noise")
         if self.lora_rank < 0 or (self.lora_rank and self.train_backbone):
             raise UserError(
                 f"lora_rank {self.lora_rank}: needs a rank from 1 up and a frozen backbone: set train_backbone: false"
             )
+        if self.adapter == "lora" and self.task != "generate":
+            raise UserError(f"adapter 'lora': sees no condition, and {self.task} has one: use fused, controlnet or hint")
+        if self.adapter == "lora" and not (self.lora_rank or self.train_backbone):
+            raise UserError("lora_rank 0: nothing to train with a frozen backbone: set for example lora_rank: 16")
         self._validate_guidance()
         allowed = [
             p.name
@@ -116,8 +124,8 @@ class DistillRecipe(RunSettings):
         ):
             raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent")
         dt = self.objective_options.get("dt", 1)
-        if not isinstance(dt, int) or dt < 1:
-            raise UserError(f"dt {dt!r}: must be a whole number of noise levels from 1 up: the paper uses 1")
+        if not isinstance(dt, int) or not 1 <= dt < 1000:
+            raise UserError(f"dt {dt!r}: must be a whole number of noise levels, 1 to 999: the paper uses 1")
         for key in self.objective_options:
             if key not in allowed:
                 raise UserError(
@@ -127,6 +135,16 @@ class DistillRecipe(RunSettings):
     def _validate_guidance(self) -> None:
         if unknown := set(self.guidance) - set(SCALES):
             raise UserError(f"guidance: unknown scale {sorted(unknown)[0]!r}: known are {', '.join(SCALES)}")
+        if self.guidance and not (self.guidance_share and get_task(self.task).prompted):
+            raise UserError(f"guidance: task {self.task} with guidance_share {self.guidance_share:g} never trains it: "
+                            "leave it out")  # fmt: skip
+        if "image" in self.guidance and self.adapter == "lora":
+            raise UserError("guidance: image: there is none to keep to: leave it out")
+        options = self.objective_options
+        if self.guidance and (options.get("d_x", "latent") != "latent" or options.get("boundary")):
+            raise UserError("guidance: is distilled in latents, without boundary scaling: leave d_x and boundary out")
+        if self.guidance and options.get("signal_weight") == 0:
+            raise UserError("guidance: is trained by the signal term: give it some signal_weight")
         if "image" in self.guidance and "text" not in self.guidance:
             raise UserError("guidance: image alone: give a range for text too, for example text: [1, 1]")
         for name, span in self.guidance.items():

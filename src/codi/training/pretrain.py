@@ -69,7 +69,10 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
 
     latents, captions = encode_all(vae, source, recipe.size, work)
     if recipe.edits is not None:
-        pairs = EditedPictures(open_source(recipe.edits, ("edited_image",)))
+        edits = open_source(recipe.edits, ("edited_image",))
+        if isinstance(edits, SceneSource):
+            edits.device = str(device)
+        pairs = EditedPictures(edits)
         edited, instructions = encode_all(vae, pairs, recipe.size, work / "edits")
         latents, captions = np.concatenate([latents, edited]), [*captions, *instructions]
     if recipe.decoder_images:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ def save_adapter(out: Path, adapter: Any, unet: Any, full: bool, half: bool) -> 
 
     staged = out / ".finished"
     write_atomically(staged, fill)
-    if not (staged / FILE).is_file():
-        (out / FILE).unlink(missing_ok=True)  # of an earlier adapter in this folder
+    # Of an earlier adapter in this folder; its config goes first, so that there is none over a mixture.
+    for old in (out / "config.json", out / FILE):
+        old.unlink(missing_ok=True)
+    shutil.rmtree(out / "unet", ignore_errors=True)
     for item in sorted(
         staged.rglob("*"), key=lambda p: (p.name == "config.json", len(p.parts) == len(staged.parts) + 1)
     ):
