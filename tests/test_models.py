@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from codi.errors import UserError
 from codi.models import codec, text
-from codi.models.adapter import FORMS, ControlNetAdapter, FusedAdapter, LoraAdapter
+from codi.models.adapter import FORMS, ControlNetAdapter, FusedAdapter, HintAdapter, LoraAdapter
 from codi.models.adapter_files import load_adapter
 from codi.models.backbone import load_backbone, unet_down, unet_up
 from codi.models.lora import FILE, add_lora
@@ -84,6 +84,9 @@ def influence(student: Student, seed: int = 5) -> Student:
         elif isinstance(adapter, ControlNetAdapter):
             for i, p in enumerate(q for name, q in adapter.named_parameters() if "controlnet_" in name):
                 p.copy_(0.2 * randn(*p.shape, seed=seed + i))
+        elif isinstance(adapter, HintAdapter):
+            for i, p in enumerate(adapter.entry[2].parameters()):
+                p.copy_(randn(*p.shape, seed=seed + i))
         else:
             student.unet = tiny_lora(student.unet, seed=seed)
     return student

@@ -211,7 +211,8 @@ def test_which_guidance_is_used():
     assert resolve(None, None, [{"guidance": {}, "guidance_scale": 2.0}]).second_pass == 2.0
     found = resolve(None, None, [{}, distilled])
     assert (found.scales, found.second_pass) == ({"text": 3.0, "image": 1.2}, 1.0)
-    assert found.columns(2).tolist() == pytest.approx(np.array([[3.0, 1.2]] * 2))  # type: ignore[union-attr]
+    assert found.columns(["a", "b"]).tolist() == pytest.approx(np.array([[3.0, 1.2]] * 2))  # type: ignore[union-attr]
+    assert found.columns(["a", ""])[1].tolist() == pytest.approx([1.0, 1.2])  # no prompt, nowhere to go
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve(5, 2, [distilled]).scales == {"text": 5.0, "image": 2.0}

@@ -19,6 +19,7 @@ FIGURES = {  # key of a figure -> its heading, decimals
     "input_psnr": ("PSNR to the input, dB ↑", 1),
     "jumps_shown": ("depth jumps shown ↑", 2),
     "edge_f1": ("edge F1 ↑", 2),
+    "hole_psnr": ("PSNR in the hole, dB ↑", 1),
     "psnr_inside": ("PSNR inside the change, dB ↑", 1),
     "psnr_outside": ("PSNR outside it, dB ↑", 1),
     "distance": ("ENLite0 distance ↓", 3),

@@ -18,7 +18,6 @@ from ..models.student import Student
 from ..objectives import distances
 from ..objectives.codi import codi
 from ..objectives.finetune import finetune
-from ..tasks import get_task
 from .trainer import RunSettings
 
 OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {"codi": codi, "finetune": finetune}
@@ -103,7 +102,9 @@ class DistillRecipe(RunSettings):
                 f"lora_rank {self.lora_rank}: needs a rank from 1 up and a frozen backbone: set train_backbone: false"
             )
         if self.adapter == "lora" and self.task != "generate":
-            raise UserError(f"adapter 'lora': sees no condition, and {self.task} has one: use fused, controlnet or hint")
+            raise UserError(
+                f"adapter 'lora': sees no condition, and {self.task} has one: use fused, controlnet or hint"
+            )
         if self.adapter == "lora" and not (self.lora_rank or self.train_backbone):
             raise UserError("lora_rank 0: nothing to train with a frozen backbone: set for example lora_rank: 16")
         self._validate_guidance()
@@ -135,9 +136,6 @@ class DistillRecipe(RunSettings):
     def _validate_guidance(self) -> None:
         if unknown := set(self.guidance) - set(SCALES):
             raise UserError(f"guidance: unknown scale {sorted(unknown)[0]!r}: known are {', '.join(SCALES)}")
-        if self.guidance and not (self.guidance_share and get_task(self.task).prompted):
-            raise UserError(f"guidance: task {self.task} with guidance_share {self.guidance_share:g} never trains it: "
-                            "leave it out")  # fmt: skip
         if "image" in self.guidance and self.adapter == "lora":
             raise UserError("guidance: image: there is none to keep to: leave it out")
         options = self.objective_options
