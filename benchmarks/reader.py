@@ -193,6 +193,12 @@ def measure(reader: Reader, data: Labelled, images: Tensor) -> dict[str, Any]:
     }
 
 
+def made_how(path: Path) -> dict[str, int]:
+    """What the weights' file says of its making: `images` drawn and `seconds` taken in all, and the like."""
+    with safe_open(path, "pt") as file:
+        return {name: int(value) for name, value in (file.metadata() or {}).items()}
+
+
 def main() -> None:
     """Trains, measures and writes weights and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,15 +219,18 @@ def main() -> None:
     if not args.measure_only:
         start = time.perf_counter()
         data = labelled("train", range(args.scenes), args.size)
-        decoded = through_codec(vae, data.image[: args.decoded], torch.Generator().manual_seed(0))
+        decoded = through_codec(vae, data.image[: args.decoded], torch.Generator().manual_seed(args.seed))
         begun = load_reader(args.start) if args.start else None
         trained = train_reader(data, decoded, args.images, begun, args.learning_rate, args.seed)
-        how = {"size": args.size, "scenes": args.scenes, "decoded": args.decoded, "images": args.images}
-        how["seconds"] = round(time.perf_counter() - start)
+        before = made_how(args.start) if args.start else {"images": 0, "seconds": 0}
+        how = {
+            "size": args.size,
+            "scenes": args.scenes,
+            "images": before["images"] + args.images,
+            "seconds": before["seconds"] + round(time.perf_counter() - start),
+        }
         save_reader(trained, args.weights, {name: str(value) for name, value in how.items()})
     reader = load_reader(args.weights)
-    with safe_open(args.weights, "pt") as file:
-        how = {name: int(value) for name, value in (file.metadata() or {}).items() if value.isdecimal()}
     held = labelled("held-out", range(500), args.size)
     soft = through_codec(vae, held.image, torch.Generator().manual_seed(1))
     start = time.perf_counter()
@@ -231,7 +240,7 @@ def main() -> None:
         "pictures_per_second": 2 * len(soft) / (time.perf_counter() - start),
         "least_pixels_at_64": LEAST_PIXELS,
         "parameters": sum(p.numel() for p in reader.parameters()),
-        "training": how,
+        "training": made_how(args.weights),
         "command": f"python benchmarks/reader.py --size {args.size} --scenes {args.scenes} --images {args.images}",
         "machine": describe_machine(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -125,7 +126,7 @@ def unet_down(
     `unet_up(unet, *unet_down(...))` is exactly `unet(...)`: the seam where adapters put their features.
     """
     timestep = timestep.to(z.device).expand(len(z))
-    time = unet.get_time_embed(sample=z, timestep=timestep)
+    time: Any = unet.get_time_embed(sample=z, timestep=timestep)
     embedding = unet.time_embedding(time if guidance is None else time + guidance.to(time))
     extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
     embedding = embedding if extra is None else embedding + extra
