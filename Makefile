@@ -22,7 +22,7 @@ demo: $(STAMP)  ## show every task in 1, 2 and 4 steps, train for half a minute,
 	$(BIN)/codi demo --out demo
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)  ## ruff (rules and layout) and pyright (types)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import command_line, public
 from judges import Read, caption_figures
 from reader import labelled
 from reading import WEIGHTS, load_reader, read
@@ -125,7 +126,8 @@ def main() -> None:
             rows.append(row)
             print(row, file=sys.stderr)
     result = {
-        "model": args.model,
+        "model": public(args.model),
+        "size": args.size,
         "codec_psnr_db": float(psnr(rebuilt, images).mean()),
         "fd_codec": frechet_distance(pooled(rebuilt), truth),
         "prompts": len(captions),
@@ -134,8 +136,7 @@ def main() -> None:
         "seed": 0,
         "judge_on_true_renders": captions_shown(look, images, captions),
         "rows": rows,
-        "command": f"python benchmarks/backbone.py --model {args.model} --prompts {args.prompts} --steps {args.steps} "
-        f"--guidance {args.guidance:g} --size {args.size}" + (" --averages ..." if args.averages else ""),
+        "command": command_line(),
         "machine": describe_machine(),
     }
     write_json(result, args.out)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from codi.data.batches import Batch
 from codi.data.scenes import COLOURS, MATERIALS, SHAPES, SIZES
+from codi.tasks.base import CAP
 
 Read = Callable[[Tensor], Reading]
 Judge = Callable[[Tensor, Tensor, Batch], dict[str, Tensor]]
 Attributes = tuple[str, str, str]  # colour, shape, material
 
-CAP = 60.0  # dB, as the tasks have it
 _PHRASE = re.compile(rf"\b(?:{'|'.join(SIZES)}) ({'|'.join(MATERIALS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
 

@@ -93,9 +93,13 @@ class Reader(nn.Module):
 
 
 @torch.no_grad()
-def read(reader: Reader, images: Tensor, batch: int = 50) -> Reading:
-    """Reads pictures (B, 3, S, S) in [0, 1]."""
-    parts = [decode(reader(part.contiguous(memory_format=torch.channels_last))) for part in images.split(batch)]
+def read(reader: Reader, images: Tensor, batch: int = 50, device: str = "cpu") -> Reading:
+    """Reads pictures (B, 3, S, S) in [0, 1]. `device` is where the reader is; what it sees is grouped on the CPU, in
+    steps too small for anything else."""
+    parts = []
+    for part in images.split(batch):
+        maps = reader(part.to(device, memory_format=torch.channels_last))
+        parts.append(decode({name: values.cpu() for name, values in maps.items()}))
     return Reading(
         [objects for part in parts for objects in part.objects],
         torch.cat([part.instances for part in parts]),

@@ -49,10 +49,10 @@ def upscale_lines(result: dict[str, Any]) -> list[str]:
 
 
 def tasks_lines(result: dict[str, Any]) -> list[str]:
-    """All tasks, few steps beside many; then adapters composed."""
+    """All tasks, few steps beside many; how the two compare; then adapters composed."""
     entries = {name: entry for name, entry in result["tasks"].items() if name != "composition"}
     composed = result["tasks"].get("composition")
-    rows = []
+    rows, compared = [], []
     for name, entry in entries.items():
         form = OBEDIENCE[entry["obedience"]][1]
         for r in entry["rows"]:
@@ -60,16 +60,29 @@ def tasks_lines(result: dict[str, Any]) -> list[str]:
             rows.append([name, r["method"], f"{r['steps'] or '-'}", *cells])
         if (truth := entry["judge_on_truth"].get(entry["obedience"])) is not None:
             rows.append([name, "truth, by the same judge", "-", "-", "-", _figure(truth, form), "-"])
+        for method, steps in entry["ratios"].items():
+            cells = [f"{r['fd']:.2f} · {_figure(r['obedience'], '.2f')} · {r['speed']:.0f}" for r in steps.values()]
+            compared.append([name, method, next(iter(steps.values()))["against"], *cells])
     lines: list[str] = []
     if entries:
-        first = next(iter(entries.values()))
-        what = "; ".join(f"{name}: {OBEDIENCE[entry['obedience']][0]}" for name, entry in entries.items())
+        counts = dict.fromkeys(f"{entry['count']}" for entry in entries.values())
+        machines = dict.fromkeys(_machine(entry) for entry in entries.values())
+        what = "; ".join(f"{name}: {OBEDIENCE[e['obedience']][0]}{_judged(e)}" for name, e in entries.items())
         heads = ["task", "method", "steps", "FD-ENLite0 ↓", "ENLite0 distance ↓", "obedience ↑", "ms"]
         lines += [
-            f"{first['count']} held-out scenes a row, latency of one picture on {first['machine']['cpus']} CPU cores. "
+            f"{' or '.join(counts)} held-out scenes a row, latency of one picture on {' or '.join(machines)}. "
             f"Obedience is, for {what}.",
             "",
             *table(heads, rows),
+            "",
+        ]
+    if compared:
+        heads = ["task", "method", "against", "1 step", "2 steps", "4 steps"]
+        lines += [
+            "Few steps against 50, of the many-step model with the better FD: its FD times so much (1 or less: no "
+            "worse), its obedience times so much (1 or more: no worse), and so many times faster.",
+            "",
+            *table(heads, compared),
             "",
         ]
     if composed:
@@ -79,8 +92,23 @@ def tasks_lines(result: dict[str, Any]) -> list[str]:
             + [f"{r['measures']['hole_depth_db']:.1f}"]
             for r in composed["rows"]
         ]
-        lines += [f"Two adapters at once, on {composed['count']} held-out scenes:", "", *table(heads, rows), ""]
-    return [*lines, f"`{result['command']}`", ""]
+        told = f"{composed['count']} held-out scenes{_judged(composed)}"
+        lines += [f"Two adapters at once, on {told}:", "", *table(heads, rows), ""]
+    for command in dict.fromkeys(entry["command"] for entry in result["tasks"].values()):
+        lines += [f"`{command}`", ""]
+    return lines
+
+
+def _machine(entry: dict[str, Any]) -> str:
+    """Where a task was measured."""
+    machine = entry["machine"]
+    return machine["gpu"] if entry["device"] == "cuda" else f"{machine['cpus']} CPU cores"
+
+
+def _judged(entry: dict[str, Any]) -> str:
+    """How many scenes the headline was measured on, where some have nothing to measure."""
+    judged = entry["judged"].get(entry["obedience"], entry["count"])
+    return f" ({judged} of the scenes ask for any)" if judged < entry["count"] else ""
 
 
 def backbone_lines(result: dict[str, Any]) -> list[str]:
@@ -106,11 +134,12 @@ def backbone_lines(result: dict[str, Any]) -> list[str]:
 
 def reader_lines(result: dict[str, Any]) -> list[str]:
     """How far the judge can be trusted."""
-    held = result["held_out"]
-    said = ", ".join(f"{name} {held[name]:.1%}" for name in ("colour", "shape", "material", "count"))
+    held, soft = result["held_out"], result["held_out_through_codec"]
+    said = ", ".join(f"{name} {held[name]:.1%} ({soft[name]:.1%})" for name in ("colour", "shape", "material", "count"))
     return [
         f"The scene reader, which judges, reads held-out renders right in: {said}; its disparity is off by "
-        f"{held['disparity_error']:.3f} of the range on average.",
+        f"{held['disparity_error']:.3f} ({soft['disparity_error']:.3f}) of the range on average. In brackets: renders "
+        "that went through the codec, with noise.",
         "",
     ]
 

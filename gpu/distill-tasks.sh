@@ -1,25 +1,56 @@
 #!/usr/bin/env bash
-# Purpose: the shipped adapters of all tasks (or of $TASKS), the fine-tuned many-step ones with the same budget, and the
-# figures of both on held-out scenes. Result: $OUT/shard-*.bin (the adapters without the fine-tuned ones, whose use ends
-# with the figures), $OUT/tasks.json, $OUT/preview-*.png. Resume: the same command, while runs/ is there.
-#   OUT=runs/gpu MINUTES=1.5 TASKS="depth edit" bash gpu/distill-tasks.sh [--key value ...]     (overrides of all recipes)
+# Purpose: adapters of $TASKS, the fine-tuned many-step ones with the same budget, and the figures of both on held-out
+# scenes. In two stages, each for as few tasks as a call has time and room for (two, at ten minutes and 64 MiB):
+#   STAGE=train   TASKS="inpaint depth" OUT=runs/gpu bash gpu/distill-tasks.sh [--key value ...]    (overrides of recipes)
+#   STAGE=measure TASKS="inpaint depth composition" bash gpu/distill-tasks.sh [--key value ...]     (of benchmarks/tasks.py)
+# Result: $OUT/shard-*.bin, this call's adapters and their last previews, written anew after each of them;
+# $OUT/tasks.json, written after each task: what benchmarks/results/tasks.json holds, and the new figures.
+# Resume: the same command, while $RUNS is there; on another machine with the last result's shards in $SHARDS: finished
+# adapters stay, the others go on from their weights.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${OUT:=runs/gpu}" "${MINUTES:=1.5}" "${DEVICE:=cuda}" "${MODEL:=mini}" "${COUNT:=500}" "${PYTHON:=python3}"
-: "${TASKS:=upscale inpaint depth canny edit generate}"
+: "${STAGE:?train or measure}" "${TASKS:?the tasks of this call}"
+: "${OUT:=runs/gpu}" "${RUNS:=runs}" "${MINUTES:=1.5}" "${DEVICE:=cuda}" "${MODEL:=mini}" "${SIZE:=64}" "${COUNT:=500}"
+: "${PYTHON:=python3}"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
-mkdir -p "$OUT" runs/pack
-for task in $TASKS; do
-    for recipe in "$task" "$task-finetuned"; do
-        if [ "$recipe" = generate-finetuned ]; then continue; fi # the backbone itself is what it is compared with
-        "$PYTHON" -m codi distill "$recipe" --out "runs/$recipe" --model "$MODEL" --device "$DEVICE" --minutes "$MINUTES" "$@"
-        last=$(ls -1 "runs/$recipe/previews/"*.png 2>/dev/null | tail -n 1 || true)
-        if [ -n "$last" ]; then cp "$last" "$OUT/preview-$recipe.png"; fi
+mkdir -p "$OUT" "$RUNS"
+if [ -n "${SHARDS:-}" ] && [ ! -d "$RUNS/start" ]; then
+    "$PYTHON" gpu/shards.py unpack "$SHARDS" "$RUNS/start"
+    cp -r "$RUNS/start/." "$RUNS"
+fi
+
+train() { # RECIPE [--key value ...]
+    local run="$RUNS/$1" pack="$RUNS/pack/$1" from=()
+    if [ -d "$RUNS/start/$1" ]; then from=(--start "$RUNS/start/$1"); fi
+    if ! grep -qs '"finished": true' "$run/config.json"; then
+        "$PYTHON" -m codi distill "$1" --out "$run" --model "$MODEL" --size "$SIZE" --device "$DEVICE" \
+            --minutes "$MINUTES" "${from[@]}" "${@:2}"
+        cp "$(ls -1 "$run/previews/"*.png | tail -n 1)" "$run/preview.png"
+    fi
+    mkdir -p "$pack"
+    cp "$run"/config.json "$run"/*.safetensors "$run"/preview.png "$pack"
+    if [ -d "$run/unet" ]; then cp -r "$run/unet" "$pack"; fi
+    "$PYTHON" gpu/shards.py pack "$RUNS/pack" "$OUT"
+}
+
+case "$STAGE" in
+train)
+    rm -rf "$RUNS/pack"
+    for task in $TASKS; do
+        train "$task" "$@"
+        if [ "$task" != generate ]; then train "$task-finetuned" "$@"; fi # generate: the backbone is compared with
     done
-    rm -rf "runs/pack/$task" && mkdir -p "runs/pack/$task"
-    cp "runs/$task"/config.json "runs/$task"/*.safetensors "runs/pack/$task"
-    if [ -d "runs/$task/unet" ]; then cp -r "runs/$task/unet" "runs/pack/$task"; fi
-done
-# shellcheck disable=SC2086 # a list of words
-"$PYTHON" benchmarks/tasks.py --model "$MODEL" --adapters runs --finetuned runs --count "$COUNT" --tasks $TASKS --out "$OUT/tasks.json"
-"$PYTHON" gpu/shards.py pack runs/pack "$OUT"
+    ;;
+measure)
+    if [ -f benchmarks/results/tasks.json ] && [ ! -f "$OUT/tasks.json" ]; then
+        cp benchmarks/results/tasks.json "$OUT"
+    fi
+    # shellcheck disable=SC2086 # a list of words
+    "$PYTHON" benchmarks/tasks.py --model "$MODEL" --adapters "$RUNS" --finetuned "$RUNS" --size "$SIZE" \
+        --count "$COUNT" --device "$DEVICE" --tasks $TASKS --out "$OUT/tasks.json" "$@"
+    ;;
+*)
+    echo "STAGE=$STAGE: not known: use train or measure" >&2
+    exit 2
+    ;;
+esac

@@ -26,6 +26,8 @@ def pack(folder: Path, target: Path) -> list[Path]:
     if len(data) > SHARD * MOST:
         raise ValueError(f"{folder}: {len(data) / 2**20:.0f} MiB does not fit {MOST} shards of 16 MiB")
     target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("shard-*.bin"):  # there may have been more of them
+        old.unlink()
     shards = []
     for number, start in enumerate(range(0, len(data), SHARD)):
         shards.append(target / f"shard-{number}.bin")

@@ -1,5 +1,6 @@
-"""For every test: no network, and nothing looked up on a model hub."""
+"""For every test: no network, and nothing looked up on a model hub. And what several files of them start from."""
 
+import json
 import os
 import socket
 
@@ -7,8 +8,8 @@ import pytest
 
 # Before any library of the hub is imported: a missing file is then an error at once, not a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before torch: threads that wait must sleep, or two processes on two cores spin against each other.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch: a thread a process, because processes share the cores (see `make test`) and models are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 
@@ -24,3 +25,47 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+# What is heavy is imported where it is needed: tests of text and files alone start in no time.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folders of a tiny backbone and an upscaler for it."""
+    from shell import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def shell(capsys):
+    """Runs commands in this process."""
+    from shell import Shell
+
+    return Shell(capsys)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve pictures of different sizes with captions, in metadata's own order."""
+    from folders import noise
+
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    lines = []
+    for i in (*range(6, 12), *range(6)):
+        name = f"sub/{i:02d}.png" if i % 2 else f"{i:02d}.png"
+        noise(40 + 5 * i, 50 + 3 * i, i).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": f"picture {i}", "instruction": f"do {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """A folder of six rendered scenes."""
+    from codi.data.render import render_folder
+
+    render_folder(6, tmp_path / "rendered", size=32, seed=1)
+    return tmp_path / "rendered"

@@ -20,18 +20,8 @@ from codi.apps import models as embedded
 from codi.data.samples import CorruptSample
 from codi.data.sources import open_source
 from codi.training.checkpoint import complete
-from shell import Models, Shell, make_adapter, make_models, picture
+from shell import Models, make_adapter, picture
 from tiny import tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Models:
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def shell(capsys) -> Shell:
-    return Shell(capsys)
 
 
 def files(folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The scripts of benchmarks/: what the reader's output is taken to say, the judges built on it, the tables."""
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts that import one another
 
+import command  # noqa: E402
 import judges  # noqa: E402
 import reader as training  # noqa: E402
 import reading  # noqa: E402
@@ -20,6 +22,7 @@ from reading import Found, Reader, Reading, decode  # noqa: E402
 
 from codi.data.batches import Batch  # noqa: E402
 from codi.data.scenes import MAX_OBJECTS, sample_scene  # noqa: E402
+from codi.sampling.guidance import resolve  # noqa: E402
 from codi.tasks import get_task  # noqa: E402
 
 SIDE = 64
@@ -233,14 +236,17 @@ def test_the_truth_is_judged_once_a_batch(data):
 
     def judge(output, given, batch):
         seen.append(float(output.mean()))
-        return {"brightness": output.mean((1, 2, 3))}
+        brightness = output.mean((1, 2, 3))
+        return {"brightness": brightness, "seldom": brightness.where(torch.arange(12) < 5, torch.nan)}
 
     batch = batch_of(data)
     witness = task_figures.Witness(judge, get_task("depth"))
     for _ in range(2):
         assert witness(torch.zeros_like(batch.image), torch.zeros(12, 1, SIDE, SIDE), batch)["brightness"].max() == 0
     assert len(seen) == 3
-    assert witness.means() == {"brightness": pytest.approx(float(batch.image.mean()))}
+    truth = witness.figures()
+    assert float(truth["brightness"].mean()) == pytest.approx(float(batch.image.mean()))
+    assert [int((~values.isnan()).sum()) for values in truth.values()] == [12, 5]
 
 
 def test_composition_gives_both_adapters_their_input(data):
@@ -252,8 +258,69 @@ def test_composition_gives_both_adapters_their_input(data):
     assert given.shape == (12, 5, SIDE, SIDE)
     assert torch.equal(given[:, :4], get_task("inpaint").given(batch, torch.Generator().manual_seed(0)))
     assert given[:, 4].amax() == 1 and given[..., 0][:, 4].amax() == 0
-    figures = task_figures.composition_judge(lambda images: exact_reading(data))(batch.image, given, batch)
-    assert set(figures) == {"hole_objects", "hole_colours", "hole_depth_db"}
+    seen = []
+    judge = task_figures.composition_judge(lambda images: seen.append(images) or exact_reading(data))
+    assert set(judge(batch.image, given, batch)) == {"hole_objects", "hole_colours", "hole_depth_db"}
+    assert len(seen) == 1
+
+
+class FakePipe:
+    """A pipeline that keeps what it is asked for; `info` is what its adapter says of itself."""
+
+    def __init__(self, task=None, **info):
+        self.task, self.info, self.calls = task, info, []
+
+    def guidance(self):
+        return resolve(None, None, [self.info])
+
+    def __call__(self, *, steps, guidance_scale, **inputs):
+        self.calls.append((steps, guidance_scale))
+        return argparse.Namespace(images=None)
+
+
+def measured_by(name, monkeypatch, tmp_path, pipes):
+    """(method, steps, guidance scale asked for, of which adapter) of each row of a task, and the task measured;
+    `pipes` are those of the adapters, by name, "" that of the backbone alone."""
+    for adapter in pipes:
+        (tmp_path / adapter).mkdir(exist_ok=True)
+        (tmp_path / adapter / "config.json").touch()
+    load = lambda args, task=None, adapter=None: pipes[adapter.name if adapter else ""]  # noqa: E731
+    monkeypatch.setattr(task_figures, "load", load)
+    args = argparse.Namespace(adapters=tmp_path, finetuned=tmp_path, full=tmp_path, guidance=3.0)
+    methods, task = task_figures.methods_of(name, args)
+    rows = []
+    for method in methods:
+        for steps in method.steps:
+            method.run(torch.zeros(1, 3, 8, 8), [""], steps, [0])
+            (adapter,) = [key for key, pipe in pipes.items() if pipe.calls]
+            rows.append((method.name, *pipes[adapter].calls.pop(), adapter))
+    return rows, task
+
+
+def test_the_reference_has_the_guidance_of_the_few_step_adapter_and_none(monkeypatch, tmp_path):
+    task = get_task("depth", soften=0.5)
+    few = {"guidance": {"text": [1, 4]}, "guidance_scale": 2.0}
+    pipes = {"depth": FakePipe(task, **few), "depth-finetuned": FakePipe(task), "depth-full": FakePipe(task, **few)}
+    rows, measured = measured_by("depth", monkeypatch, tmp_path, pipes)
+    assert measured == get_task("depth", soften=0.0)
+    assert rows[:6] == [(method, n, None, adapter) for method, adapter in (("pe-codi", "depth"), ("codi", "depth-full"))
+                        for n in (1, 2, 4)]  # fmt: skip
+    assert rows[6:] == [
+        ("finetuned", 4, 2.0, "depth-finetuned"),
+        ("finetuned", 50, 2.0, "depth-finetuned"),
+        ("finetuned, no guidance", 50, 1.0, "depth-finetuned"),
+    ]
+
+
+def test_what_has_no_guidance_is_compared_once_and_generate_with_the_backbone(monkeypatch, tmp_path):
+    task = get_task("upscale")
+    pipes = {"upscale": FakePipe(task), "upscale-finetuned": FakePipe(task)}
+    rows, _ = measured_by("upscale", monkeypatch, tmp_path, pipes)
+    assert [row[:3] for row in rows[3:]] == [("finetuned", 4, 1.0), ("finetuned", 50, 1.0)]
+    few = FakePipe(get_task("generate"), guidance={"text": [1, 4]}, guidance_scale=2.0)
+    rows, _ = measured_by("generate", monkeypatch, tmp_path, {"generate": few, "": FakePipe()})
+    wanted = [("backbone", 4, 2.0, ""), ("backbone", 50, 2.0, ""), ("backbone, guidance 3", 50, 3.0, "")]
+    assert rows[3:] == wanted
 
 
 def row(method, steps, fd, obedience, **more):
@@ -262,22 +329,45 @@ def row(method, steps, fd, obedience, **more):
     return {**told, "psnr": 20.0, "ssim": 0.8, "distance": 0.5, "measures": {}, **more}
 
 
-def test_ratios_compare_few_steps_with_many():
-    rows = [row("codi", 4, 11.0, 0.9), row("finetuned", 4, 30.0, 0.1), row("finetuned", 50, 10.0, 0.6)]
-    assert task_figures.ratios(rows) == {"4": {"fd": 1.1, "obedience": pytest.approx(1.5), "speed": 12.5}}
-    assert task_figures.ratios(rows[:2]) == {}
+def test_ratios_compare_few_steps_with_the_better_of_the_many_step_rows():
+    rows = [row("pe-codi", 4, 11.0, 0.9), row("codi", 1, 5.0, 0.3), row("finetuned", 4, 3.0, 0.1)]
+    many = [row("finetuned", 50, 20.0, 0.9), row("finetuned, no guidance", 50, 10.0, 0.6)]
+    against = {"against": "finetuned, no guidance"}
+    assert task_figures.ratios(rows + many) == {
+        "pe-codi": {"4": {**against, "fd": 1.1, "obedience": pytest.approx(1.5), "speed": 12.5}},
+        "codi": {"1": {**against, "fd": 0.5, "obedience": 0.5, "speed": 50}},
+    }
+    assert task_figures.ratios(rows + many[:1])["codi"]["1"]["against"] == "finetuned"
+    assert task_figures.ratios(rows) == {}
+
+
+def test_a_command_says_nothing_of_the_machine(monkeypatch):
+    words = ["benchmarks/tasks.py", "--adapters", "runs/a b", "--full", "/there/full", "--out=../x/y.json"]
+    monkeypatch.setattr(sys, "argv", [*words, "--data", "scenes:held-out:500"])
+    told = "python benchmarks/tasks.py --adapters 'runs/a b' --full full --out=y.json --data scenes:held-out:500"
+    assert command.command_line() == told
 
 
 def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
-    machine = {"cpus": 2}
-    entry = {"count": 5, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "machine": machine}
-    entry["rows"] = [row("codi", 4, 11.0, 22.25), row("finetuned", 50, 10.0, None)]
+    where = {"count": 5, "device": "cpu", "machine": {"cpus": 2}, "command": "python tasks.py"}
+    rows = [row("pe-codi", n, 11.0, 22.25) for n in (1, 2, 4)] + [row("finetuned", 50, 10.0, 20.0)]
+    rows.append(row("finetuned, no guidance", 50, 12.0, None))
+    entry = {**where, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "judged": {"depth_db": 5}}
+    entry |= {"rows": rows, "ratios": task_figures.ratios(rows)}
     holes = row("inpaint + 1 depth", 4, 9.0, 0.5, measures={"hole_objects": 0.5, "hole_depth_db": 17.0})
-    both = {"count": 5, "obedience": "hole_objects", "judge_on_truth": {}, "rows": [holes], "machine": machine}
+    both = {**where, "obedience": "hole_objects", "judge_on_truth": {}, "judged": {"hole_objects": 3}, "rows": [holes]}
+    filled = {
+        **both,
+        "device": "cuda",
+        "machine": {"gpu": "H100"},
+        "rows": [],
+        "ratios": {},
+        "command": "python gpu.py",
+    }
     figures = dict.fromkeys(("all", "count", "colour", "shape", "material"), 0.5)
     counts = figures | {"by_count": {"1": figures}}
     results = {
-        "tasks.json": {"tasks": {"depth": entry, "composition": both}, "command": "python tasks.py"},
+        "tasks.json": {"tasks": {"depth": entry, "inpaint": filled, "composition": both}},
         "backbone.json": {
             "codec_psnr_db": 33.0,
             "fd_codec": 3.0,
@@ -287,7 +377,10 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
             "judge_on_true_renders": counts,
             "rows": [{"fd": 20.0, **counts}],
         },
-        "reader.json": {"held_out": {**figures, "disparity_error": 0.01}},
+        "reader.json": {
+            "held_out": {**figures, "disparity_error": 0.01},
+            "held_out_through_codec": {**figures, "colour": 0.25, "disparity_error": 0.02},
+        },
     }
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     for name, result in results.items():
@@ -298,8 +391,11 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     readme.main()
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n" + readme.BEGIN) and text.endswith(readme.END + "after\n") and "old" not in text
-    assert "| depth | codi | 4 | 11.0 | 0.5000 | 22.2 | 40 |" in text
-    assert "| depth | finetuned | 50 | 10.0 | 0.5000 | - | 500 |" in text
+    assert "| depth | pe-codi | 4 | 11.0 | 0.5000 | 22.2 | 40 |" in text
+    assert "| depth | finetuned, no guidance | 50 | 12.0 | 0.5000 | - | 500 |" in text
+    assert "| depth | pe-codi | finetuned | 1.10 · 1.11 · 50 | 1.10 · 1.11 · 25 | 1.10 · 1.11 · 12 |" in text
+    assert "on 2 CPU cores or H100." in text and text.count("`python tasks.py`") == text.count("`python gpu.py`") == 1
+    assert text.count("(3 of the scenes ask for any)") == 2 and "colour 50.0% (25.0%)" in text
     assert "| inpaint + 1 depth | 4 | 9.0 | 50% | 17.0 |" in text
     assert "| 1 to 4 | 50% (50%) |" in text
     assert set(readme.OBEDIENCE) >= set(task_figures.HEADLINES.values())

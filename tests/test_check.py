@@ -13,23 +13,11 @@ from codi.apps.data import rehearse
 from codi.data.batches import batches
 from codi.data.check import check_data, contact_sheet
 from codi.data.duplicates import near_groups, perceptual_hash
-from codi.data.render import render_folder
 from codi.data.sources import open_source
 from codi.errors import UserError
 from codi.tasks import TASKS, get_task
-from shell import Shell, picture
-from test_data import noise, refused, rows_of, serve, shard, smooth
-
-
-@pytest.fixture
-def shell(capsys) -> Shell:
-    return Shell(capsys)
-
-
-@pytest.fixture
-def rendered(tmp_path):
-    render_folder(6, tmp_path / "rendered", size=32, seed=1)
-    return tmp_path / "rendered"
+from folders import noise, refused, rows_of, serve, shard, smooth
+from shell import picture
 
 
 def rewrite(folder, change):

@@ -1,5 +1,7 @@
 """Two adapters at once on one backbone: weights, order, what each brings, and what cannot be combined."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from codi.errors import UserError
 from codi.models.adapter import FORMS, Adapter
 from codi.models.adapter_files import load_adapter
+from codi.models.backbone import unet_down
 from codi.models.composition import compose
 from codi.models.lora import lora_names
 from codi.models.student import Conditioning, Student
@@ -73,9 +76,17 @@ class Parts:
         student = Student(unet, adapter)
         return student(Z, LEVELS, Conditioning(WORDS, self.conditions[name], guidance=guidance), strength)
 
+    def compose(self, *weights: float) -> Student:
+        return compose(UNET, self.adapters, self.unets, dict(zip(self.loaded, weights, strict=True)))
+
+    @functools.cached_property
+    def student(self) -> Student:
+        return self.compose(*[1.0] * len(self.loaded))
+
     @torch.no_grad()
-    def together(self, *weights: float, guidance: Tensor | None = None, strength: float = 1.0, **changes: Any):
-        student = compose(UNET, self.adapters, self.unets, dict(zip(self.loaded, weights, strict=True)))
+    def together(self, *weights: float, guidance: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        student: Any = self.student
+        student.adapter.weights = dict(zip(self.loaded, weights, strict=True))
         conditioning = Conditioning(WORDS, self.conditions, guidance=guidance)
         found = student(Z, LEVELS, conditioning, strength)
         prepared = student.prepare(conditioning)
@@ -83,9 +94,15 @@ class Parts:
         return found
 
 
+@pytest.fixture(scope="module")
+def parts_of(folders) -> Callable[..., Parts]:
+    """Parts by names. They are kept: tests leave them as they are."""
+    return functools.cache(functools.partial(Parts, folders))
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_one_adapter_is_that_adapter(name, folders):
-    parts = Parts(folders, name)
+def test_one_adapter_is_that_adapter(name, parts_of):
+    parts = parts_of(name)
     scales = torch.tensor([[3.0, 1.5], [1.0, 2.0]])[:, : max(KINDS[name][2], 1)]
     assert not torch.equal(parts.alone(name), BACKBONE)
     for guidance in (None, scales):
@@ -98,8 +115,8 @@ PAIRS = [("depth", "inpaint"), ("inpaint", "edit"), ("canny", "inpaint"), ("gene
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_weight_0_of_one_leaves_the_other_and_of_both_the_backbone(first, second, folders):
-    parts = Parts(folders, first, second)
+def test_weight_0_of_one_leaves_the_other_and_of_both_the_backbone(first, second, parts_of):
+    parts = parts_of(first, second)
     told = torch.full((2, 1), 3.0)
     for guidance in (None, told):
         scales = {name: told if KINDS[name][2] < 2 else torch.tensor([[3.0, 1.0]]).expand(2, 2) for name in KINDS}
@@ -111,8 +128,8 @@ def test_weight_0_of_one_leaves_the_other_and_of_both_the_backbone(first, second
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_both_have_a_say_in_any_order_and_by_weight(first, second, folders):
-    parts, reverse = Parts(folders, first, second), Parts(folders, second, first)
+def test_both_have_a_say_in_any_order_and_by_weight(first, second, parts_of):
+    parts, reverse = parts_of(first, second), parts_of(second, first)
     both = parts.together(1, 1)
     torch.testing.assert_close(reverse.together(1, 1), both, rtol=0, atol=1e-5)
     torch.testing.assert_close(reverse.together(0.3, 0.8), parts.together(0.8, 0.3), rtol=0, atol=1e-5)
@@ -128,7 +145,7 @@ def test_the_low_rank_updates_of_both_are_applied(folders):
     with torch.no_grad():
         for mu in parts.adapters["inpaint"].mu:  # type: ignore[union-attr]
             mu.zero_()
-    student = compose(UNET, parts.adapters, parts.unets, {"generate": 1.0, "inpaint": 0.5})
+    student = parts.compose(1.0, 0.5)
     assert lora_names(student.unet) == ["set_generate", "set_inpaint"] and lora_names(UNET) == []
     assert {id(p) for p in UNET.parameters()} <= {id(p) for p in student.unet.parameters()}
     merged = tiny_unet()
@@ -145,28 +162,27 @@ def test_the_low_rank_updates_of_both_are_applied(folders):
     assert (expected - BACKBONE).norm() > 0.1
 
 
-def test_each_takes_the_guidance_columns_that_it_knows(folders):
+def test_each_takes_the_guidance_columns_that_it_knows(parts_of):
     """Text is first, image second: who knows one takes the text's, who knows two takes 1 for what is not said."""
-    inpaint, edit = Parts(folders, "inpaint"), Parts(folders, "edit")
+    inpaint, edit = parts_of("inpaint"), parts_of("edit")
     two, text = torch.tensor([[3.0, 1.5]]).expand(2, 2), torch.full((2, 1), 3.0)
     assert torch.equal(inpaint.together(1, guidance=two), inpaint.alone("inpaint", 1, text))
     assert torch.equal(edit.together(1, guidance=text), edit.alone("edit", 1, torch.tensor([[3.0, 1.0]]).expand(2, 2)))
-    both = Parts(folders, "inpaint", "edit")
+    both = parts_of("inpaint", "edit")
     plain = both.together(1, 1)
     assert torch.equal(both.together(1, 1, guidance=torch.ones(2, 2)), plain)
     assert not torch.allclose(both.together(1, 1, guidance=two), plain)
     assert not torch.allclose(both.together(1, 1, guidance=two), both.together(1, 1, guidance=text))
-    assert Parts(folders, "depth").together(1, guidance=two).equal(Parts(folders, "depth").alone("depth"))
+    assert parts_of("depth").together(1, guidance=two).equal(parts_of("depth").alone("depth"))
 
 
-def test_the_embedding_of_guidance_is_a_mean_by_weight(folders):
-    parts, told = Parts(folders, "inpaint", "generate"), torch.full((2, 1), 3.0)
+def test_the_embedding_of_guidance_is_a_mean_by_weight(parts_of):
+    parts, told = parts_of("inpaint", "generate"), torch.full((2, 1), 3.0)
     a, b = (adapter.embed_guidance(told) for adapter in parts.adapters.values())
     assert a is not None and b is not None
 
     def embedded(*weights: float) -> Tensor:
-        student = compose(UNET, parts.adapters, parts.unets, dict(zip(parts.loaded, weights, strict=True)))
-        assert student.adapter is not None
+        student: Any = parts.compose(*weights)
         return student.adapter.embed_guidance(told)
 
     torch.testing.assert_close(embedded(1, 1), (a + b) / 2)
@@ -174,18 +190,39 @@ def test_the_embedding_of_guidance_is_a_mean_by_weight(folders):
     torch.testing.assert_close(embedded(0.2, 0.3), 0.2 * a + 0.3 * b)  # little influence of all, little guidance
 
 
-def test_weights_change_without_composing_again(folders):
-    parts = Parts(folders, "depth", "inpaint")
-    student = compose(UNET, parts.adapters, parts.unets, {"depth": 1.0, "inpaint": 1.0})
+def test_weights_change_without_composing_again(parts_of):
+    parts = parts_of("depth", "inpaint")  # whose `together` changes weights alone
     conditioning = Conditioning(WORDS, parts.conditions)
     with torch.no_grad():
         for weights in ((1.0, 0.0), (0.2, 0.9), (0.0, 0.0), (1.0, 1.0)):
-            student.adapter.weights = dict(zip(parts.loaded, weights, strict=True))  # type: ignore[union-attr]
-            assert torch.equal(student(Z, LEVELS, conditioning), parts.together(*weights))
+            assert torch.equal(parts.together(*weights), parts.compose(*weights)(Z, LEVELS, conditioning))
 
 
-def test_a_full_adapter_cannot_be_combined(folders):
-    adapter, parts = FORMS["fused"].from_backbone(UNET, VAE), Parts(folders, "depth")
+def test_a_controlnet_runs_once_a_step(parts_of):
+    """It looks at z_t, not at what the others fuse, and what it adds is the same in both orders."""
+    parts, calls = parts_of("canny", "inpaint"), []
+    canny, inpaint = parts.adapters.values()
+    handle = canny.net.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    with torch.no_grad():
+        parts.student.adapter.weights = {"canny": 0.5, "inpaint": 1.0}  # type: ignore[union-attr]
+        conditioning = parts.student.prepare(Conditioning(WORDS, parts.conditions))
+        parts.student(Z, LEVELS, conditioning)
+        assert len(calls) == 1
+        handle.remove()
+
+        # The mean of both orders, one adapter at a time.
+        features, _ = unet_down(UNET, Z, LEVELS, WORDS)
+        seen = canny.look(conditioning.prepared["canny"], Z, LEVELS, WORDS)
+        prepared = conditioning.prepared["inpaint"]
+        last = canny.fuse(inpaint.fuse(features, prepared, 1.0), seen, 0.5)
+        first = inpaint.fuse(canny.fuse(features, seen, 0.5), prepared, 1.0)
+        found = parts.student.adapter.fuse(features, {"canny": seen, "inpaint": prepared}, 1.0)  # type: ignore[union-attr]
+    for one, a, b in zip(found, last, first, strict=True):
+        torch.testing.assert_close(one, (a + b) / 2)
+
+
+def test_a_full_adapter_cannot_be_combined(parts_of):
+    adapter, parts = FORMS["fused"].from_backbone(UNET, VAE), parts_of("depth")
     with pytest.raises(UserError, match="^upscale: a full adapter.*train_backbone: false$"):
         compose(
             UNET,

@@ -16,14 +16,21 @@ from codi.objectives.finetune import finetune
 from codi.sampling.sampler import ddim
 from codi.schedule import DiscreteSchedule, Schedule
 from codi.training import ema
-from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_scheduler, tiny_unet, tiny_vae
+from tiny import (
+    DOWNSCALE,
+    LATENT_CHANNELS,
+    TEXT_WIDTH,
+    rand,
+    randn,
+    seeded,
+    tiny_lora,
+    tiny_scheduler,
+    tiny_unet,
+    tiny_vae,
+)
 
 LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
 EPSILON = DiscreteSchedule.from_config(tiny_scheduler("epsilon").config)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # ---- the Gaussian world: a conditioning is the (mean, spread) of the data that it leaves possible

@@ -1,139 +1,24 @@
-"""CoDi's loss and plain diffusion training: closed forms in float64, then real (tiny) networks."""
+"""CoDi's loss and plain diffusion training: by hand in float64, then real (tiny) networks."""
 
 import copy
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from codi.models.adapter import FORMS
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
-from codi.objectives.batch import Guidance, LatentBatch, mean_square
+from codi.objectives.batch import Guidance, LatentBatch
 from codi.objectives.codi import boundary_scaling, codi
-from codi.objectives.distances import features, latent, perceptual, pixel
+from codi.objectives.distances import latent
 from codi.objectives.finetune import finetune
-from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
-from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_scheduler, tiny_unet, tiny_vae
+from codi.schedule import DiscreteSchedule
+from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, seeded, tiny_scheduler, tiny_unet, tiny_vae
 
 LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-# ---- the Gaussian world: data N(M, S^2), alpha = cos t, sigma = sin t. Functions give x(z); eps follows.
-
-M, S = 0.7, 0.5
-
-
-def straight(z, alpha, sigma):
-    """x = m + s eps: noise and data joined by straight lines."""
-    return M + S * (z - alpha * M) / (alpha * S + sigma)
-
-
-def flow(z, alpha, sigma):
-    """Where the data's probability-flow ODE through (z, t) ends."""
-    return M + S * (z - alpha * M) / (alpha**2 * S**2 + sigma**2) ** 0.5
-
-
-def denoiser(z, alpha, sigma):
-    """E[x | z]."""
-    return M + alpha * S**2 * (z - alpha * M) / (alpha**2 * S**2 + sigma**2)
-
-
-def network(function, schedule: Schedule):
-    """The network that outputs what stands for x = function(z): a perfectly trained one."""
-
-    def forward(z: Tensor, timestep: Tensor, conditioning) -> Tensor:
-        t = timestep if isinstance(schedule, CosineSchedule) else timestep + 1
-        alpha, sigma = schedule.alpha_sigma(t, z)
-        x = function(z, alpha, sigma)
-        return schedule.output(x, (z - alpha * x) / sigma, t)
-
-    return forward
-
-
-def gaussian_batch(count: int, seed: int = 0) -> LatentBatch:
-    return LatentBatch(M + S * randn(1, 1, 1, count, seed=seed, dtype=torch.float64), None)
-
-
-def table_cell(function, ode: str, consistency: str, dt: float) -> float:
-    """Mean squared consistency error / dt^2 at t = 1, by codi's own code, on 400,000 samples."""
-    schedule = CosineSchedule()
-    f, teacher = network(function, schedule), network(denoiser, schedule)
-    options = {"dt": dt, "ode": ode, "teacher": teacher, "consistency": consistency, "signal_weight": 0.0}
-    t = torch.tensor([1.0], dtype=torch.float64)
-    losses = codi(f, f, gaussian_batch(400_000), schedule, seeded(1), t=t, **options)
-    assert losses.keys() == {"consistency"}
-    return float(losses["consistency"]) / dt**2
-
-
-def by_quadrature(function, ode: str, consistency: str, dt: float) -> float:
-    """The same, written down a second time without codi's code: Gauss-Hermite over z_t."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
-    (a, b), (a_s, b_s) = ((np.cos(t), np.sin(t)) for t in (1.0, 1.0 - dt))
-    z = a * M + (a**2 * S**2 + b**2) ** 0.5 * nodes
-    x_t = function(z, a, b)
-    path = x_t if ode == "own" else denoiser(z, a, b)
-    z_s = a_s * path + b_s * (z - a * path) / b
-    x_s = function(z_s, a_s, b_s)
-    error = x_t - x_s if consistency == "signal" else (z - a * x_t) / b - (z_s - a_s * x_s) / b_s
-    return float((weights * error**2).sum() / weights.sum()) / dt**2
-
-
-NONZERO = [
-    (straight, "teacher", "noise", 0.069),
-    (straight, "teacher", "signal", 0.017),
-    (flow, "own", "noise", 0.023),
-    (flow, "own", "signal", 0.055),
-    (flow, "teacher", "noise", 0.24),
-]
-
-
-@pytest.mark.parametrize(("function", "ode", "consistency", "expected"), NONZERO)
-def test_functions_that_are_no_fixed_point(function, ode, consistency, expected):
-    found = table_cell(function, ode, consistency, dt=1e-4)
-    assert found == pytest.approx(expected, rel=0.03)
-    assert found == pytest.approx(by_quadrature(function, ode, consistency, dt=1e-4), rel=0.01)
-
-
-@pytest.mark.parametrize("consistency", ["noise", "signal"])
-@pytest.mark.parametrize("dt", [0.3, 1e-4])
-def test_the_straight_coupling_is_a_fixed_point_of_its_own_ode(consistency, dt):
-    """Zero for any dt, in both spaces: its DDIM step is exact."""
-    assert table_cell(straight, "own", consistency, dt) * dt**2 < 1e-28
-
-
-def test_the_flow_s_end_is_a_fixed_point_of_the_denoiser_s_ode_in_signal():
-    """Zero in the limit: the error of one Euler step is O(dt^2), so error^2 / dt^2 falls as dt^2."""
-    coarse, fine = (table_cell(flow, "teacher", "signal", dt) for dt in (1e-2, 1e-3))
-    assert coarse < 2e-6
-    assert coarse / fine == pytest.approx(100, rel=0.05)
-
-
-def test_the_exact_denoiser_is_the_minimum_of_both_data_terms():
-    """Its loss is the posterior's variance, by formula, and any change of it costs."""
-    t, batch = torch.tensor([400]), gaussian_batch(400_000, seed=4)
-    alpha, sigma = (float(v) for v in LEVELS.alpha_sigma(t, batch.x))
-    total = alpha**2 * S**2 + sigma**2
-
-    def losses(function) -> tuple[float, float]:
-        f = network(function, LEVELS)
-        diffusion = finetune(f, f, batch, LEVELS, seeded(5), t=t)["diffusion"]
-        signal = codi(f, f, batch, LEVELS, seeded(5), t=t, consistency_weight=0)["signal"]
-        return float(diffusion), float(signal)
-
-    exact = losses(denoiser)
-    assert exact[0] == pytest.approx(S**2 / total, rel=0.01)  # of v: that of x over sigma^2
-    assert exact[1] == pytest.approx(S**2 * sigma**2 / total, rel=0.01)
-    for offset, scale in ((0.02, 1.0), (-0.02, 1.0), (0.0, 1.03), (0.0, 0.97)):
-        worse = losses(lambda z, a, b, o=offset, k=scale: k * denoiser(z, a, b) + o)
-        assert worse[0] > exact[0] and worse[1] > exact[1]
 
 
 # ---- by hand, on recording networks
@@ -282,66 +167,6 @@ def test_codi_uses_the_boundary_scaling_for_both_networks():
     e_s = boundary_scaling(LEVELS.signal_noise(target(z_s, s, batch.conditioning), z_s, s)[0], z_s, s, LEVELS)[1]
     torch.testing.assert_close(losses["consistency"], (e_t - e_s).square().mean())
     torch.testing.assert_close(losses["signal"], (x_t - batch.x).square().mean())
-
-
-# ---- distances
-
-
-def decode(x: Tensor) -> Tensor:
-    return torch.einsum("bchw,kc->bkhw", x, randn(3, 4, seed=20)).repeat_interleave(2, -1).repeat_interleave(2, -2)
-
-
-def encode(image: Tensor) -> Tensor:
-    return nn.functional.conv2d(image, randn(6, 3, 2, 2, seed=21), stride=2).tanh()
-
-
-def metric(a: Tensor, b: Tensor) -> Tensor:
-    return (encode(a) - encode(b)).abs().mean((1, 2, 3))
-
-
-FOUR = {
-    "latent": latent,
-    "pixel": pixel(decode),
-    "features": features(decode, encode),
-    "perceptual": perceptual(decode, metric),
-}
-
-
-@pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
-def test_distances_are_0_at_the_truth_and_have_a_gradient_elsewhere(d_x):
-    x = randn(2, 4, 3, 3)
-    batch = LatentBatch(x, None, decode(x))
-    assert d_x(x.clone(), batch) == 0
-    x_hat = (x + 0.1 * randn(2, 4, 3, 3, seed=1)).requires_grad_()
-    distance = d_x(x_hat, batch)
-    assert distance.shape == () and distance > 0
-    distance.backward()
-    assert x_hat.grad is not None and x_hat.grad.isfinite().all() and (x_hat.grad != 0).all()
-    nearer = d_x((x + 0.01 * randn(2, 4, 3, 3, seed=1)), batch)
-    assert nearer < distance
-
-
-@pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
-def test_distances_in_the_loss(d_x):
-    x, weight = randn(2, 4, 3, 3), torch.tensor(0.2, requires_grad=True)
-    batch, t = LatentBatch(x, None, decode(x)), torch.tensor([300])
-    z: list[Tensor] = []
-
-    def student(z_t: Tensor, *_) -> Tensor:
-        z.append(z_t)
-        return weight * z_t
-
-    loss = codi(student, student, batch, LEVELS, seeded(), d_x=d_x, t=t, signal_weight=2.0)["signal"]
-    x_t, _ = LEVELS.signal_noise(0.2 * z[0], z[0], t)
-    torch.testing.assert_close(loss, 2 * d_x(x_t, batch))
-    loss.backward()
-    assert weight.grad is not None and weight.grad != 0
-
-
-def test_mean_square_of_halves_is_taken_in_float32():
-    a, b = torch.full((10,), 300.0).half(), torch.zeros(10).half()
-    assert mean_square(a, b) == 90_000  # beyond float16
-    assert mean_square(a.double(), b.double()).dtype == torch.float64
 
 
 # ---- plain diffusion training

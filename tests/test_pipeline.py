@@ -1,74 +1,39 @@
-"""The pipeline on tiny models: every task, several adapters, guidance, sizes, saving; what callers may pass."""
+"""The pipeline on tiny models: every task, guidance, sizes; what callers may pass."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
 from codi.errors import UserError
 from codi.sampling.guidance import resolve
 from codi.sampling.inputs import to_mask, to_tensor
 from codi.sampling.pipeline import CoDiPipeline
 from codi.tasks import TASKS
-from shell import make_adapter
-from tiny import rand, tiny_checkpoint
-
-GUIDANCE = {"generate": {"text": [1.0, 5.0]}, "edit": {"text": [1.0, 5.0], "image": [1.0, 2.0]}}
+from pipelines import given, hole, make_folder, open_pipeline, run
+from tiny import rand
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model/ and an adapter a task, and full/, an upscaler with a U-Net of its own."""
-    root = tmp_path_factory.mktemp("models")
-    tiny_checkpoint(root / "model")
-    for task in TASKS:
-        make_adapter(root / task, task, GUIDANCE.get(task))
-    make_adapter(root / "full", "upscale", full=True)
-    return root
+    return make_folder(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
 def shared(folder) -> CoDiPipeline:
-    """One backbone with all adapters."""
-    pipe = CoDiPipeline.from_pretrained(folder / "model")
-    for task in TASKS:
-        pipe.load_adapter(folder / task)
-    pipe.load_adapter(folder / "full")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return open_pipeline(folder)
 
 
 @pytest.fixture
 def pipe(shared) -> CoDiPipeline:
-    """The same, with none set."""
+    """With no adapter set."""
     shared.set_adapters([])
     return shared
-
-
-def given(task: str, height: int = 16, width: int = 24, count: int = 1) -> dict[str, Tensor]:
-    """What a caller passes for a task."""
-    if task == "generate":
-        return {}
-    image = rand(count, 3, height, width, seed=1)
-    return {"image": image, **({"mask": hole(height, width)} if task == "inpaint" else {})}
-
-
-def hole(height: int, width: int) -> Tensor:
-    mask = torch.zeros(1, 1, height, width)
-    mask[..., 3:11, 5:] = 1
-    return mask
-
-
-def run(pipe: CoDiPipeline, **arguments) -> Tensor:
-    return pipe(**{"prompt": "a red ball", "steps": 2, "output_type": "pt", **arguments}).images  # type: ignore
 
 
 # ---- every task
@@ -219,122 +184,6 @@ def test_which_guidance_is_used():
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="not a guidance scale"):
             resolve(wrong, None, [])
-
-
-# ---- several adapters
-
-
-def test_two_adapters_at_once(pipe):
-    pipe.set_adapters(["depth", "inpaint"])
-    images = {"depth": rand(1, 1, 16, 24, seed=2), "inpaint": rand(1, 3, 16, 24, seed=3)}
-    both = run(pipe, image=images, mask=hole(16, 24))
-    known = hole(16, 24).expand(1, 3, -1, -1) == 0
-    assert torch.equal(both[known], images["inpaint"][known])
-    for name, arguments in (
-        ("depth", {"image": images["depth"]}),
-        ("inpaint", {"image": images["inpaint"], "mask": hole(16, 24)}),
-    ):
-        pipe.set_adapters(["depth", "inpaint"], [float(name == "depth"), float(name == "inpaint")])
-        one = run(pipe, image=images, mask=hole(16, 24))
-        pipe.set_adapters(name)
-        alone = run(pipe, **arguments)
-        assert not torch.allclose(one[~known], both[~known], atol=1e-3)
-        torch.testing.assert_close(one[~known], alone[~known], rtol=0, atol=1e-4)
-    pipe.set_adapters(["depth", "generate"])
-    assert run(pipe, image=images["depth"]).shape == (1, 3, 16, 24)
-    pipe.set_adapters(["canny", "upscale"], [0.5, 1])
-    edges = (rand(1, 1, 32, 32) > 0.9).float()
-    assert run(pipe, image={"canny": edges, "upscale": rand(1, 3, 8, 8)}).shape == (1, 3, 32, 32)
-
-
-def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
-    pipe.set_adapters(["canny", "upscale"])
-    for names, words in (
-        (["full", "depth"], "full"),
-        (["depth", "cany"], "did you mean 'canny'"),
-        (["depth", "depth"], "give one each"),
-    ):
-        with pytest.raises(UserError, match=words):
-            pipe.set_adapters(names)
-    with pytest.raises(UserError, match="3 weights for 2"):
-        pipe.set_adapters(["canny", "depth"], [1, 1, 1])
-    assert list(pipe.tasks) == ["canny", "upscale"]
-    image = rand(1, 3, 8, 8)
-    for arguments, words in (
-        ({"image": image}, "canny, upscale take one each"),
-        ({"image": {"canny": image}}, "'upscale' needs one"),
-        ({"image": {"canny": image, "upscale": image}}, "one size cannot come of canny 8 x 8 px, upscale 32 x 32 px"),
-        ({"image": {"canny": image, "upscale": image, "edit": image}}, "'edit' is no adapter that is set"),
-        ({"image": {"canny": image, "upscale": image}, "mask": torch.ones(8, 8)}, "takes none|take none"),
-    ):
-        with pytest.raises(UserError, match=words):
-            run(pipe, **arguments)
-
-
-def test_adapters_swap_without_loading_anything(folder, pipe, monkeypatch):
-    monkeypatch.setattr("codi.sampling.shelf.load_adapter", None)
-    before = {name: p.clone() for name, p in pipe.unet.named_parameters()}
-    began = time.perf_counter()
-    for task in TASKS:
-        pipe.set_adapters(task)
-        assert pipe.student.adapter is pipe.adapter
-    assert (time.perf_counter() - began) / len(TASKS) < 0.1
-    assert all(torch.equal(p, before[name]) for name, p in pipe.unet.named_parameters())
-    own = {id(p) for p in pipe.unet.parameters()}
-    pipe.set_adapters("depth")
-    assert own <= {id(p) for p in pipe.student.unet.parameters()}  # one backbone in memory
-    assert pipe.load_adapter(folder / "depth") == "depth"  # there already
-
-
-def test_names_of_adapters(folder, tmp_path):
-    pipe = CoDiPipeline.from_pretrained(folder / "model")
-    assert (pipe.adapters, pipe.task, pipe.adapter) == ([], None, None)
-    assert pipe.load_adapter(folder / "canny") == "canny" and pipe.task.name == "canny"  # type: ignore[union-attr]
-    assert pipe.load_adapter(folder / "depth", as_="relief") == "relief" and list(pipe.tasks) == ["canny"]
-    other = make_adapter(tmp_path / "canny", "canny")
-    with pytest.raises(UserError, match="is loaded already: name this one with as_"):
-        pipe.load_adapter(other)
-    assert pipe.load_adapter(other, as_="other") == "other"
-    with pytest.raises(UserError, match="does 'depth', not 'canny'"):
-        pipe.load_adapter(folder / "depth", as_="mine", task="canny")
-    assert pipe.adapters == ["canny", "relief", "other"]
-
-
-def test_saving_and_loading(folder, tmp_path):
-    pipe = CoDiPipeline.from_pretrained(folder / "model", task="upscale", adapter=folder / "full")
-    pipe.load_adapter(folder / "depth")
-    pipe.load_adapter(folder / "inpaint")
-    pipe.set_progress_bar_config(disable=True)
-    pipe.set_adapters(["depth", "inpaint"], [1.0, 0.5])
-    arguments = {"image": {"depth": rand(1, 1, 8, 8), "inpaint": rand(1, 3, 8, 8)}, "mask": hole(8, 8)}
-    made = run(pipe, **arguments)
-    saved = tmp_path / "saved"
-    pipe.save_pretrained(saved)
-    again = CoDiPipeline.from_pretrained(saved)
-    again.set_progress_bar_config(disable=True)
-    assert set(again.adapters) == {"full", "depth", "inpaint"} and list(again.tasks) == ["depth", "inpaint"]
-    assert torch.equal(run(again, **arguments), made)
-    again.save_pretrained(saved)  # over itself
-    of_task = CoDiPipeline.from_pretrained(saved, task="upscale")
-    of_task.set_progress_bar_config(disable=True)
-    pipe.set_adapters("full")
-    assert list(of_task.tasks) == ["full"] and not list(saved.glob(".*"))
-    assert torch.equal(run(of_task, **given("upscale")), run(pipe, **given("upscale")))
-    assert isinstance(StableDiffusionPipeline.from_pretrained(saved), StableDiffusionPipeline)
-    (saved / "adapters" / "set.json").write_text("[")
-    with pytest.raises(UserError, match="not a saved pipeline's list"):
-        CoDiPipeline.from_pretrained(saved)
-
-
-def test_other_precision(folder):
-    pipe = CoDiPipeline.from_pretrained(folder / "model", torch_dtype=torch.bfloat16)
-    for task in ("inpaint", "generate"):
-        pipe.load_adapter(folder / task)
-        pipe.set_adapters(task)
-        assert run(pipe, **given(task)).dtype == torch.float32
-    pipe.to(torch.float32)
-    assert {p.dtype for p in pipe.student.parameters()} == {torch.float32}
-    assert run(pipe).isfinite().all()
 
 
 # ---- callers

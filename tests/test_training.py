@@ -46,6 +46,12 @@ def tiny_run(tmp_path_factory) -> DistillRecipe:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_run) -> Path:
+    """That run, uninterrupted."""
+    return distill(tiny_run, quiet=True)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a finished adapter, its trained backbone included."""
     files = sorted(folder.glob("*.safetensors")) + sorted((folder / "unet").glob("*.safetensors"))
@@ -89,8 +95,7 @@ def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch, 
         assert file.read_bytes() == (resumed / file.name).read_bytes()
 
 
-def test_kill_in_the_middle_of_a_checkpoint_loses_nothing(tiny_run, tmp_path):
-    whole = distill(replace(tiny_run, out=str(tmp_path / "whole")), quiet=True)
+def test_kill_in_the_middle_of_a_checkpoint_loses_nothing(tiny_run, finished, tmp_path):
     out = tmp_path / "killed"
     # The second checkpoint dies after its first file: SIGKILL, no clean-up of any kind.
     script = f"""
@@ -113,7 +118,7 @@ distill(DistillRecipe(**{{**json.loads({json.dumps(json.dumps(vars(tiny_run)))})
     left = [p.name for p in (out / "checkpoints").iterdir()]
     assert any(name.startswith(".writing-") for name in left) and "step-00000002" in left
     resumed = distill(replace(tiny_run, out=str(out)), quiet=True)
-    assert same(weights(whole), weights(resumed))
+    assert same(weights(finished), weights(resumed))
     assert not any(p.name.startswith(".writing-") for p in (out / "checkpoints").iterdir())
 
 
@@ -142,10 +147,9 @@ def test_gradient_checkpointing_changes_no_weight(tiny_run, tmp_path, changes):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_pe_leaves_the_backbone_alone_and_full_does_not(tiny_run, tmp_path):
+def test_pe_leaves_the_backbone_alone_and_full_does_not(tiny_run, finished, tmp_path):
     backbone = load_backbone(tiny_run.model)
     pe = distill(replace(tiny_run, out=str(tmp_path / "pe"), train_backbone=False), quiet=True)
-    full = distill(replace(tiny_run, out=str(tmp_path / "full")), quiet=True)
     assert not (pe / "unet").exists()
     before = backbone.unet.state_dict()
     _, unet = load_adapter(pe, "upscale", backbone.family, backbone.unet)
@@ -157,7 +161,7 @@ def test_pe_leaves_the_backbone_alone_and_full_does_not(tiny_run, tmp_path):
     mine = {name: p for name, p in unet.named_parameters() if id(p) not in theirs}
     assert len(mine) == len(list(unet.parameters())) - len(theirs) and all("lora_" in name for name in mine)
     assert lora_names(unet) == ["upscale"] and all(bool(p.any()) for p in mine.values())
-    _, unet = load_adapter(full, "upscale", backbone.family, backbone.unet)
+    _, unet = load_adapter(finished, "upscale", backbone.family, backbone.unet)
     assert any(not torch.equal(before[k], v) for k, v in unet.state_dict().items())
 
 
@@ -264,7 +268,7 @@ def test_going_on_from_a_shared_adapter(tiny_run, shared_adapter, tmp_path):
     assert not same(weights(moved), weights(shared_adapter))
 
 
-def test_non_finite_loss_stops_with_the_last_good_checkpoint(tiny_run, tmp_path, monkeypatch):
+def test_non_finite_loss_stops_with_the_last_good_checkpoint(tiny_run, finished, tmp_path, monkeypatch):
     from codi.training.distill import DistillJob
 
     forward, calls = DistillJob.forward, []
@@ -280,9 +284,7 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(tiny_run, tmp_path,
         distill(run, quiet=True)
     assert not (tmp_path / "run" / "config.json").exists()
     monkeypatch.setattr(DistillJob, "forward", forward)
-    assert same(
-        weights(distill(run, quiet=True)), weights(distill(replace(run, out=str(tmp_path / "new")), quiet=True))
-    )
+    assert same(weights(distill(run, quiet=True)), weights(finished))
 
 
 def test_a_folder_of_another_run_is_not_resumed(tiny_run, tmp_path):
@@ -290,6 +292,13 @@ def test_a_folder_of_another_run_is_not_resumed(tiny_run, tmp_path):
     distill(run, quiet=True)
     with pytest.raises(UserError, match="learning_rate"):
         distill(replace(run, learning_rate=0.5), quiet=True)
+    # Nor one from before a key was known, with another value than its default.
+    state = checkpoint.complete(tmp_path / "run" / "checkpoints")[-1] / "state.json"
+    checkpoint.edit_json(state, recipe={k: v for k, v in vars(run).items() if k not in ("mu_rate", "guidance")})
+    for changes in ({"mu_rate": 1.0}, {"guidance": {"text": [1, 4]}}):
+        with pytest.raises(UserError, match=f"holds a run with {next(iter(changes))}"):
+            distill(replace(run, **changes), quiet=True)
+    distill(run, quiet=True)
 
 
 def test_a_broken_checkpoint_is_named(tiny_run, tmp_path):

@@ -12,8 +12,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from codi.models.adapter import ControlNetAdapter, FusedAdapter, HintAdapter
 from codi.models.backbone import Backbone
 from codi.models.lora import add_lora
+from codi.models.student import Student
 from codi.training.tokenizer import train_tokenizer
 
 TEXT_WIDTH = 8
@@ -32,7 +34,12 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def _seeded(build, seed: int) -> Any:
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
+
+
+def _initialised(build, seed: int) -> Any:
     """Calls `build` with the global seed set: the models' own initialisation knows no other."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -53,7 +60,7 @@ def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
         "attention_head_dim": 2,
         "cross_attention_dim": TEXT_WIDTH,
     }
-    return _seeded(lambda: UNet2DConditionModel(**{**config, **changes}), seed)
+    return _initialised(lambda: UNet2DConditionModel(**{**config, **changes}), seed)
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
@@ -67,7 +74,7 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
         "norm_num_groups": 4,
         "sample_size": 32,
     }
-    return _seeded(lambda: AutoencoderKL(**config), seed)
+    return _initialised(lambda: AutoencoderKL(**config), seed)
 
 
 @functools.cache
@@ -92,7 +99,7 @@ def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _seeded(lambda: CLIPTextModel(config), seed)
+    return _initialised(lambda: CLIPTextModel(config), seed)
 
 
 def tiny_scheduler(prediction: str = "v_prediction", **changes: Any) -> DDIMScheduler:
@@ -140,3 +147,21 @@ def tiny_lora(unet: UNet2DConditionModel, name: str = "generate", seed: int = 0,
             if "lora_B" in key:
                 p.copy_(0.2 * randn(*p.shape, seed=1000 * seed + i))
     return adapted
+
+
+def influence(student: Student, seed: int = 5) -> Student:
+    """What training does: gives the adapter a say. The form without a condition has it through low-rank updates."""
+    adapter = student.adapter
+    with torch.no_grad():
+        if isinstance(adapter, FusedAdapter):
+            for i, mu in enumerate(adapter.mu):
+                mu.copy_(rand(*mu.shape, seed=seed + i))
+        elif isinstance(adapter, ControlNetAdapter):
+            for i, p in enumerate(q for name, q in adapter.named_parameters() if "controlnet_" in name):
+                p.copy_(0.2 * randn(*p.shape, seed=seed + i))
+        elif isinstance(adapter, HintAdapter):
+            for i, p in enumerate(adapter.entry[2].parameters()):
+                p.copy_(randn(*p.shape, seed=seed + i))
+        else:
+            student.unet = tiny_lora(student.unet, seed=seed)
+    return student

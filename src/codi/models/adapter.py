@@ -15,7 +15,7 @@ Any form may come with low-rank updates of the backbone (see lora) and with dist
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -54,6 +54,31 @@ class _Form(ModelMixin, ConfigMixin):
     def _add_guidance(self, scales: int, unet: dict[str, Any]) -> None:
         self.guidance = GuidanceEmbedding(scales, unet["block_out_channels"][0]) if scales else None
 
+    @classmethod
+    def from_backbone(
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
+    ) -> Self:
+        """A new adapter of this backbone: no influence yet."""
+        form: Any = cls
+        return form(_architecture(unet), condition_channels, guidance_scales=guidance_scales).to(unet.device)
+
+    def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
+        """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps, (B, ..., h, w)."""
+        with torch.no_grad():
+            latent = codec.encode(vae, condition[:, :3])
+            maps = nn.functional.interpolate(condition[:, 3:], latent.shape[-2:], mode="area")
+            return torch.cat([latent, maps.to(latent)], dim=1)
+
+    def prepare(
+        self,
+        condition: Tensor,
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        guidance: Tensor | None = None,
+    ) -> Any:
+        """What can be computed of what was read once per image, before z_t is known."""
+        return condition
+
     def embed_guidance(self, guidance: Tensor | None) -> Tensor | None:
         """Scales (B, k) -> what `unet_down` takes; None (no guidance) stays None."""
         return None if guidance is None or self.guidance is None else self.guidance(guidance)
@@ -62,17 +87,15 @@ class _Form(ModelMixin, ConfigMixin):
         """What is added to the U-Net's input features, (B, W, h, w); None: nothing."""
         return None
 
-    def fuse(self, features: list[Tensor], prepared: Any, strength: float, **_: Any) -> list[Tensor]:
+    def look(
+        self, prepared: Any, z: Tensor, timestep: Tensor, text: Tensor, added: dict[str, Tensor] | None = None
+    ) -> Any:
+        """What `fuse` takes, of what was prepared: what depends on z_t is computed here, once a step."""
+        return prepared
+
+    def fuse(self, features: list[Tensor], seen: Any, strength: float) -> list[Tensor]:
         """Features of `unet_down`, with the adapter's own in them."""
         return features
-
-
-def _read(condition: Tensor, vae: AutoencoderKL) -> Tensor:
-    """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps, (B, ..., h, w)."""
-    with torch.no_grad():
-        latent = codec.encode(vae, condition[:, :3])
-        maps = nn.functional.interpolate(condition[:, 3:], latent.shape[-2:], mode="area")
-        return torch.cat([latent, maps.to(latent)], dim=1)
 
 
 class FusedAdapter(_Form):
@@ -103,19 +126,15 @@ class FusedAdapter(_Form):
     @classmethod
     def from_backbone(
         cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
-    ) -> FusedAdapter:
+    ) -> Self:
         """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero."""
-        adapter = cls(_architecture(unet), condition_channels, guidance_scales)
+        adapter = super().from_backbone(unet, vae, condition_channels, guidance_scales)
         mine = adapter.encoder.state_dict().keys()
         weights = {k: v for k, v in unet.state_dict().items() if k in mine}
         widened = torch.zeros_like(adapter.encoder.conv_in.weight)
         widened[:, : unet.config["in_channels"]] = unet.conv_in.weight.detach()
         adapter.encoder.load_state_dict({**weights, "conv_in.weight": widened})
-        return adapter.to(unet.device)  # type: ignore[arg-type]
-
-    def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
-        """Condition (B, C, H, W) in [0, 1] -> what the encoder takes: the picture's latent, then any maps."""
-        return _read(condition, vae)
+        return adapter
 
     def prepare(
         self,
@@ -128,11 +147,11 @@ class FusedAdapter(_Form):
         zero = torch.zeros(1, dtype=torch.long, device=condition.device)
         return unet_down(self.encoder, condition, zero, text, added, self.embed_guidance(guidance))[0]
 
-    def fuse(self, features: list[Tensor], prepared: list[Tensor], strength: float, **_: Any) -> list[Tensor]:
+    def fuse(self, features: list[Tensor], seen: list[Tensor], strength: float) -> list[Tensor]:
         """(1 - mu) h + mu h_eta, with mu scaled by `strength` (0 gives the backbone exactly)."""
         return [
             torch.lerp(h, e.to(h.dtype).expand_as(h), (strength * mu).to(h.dtype).view(1, -1, 1, 1).expand_as(h))
-            for h, e, mu in zip(features, prepared, self.mu, strict=True)
+            for h, e, mu in zip(features, seen, self.mu, strict=True)
         ]
 
 
@@ -165,7 +184,7 @@ class ControlNetAdapter(_Form):
     @classmethod
     def from_backbone(
         cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
-    ) -> ControlNetAdapter:
+    ) -> Self:
         """The encoder starts as a copy of the backbone's behind zero convolutions."""
         adapter = cls(_architecture(unet), condition_channels, codec.downscale(vae), guidance_scales)
         built = cls._build(unet, condition_channels, codec.downscale(vae))
@@ -176,31 +195,17 @@ class ControlNetAdapter(_Form):
         """A ControlNet reads pixels itself."""
         return condition.to(self.dtype)
 
-    def prepare(
-        self,
-        condition: Tensor,
-        text: Tensor,
-        added: dict[str, Tensor] | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """Nothing can be computed before z_t is known."""
-        return condition
-
-    def fuse(
-        self,
-        features: list[Tensor],
-        prepared: Tensor,
-        strength: float,
-        *,
-        z: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        added: dict[str, Tensor] | None = None,
+    def look(
+        self, prepared: Tensor, z: Tensor, timestep: Tensor, text: Tensor, added: dict[str, Tensor] | None = None
     ) -> list[Tensor]:
-        """h + strength * zero_conv(h_copy(z_t, t, c))."""
+        """zero_conv(h_copy(z_t, t, c))."""
         timestep = timestep.to(z.device).expand(len(z))
-        down, middle = self.net(z, timestep, text, prepared, strength, added_cond_kwargs=added, return_dict=False)
-        return [h + r for h, r in zip(features, [*down, middle], strict=True)]
+        down, middle = self.net(z, timestep, text, prepared, added_cond_kwargs=added, return_dict=False)
+        return [*down, middle]
+
+    def fuse(self, features: list[Tensor], seen: list[Tensor], strength: float) -> list[Tensor]:
+        """h + strength * zero_conv(h_copy(z_t, t, c))."""
+        return [h + strength * r for h, r in zip(features, seen, strict=True)]
 
 
 class HintAdapter(_Form):
@@ -224,24 +229,7 @@ class HintAdapter(_Form):
         nn.init.zeros_(self.entry[2].bias)  # type: ignore[arg-type]
         self._add_guidance(guidance_scales, unet)
 
-    @classmethod
-    def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
-    ) -> HintAdapter:
-        """No influence yet."""
-        return cls(_architecture(unet), condition_channels, guidance_scales).to(unet.device)  # type: ignore[arg-type]
-
-    def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
-        """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps."""
-        return _read(condition, vae)
-
-    def prepare(
-        self,
-        condition: Tensor,
-        text: Tensor,
-        added: dict[str, Tensor] | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
+    def prepare(self, condition: Tensor, *_: Any) -> Tensor:
         """What is added: independent of z_t and t, so once per image."""
         return self.entry(condition)
 
@@ -265,30 +253,13 @@ class LoraAdapter(_Form):
         super().__init__()
         self._add_guidance(max(1, guidance_scales), unet)  # a file of weights cannot be empty
 
-    @classmethod
-    def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 1
-    ) -> LoraAdapter:
-        """No influence yet."""
-        return cls(_architecture(unet), condition_channels, guidance_scales).to(unet.device)  # type: ignore[arg-type]
-
     def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
         """Nothing to read."""
         return condition[:, :0]
 
-    def prepare(
-        self,
-        condition: Tensor,
-        text: Tensor,
-        added: dict[str, Tensor] | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """Nothing to prepare."""
-        return condition
-
 
 Adapter = FusedAdapter | ControlNetAdapter | HintAdapter | LoraAdapter
-FORMS: dict[str, type[FusedAdapter] | type[ControlNetAdapter] | type[HintAdapter] | type[LoraAdapter]] = {
+FORMS: dict[str, type[Adapter]] = {
     "fused": FusedAdapter,
     "controlnet": ControlNetAdapter,
     "hint": HintAdapter,

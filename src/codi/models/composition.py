@@ -58,13 +58,16 @@ class AdapterSet(nn.Module):
         known = [hint for hint in hints if hint is not None]
         return torch.stack(known).sum(0) if known else None
 
-    def fuse(self, features: list[Tensor], prepared: dict[str, Any], strength: float, **at: Any) -> list[Tensor]:
-        names = [name for name in self.adapters if self.weights[name]]
+    def look(self, prepared: dict[str, Any], *at: Any) -> dict[str, Any]:
+        return {name: adapter.look(prepared[name], *at) for name, adapter in self._items() if self.weights[name]}
+
+    def fuse(self, features: list[Tensor], seen: dict[str, Any], strength: float) -> list[Tensor]:
+        names = list(seen)
 
         def through(order: list[str]) -> list[Tensor]:
             fused = features
             for name in order:
-                fused = self.adapters[name].fuse(fused, prepared[name], strength * self.weights[name], **at)
+                fused = self.adapters[name].fuse(fused, seen[name], strength * self.weights[name])
             return fused
 
         if len(names) < 2:

@@ -61,7 +61,7 @@ class Student(nn.Module):
         prepared = self.prepare(conditioning).prepared
         hint = adapter.hint(prepared, strength)
         features, embedding = unet_down(self.unet, z, timestep, text, added, guidance, hint)
-        features = adapter.fuse(features, prepared, strength, z=z, timestep=timestep, text=text, added=added)
+        features = adapter.fuse(features, adapter.look(prepared, z, timestep, text, added), strength)
         return unet_up(self.unet, features, embedding, text)
 
     def _scale(self, strength: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,9 @@ def complete(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if (p / "state.json").is_file())
 
 
-def require_same_run(root: Path, recipe: dict[str, Any], free: set[str]) -> None:
-    """Raises UserError if the newest checkpoint below `root` is of a different recipe: resuming would mix two runs.
-    Keys in `free` may differ."""
+def require_same_run(root: Path, recipe: Any, free: set[str]) -> None:
+    """Raises UserError if the newest checkpoint below `root` is of a different recipe (a dataclass): resuming would mix
+    two runs. Keys in `free` may differ; one that is newer than the checkpoint had its default then."""
     found = complete(root)
     if not found:
         return
@@ -125,11 +125,13 @@ def require_same_run(root: Path, recipe: dict[str, Any], free: set[str]) -> None
         raise UserError(
             f"{file}: cannot be read ({error!r}): delete its folder to go on from the one before"
         ) from error
-    now = json.loads(json.dumps(recipe))
-    for key in now:
-        if key not in free and key in before and before[key] != now[key]:
+    for field in (f for f in fields(recipe) if f.name not in free):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        values = before.get(field.name, default), getattr(recipe, field.name)
+        old, new = (json.loads(json.dumps(value)) for value in values)  # a tuple comes back from the file as a list
+        if old != new:
             raise UserError(
-                f"{root.parent}: holds a run with {key} {before[key]!r}, not {now[key]!r}: "
+                f"{root.parent}: holds a run with {field.name} {old!r}, not {new!r}: "
                 "give another --out, or the old value to go on with that run"
             )
 

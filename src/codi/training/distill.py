@@ -237,7 +237,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
     """Runs or resumes `recipe`; returns its folder. `minutes` stops early, with a checkpoint, to go on later."""
     recipe.validate()
     out = Path(recipe.out)
-    require_same_run(out / "checkpoints", asdict(recipe), _FREE)
+    require_same_run(out / "checkpoints", recipe, _FREE)
     torch.manual_seed(recipe.seed)
     deadline = time.monotonic() + 60 * minutes if minutes else None
     columns = recipe_task(recipe).columns

@@ -14,11 +14,12 @@ from ..data.check import contact_sheet
 from ..data.samples import CorruptSample
 from ..data.sources import Sample, Source
 from ..errors import UserError
+from .trainer import SharedSettings
 
 
 @dataclass(kw_only=True)
-class PretrainRecipe:
-    """A text-to-image backbone from captioned pictures. One key of the YAML file each."""
+class PretrainRecipe(SharedSettings):
+    """A text-to-image backbone from captioned pictures. One key of the YAML file each; SharedSettings' keys too."""
 
     out: str
     """Folder of the finished checkpoint; work in progress lies in its `training/` sub-folder."""
@@ -59,27 +60,20 @@ class PretrainRecipe:
     """Share of captions replaced by the empty prompt: guidance needs an unconditional answer to move away from."""
     warmup: int = 8_000
     decay_to: float = 0.05
-    ema: float = 0.999
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "no"
     log_every: int = 1_600
     preview_every: int = 20_000
     checkpoint_every: int = 8_000
-    keep: int = 2
-    """Checkpoints kept of each stage; more of them give a learning curve."""
 
     def validate(self) -> None:
         """Raises UserError for values that no run can have."""
+        super().validate()
+        self._at_least_1("vae_images", "vae_batch", "latent_channels", "ldm_images", "ldm_batch", "text_layers")
         cell = 2 ** (len(self.vae_widths) - 1)
         for name in ("size", "vae_crop"):
             if getattr(self, name) % cell or getattr(self, name) < cell:
                 raise UserError(f"{name} {getattr(self, name)}: not a multiple of {cell}, a latent cell: change it")
         if self.vae_crop > self.size:
             raise UserError(f"vae_crop {self.vae_crop}: larger than size {self.size}: lower it")
-        for name in ("vae_images", "vae_batch", "latent_channels", "ldm_images", "ldm_batch", "text_layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 1: raise it")
         for name, unit in (("vae_widths", 8), ("unet_widths", 16), ("text_width", 32)):
             widths = getattr(self, name) if isinstance(getattr(self, name), tuple) else (getattr(self, name),)
             if any(not isinstance(w, int) or w < 1 or w % unit for w in widths):

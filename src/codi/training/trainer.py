@@ -24,23 +24,13 @@ from .events import Events
 
 
 @dataclass(kw_only=True)
-class RunSettings:
-    """How long, how fast and how often. Counts are in training images, so that batch size changes nothing else."""
+class SharedSettings:
+    """What all stages of a run have in common. Counts are in training images: batch size changes nothing else."""
 
-    images: int = 20_000
-    """Training images in all (an image seen twice counts twice)."""
-    batch_size: int = 16
-    """Images of one update, per process, before accumulation."""
-    accumulate: int = 1
-    """Batches summed into one update."""
-    learning_rate: float = 1e-4
     warmup: int = 1_000
     """Images over which the learning rate rises from 0."""
     decay_to: float = 0.1
     """The learning rate falls along a cosine to this share of its peak at the last image; 1 keeps it constant."""
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    """Largest gradient norm."""
     ema: float = 0.999
     """Decay of the weight average, per update (warmed up)."""
     seed: int = 0
@@ -48,19 +38,15 @@ class RunSettings:
     """auto, cpu or cuda."""
     precision: str = "no"
     """no (float32), bf16 or fp16 autocast."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
     log_every: int = 800
     preview_every: int = 5_000
     checkpoint_every: int = 2_000
     keep: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept (of each stage); more of them give a learning curve."""
 
     def validate(self) -> None:
         """Raises UserError for a value that no run can have."""
-        for name in ("images", "batch_size", "accumulate", "log_every", "preview_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 1: raise it")
+        self._at_least_1("log_every", "preview_every", "checkpoint_every", "keep")
         for name, allowed in (("device", ("auto", "cpu", "cuda")), ("precision", ("no", "bf16", "fp16"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r}: not known: use one of {', '.join(allowed)}")
@@ -70,6 +56,34 @@ class RunSettings:
             raise UserError("device 'cuda': there is no CUDA device here: use --device cpu")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema {self.ema}: must lie in [0, 1): use for example 0.999")
+
+    def _at_least_1(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1: raise it")
+
+
+@dataclass(kw_only=True)
+class RunSettings(SharedSettings):
+    """How long, how fast and how often."""
+
+    images: int = 20_000
+    """Training images in all (an image seen twice counts twice)."""
+    batch_size: int = 16
+    """Images of one update, per process, before accumulation."""
+    accumulate: int = 1
+    """Batches summed into one update."""
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest gradient norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def validate(self) -> None:
+        """Raises UserError for a value that no run can have."""
+        super().validate()
+        self._at_least_1("images", "batch_size", "accumulate")
 
 
 class Job(nn.Module, ABC):

@@ -1,0 +1,138 @@
+"""Batches depend on (seed, position) alone; corrupt files are replaced, counted and reported."""
+
+import json
+import threading
+from itertools import islice
+
+import cv2
+import numpy as np
+import torch
+
+from codi.data.batches import batches
+from codi.data.sources import open_source
+from codi.training.pretrain_recipe import read_pictures
+from folders import noise, refused, rows_of, same
+
+
+def test_batches_are_a_pure_function_of_seed_and_position(photos):
+    source = open_source(photos)
+    run = list(islice(batches(source, 4, 32, seed=5), 8))
+    again = list(islice(batches(open_source(photos), 4, 32, seed=5), 8))
+    assert all(map(same, run, again))
+    resumed = list(islice(batches(source, 4, 32, seed=5, start=12), 5))
+    assert all(map(same, run[3:], resumed)) and [b.index for b in run[3:]] == [b.index for b in resumed]
+    ones = list(islice(batches(source, 1, 32, seed=5), 32))
+    assert torch.equal(torch.cat([b.image for b in ones]), torch.cat([b.image for b in run]))
+    other = next(batches(source, 12, 32, seed=6))
+    assert other.index != [i for b in run[:3] for i in b.index]
+
+
+def test_each_epoch_is_a_new_permutation_with_new_crops(photos):
+    one, two = islice(batches(open_source(photos), 12, 32, seed=0), 2)
+    assert sorted(one.index) == sorted(two.index) == list(range(12)) and one.index != two.index
+    assert one.text[one.index.index(0)] == two.text[two.index.index(0)] == "picture 6"
+    large = one.index.index(5), two.index.index(5)  # 95 x 83 pixels: room for a crop
+    assert not torch.equal(one.image[large[0]], two.image[large[1]])
+
+
+def test_a_batch_carries_texts_columns_and_numbers(rendered):
+    batch = next(batches(open_source(rendered, ("mask", "edited_image")), 4, 32, seed=0))
+    assert batch.image.shape == (4, 3, 32, 32) and batch.image.is_contiguous()
+    assert batch.extras["mask"].shape == (4, 1, 32, 32) and batch.extras["edited_image"].shape == (4, 3, 32, 32)
+    rows = rows_of(rendered)
+    assert batch.text == [rows[i]["text"] for i in batch.index]
+    assert batch.instruction == [rows[i]["instruction"] for i in batch.index]
+
+
+def test_prefetching_changes_nothing_and_ends(photos):
+    source = open_source(photos)
+    plain = list(islice(batches(source, 4, 32, seed=5), 6))
+    stream = batches(source, 4, 32, seed=5, prefetch=True)
+    assert all(map(same, plain, islice(stream, 6)))
+    assert "batches" in [t.name for t in threading.enumerate()]
+    stream.close()
+    assert "batches" not in [t.name for t in threading.enumerate()]
+
+
+def test_arguments_out_of_range_are_refused_at_once(photos):
+    source = open_source(photos)
+    refused(lambda: batches(source, 0, 32, 0), "batch size 0")
+    refused(lambda: batches(source, 4, 0, 0), "size 0")
+    refused(lambda: batches(source, 4, 32, -1), "seed -1")
+    refused(lambda: batches(source, 4, 32, 0, start=-4), "start -4")
+
+
+def folder_with(tmp_path, good, bad):
+    folder = tmp_path / f"{good}-{bad}"
+    folder.mkdir()
+    for i in range(good):
+        noise(16, 16, i).save(folder / f"good{i:03d}.png")
+    for i in range(bad):
+        (folder / f"bad{i:03d}.png").write_bytes(b"not a picture")
+    return folder
+
+
+def test_corrupt_files_are_replaced_counted_once_and_reported(tmp_path):
+    source, report = open_source(folder_with(tmp_path, 97, 3)), tmp_path / "made" / "report.json"
+    stream = batches(source, 10, 16, seed=0, report=report)
+    run = list(islice(stream, 30))
+    stream.close()
+    assert all(b.image.shape[0] == 10 and min(b.index) >= 3 for b in run)
+    said = json.loads(report.read_text())
+    assert said["read"] == 100 and said["skipped"] == 3
+    assert [f["file"] for f in said["files"]] == ["bad000.png", "bad001.png", "bad002.png"]
+    assert all("not a picture" in f["why"] for f in said["files"])
+    assert list(report.parent.iterdir()) == [report]
+    # The replacement is the next in order, whether or not the file is known to be corrupt already.
+    order = np.random.default_rng([0, 0, 0]).permutation(100).tolist()
+    expected = [next(i for i in order[p:] if i >= 3) for p in range(90)]
+    assert [i for b in run[:9] for i in b.index] == expected
+    resumed = list(islice(batches(source, 10, 16, seed=0, start=50), 25))
+    assert all(map(same, run[5:], resumed)) and [b.index for b in run[5:]] == [b.index for b in resumed]
+
+
+def test_too_many_corrupt_files_stop_the_run_with_a_report(tmp_path):
+    source, report = open_source(folder_with(tmp_path, 60, 40)), tmp_path / "report.json"
+    stream = batches(source, 4, 16, seed=0, report=report)
+    message = refused(lambda: list(stream), "bad0", "corrupt", "5%", report)
+    assert json.loads(report.read_text())["skipped"] >= 5
+    read = int(message.split(" of ")[1].split()[0])
+    assert 20 <= read < 60
+    assert len(list(islice(batches(source, 4, 16, seed=0, max_corrupt=0.5), 60))) == 60
+    refused(lambda: list(batches(source, 4, 16, seed=0, prefetch=True)), "corrupt")
+
+
+def test_the_share_is_exact_once_all_files_are_read(tmp_path):
+    over, at = (open_source(folder_with(tmp_path, good, bad)) for good, bad in ((46, 4), (57, 3)))
+    refused(lambda: list(batches(over, 10, 16, seed=1)), "4 of 50")
+    assert len(list(islice(batches(at, 10, 16, seed=1), 12))) == 12
+
+
+def test_a_few_files_are_not_judged_but_none_readable_is_an_error(tmp_path):
+    run = list(islice(batches(open_source(folder_with(tmp_path, 2, 3)), 4, 16, seed=0), 5))
+    assert all(set(b.index) <= {3, 4} for b in run)
+    refused(lambda: next(batches(open_source(folder_with(tmp_path, 0, 3)), 2, 16, seed=0)), "no other file is readable")
+    refused(
+        lambda: next(batches(open_source(folder_with(tmp_path, 0, 90)), 2, 16, seed=0, max_corrupt=1.0)), "readable"
+    )
+
+
+def test_columns_of_different_depth_do_not_mix(tmp_path):
+    noise(16, 16).save(tmp_path / "a.png")
+    cv2.imwrite(str(tmp_path / "deep.png"), np.zeros((16, 16), np.uint16))
+    rows = [{"file_name": "a.png", "conditioning_image": name} for name in ("deep.png", "a.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(tmp_path, ("conditioning_image",))
+    refused(lambda: next(batches(source, 2, 16, seed=0)), "bit depth")
+
+
+def test_pictures_read_part_by_part_are_reported_alike(tmp_path):
+    source, report = open_source(folder_with(tmp_path, 4, 3)), tmp_path / "run" / "corrupt.json"
+    for _ in range(2):  # a second round starts anew
+        parts = [read_pictures(source, indices, 16, report)[0] for indices in (range(0, 4), range(4, 7))]
+        assert [len(part) for part in parts] == [1, 3]
+        said = json.loads(report.read_text())
+        assert (said["read"], said["skipped"]) == (7, 3)
+        assert [f["file"] for f in said["files"]] == ["bad000.png", "bad001.png", "bad002.png"]
+    refused(lambda: read_pictures(source, range(0, 3), 16, report), "no picture could be read")
+    assert json.loads(report.read_text())["skipped"] == 3

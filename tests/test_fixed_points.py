@@ -1,0 +1,124 @@
+"""CoDi's loss on a Gaussian world, in float64: which functions are its fixed points, and which are not."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from codi.objectives.batch import LatentBatch
+from codi.objectives.codi import codi
+from codi.objectives.finetune import finetune
+from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
+from tiny import randn, seeded, tiny_scheduler
+
+LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
+
+
+# ---- the Gaussian world: data N(M, S^2), alpha = cos t, sigma = sin t. Functions give x(z); eps follows.
+
+M, S = 0.7, 0.5
+
+
+def straight(z, alpha, sigma):
+    """x = m + s eps: noise and data joined by straight lines."""
+    return M + S * (z - alpha * M) / (alpha * S + sigma)
+
+
+def flow(z, alpha, sigma):
+    """Where the data's probability-flow ODE through (z, t) ends."""
+    return M + S * (z - alpha * M) / (alpha**2 * S**2 + sigma**2) ** 0.5
+
+
+def denoiser(z, alpha, sigma):
+    """E[x | z]."""
+    return M + alpha * S**2 * (z - alpha * M) / (alpha**2 * S**2 + sigma**2)
+
+
+def network(function, schedule: Schedule):
+    """The network that outputs what stands for x = function(z): a perfectly trained one."""
+
+    def forward(z: Tensor, timestep: Tensor, conditioning) -> Tensor:
+        t = timestep if isinstance(schedule, CosineSchedule) else timestep + 1
+        alpha, sigma = schedule.alpha_sigma(t, z)
+        x = function(z, alpha, sigma)
+        return schedule.output(x, (z - alpha * x) / sigma, t)
+
+    return forward
+
+
+def gaussian_batch(count: int, seed: int = 0) -> LatentBatch:
+    return LatentBatch(M + S * randn(1, 1, 1, count, seed=seed, dtype=torch.float64), None)
+
+
+def table_cell(function, ode: str, consistency: str, dt: float) -> float:
+    """Mean squared consistency error / dt^2 at t = 1, by codi's own code, on 400,000 samples."""
+    schedule = CosineSchedule()
+    f, teacher = network(function, schedule), network(denoiser, schedule)
+    options = {"dt": dt, "ode": ode, "teacher": teacher, "consistency": consistency, "signal_weight": 0.0}
+    t = torch.tensor([1.0], dtype=torch.float64)
+    losses = codi(f, f, gaussian_batch(400_000), schedule, seeded(1), t=t, **options)
+    assert losses.keys() == {"consistency"}
+    return float(losses["consistency"]) / dt**2
+
+
+def by_quadrature(function, ode: str, consistency: str, dt: float) -> float:
+    """The same, written down a second time without codi's code: Gauss-Hermite over z_t."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    (a, b), (a_s, b_s) = ((np.cos(t), np.sin(t)) for t in (1.0, 1.0 - dt))
+    z = a * M + (a**2 * S**2 + b**2) ** 0.5 * nodes
+    x_t = function(z, a, b)
+    path = x_t if ode == "own" else denoiser(z, a, b)
+    z_s = a_s * path + b_s * (z - a * path) / b
+    x_s = function(z_s, a_s, b_s)
+    error = x_t - x_s if consistency == "signal" else (z - a * x_t) / b - (z_s - a_s * x_s) / b_s
+    return float((weights * error**2).sum() / weights.sum()) / dt**2
+
+
+NONZERO = [
+    (straight, "teacher", "noise", 0.069),
+    (straight, "teacher", "signal", 0.017),
+    (flow, "own", "noise", 0.023),
+    (flow, "own", "signal", 0.055),
+    (flow, "teacher", "noise", 0.24),
+]
+
+
+@pytest.mark.parametrize(("function", "ode", "consistency", "expected"), NONZERO)
+def test_functions_that_are_no_fixed_point(function, ode, consistency, expected):
+    found = table_cell(function, ode, consistency, dt=1e-4)
+    assert found == pytest.approx(expected, rel=0.03)
+    assert found == pytest.approx(by_quadrature(function, ode, consistency, dt=1e-4), rel=0.01)
+
+
+@pytest.mark.parametrize("consistency", ["noise", "signal"])
+@pytest.mark.parametrize("dt", [0.3, 1e-4])
+def test_the_straight_coupling_is_a_fixed_point_of_its_own_ode(consistency, dt):
+    """Zero for any dt, in both spaces: its DDIM step is exact."""
+    assert table_cell(straight, "own", consistency, dt) * dt**2 < 1e-28
+
+
+def test_the_flow_s_end_is_a_fixed_point_of_the_denoiser_s_ode_in_signal():
+    """Zero in the limit: the error of one Euler step is O(dt^2), so error^2 / dt^2 falls as dt^2."""
+    coarse, fine = (table_cell(flow, "teacher", "signal", dt) for dt in (1e-2, 1e-3))
+    assert coarse < 2e-6
+    assert coarse / fine == pytest.approx(100, rel=0.05)
+
+
+def test_the_exact_denoiser_is_the_minimum_of_both_data_terms():
+    """Its loss is the posterior's variance, by formula, and any change of it costs."""
+    t, batch = torch.tensor([400]), gaussian_batch(400_000, seed=4)
+    alpha, sigma = (float(v) for v in LEVELS.alpha_sigma(t, batch.x))
+    total = alpha**2 * S**2 + sigma**2
+
+    def losses(function) -> tuple[float, float]:
+        f = network(function, LEVELS)
+        diffusion = finetune(f, f, batch, LEVELS, seeded(5), t=t)["diffusion"]
+        signal = codi(f, f, batch, LEVELS, seeded(5), t=t, consistency_weight=0)["signal"]
+        return float(diffusion), float(signal)
+
+    exact = losses(denoiser)
+    assert exact[0] == pytest.approx(S**2 / total, rel=0.01)  # of v: that of x over sigma^2
+    assert exact[1] == pytest.approx(S**2 * sigma**2 / total, rel=0.01)
+    for offset, scale in ((0.02, 1.0), (-0.02, 1.0), (0.0, 1.03), (0.0, 0.97)):
+        worse = losses(lambda z, a, b, o=offset, k=scale: k * denoiser(z, a, b) + o)
+        assert worse[0] > exact[0] and worse[1] > exact[1]

@@ -1,0 +1,103 @@
+"""The jobs of gpu/ on a CPU, at the least scale: what they call, how they go on, and how their results travel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codi.apps.cli import main
+from tiny import tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "gpu"), str(ROOT / "benchmarks")]
+
+import shards  # noqa: E402
+import tasks as task_figures  # noqa: E402
+
+# For the interpreter: writes down what it is asked, and leaves an adapter where one would be trained.
+STAND_IN = f"""#!/bin/sh
+echo "$@" >> "$ASKED"
+case "$1" in
+gpu/shards.py) exec "{sys.executable}" "$@" ;;
+-m)
+    mkdir -p "$6/previews"
+    echo '"finished": '"$FINISHED" | tee "$6/config.json" "$6/a.safetensors" > "$6/previews/1.png"
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """`call(stage, tasks, machine, *words, **more)` runs the job, and says what it asked of the interpreter."""
+    (tmp_path / "python").write_text(STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(stage, tasks, machine, *words, **more):
+        (tmp_path / "asked").write_text("")
+        told = {"PYTHON": "python", "ASKED": "asked", "MODEL": "model", "RUNS": machine, "OUT": f"out-{machine}"}
+        told = {name: str(tmp_path / value) for name, value in told.items()}
+        told |= {"STAGE": stage, "TASKS": tasks, "DEVICE": "cpu", "SIZE": "32", "COUNT": "2", "FINISHED": "true"}
+        subprocess.run(["bash", ROOT / "gpu" / "distill-tasks.sh", *words], env=os.environ | told | more, check=True)
+        return [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+
+    return run
+
+
+def trained(asked):
+    """Of each training asked for: its recipe, and the folder to start from."""
+    runs = [words[3:] for words in asked if words[0] == "-m"]
+    return [(words[0], words[words.index("--start") + 1] if "--start" in words else None) for words in runs]
+
+
+def test_a_folder_returns_from_its_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 4096)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(bytes(range(256)) * 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "shard-3.bin").write_bytes(b"of an earlier, larger folder")
+    assert len(shards.pack(tmp_path / "a", tmp_path / "out")) == 3  # a tar's blocks fill 10 KiB
+    shards.unpack(tmp_path / "out", tmp_path / "again")
+    assert (tmp_path / "again" / "b" / "c").read_bytes() == bytes(range(256)) * 4
+    (tmp_path / "a" / "d").write_bytes(bytes(4 * 4096))
+    with pytest.raises(ValueError, match="does not fit 4 shards"):
+        shards.pack(tmp_path / "a", tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 3  # what was there stays
+
+
+def test_training_goes_on_from_shards_and_leaves_finished_adapters_alone(call, tmp_path):
+    adapters = ["depth", "depth-finetuned", "generate"]
+    asked = call("train", "depth generate", "one", FINISHED="false")
+    assert trained(asked) == [(name, None) for name in adapters]
+    assert [words[0] for words in asked] == ["-m", "gpu/shards.py"] * 3  # none is lost with the next
+    shards.unpack(tmp_path / "out-one", tmp_path / "seen")
+    assert sorted(folder.name for folder in (tmp_path / "seen").iterdir()) == adapters
+    assert (tmp_path / "seen" / "depth" / "preview.png").is_file()
+    assert trained(call("train", "depth", "one")) == [(name, None) for name in adapters[:2]]  # from its checkpoints
+
+    carried = {"SHARDS": str(tmp_path / "out-one")}  # depth is finished there, and travels alone
+    assert trained(call("train", "depth generate", "two", **carried)) == [("generate", None)]
+    call("train", "generate", "three", FINISHED="false")
+    carried = {"SHARDS": str(tmp_path / "out-three")}
+    for finished in ("false", "true"):  # the second goes on with the first
+        asked = call("train", "generate", "four", FINISHED=finished, **carried)
+        assert trained(asked) == [("generate", str(tmp_path / "four" / "start" / "generate"))]
+    assert trained(call("train", "generate", "four", **carried)) == []
+
+
+def test_what_the_job_asks_for_can_be_done(call, tmp_path, monkeypatch):
+    tiny_checkpoint(tmp_path / "model")
+    few = ["--data", "scenes:train:4", "--held-out", "scenes:held-out:2", "--images", "4", "--batch-size", "2"]
+    asked = call("train", "generate", "one", *few)
+    assert main(asked[0][2:]) == 0
+    ((script, *words),) = call("measure", "generate", "one", "--data", "scenes:held-out:2")
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.setattr(task_figures, "MANY", 5)  # enough of them for a test
+    task_figures.main()
+    entry = json.loads((tmp_path / "out-one" / "tasks.json").read_text())["tasks"]["generate"]
+    assert (entry["count"], entry["size"], entry["device"]) == (2, 32, "cpu")
+    assert [row["method"] for row in entry["rows"]] == ["pe-codi"] * 3 + ["backbone"] * 2 + ["backbone, guidance 3"]
+    assert set(entry["ratios"]["pe-codi"]) == {"1", "2", "4"}

@@ -1,0 +1,206 @@
+"""Adapters and backbones on disk: what is saved comes back; what is broken or another's is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from codi.errors import UserError
+from codi.models import text
+from codi.models.adapter import FORMS, FusedAdapter
+from codi.models.adapter_files import load_adapter
+from codi.models.backbone import load_backbone
+from codi.models.lora import FILE
+from codi.models.student import Conditioning, Student
+from codi.training.saving import save_adapter
+from tiny import (
+    CAPTIONS,
+    LATENT_CHANNELS,
+    TEXT_WIDTH,
+    influence,
+    rand,
+    randn,
+    tiny_backbone,
+    tiny_checkpoint,
+    tiny_lora,
+    tiny_unet,
+)
+
+BACKBONE = tiny_backbone().freeze()
+UNET, VAE = BACKBONE.unet, BACKBONE.vae
+WORDS = randn(2, 5, TEXT_WIDTH, seed=7)
+LEVELS = torch.tensor([3, 800])
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_an_adapter_s_round_trip_through_its_folder(form, channels, tmp_path):
+    info = {"task": "upscale", "family": BACKBONE.family, "steps": 4, "metrics": {"psnr": 30.5}}
+    student = influence(Student(UNET, FORMS[form].from_backbone(UNET, VAE, channels)))
+    adapter: Any = student.adapter
+    adapter.register_to_config(info=info)
+    save_adapter(tmp_path / "adapter", adapter, student.unet, full=False, half=False)
+    assert json.loads((tmp_path / "adapter/config.json").read_text())["info"] == info
+    assert not list(tmp_path.rglob("*.bin"))
+    loaded, unet = load_adapter(tmp_path / "adapter", "upscale", BACKBONE.family, UNET)
+    assert type(loaded) is type(adapter) and dict(loaded.config["info"]) == info
+    assert (unet is UNET) == (form != "lora")
+    assert loaded.state_dict().keys() == adapter.state_dict().keys()
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), adapter.state_dict().values(), strict=True)
+    )
+    z = randn(2, LATENT_CHANNELS, 8, 8)
+    conditioning = Conditioning(WORDS, adapter.read(rand(2, channels, 32, 32), VAE))
+    assert torch.equal(Student(unet, loaded)(z, LEVELS, conditioning), student(z, LEVELS, conditioning))
+
+
+@torch.no_grad()
+def test_a_full_adapter_brings_its_own_unet(tmp_path):
+    FusedAdapter.from_backbone(UNET, VAE).save_pretrained(tmp_path)
+    trained = tiny_unet(seed=9)
+    trained.save_pretrained(tmp_path / "unet")
+    _, unet = load_adapter(tmp_path, None, None, UNET)
+    assert unet is not UNET
+    assert all(
+        torch.equal(a, b) for a, b in zip(unet.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
+
+
+def refused(attempt, *parts: str) -> str:
+    """The message of the UserError that `attempt` must end in: one line that contains `parts`."""
+    with pytest.raises(UserError) as error:
+        attempt()
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    for part in parts:
+        assert part in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    adapter = FusedAdapter.from_backbone(UNET, VAE)
+    adapter.register_to_config(info={"task": "upscale", "family": BACKBONE.family})
+    save_adapter(folder, adapter, tiny_lora(UNET, "upscale"), full=False, half=False)
+    return folder
+
+
+def edit(weights: Path, change) -> None:
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def broken(folder: Path, to: Path, name: str, change) -> Path:
+    """A copy of `folder` whose file `name` went through `change(path)`."""
+    shutil.copytree(folder, to)
+    change(to / name)
+    return to
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def nan(path: Path) -> None:
+    edit(path, lambda tensors: tensors[sorted(tensors)[0]].view(-1)[:1].fill_(float("nan")))
+
+
+def drop(path: Path) -> None:
+    edit(path, lambda tensors: tensors.pop(sorted(tensors)[0]))
+
+
+def pickled(path: Path) -> None:
+    tensors = load_file(path)
+    path.unlink()
+    name = "pytorch_model.bin" if path.name == "model.safetensors" else path.with_suffix(".bin").name
+    torch.save(tensors, path.with_name(name))
+
+
+def test_adapters_of_others_are_refused(adapter_folder):
+    other = "4ch-f8-320/640/1280/1280x2-text768-epsilon"
+    refused(lambda: load_adapter(adapter_folder, None, other, UNET), str(adapter_folder), BACKBONE.family, other)
+    refused(lambda: load_adapter(adapter_folder, "inpaint", None, UNET), str(adapter_folder), "'upscale'", "'inpaint'")
+    load_adapter(adapter_folder, None, None, UNET)
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "."])
+def test_a_missing_adapter_is_refused(missing, tmp_path):
+    refused(lambda: load_adapter(tmp_path / missing, "upscale", None, UNET), str(tmp_path), "no adapter there")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(nan, "NaN"), (truncate, "could not be read"), (drop, "is missing"), (pickled, "could not be read")],
+)
+def test_broken_adapter_weights_are_refused(change, said, adapter_folder, tmp_path):
+    bad = broken(adapter_folder, tmp_path / "bad", "diffusion_pytorch_model.safetensors", change)
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad), said)
+
+
+@pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "could not be read")])
+def test_broken_low_rank_updates_are_refused(change, said, adapter_folder, tmp_path):
+    bad = broken(adapter_folder, tmp_path / "bad", FILE, change)
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad / FILE), said)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["", "not json", "[]", "{}", '{"_class_name": "UNet2DConditionModel"}', '{"_class_name": "FusedAdapter"}',
+     '{"_class_name": "FusedAdapter", "info": "x"}', '{"_class_name": "FusedAdapter", "unet": {}}'],
+)  # fmt: skip
+def test_other_configs_are_not_adapters(config, adapter_folder, tmp_path):
+    bad = broken(adapter_folder, tmp_path / "bad", "config.json", lambda path: path.write_text(config))
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad))
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_a_backbone_loads_from_a_stable_diffusion_folder(prediction, tmp_path):
+    loaded = load_backbone(tiny_checkpoint(tmp_path, prediction))
+    assert loaded.schedule.prediction == prediction and loaded.schedule.horizon == 1000
+    assert loaded.family == f"4ch-f4-8/16x1-text8-{prediction}"
+    for part in ("vae", "unet", "text_encoder"):
+        ours, theirs = getattr(loaded, part), getattr(BACKBONE, part)
+        assert not ours.training
+        theirs = dict(theirs.named_parameters())
+        assert all(torch.equal(p, theirs[name]) for name, p in ours.named_parameters())
+    words = text.embed_prompts(loaded.tokenizer, loaded.text_encoder, CAPTIONS)
+    assert torch.equal(words, text.embed_prompts(BACKBONE.tokenizer, BACKBONE.text_encoder, CAPTIONS))
+    frozen = loaded.freeze().to("cpu", torch.float64)
+    assert frozen.unet.dtype == torch.float64 and not any(p.requires_grad for p in frozen.unet.parameters())
+
+
+def test_folders_that_are_no_backbone_are_refused(tmp_path):
+    for name in (tmp_path, tmp_path / "nowhere", "no-such-model"):
+        refused(lambda name=name: load_backbone(name), str(name), "no model there")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "loaded"), (pickled, "loaded")])
+def test_broken_backbone_weights_are_refused(part, change, said, checkpoint_folder, tmp_path):
+    weights = next((checkpoint_folder / part).glob("*.safetensors")).relative_to(checkpoint_folder)
+    bad = broken(checkpoint_folder, tmp_path / "bad", str(weights), change)
+    refused(lambda: load_backbone(bad), str(bad), said)
+
+
+def test_a_backbone_s_missing_weight_is_named(checkpoint_folder, tmp_path):
+    bad = broken(checkpoint_folder, tmp_path / "bad", "unet/diffusion_pytorch_model.safetensors", drop)
+    refused(lambda: load_backbone(bad), str(bad), "is missing")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.safetensors"])
+def test_single_files_that_are_not_safetensors_are_refused(name, tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / name)
+    refused(lambda: load_backbone(tmp_path / name), name)
