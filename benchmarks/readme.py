@@ -61,13 +61,17 @@ def tasks_lines(result: dict[str, Any]) -> list[str]:
         if (truth := entry["judge_on_truth"].get(entry["obedience"])) is not None:
             rows.append([name, "truth, by the same judge", "-", "-", "-", _figure(truth, form), "-"])
         for method, steps in entry["ratios"].items():
-            cells = [f"{r['fd']:.2f} · {_figure(r['obedience'], '.2f')} · {r['speed']:.0f}" for r in steps.values()]
-            compared.append([name, method, next(iter(steps.values()))["against"], *cells])
+            adapter, against = entry["adapters"][method], next(iter(steps.values()))["against"]
+            told = [f"{adapter['images']:,}", f"{adapter['bytes'] / 1e6:.1f}", against]
+            compared.append([name, method, *told, *map(_ratio, steps.values())])
     lines: list[str] = []
     if entries:
         counts = dict.fromkeys(f"{entry['count']}" for entry in entries.values())
         machines = dict.fromkeys(_machine(entry) for entry in entries.values())
-        what = "; ".join(f"{name}: {OBEDIENCE[e['obedience']][0]}{_judged(e)}" for name, e in entries.items())
+        said: dict[str, list[str]] = {}
+        for name, entry in entries.items():
+            said.setdefault(OBEDIENCE[entry["obedience"]][0] + _judged(entry), []).append(name)
+        what = "; ".join(f"{', '.join(names)}: {words}" for words, names in said.items())
         heads = ["task", "method", "steps", "FD-ENLite0 ↓", "ENLite0 distance ↓", "obedience ↑", "ms"]
         lines += [
             f"{' or '.join(counts)} held-out scenes a row, latency of one picture on {' or '.join(machines)}. "
@@ -77,10 +81,11 @@ def tasks_lines(result: dict[str, Any]) -> list[str]:
             "",
         ]
     if compared:
-        heads = ["task", "method", "against", "1 step", "2 steps", "4 steps"]
+        heads = ["task", "method", "images", "MB", "against", "1 step", "2 steps", "4 steps"]
         lines += [
-            "Few steps against 50, of the many-step model with the better FD: its FD times so much (1 or less: no "
-            "worse), its obedience times so much (1 or more: no worse), and so many times faster.",
+            "Adapters, the images they were trained on and their size, in few steps against 50 of the many-step model "
+            "with the better FD: its FD times so much (x1 or less: no worse), its obedience so many dB more (0 or "
+            "more: no worse) or, where it is no dB, times so much (x1 or more: no worse), and so many times faster.",
             "",
             *table(heads, compared),
             "",
@@ -99,6 +104,15 @@ def tasks_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _ratio(ratio: dict[str, Any]) -> str:
+    """One cell: FD, obedience, speed."""
+    if "obedience_db" in ratio:
+        obedience = _figure(ratio["obedience_db"], "+.1f", after=" dB")
+    else:
+        obedience = _figure(ratio["obedience"], ".2f", before="x")
+    return f"x{ratio['fd']:.2f} · {obedience} · x{ratio['speed']:.0f}"
+
+
 def _machine(entry: dict[str, Any]) -> str:
     """Where a task was measured."""
     machine = entry["machine"]
@@ -109,6 +123,29 @@ def _judged(entry: dict[str, Any]) -> str:
     """How many scenes the headline was measured on, where some have nothing to measure."""
     judged = entry["judged"].get(entry["obedience"], entry["count"])
     return f" ({judged} of the scenes ask for any)" if judged < entry["count"] else ""
+
+
+def finetune_lines(result: dict[str, Any]) -> list[str]:
+    """The adapter on a fine-tune of its backbone."""
+    form, truth = "{:.0%} ({:.0%})", result["judge_on_truth"]
+    rows = [
+        [r["method"], f"{r['steps']}", f"{r['fd']:.1f}"]
+        + [form.format(r["measures"][name], truth[name]) for name in ("night", "caption_all")]
+        + [f"{r['latency_ms']:.0f}"]
+        for r in result["rows"]
+    ]
+    heads = ["method", "steps", "FD-ENLite0 ↓", "night ↑", "captions right ↑", "ms"]
+    return [
+        f"The adapter `generate` on a fine-tune that it never saw: `{result['model']}`, trained for "
+        f"{result['updates']} updates of {result['batch']} on night scenes under captions without the time of day. "
+        f"{result['count']} held-out night scenes, asked for by such captions; the fine-tune itself with guidance "
+        f"{result['guidance_scale']:g}, two passes a step (in brackets: what the judge says of true renders):",
+        "",
+        *table(heads, rows),
+        "",
+        f"`{result['command']}`",
+        "",
+    ]
 
 
 def backbone_lines(result: dict[str, Any]) -> list[str]:
@@ -144,13 +181,14 @@ def reader_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _figure(value: float | None, form: str, before: str = "", after: str = "") -> str:
+    return "-" if value is None else f"{before}{value:{form}}{after}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "tasks.json": tasks_lines,
     "upscale.json": upscale_lines,
+    "finetune.json": finetune_lines,
     "backbone.json": backbone_lines,
     "reader.json": reader_lines,
 }

@@ -1,19 +1,27 @@
 """Every task in few steps beside the many-step model: FD-ENLite0, distance, obedience, latency on held-out scenes.
 
-    python benchmarks/tasks.py --finetuned runs                  # the tasks that RESULTS does not hold yet
+    python benchmarks/tasks.py --finetuned runs                  # what RESULTS lacks, or holds of other adapters
     python benchmarks/tasks.py --finetuned runs --tasks depth    # one of them again; the others' rows stay
+    python benchmarks/tasks.py --finetuned runs --rows codi=runs/depth-full hint=runs/depth-hint
 
-Few steps, 1, 2 and 4, with the guidance that is distilled in: `pe-codi`, the adapter of each task, embedded or from
---adapters (backbone frozen), and `codi`, the adapter `<task>-full` of --full, if there is one (backbone trained too).
+An entry is a task, or `upscale-x8`, `upscale-real`: upscaling with the adapter of that name. Those whose adapter is
+nowhere are left out. `adapters` says what an entry was measured with: when one of them is trained further, or on other
+weights of the backbone, the entry is measured again.
 
-Many steps, 50, and 4 to compare: `finetuned`, the adapter `<task>-finetuned` (plain diffusion loss, same form and
-budget), embedded or from --finetuned; for `generate` the `backbone` itself. Nothing is distilled into these, so they
-get classifier-free guidance, two passes a step, at the text scale of `pe-codi`. For `edit` the text scale alone can be
-matched that way: the picture's is distilled into the few-step adapter, and the reference has none. As another scale
-may suit them better, 50 steps are measured at one more: without guidance, or the backbone at --guidance.
+Few steps, 1, 2 and 4, with the guidance that is distilled in: `pe-codi`, the entry's adapter, embedded or from
+--adapters (backbone frozen), and any that --rows names, at the task whose options it was trained with: as `codi` the
+recipes `<task>-full` (backbone trained too), as `hint` another form of adapter, `depth-hint`.
+
+Many steps, 50, and 4 to compare: `finetuned`, the adapter `<entry>-finetuned` (plain diffusion loss, same form and
+budget), embedded or from --finetuned, if there is one; for `generate` the `backbone` itself. Nothing is distilled into
+these, so they get classifier-free guidance, two passes a step, at the text scale of `pe-codi`. For `edit` the text
+scale alone can be matched that way: the picture's is distilled into the few-step adapter, and the reference has none.
+As another scale may suit them better, 50 steps are measured at one more: without guidance, or the backbone at
+--guidance.
 
 `ratios` compare each few-step row with the 50-step row of the better FD, so that nothing wins by a weak reference:
-`against` names it; FD (lower is better), obedience (higher is better), speed (how many times faster).
+`against` names it; `fd` (times, lower is better), `obedience` (times) or `obedience_db` (more), higher is better,
+`speed` (how many times faster).
 
 Obedience is what the task measures itself (upscale, canny, edit) or what the scene reader says (inpaint, depth,
 generate; see judges.py); `judge_on_truth` holds the same judge's figures on the true pictures, `judged` how many of
@@ -46,15 +54,16 @@ from codi.evaluation.metrics import Features
 from codi.evaluation.report import write_json
 from codi.models.adapter_files import find_adapter
 from codi.sampling.pipeline import CoDiPipeline
-from codi.tasks import TASKS, Task, means
+from codi.tasks import TASKS, Task, get_task, means
 from codi.tasks.base import CAP
 from codi.tasks.depth import Depth
 from codi.tasks.inpaint import Inpaint
 
 RESULTS = Path("benchmarks/results/tasks.json")
 FEW, MANY = (1, 2, 4), 50
-PE, FULL = "pe-codi", "codi"  # few-step methods: the backbone frozen, the backbone trained too
+PE, REFERENCE = "pe-codi", "finetuned"  # methods that every entry may have: in few steps, in many
 COMPOSITION = "composition"
+ENTRIES = {**{name: name for name in TASKS}, "upscale-x8": "upscale", "upscale-real": "upscale"}  # adapter -> task
 
 # The figure that stands for obedience in tables, of those that task and judge give.
 HEADLINES = {
@@ -66,6 +75,7 @@ HEADLINES = {
     "generate": "caption_all",
     COMPOSITION: "hole_objects",
 }
+DECIBELS = {"input_psnr", "depth_db", "psnr_inside"}  # headlines that are compared by difference: logarithms already
 JUDGES: dict[str, Callable[[Read], Judge]] = {
     "inpaint": hole_judge,
     "depth": depth_judge,
@@ -139,11 +149,53 @@ def load(args: argparse.Namespace, task: str | None = None, adapter: Path | None
     return pipe
 
 
+def adapters_of(entry: str, args: argparse.Namespace) -> dict[str, Path]:
+    """What an entry is measured with: method -> adapter folder, of composition name -> folder; {} where its adapter is
+    nowhere."""
+    if entry == COMPOSITION:
+        parts = {name: folder_of(name, args.adapters) for name in ("inpaint", "depth")}
+        return {name: folder for name, folder in parts.items() if folder} if all(parts.values()) else {}
+    own = folder_of(entry, args.adapters)
+    if own is None:
+        return {}
+    many = None if entry == "generate" else folder_of(f"{entry}-finetuned", args.finetuned)
+    more = {name: folder for name, folder in args.rows if measured_task(folder) == measured_task(own)}
+    return {PE: own, **more, **({REFERENCE: many} if many else {})}
+
+
+def info_of(folder: Path) -> dict[str, Any]:
+    """What an adapter says of itself."""
+    return json.loads((folder / "config.json").read_text())["info"]
+
+
+def measured_task(folder: Path) -> Task:
+    """The task that figures of an adapter are taken with."""
+    info = info_of(folder)
+    return get_task(info["task"], **info["task_options"]).measured()
+
+
+def described(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Of each adapter how long it was trained, on which weights of the backbone, and its size on disk."""
+    told = {}
+    for name, folder in folders.items():
+        info, files = info_of(folder), [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors")]
+        size = sum(file.stat().st_size for file in files)
+        told[name] = {"images": info.get("images"), "bytes": size, "backbone": info.get("backbone")}
+    return told
+
+
+def stale(entry: str, told: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether an adapter at hand is not the one that the results `told` were measured with. One that is not at hand
+    any more changes nothing."""
+    before = told.get("adapters", {})
+    return any(before.get(name) != now for name, now in described(adapters_of(entry, args)).items())
+
+
 def composition_methods(args: argparse.Namespace) -> list[Method]:
     """Inpaint alone, and inpaint with depth at several weights, 4 steps."""
     pipe = load(args)
-    for name in ("inpaint", "depth"):
-        pipe.load_adapter(folder_of(name, args.adapters) or name, as_=name)
+    for name, folder in adapters_of(COMPOSITION, args).items():
+        pipe.load_adapter(folder, as_=name)
 
     def composed(weight: float) -> Method:
         def run(given: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
@@ -159,40 +211,32 @@ def composition_methods(args: argparse.Namespace) -> list[Method]:
     return [composed(weight) for weight in (0, 0.5, 1)]
 
 
-def methods_of(name: str, args: argparse.Namespace) -> tuple[list[Method], Task]:
-    """The few-step adapters of a task and what they are compared with, and the task as it is measured."""
-    pipe = load(args, name, folder_of(name, args.adapters))
-    assert pipe.task is not None
-    methods = [pipeline_method(pipe, FEW, PE)]
-    if folder := folder_of(f"{name}-full", args.full):
-        methods.append(pipeline_method(load(args, name, folder), FEW, FULL))
-    return [*methods, *references(name, args, pipe.guidance().scales["text"])], pipe.task.measured()
+def methods_of(entry: str, args: argparse.Namespace) -> tuple[list[Method], Task]:
+    """The few-step adapters of an entry and what they are compared with, and the task as it is measured."""
+    name = ENTRIES[entry]
+    pipes = {method: load(args, name, folder) for method, folder in adapters_of(entry, args).items()}
+    label, many = (REFERENCE, pipes.pop(REFERENCE, None)) if name != "generate" else ("backbone", load(args))
+    few = pipes[PE]
+    assert few.task is not None
+    methods = [pipeline_method(pipe, FEW, method) for method, pipe in pipes.items()]
+    if many is not None:
+        scale, other = few.guidance().scales["text"], args.guidance if name == "generate" else 1.0
+        methods.append(pipeline_method(many, (4, MANY), label, scale))
+        if other != scale:
+            how = "no guidance" if other == 1 else f"guidance {other:g}"
+            methods.append(pipeline_method(many, (MANY,), f"{label}, {how}", other))
+    return methods, few.task.measured()
 
 
-def references(name: str, args: argparse.Namespace, scale: float) -> list[Method]:
-    """A task's many-step model at the guidance scale of the few-step one, and at another; none if there is no such
-    adapter."""
-    if name == "generate":
-        pipe, label, other = load(args), "backbone", args.guidance
-    elif folder := folder_of(f"{name}-finetuned", args.finetuned):
-        pipe, label, other = load(args, name, folder), "finetuned", 1.0
-    else:
-        print(f"{name}: no adapter {name}-finetuned: few-step rows alone", file=sys.stderr)
-        return []
-    methods = [pipeline_method(pipe, (4, MANY), label, scale)]
-    if other != scale:
-        how = "no guidance" if other == 1 else f"guidance {other:g}"
-        methods.append(pipeline_method(pipe, (MANY,), f"{label}, {how}", other))
-    return methods
-
-
-def measure(name: str, args: argparse.Namespace, look: Read) -> dict[str, Any]:
-    """One task's entry of the results."""
-    if name == COMPOSITION:
+def measure(entry: str, args: argparse.Namespace, look: Read) -> dict[str, Any]:
+    """One entry of the results."""
+    if entry == COMPOSITION:
         methods, task, make_judge = composition_methods(args), DepthInpaint(), composition_judge
     else:
-        methods, task = methods_of(name, args)
-        make_judge = JUDGES.get(name)
+        methods, task = methods_of(entry, args)
+        make_judge = JUDGES.get(task.name)
+    headline = HEADLINES[task.name]
+    print(f"{entry}: {', '.join(method.name for method in methods)}", file=sys.stderr)
     witness = Witness(make_judge(look), task) if make_judge else None
     columns = list(task.columns)
     if make_judge in (hole_judge, composition_judge) and "mask" not in columns:
@@ -200,19 +244,20 @@ def measure(name: str, args: argparse.Namespace, look: Read) -> dict[str, Any]:
     results = evaluate(
         methods, task, open_source(args.data, columns), args.count, batch=25, size=args.size, judge=witness, keep=1,
         features=Features(device=args.device),
-        progress=lambda done, total: print(f"\r{name} {done:,}/{total:,}", end="", file=sys.stderr),
+        progress=lambda done, total: print(f"\r{entry} {done:,}/{total:,}", end="", file=sys.stderr),
     )  # fmt: skip
     print(file=sys.stderr)
-    rows = [asdict(row) | {"obedience": row.measures.get(HEADLINES[name])} for row in results.rows]
+    rows = [asdict(row) | {"obedience": row.measures.get(headline)} for row in results.rows]
     truth = witness.figures() if witness else {}
     return {
         "count": results.count,
-        "obedience": HEADLINES[name],
+        "obedience": headline,
+        "adapters": described(adapters_of(entry, args)),
         "task_options": task.config(),
         "judge_on_truth": means(truth),
         "judged": {figure: int((~values.isnan()).sum()) for figure, values in truth.items()},
         "rows": rows,
-        "ratios": ratios(rows),
+        "ratios": ratios(rows, headline in DECIBELS),
         "model": public(args.model),
         "data": public(args.data),
         "size": args.size,
@@ -222,32 +267,47 @@ def measure(name: str, args: argparse.Namespace, look: Read) -> dict[str, Any]:
     }
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+def ratios(rows: list[dict[str, Any]], decibels: bool) -> dict[str, dict[str, dict[str, Any]]]:
     """{few-step method: {"1": {"against": many-step method, "fd": few / many, "obedience": few / many, "speed": ...},
-    ...}, ...}; {} where there is no many-step row, obedience None where many steps have none."""
-    many = min((row for row in rows if row["steps"] == MANY), key=lambda row: row["fd"], default=None)
-    if many is None:
+    ...}, ...}; with `decibels` "obedience_db", few - many, instead. {} where there is no many-step row, obedience None
+    where many steps have none."""
+    references = [row for row in rows if row["steps"] == MANY]
+    if not references:
         return {}
+    many = min(references, key=lambda row: row["fd"])
+    key = "obedience_db" if decibels else "obedience"
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if row["method"] in (PE, FULL):
-            found.setdefault(row["method"], {})[str(row["steps"])] = {
-                "against": many["method"],
-                "fd": row["fd"] / many["fd"],
-                "obedience": row["obedience"] / many["obedience"] if many["obedience"] else None,
-                "speed": many["latency_ms"] / row["latency_ms"],
-            }
+        if row["method"] in {reference["method"] for reference in references}:
+            continue
+        few, best = row["obedience"], many["obedience"]
+        obedience = None if best is None else few - best if decibels else few / best if best else None
+        found.setdefault(row["method"], {})[str(row["steps"])] = {
+            "against": many["method"],
+            "fd": row["fd"] / many["fd"],
+            key: obedience,
+            "speed": many["latency_ms"] / row["latency_ms"],
+        }
     return found
 
 
+def named_folder(word: str) -> tuple[str, Path]:
+    """NAME=FOLDER of an adapter."""
+    name, _, folder = word.partition("=")
+    if not (Path(folder) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{word}: not NAME=FOLDER with an adapter's config.json in FOLDER")
+    return name, Path(folder)
+
+
 def main() -> None:
-    """Measures task by task; writes after each."""
+    """Measures entry by entry; writes after each."""
+    entries = [*ENTRIES, COMPOSITION]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--tasks", nargs="*", choices=[*TASKS, COMPOSITION], help="measure these, again if need be")
-    parser.add_argument("--adapters", type=Path, help="folder of the adapters TASK; else embedded ones")
-    parser.add_argument("--finetuned", type=Path, help="folder of the adapters TASK-finetuned; else embedded ones")
-    parser.add_argument("--full", type=Path, help="folder of the adapters TASK-full, whose backbone was trained too")
+    parser.add_argument("--tasks", nargs="*", choices=entries, help="measure these, again if need be")
+    parser.add_argument("--adapters", type=Path, help="folder of the adapters ENTRY; else embedded ones")
+    parser.add_argument("--finetuned", type=Path, help="folder of the adapters ENTRY-finetuned; else embedded ones")
+    parser.add_argument("--rows", nargs="*", type=named_folder, default=[], help="NAME=FOLDER: more few-step adapters")
     parser.add_argument("--guidance", type=float, default=3.0, help="of the backbone's second 50-step row of generate")
     parser.add_argument("--data", default="scenes:held-out:500")
     parser.add_argument("--count", type=int, default=500)
@@ -260,8 +320,12 @@ def main() -> None:
 
     look = functools.partial(read, load_reader(args.reader).to(args.device), device=args.device)
     told: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"tasks": {}}
-    for name in args.tasks or [name for name in (*TASKS, COMPOSITION) if name not in told["tasks"]]:
-        told["tasks"][name] = measure(name, args, look)
+    for entry in args.tasks or []:
+        if not adapters_of(entry, args):
+            parser.error(f"{entry}: its adapter is neither embedded nor in --adapters")
+    for entry in args.tasks or [entry for entry in entries if stale(entry, told["tasks"].get(entry, {}), args)]:
+        told["tasks"][entry] = measure(entry, args, look)
+        told["tasks"] = {entry: told["tasks"][entry] for entry in entries if entry in told["tasks"]}
         write_json(told, args.out)
 
 

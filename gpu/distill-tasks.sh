@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Purpose: adapters of $TASKS, the fine-tuned many-step ones with the same budget, and the figures of both on held-out
-# scenes. In two stages, each for as few tasks as a call has time and room for (two, at ten minutes and 64 MiB):
+# scenes. Recipes beside the six tasks' can be trained too: upscale-x8, depth-full, depth-hint; those without a
+# fine-tuned counterpart go without, and what is called -full or -hint is measured along with its task.
+# In two stages, each for as few tasks as a call has time and room for (two, at ten minutes and 64 MiB):
 #   STAGE=train   TASKS="inpaint depth" OUT=runs/gpu bash gpu/distill-tasks.sh [--key value ...]    (overrides of recipes)
 #   STAGE=measure TASKS="inpaint depth composition" bash gpu/distill-tasks.sh [--key value ...]     (of benchmarks/tasks.py)
 # Result: $OUT/shard-*.bin, this call's adapters and their last previews, written anew after each of them;
@@ -38,16 +40,21 @@ train)
     rm -rf "$RUNS/pack"
     for task in $TASKS; do
         train "$task" "$@"
-        if [ "$task" != generate ]; then train "$task-finetuned" "$@"; fi # generate: the backbone is compared with
+        if [ -f "src/codi/recipes/$task-finetuned.yaml" ]; then train "$task-finetuned" "$@"; fi
     done
     ;;
 measure)
     if [ -f benchmarks/results/tasks.json ] && [ ! -f "$OUT/tasks.json" ]; then
         cp benchmarks/results/tasks.json "$OUT"
     fi
+    rows=()
+    for folder in "$RUNS"/*-full "$RUNS"/*-hint; do
+        if [ ! -f "$folder/config.json" ]; then continue; fi # none matches, or unfinished
+        case "$folder" in *-full) rows+=("codi=$folder") ;; *) rows+=("hint=$folder") ;; esac
+    done
     # shellcheck disable=SC2086 # a list of words
     "$PYTHON" benchmarks/tasks.py --model "$MODEL" --adapters "$RUNS" --finetuned "$RUNS" --size "$SIZE" \
-        --count "$COUNT" --device "$DEVICE" --tasks $TASKS --out "$OUT/tasks.json" "$@"
+        --count "$COUNT" --device "$DEVICE" --tasks $TASKS --rows "${rows[@]}" --out "$OUT/tasks.json" "$@"
     ;;
 *)
     echo "STAGE=$STAGE: not known: use train or measure" >&2

@@ -38,7 +38,7 @@ def given(task: str, height: int = 16, width: int = 24, count: int = 1) -> dict[
     """What a caller passes for a task."""
     if task == "generate":
         return {}
-    image = rand(count, 3, height, width, seed=1)
+    image = rand(count, 1 if task == "depth" else 3, height, width, seed=1)
     return {"image": image, **({"mask": hole(height, width)} if task == "inpaint" else {})}
 
 

@@ -52,6 +52,13 @@ def test_names_of_the_package():
         codi.CoDiPipe  # noqa: B018
 
 
+def test_a_source_distribution_holds_what_its_tests_import():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    included = build["targets"]["sdist"]["include"]
+    assert all((ROOT / path.lstrip("/")).exists() for path in included)
+    assert {"/src", "/tests", "/benchmarks", "/gpu"} <= set(included)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(shell, command):
     ran = shell(*command.split(), "--help")

@@ -10,8 +10,11 @@ import torch
 
 from codi.data.batches import batches
 from codi.data.sources import open_source
-from codi.training.pretrain_recipe import read_pictures
-from folders import noise, refused, rows_of, same
+from codi.models import codec
+from codi.training.latents import encode_all
+from codi.training.pretrain_recipe import first_pictures
+from folders import noise, read, refused, rows_of, same
+from tiny import tiny_vae
 
 
 def test_batches_are_a_pure_function_of_seed_and_position(photos):
@@ -126,13 +129,19 @@ def test_columns_of_different_depth_do_not_mix(tmp_path):
     refused(lambda: next(batches(source, 2, 16, seed=0)), "bit depth")
 
 
-def test_pictures_read_part_by_part_are_reported_alike(tmp_path):
-    source, report = open_source(folder_with(tmp_path, 4, 3)), tmp_path / "run" / "corrupt.json"
-    for _ in range(2):  # a second round starts anew
-        parts = [read_pictures(source, indices, 16, report)[0] for indices in (range(0, 4), range(4, 7))]
-        assert [len(part) for part in parts] == [1, 3]
-        said = json.loads(report.read_text())
-        assert (said["read"], said["skipped"]) == (7, 3)
-        assert [f["file"] for f in said["files"]] == ["bad000.png", "bad001.png", "bad002.png"]
-    refused(lambda: read_pictures(source, range(0, 3), 16, report), "no picture could be read")
-    assert json.loads(report.read_text())["skipped"] == 3
+def test_corrupt_files_are_judged_over_all_that_a_backbone_learns(tmp_path):
+    """Whole blocks of 64 may be unreadable."""
+    source, vae = open_source(folder_with(tmp_path, 40, 70)), tiny_vae()
+    latents, captions = encode_all(vae, source, 16, tmp_path / "work", max_corrupt=0.7)
+    assert latents.shape == (40, 4, 4, 4) and captions == [""] * 40
+    with torch.no_grad():
+        expected = codec.encode(vae, read(source, range(109, 110), 16)[0].image[None])
+    torch.testing.assert_close(torch.from_numpy(np.array(latents[-1:])), expected.half(), atol=2e-3, rtol=2e-3)
+    said = json.loads((tmp_path / "work" / "corrupt.json").read_text())
+    assert (said["read"], said["skipped"], said["files"][69]["file"]) == (110, 70, "bad069.png")
+    refused(lambda: encode_all(vae, source, 16, tmp_path / "b"), "bad000.png", "70 of 110", "5%", "corrupt.json")
+    none = open_source(folder_with(tmp_path, 0, 3))
+    refused(lambda: encode_all(vae, none, 16, tmp_path / "c"), "no other file is readable")
+    refused(lambda: first_pictures(none, 2, 16), "no picture could be read")
+    assert torch.equal(first_pictures(source, 2, 16)[0], torch.stack([s.image for s in read(source, [70, 71], 16)]))
+    assert len(first_pictures(source, 90, 16)[0]) == 40

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts that import one another
 
 import command  # noqa: E402
+import finetune  # noqa: E402
 import judges  # noqa: E402
 import reader as training  # noqa: E402
 import reading  # noqa: E402
@@ -22,8 +23,11 @@ from reading import Found, Reader, Reading, decode  # noqa: E402
 
 from codi.data.batches import Batch  # noqa: E402
 from codi.data.scenes import MAX_OBJECTS, sample_scene  # noqa: E402
+from codi.models.backbone import digest, load_backbone  # noqa: E402
 from codi.sampling.guidance import resolve  # noqa: E402
 from codi.tasks import get_task  # noqa: E402
+from shell import make_adapter  # noqa: E402
+from tiny import tiny_checkpoint  # noqa: E402
 
 SIDE = 64
 
@@ -278,15 +282,24 @@ class FakePipe:
         return argparse.Namespace(images=None)
 
 
+def write_adapter(folder, task, images=16, **more):
+    """A folder that says of itself what an adapter of `task` says."""
+    folder.mkdir(exist_ok=True)
+    info = {"task": task.name, "task_options": task.config(), "images": images, **more}
+    (folder / "config.json").write_text(json.dumps({"info": info}))
+    return folder
+
+
 def measured_by(name, monkeypatch, tmp_path, pipes):
     """(method, steps, guidance scale asked for, of which adapter) of each row of a task, and the task measured;
     `pipes` are those of the adapters, by name, "" that of the backbone alone."""
-    for adapter in pipes:
-        (tmp_path / adapter).mkdir(exist_ok=True)
-        (tmp_path / adapter / "config.json").touch()
+    for adapter, pipe in pipes.items():
+        if adapter:
+            write_adapter(tmp_path / adapter, pipe.task)
+    rows = [("codi", tmp_path / f"{name}-full")] if f"{name}-full" in pipes else []
     load = lambda args, task=None, adapter=None: pipes[adapter.name if adapter else ""]  # noqa: E731
     monkeypatch.setattr(task_figures, "load", load)
-    args = argparse.Namespace(adapters=tmp_path, finetuned=tmp_path, full=tmp_path, guidance=3.0)
+    args = argparse.Namespace(adapters=tmp_path, finetuned=tmp_path, rows=rows, guidance=3.0)
     methods, task = task_figures.methods_of(name, args)
     rows = []
     for method in methods:
@@ -323,6 +336,64 @@ def test_what_has_no_guidance_is_compared_once_and_generate_with_the_backbone(mo
     assert rows[3:] == wanted
 
 
+def test_entries_have_the_adapters_that_are_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(task_figures, "find_adapter", Path)  # none is embedded
+    runs, soft = tmp_path / "runs", get_task("depth", soften=0.5)
+    runs.mkdir()
+    for name, task in (("upscale-x8", get_task("upscale", scale=8)), ("depth", get_task("depth"))):
+        write_adapter(runs / name, task)
+    more = [("hint", write_adapter(tmp_path / "a", soft)), ("codi", write_adapter(tmp_path / "b", get_task("upscale")))]
+    args = argparse.Namespace(adapters=runs, finetuned=runs, rows=more)
+    assert task_figures.adapters_of("depth", args) == {"pe-codi": runs / "depth", "hint": tmp_path / "a"}
+    assert task_figures.adapters_of("upscale-x8", args) == {"pe-codi": runs / "upscale-x8"}  # codi's is x4
+    assert task_figures.adapters_of("upscale", args) == task_figures.adapters_of("composition", args) == {}
+    write_adapter(runs / "inpaint", get_task("inpaint"))
+    assert list(task_figures.adapters_of("composition", args)) == ["inpaint", "depth"]
+    pipes = {"upscale-x8": FakePipe(get_task("upscale", scale=8))}
+    rows, measured = measured_by("upscale-x8", monkeypatch, runs, pipes)
+    assert [row[:2] for row in rows] == [("pe-codi", n) for n in (1, 2, 4)] and measured.scale == 8
+
+
+def test_an_entry_is_stale_when_an_adapter_at_hand_is_another(tmp_path):
+    task = get_task("depth")
+    adapters = {name: write_adapter(tmp_path / name, task, backbone="a" * 12) for name in ("depth", "depth-finetuned")}
+    (adapters["depth"] / "a.safetensors").write_bytes(bytes(7))
+    args = argparse.Namespace(adapters=tmp_path, finetuned=tmp_path, rows=[])
+    told = {"adapters": task_figures.described(task_figures.adapters_of("depth", args))}
+    assert told["adapters"]["pe-codi"] == {"images": 16, "bytes": 7, "backbone": "a" * 12}
+    assert task_figures.stale("depth", {}, args) and not task_figures.stale("depth", json.loads(json.dumps(told)), args)
+    for changes in ({"images": 32}, {"backbone": "b" * 12}):
+        write_adapter(adapters["depth-finetuned"], task, **{"backbone": "a" * 12, **changes})
+        assert task_figures.stale("depth", told, args)
+    (adapters["depth-finetuned"] / "config.json").unlink()  # measured once, and gone since
+    assert not task_figures.stale("depth", told, args)
+
+
+def test_the_adapter_on_a_fine_tune_is_told_beside_the_fine_tune(tmp_path, monkeypatch):
+    model = tiny_checkpoint(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", "generate", {"text": [1, 3]})
+    words = ["finetune.py", "--model", model, "--adapter", adapter, "--scenes", 3, "--updates", 2, "--batch", 2]
+    words += ["--count", 2, "--size", 32, "--out", tmp_path / "told.json"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    monkeypatch.setattr(finetune, "MANY", 5)
+    finetune.main()
+    told = json.loads((tmp_path / "told.json").read_text())
+    rows = [(row["method"], row["steps"]) for row in told["rows"]]
+    assert rows == [("fine-tune", 5), ("fine-tune", 4), ("fine-tune + generate", 4), ("backbone + generate", 4)]
+    assert told["rows"][2]["psnr"] != told["rows"][3]["psnr"]  # on another backbone, the adapter draws another picture
+    assert told["judge_on_truth"]["night"] == 1 and told["backbone"] == digest(load_backbone(model).unet)
+    assert "| fine-tune + generate | 4 |" in "\n".join(readme.finetune_lines(told))
+
+
+def test_night_scenes_are_all_of_a_split_and_do_not_say_so():
+    source = finetune.NightScenes("held-out", 5)
+    nights = [i for i in range(source.numbers[-1] + 1) if sample_scene(0, "held-out", i).time == "night"]
+    assert source.numbers == nights and len(source) == 5
+    (sample,) = source.read([3], 32)
+    caption = sample_scene(0, "held-out", nights[3]).caption
+    assert caption == f"{sample.text} at night" and judges.asked(sample.text) == judges.asked(caption)
+
+
 def row(method, steps, fd, obedience, **more):
     """A row of results."""
     told = {"method": method, "steps": steps, "fd": fd, "obedience": obedience, "latency_ms": 10.0 * steps}
@@ -333,18 +404,22 @@ def test_ratios_compare_few_steps_with_the_better_of_the_many_step_rows():
     rows = [row("pe-codi", 4, 11.0, 0.9), row("codi", 1, 5.0, 0.3), row("finetuned", 4, 3.0, 0.1)]
     many = [row("finetuned", 50, 20.0, 0.9), row("finetuned, no guidance", 50, 10.0, 0.6)]
     against = {"against": "finetuned, no guidance"}
-    assert task_figures.ratios(rows + many) == {
+    assert task_figures.ratios(rows + many, decibels=False) == {
         "pe-codi": {"4": {**against, "fd": 1.1, "obedience": pytest.approx(1.5), "speed": 12.5}},
         "codi": {"1": {**against, "fd": 0.5, "obedience": 0.5, "speed": 50}},
     }
-    assert task_figures.ratios(rows + many[:1])["codi"]["1"]["against"] == "finetuned"
-    assert task_figures.ratios(rows) == {}
+    assert task_figures.ratios(rows + many[:1], decibels=False)["codi"]["1"]["against"] == "finetuned"
+    assert task_figures.ratios(rows, decibels=False) == {}
+    in_db = task_figures.ratios(rows + many, decibels=True)["pe-codi"]["4"]
+    assert "obedience" not in in_db and in_db["obedience_db"] == pytest.approx(0.3)
+    in_words = {name for name, (words, _) in readme.OBEDIENCE.items() if words.startswith("dB")}
+    assert in_words == task_figures.DECIBELS
 
 
 def test_a_command_says_nothing_of_the_machine(monkeypatch):
-    words = ["benchmarks/tasks.py", "--adapters", "runs/a b", "--full", "/there/full", "--out=../x/y.json"]
+    words = ["benchmarks/tasks.py", "--adapters", "runs/a b", "--rows", "hint=/there/hint", "--out=../x/y.json"]
     monkeypatch.setattr(sys, "argv", [*words, "--data", "scenes:held-out:500"])
-    told = "python benchmarks/tasks.py --adapters 'runs/a b' --full full --out=y.json --data scenes:held-out:500"
+    told = "python benchmarks/tasks.py --adapters 'runs/a b' --rows hint=hint --out=y.json --data scenes:held-out:500"
     assert command.command_line() == told
 
 
@@ -353,7 +428,10 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     rows = [row("pe-codi", n, 11.0, 22.25) for n in (1, 2, 4)] + [row("finetuned", 50, 10.0, 20.0)]
     rows.append(row("finetuned, no guidance", 50, 12.0, None))
     entry = {**where, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "judged": {"depth_db": 5}}
-    entry |= {"rows": rows, "ratios": task_figures.ratios(rows)}
+    entry |= {"rows": rows, "ratios": task_figures.ratios(rows, decibels=True)}
+    entry["adapters"] = {"pe-codi": {"images": 5000, "bytes": 3_140_000, "backbone": None}}
+    shares = [row("pe-codi", 4, 11.0, 0.8), row("finetuned", 50, 10.0, 0.9)]
+    drawn = {**entry, "obedience": "edge_f1", "rows": shares, "ratios": task_figures.ratios(shares, decibels=False)}
     holes = row("inpaint + 1 depth", 4, 9.0, 0.5, measures={"hole_objects": 0.5, "hole_depth_db": 17.0})
     both = {**where, "obedience": "hole_objects", "judge_on_truth": {}, "judged": {"hole_objects": 3}, "rows": [holes]}
     filled = {
@@ -367,7 +445,7 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     figures = dict.fromkeys(("all", "count", "colour", "shape", "material"), 0.5)
     counts = figures | {"by_count": {"1": figures}}
     results = {
-        "tasks.json": {"tasks": {"depth": entry, "inpaint": filled, "composition": both}},
+        "tasks.json": {"tasks": {"depth": entry, "canny": drawn, "inpaint": filled, "composition": both}},
         "backbone.json": {
             "codec_psnr_db": 33.0,
             "fd_codec": 3.0,
@@ -393,7 +471,9 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     assert text.startswith("before\n" + readme.BEGIN) and text.endswith(readme.END + "after\n") and "old" not in text
     assert "| depth | pe-codi | 4 | 11.0 | 0.5000 | 22.2 | 40 |" in text
     assert "| depth | finetuned, no guidance | 50 | 12.0 | 0.5000 | - | 500 |" in text
-    assert "| depth | pe-codi | finetuned | 1.10 · 1.11 · 50 | 1.10 · 1.11 · 25 | 1.10 · 1.11 · 12 |" in text
+    ratios = "x1.10 · +2.2 dB · x50 | x1.10 · +2.2 dB · x25 | x1.10 · +2.2 dB · x12"
+    assert f"| depth | pe-codi | 5,000 | 3.1 | finetuned | {ratios} |" in text
+    assert "| canny | pe-codi | 5,000 | 3.1 | finetuned | x1.10 · x0.89 · x12 |" in text
     assert "on 2 CPU cores or H100." in text and text.count("`python tasks.py`") == text.count("`python gpu.py`") == 1
     assert text.count("(3 of the scenes ask for any)") == 2 and "colour 50.0% (25.0%)" in text
     assert "| inpaint + 1 depth | 4 | 9.0 | 50% | 17.0 |" in text

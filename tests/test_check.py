@@ -16,6 +16,7 @@ from codi.data.duplicates import near_groups, perceptual_hash
 from codi.data.sources import open_source
 from codi.errors import UserError
 from codi.tasks import TASKS, get_task
+from codi.training.trainer import Job, RunSettings, train
 from folders import noise, refused, rows_of, serve, shard, smooth
 from shell import picture
 
@@ -134,6 +135,16 @@ def test_two_bit_depths_are_a_fault(rendered):
     assert next(batches(open_source(rendered, ("mask",)), 6, 32, seed=0)).extras["mask"].shape == (6, 1, 32, 32)
 
 
+def test_sixteen_bits_of_a_picture_are_brightness_not_numbers(rendered):
+    name = rows_of(rendered)[1]["edited_image"]
+    grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(grey).save(rendered / name)
+    assert check_data(rendered, ("edited_image",)).faults() == []
+    truth = next(batches(open_source(rendered, ("edited_image",)), 6, 32, seed=0)).extras["edited_image"]
+    assert truth.shape == (6, 3, 32, 32) and truth.max() <= 1
+    rehearse(get_task("edit"), str(rendered), 32, 0, 6)
+
+
 def test_the_size_must_fit_the_models_latent_cells(shell, rendered, tmp_path):
     command = ("data", "check", rendered, "--task", "canny", "--size", 36)
     assert shell(*command).code == 0
@@ -183,6 +194,31 @@ def test_the_sheet_shows_what_training_sees(rendered):
     assert first.prompts == batch.instruction
 
 
+@pytest.mark.parametrize("name", ["inpaint", "upscale"])
+def test_the_sheet_shows_what_training_draws(rendered, tmp_path, name):
+    """The given pictures of the first update, drawn by the trainer itself."""
+    drawn, task = [], get_task(name)
+
+    class Draws(Job):
+        def __init__(self):
+            super().__init__()
+            self.online, self.average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+        def batches(self, start):
+            return batches(open_source(rendered, task.columns), 4, 32, seed=3, start=start)
+
+        def forward(self, batch, generator):
+            drawn.append(task.given(batch, generator))
+            return {"loss": self.online(torch.ones(1, 1)).square().mean()}
+
+        def preview(self, out, progress):
+            return {}
+
+    train(Draws(), RunSettings(images=4, batch_size=4, seed=3, device="cpu"), tmp_path / "run", quiet=True)
+    given = rehearse(task, str(rendered), size=32, seed=3, count=6).given
+    assert torch.equal(given[:4], drawn[0]) and not torch.equal(given[:4, -1], given[1:5, -1])
+
+
 def test_options_of_the_task_count(shell, rendered, tmp_path):
     (tmp_path / "plain").mkdir()
     noise(40, 40).save(tmp_path / "plain" / "a.png")
@@ -226,6 +262,14 @@ def test_a_task_whose_condition_is_none_is_refused(tmp_path):
     own.condition = lambda given: given[:, :1]
     with pytest.raises(UserError, match=r"its condition is \(1, 1, 32, 32\), not \(1, 3, 32, 32\)"):
         rehearse(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+    own.condition = lambda given: given
+    for truth, words in (
+        (lambda batch: batch.image[:, :1], r"its truth is \(1, 1, 32, 32\)"),
+        (lambda batch: batch.image * 300, "its truth leaves"),
+    ):
+        own.truth = truth
+        with pytest.raises(UserError, match=words):
+            rehearse(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
 
 
 # The sheet of pictures.

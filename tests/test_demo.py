@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shlex
 import sys
@@ -199,7 +200,9 @@ def test_finetuned_models_are_the_many_step_column_where_there_are_some(toured, 
     found = show.Show(pipe, tmp_path, 0, "mini", toured.adapters, tmp_path)
     way, note = found._many("canny")
     assert (way.adapters, way.steps, way.heading) == (("canny-finetuned",), 50, "fine-tuned, 50 steps")
-    assert found._many("depth")[0].adapters == ("depth",)
+    assert way.guidance == 2.0 and "guidance 2, two passes each" in note  # as the few steps beside it have
+    way, note = found._many("depth")
+    assert (way.adapters, way.guidance) == (("depth",), None) and "the same adapter in 20 steps, not another" in note
 
 
 def test_the_number_of_scenes_fits_the_machine(toured, tmp_path, monkeypatch):
@@ -209,6 +212,14 @@ def test_the_number_of_scenes_fits_the_machine(toured, tmp_path, monkeypatch):
     for seconds, count in ((0, 2), (1e6, 6)):
         monkeypatch.setattr(show, "SECONDS", seconds)
         assert found.fitting() == count
+
+
+def test_the_command_for_the_same_page_keeps_what_was_chosen(toured):
+    parts = ("codi", "demo", "--out", toured.out, "--count", 2, "--model", toured.model, "--adapters", toured.adapters)
+    assert toured.told["command"] == shlex.join([*map(str, parts), "--device", "cpu"])
+    assert html.escape(toured.told["command"]) in toured.page
+    odd = {"finetuned": Path("my runs"), "minutes": 0.0, "seed": 0, "dtype": "bfloat16"}
+    assert demo.again(**odd) == "codi demo --finetuned 'my runs' --minutes 0.0 --dtype bfloat16"
 
 
 def test_without_any_adapter_there_is_nothing_to_show(toured, tmp_path):

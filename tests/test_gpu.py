@@ -88,6 +88,17 @@ def test_training_goes_on_from_shards_and_leaves_finished_adapters_alone(call, t
     assert trained(call("train", "generate", "four", **carried)) == []
 
 
+def test_what_has_no_counterpart_trains_alone_and_other_forms_are_measured_with_their_task(call, tmp_path):
+    asked = call("train", "upscale-x8 depth-full depth-hint canny", "one")
+    names = [name for name, _ in trained(asked)]
+    assert names == ["upscale-x8", "depth-full", "depth-hint", "canny", "canny-finetuned"]
+    (words,) = call("measure", "depth", "one")
+    more = words[words.index("--rows") + 1 : words.index("--out")]
+    assert more == [f"codi={tmp_path}/one/depth-full", f"hint={tmp_path}/one/depth-hint"]
+    (words,) = call("measure", "depth", "two")
+    assert words[words.index("--rows") + 1] == "--out"
+
+
 def test_what_the_job_asks_for_can_be_done(call, tmp_path, monkeypatch):
     tiny_checkpoint(tmp_path / "model")
     few = ["--data", "scenes:train:4", "--held-out", "scenes:held-out:2", "--images", "4", "--batch-size", "2"]

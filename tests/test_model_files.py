@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from codi.errors import UserError
 from codi.models import text
 from codi.models.adapter import FORMS, FusedAdapter
 from codi.models.adapter_files import load_adapter
-from codi.models.backbone import load_backbone
+from codi.models.backbone import EMBEDDED, digest, load_backbone
 from codi.models.lora import FILE
 from codi.models.student import Conditioning, Student
+from codi.sampling.pipeline import CoDiPipeline
 from codi.training.saving import save_adapter
 from tiny import (
     CAPTIONS,
@@ -69,6 +71,45 @@ def test_a_full_adapter_brings_its_own_unet(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(unet.state_dict().values(), trained.state_dict().values(), strict=True)
     )
+
+
+def test_options_of_the_hub_are_passed_on(tmp_path, monkeypatch):
+    built, given = StableDiffusionPipeline.from_pretrained(tiny_checkpoint(tmp_path / "plain")), {}
+    built.save_pretrained(tmp_path / "halves", variant="fp16")
+    found = load_backbone(tmp_path / "halves", variant="fp16", local_files_only=True)
+    assert digest(found.unet) == digest(built.unet)  # type: ignore[attr-defined]
+    refused(lambda: load_backbone(tmp_path / "halves"), "halves")
+    refused(lambda: load_backbone(tmp_path / "plain", revison="main"), "revison: no such option", "'revision'")  # type: ignore[call-arg]
+
+    def record(source, **options):
+        given.update(options)
+        return built
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", record)
+    options = {"revision": "v2", "token": "t", "cache_dir": tmp_path}
+    CoDiPipeline.from_pretrained("somebody/model", **options)  # type: ignore[arg-type]
+    assert options.items() <= given.items() and "variant" not in given
+
+
+def test_a_digest_tells_weights_apart_and_loading_does_not_mind(tmp_path):
+    stored = tiny_unet().half().float()
+    assert digest(tiny_unet()) == digest(stored) == digest(tiny_unet().to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    assert digest(tiny_unet(seed=9)) != digest(stored) and len(digest(stored)) == 12
+    adapter = FusedAdapter.from_backbone(UNET, VAE)
+    adapter.register_to_config(info={"family": BACKBONE.family, "backbone": digest(tiny_unet(seed=9))})
+    adapter.save_pretrained(tmp_path)
+    load_adapter(tmp_path, None, BACKBONE.family, UNET)  # fine-tunes of a backbone take its adapters
+
+
+def test_the_shipped_adapters_fit_mini_and_all_weights_are_small():
+    mini = load_backbone("mini")
+    made_on = digest(mini.unet)
+    adapters = sorted(folder.parent.name for folder in (EMBEDDED / "adapters").glob("*/config.json"))
+    assert adapters
+    for name in adapters:
+        adapter, _ = load_adapter(name, None, mini.family, mini.unet)
+        assert adapter.config["info"].get("backbone", made_on) == made_on, name
+    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*.safetensors")) <= 120e6
 
 
 def refused(attempt, *parts: str) -> str:

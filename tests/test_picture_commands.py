@@ -79,6 +79,15 @@ def test_large_pictures_are_cut_into_tiles_and_smaller_scales_are_reached(shell,
     assert Image.open(tmp_path / "out.png").size == (42, 26)
 
 
+def test_the_scale_is_the_adapter_s_own(shell, tmp_path):
+    tiny, source = make_models(tmp_path, scale=8), picture(tmp_path / "in.png")
+    for scale, size in (((), (56, 40)), (("--scale", 8), (56, 40)), (("--scale", 6), (42, 30))):
+        ran = shell("upscale", source, "-o", tmp_path / "out.png", *tiny.options, "--steps", 1, *scale, "--overwrite")
+        assert ran.code == 0 and Image.open(tmp_path / "out.png").size == size
+    ran = shell("upscale", source, "-o", tmp_path / "o.png", *tiny.options, "--scale", 9)
+    ran.failed(2, "--scale 9", "at most 8, or run twice")
+
+
 def test_one_bad_file_does_not_stop_the_others(shell, tiny, tmp_path):
     good = [picture(tmp_path / "in" / f"{n}.png") for n in "ac"]
     (tmp_path / "in" / "b.png").write_bytes(good[0].read_bytes()[:60])
@@ -105,9 +114,16 @@ def test_where_pictures_go(tmp_path):
         plan([a, b], tmp_path / "d.png")
 
 
+def test_a_full_adapter_has_no_degrees(shell, tiny, tmp_path):
+    ran = shell("upscale", picture(tmp_path / "in.png"), "-o", tmp_path / "o.png", *tiny.options, "--strength", 0.5)
+    ran.failed(2, "error: --strength 0.5: adapter is a full adapter", "use 1")
+
+
 def test_a_scale_beyond_the_adapter_or_a_tile_off_the_latent_grid_is_wrong_usage(shell, tmp_path):
     tiny, source = make_models(tmp_path, scale=2), picture(tmp_path / "in.png")
-    shell("upscale", source, "-o", tmp_path / "o.png", *tiny.options, "--scale", 4).failed(2, "--scale 4", "at most 2")
+    shell("upscale", source, "-o", tmp_path / "o.png", *tiny.options, "--scale", 4).failed(
+        2, "--scale 4", "use at most 2, --adapter upscale-x8, or run twice"
+    )
     shell("upscale", source, "-o", tmp_path / "o.png", *tiny.options, "--tile", 7).failed(2, "--tile 7", "use 6")
     assert not (tmp_path / "o.png").exists()
 

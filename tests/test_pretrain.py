@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from codi.data.sources import open_source
+from codi.errors import UserError
 from codi.models import codec
 from codi.models.backbone import EMBEDDED, load_backbone
 from codi.training.codec import DecoderJob, standardise_latents
@@ -18,6 +20,7 @@ from codi.training.pretrain import pretrain
 from codi.training.pretrain_recipe import PretrainRecipe
 from codi.training.tokenizer import train_tokenizer
 from codi.training.trainer import RunSettings, train
+from folders import noise
 from tiny import rand, tiny_vae
 
 
@@ -92,6 +95,40 @@ def test_a_pretrained_folder_is_a_stable_diffusion_checkpoint(recipe):
     assert all(torch.equal(before[k], v) for k, v in load_backbone(out).unet.state_dict().items())
     pretrain(replace(recipe, ldm_images=24), quiet=True)
     assert json.loads((out / "training.json").read_text()) == {"images": 24}
+
+
+def test_a_model_caught_between_old_and_new_is_none(recipe, monkeypatch):
+    """And the same command again mends it."""
+    out, rename = pretrain(recipe, quiet=True), Path.rename
+
+    def killed(self, target):
+        if self.name == "unet":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(Path, "rename", killed)
+        pretrain(recipe, quiet=True)
+    with pytest.raises(UserError, match="no model there"):
+        load_backbone(out)
+    assert load_backbone(pretrain(recipe, quiet=True)).unet
+
+
+def test_words_of_scenes_are_learnt_of_scenes_only(recipe, tmp_path, monkeypatch):
+    learnt: list[list[str]] = []
+
+    def stop(texts, *_):
+        learnt.append(texts)
+        raise InterruptedError
+
+    monkeypatch.setattr("codi.training.pretrain.train_tokenizer", stop)
+    noise(32, 32).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}')
+    short = replace(recipe, vae_images=4, decoder_images=0, edits=None)
+    for name, data in (("scenes", "scenes:train:4"), ("own", str(tmp_path))):
+        with pytest.raises(InterruptedError):
+            pretrain(replace(short, out=str(tmp_path / name), data=data), quiet=True)
+    assert len(learnt[0]) == 2_004 and learnt[1] == ["a cat"]
 
 
 def test_training_goes_on_from_a_checkpoint(recipe, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 
 from codi.errors import UserError
 from codi.sampling.pipeline import CoDiPipeline
@@ -57,6 +58,15 @@ def test_two_adapters_at_once(pipe):
     assert run(pipe, image={"canny": edges, "upscale": rand(1, 3, 8, 8)}).shape == (1, 3, 32, 32)
 
 
+def test_known_pixels_are_exact_whatever_else_is_set(pipe):
+    images = {"inpaint": rand(1, 3, 32, 32, seed=3), "upscale": rand(1, 3, 8, 8, seed=4)}  # whose colours are matched
+    known = hole(32, 32).expand(1, 3, -1, -1) == 0
+    for names in (["inpaint", "upscale"], ["upscale", "inpaint"]):
+        pipe.set_adapters(names)
+        made = run(pipe, image=images, mask=hole(32, 32))
+        assert torch.equal(made[known], images["inpaint"][known])
+
+
 def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
     pipe.set_adapters(["canny", "upscale"])
     for names, words in (
@@ -94,6 +104,30 @@ def test_adapters_swap_without_loading_anything(folder, pipe, monkeypatch):
     pipe.set_adapters("depth")
     assert own <= {id(p) for p in pipe.student.unet.parameters()}  # one backbone in memory
     assert pipe.load_adapter(folder / "depth") == "depth"  # there already
+
+
+def test_attention_of_an_adapter_is_set_on_its_own_unet(folder):
+    """As the pipeline's docstring says: an adapter with low-rank updates has its own modules."""
+    pipe = open_pipeline(folder)
+    pipe.set_adapters("depth")
+    used: list[str] = []
+
+    class Watched(AttnProcessor):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def __call__(self, *args, **kwargs):
+            used.append(self.name)
+            return super().__call__(*args, **kwargs)
+
+    pipe.unet.set_attn_processor(Watched("backbone"))
+    pipe.student.unet.set_attn_processor(Watched("adapter"))
+    run(pipe, **given("depth"))
+    assert set(used) == {"adapter"}
+    used.clear()
+    run(pipe, **given("depth"), strength=0)
+    assert set(used) == {"backbone"}
 
 
 def test_names_of_adapters(folder, tmp_path):

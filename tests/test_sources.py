@@ -47,6 +47,18 @@ def test_metadata_in_sub_folders_names_files_beside_it(tmp_path):
     assert [s.text for s in read(open_source(tmp_path), [0, 1], 16)] == ["one", "two"]
 
 
+def test_metadata_may_name_files_anywhere(tmp_path, monkeypatch):
+    folder, far = tmp_path / "list", tmp_path / "far.png"
+    folder.mkdir()
+    noise(20, 20).save(far)
+    noise(20, 20).save(folder / "near.png")
+    rows = [{"file_name": str(far)}, {"file_name": "../far.png"}, {"file_name": str(folder / "near.png")}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [s.name for s in read(open_source(folder), range(3), 16)] == [str(far), "../far.png", "near.png"]
+    monkeypatch.chdir(tmp_path)
+    assert [s.name for s in read(open_source("list"), [1, 2], 16)] == ["../far.png", str(folder / "near.png")]
+
+
 def test_pictures_of_the_asked_size_are_untouched_and_centred_otherwise(tmp_path):
     picture = noise(32, 32)
     picture.save(tmp_path / "a.png")

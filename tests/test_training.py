@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from codi.errors import UserError
 from codi.models.adapter_files import load_adapter
-from codi.models.backbone import load_backbone
+from codi.models.backbone import digest, load_backbone
 from codi.models.lora import lora_names
 from codi.models.student import Conditioning, Student
 from codi.tasks import TASKS, get_task
@@ -168,7 +168,9 @@ def test_pe_leaves_the_backbone_alone_and_full_does_not(tiny_run, finished, tmp_
 def test_the_finished_adapter_says_what_it_is(tiny_run, tmp_path):
     out = distill(replace(tiny_run, out=str(tmp_path / "run"), images=4), quiet=True)
     info = json.loads((out / "config.json").read_text())["info"]
-    assert info["task"] == "upscale" and info["family"] == load_backbone(tiny_run.model).family
+    backbone = load_backbone(tiny_run.model)
+    assert (info["task"], info["family"]) == ("upscale", backbone.family)
+    assert info["backbone"] == digest(backbone.unet)  # what it started from, though a full one trains it
     assert info["images"] == 4 and set(info["metrics"]) == {"obedience_1", "obedience_2", "obedience_4"}
     assert (out / "checkpoints").is_dir() and list((out / "previews").glob("*.png"))
     told = {"full": True, "guidance": {}, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "shift": 1.0}
@@ -354,7 +356,8 @@ def test_every_shipped_recipe_builds(name):
         ({"lora_rank": 4}, "lora_rank 4: .*train_backbone: false"),
         ({"lora_rank": -1, "train_backbone": False}, "rank from 1 up"),
         ({"guidance": {"txt": [1, 4]}}, "unknown scale 'txt': known are text, image"),
-        ({"guidance": {"image": [1, 2]}}, "image alone"),
+        ({"guidance": {"image": [1, 2]}, "train_backbone": False}, "image alone"),
+        ({"guidance": {"text": [1, 4], "image": [1, 2]}}, "guidance: image: .*: set train_backbone: false"),
         *[
             ({"guidance": {"text": span}}, r"guidance: text .*\[least, most\]")
             for span in ([4, 1], [0, 2], [2], 3, "ab")

@@ -178,22 +178,25 @@ class Rehearsal:
 
 
 def rehearse(task: Task, spec: str, size: int, seed: int, count: int) -> Rehearsal:
-    """The first `count` samples as a training of `task` with this seed would see them: the same files, crops, given
-    pictures and conditions. Raises UserError where that training would, and for a condition that is none."""
-    import torch
-
+    """The first `count` samples as a training of `task` with this seed would see them, were they its first batch: the
+    same files, crops, given pictures and conditions. Raises UserError where that training would, and for a condition
+    or a truth that is none."""
     from ..data.batches import batches
     from ..data.sources import open_source
+    from ..training.trainer import step_generator
 
     batch = next(batches(open_source(spec, task.columns), count, size, seed, max_corrupt=1.0))
-    given = task.given(batch, torch.Generator().manual_seed(seed))
-    condition = task.condition(given).float()
-    wanted = (count, task.condition_channels, size, size)
-    if condition.shape != wanted:
-        raise UserError(f"task {task.name}: its condition is {tuple(condition.shape)}, not {wanted}: mend the task")
-    if not bool(torch.isfinite(condition).all()) or condition.min() < 0 or condition.max() > 1:
-        raise UserError(f"task {task.name}: its condition leaves [0, 1]: mend the task or the data")
-    return Rehearsal(given, condition, task.truth(batch), task.prompts(batch))
+    given = task.given(batch, step_generator(seed, 0, 0, 0))
+    condition, truth = task.condition(given).float(), task.truth(batch)
+    for what, pixels, channels in (("condition", condition, task.condition_channels), ("truth", truth, 3)):
+        wanted = (count, channels, size, size)
+        if pixels.shape != wanted:
+            raise UserError(
+                f"task {task.name}: its {what} is {tuple(pixels.shape)}, not {wanted}: mend the task or the data"
+            )
+        if not bool(pixels.isfinite().all()) or pixels.min() < 0 or pixels.max() > 1:
+            raise UserError(f"task {task.name}: its {what} leaves [0, 1]: mend the task or the data")
+    return Rehearsal(given, condition, truth, task.prompts(batch))
 
 
 def _headline(report: DataReport) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -40,8 +42,7 @@ def demo(
     dtype: DType = "float32",
     json_: Json = False,
 ) -> None:
-    """A gallery of every task in 1, 2 and 4 steps beside the many-step model, as one page, and half a minute of
-    training."""
+    """A gallery of every task in 1, 2 and 4 steps beside many steps, as one page, and half a minute of training."""
     with working(f"loading {model}"):
         import torch
 
@@ -102,6 +103,10 @@ def tour(
     told: dict[str, Any] = {
         "model": model, "seed": seed, "count": count, "size": show.side, "sections": [], "skipped": show.skipped,
         "adapters": show.adapters, "swap_ms": None, "training": None, "note": "", "machine": describe_machine(),
+        "command": again(
+            out=out, count=count, minutes=minutes, model=model, adapters=adapters, finetuned=finetuned, seed=seed,
+            device=device, dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        ),
     }  # fmt: skip
 
     def write() -> None:
@@ -137,3 +142,10 @@ def tour(
         say(f"trained on {training['images']:,} images so far; the same command again goes on from there")
     write()
     return told
+
+
+def again(**chosen: Any) -> str:
+    """The command that makes the same page: what was chosen, as far as it is not the default."""
+    usual = inspect.signature(demo).parameters
+    words = [(f"--{name}", str(value)) for name, value in chosen.items() if value != usual[name].default]
+    return shlex.join(["codi", "demo", *(word for pair in words for word in pair)])

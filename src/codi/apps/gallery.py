@@ -226,11 +226,12 @@ def commands(section: Section, task: Task, what: Subject, seed: int, options: Se
 
 
 def overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes one sheet with a row of each section, of section k row k: its title and prompt, what was given, the steps,
-    the truth. `sections` are as in timings.json, their files below the folder of `path`."""
+    """Writes one sheet with a row of each section, of section k row k: its title, its prompt and what made many steps;
+    what was given, the steps, the truth. `sections` are as in timings.json, their files below the folder of `path`."""
     headings = {"given": "given", **{f"steps-{n}": counted(n) for n in STEPS}, "many": "many steps", "truth": "truth"}
-    rows = [(one["title"], one["rows"][k % len(one["rows"])]) for k, one in enumerate(sections)]
-    columns = {"": torch.stack([_label(title, row["title"]) for title, row in rows])}
+    rows = [(one, one["rows"][k % len(one["rows"])]) for k, one in enumerate(sections)]
+    labels = [_label(one["title"], row["title"], f"many steps: {one['columns']['many']}") for one, row in rows]
+    columns = {"": torch.stack(labels)}
     for key, heading in headings.items():
         columns[heading] = torch.stack([_tile(path.parent, row["pictures"].get(key)) for _, row in rows])
     sheet = np.asarray(contact_sheet(columns, TILE), np.float32) / 255
@@ -244,11 +245,12 @@ def _tile(folder: Path, file: str | None) -> Tensor:
     return F.interpolate(read_image(folder / file).rgb[None], (TILE, TILE), mode="nearest-exact")[0]
 
 
-def _label(title: str, prompt: str) -> Tensor:
+def _label(title: str, prompt: str, foot: str) -> Tensor:
     """(3, TILE, TILE): text on white."""
     tile = Image.new("RGB", (TILE, TILE), "white")
     draw = ImageDraw.Draw(tile)
     draw.text((4, 2), title, fill="black", font_size=16)
-    lines = textwrap.wrap(prompt, 24, max_lines=8, placeholder=" ...")
-    draw.multiline_text((4, 26), "\n".join(lines), fill=(90, 90, 90), font_size=10, spacing=2)
+    for top, text, most in ((26, prompt, 6), (TILE - 26, foot, 2)):
+        lines = textwrap.wrap(text, 24, max_lines=most, placeholder=" ...")
+        draw.multiline_text((4, top), "\n".join(lines), fill=(90, 90, 90), font_size=10, spacing=2)
     return torch.from_numpy(np.asarray(tile, np.float32) / 255).permute(2, 0, 1)

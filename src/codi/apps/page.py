@@ -56,8 +56,7 @@ def build(told: dict[str, Any]) -> str:
         sections="\n".join(map(_section, sections)),
         timings=_timings(told),
         training=_training(told["training"]) if told["training"] else "",
-        command=f"codi demo --count {told['count']} --seed {told['seed']}"
-        + (f" --model {escape(told['model'])}" if told["model"] != "mini" else ""),
+        command=escape(told["command"]),
     )
 
 

@@ -294,6 +294,7 @@ def _scales(pipe: CoDiPipeline, order: Order, settings: Settings) -> dict[str, f
         return pipe.guidance(settings.guidance, asked, settings.strength).scales
     except UserError as error:
         told = str(error).replace("image_guidance_scale", "--image-guidance").replace("guidance_scale", "--guidance")
+        told = f"--{told}" if told.startswith("strength") else told
         raise BadUsage(told) from error
 
 

@@ -86,7 +86,7 @@ class Show:
     def fitting(self, least: int = 2, most: int = 6) -> int:
         """How many scenes a task can be shown on within about SECONDS on this machine."""
         many = [self._many(kind) for kind in self.adapters]
-        passes = sum(sum(STEPS) + way.steps * (1 if way.adapters else 2) for way, _ in many)
+        passes = sum(sum(STEPS) + way.steps * (1 if way.guidance in (None, 1) else 2) for way, _ in many)
         self.pipe.set_adapters([])
         for steps in (1, 4):  # the first call is slower
             began = time.perf_counter()
@@ -94,7 +94,7 @@ class Show:
         return max(least, min(most, round(SECONDS / (passes * (time.perf_counter() - began) / 4))))
 
     def task(self, name: str, samples: list[Sample]) -> Section:
-        """The section of one task: 1, 2 and 4 steps, the many-step model, the truth."""
+        """The section of one task: 1, 2 and 4 steps, many steps, the truth."""
         many = self._many(name)
         return self._section(name, name, name.capitalize(), ABOUT[name], samples, many)
 
@@ -141,7 +141,7 @@ class Show:
             return make(self.pipe, section, what, ways, self.out, self.seed, lambda: bar.advance(line))
 
     def _many(self, kind: str) -> tuple[Way, str]:
-        """The many-step model of a task, and what it truly is."""
+        """The many-step column of a task, and what it truly is."""
         told = self._info(kind)
         if kind == "generate":
             steps, guidance = MANY_STEPS["generate"], max(told.get("guidance_scale") or 1.0, 1.0)
@@ -150,12 +150,15 @@ class Show:
                     f"guidance {guidance:g}, two passes each, from the same noise.")  # fmt: skip
             return Way("many", f"backbone, {steps} steps", (), steps, guidance), note
         if f"{kind}-finetuned" in self.pipe.adapters:
-            steps = MANY_STEPS["finetuned"]
-            note = (f"The many-step column is the fine-tuned diffusion model in {steps} steps: the same backbone and "
-                    "condition encoder, trained by the plain diffusion loss.")  # fmt: skip
-            return Way("many", f"fine-tuned, {steps} steps", (f"{kind}-finetuned",), steps), note
+            # Few steps have their guidance distilled in: what they are compared with shall not go without.
+            steps, guidance = MANY_STEPS["finetuned"], self.pipe.guidance().scales["text"]
+            how = f" with classifier-free guidance {guidance:g}, two passes each" if guidance != 1 else ""
+            note = (f"The many-step column is the fine-tuned diffusion model in {steps} steps{how}: the same backbone "
+                    "and condition encoder, trained by the plain diffusion loss.")  # fmt: skip
+            return Way("many", f"fine-tuned, {steps} steps", (f"{kind}-finetuned",), steps, guidance), note
         steps = MANY_STEPS["same"]
-        note = f"No fine-tuned model of this task is here: the many-step column is the same adapter in {steps} steps."
+        note = (f"The many-step column is the same adapter in {steps} steps, not another model: it shows what more "
+                "steps would add. No fine-tuned diffusion model of this task is here.")  # fmt: skip
         return Way("many", f"same adapter, {steps} steps", (kind,), steps), note
 
     def swap_ms(self) -> float | None:

@@ -31,7 +31,8 @@ def upscale(
     ],
     settings: Settings,
     scale: Annotated[
-        float | None, typer.Option(min=1, help="Enlargement; by default the adapter's (4), its maximum.")
+        float | None,
+        typer.Option(min=1, help="Enlargement; by default the adapter's, which is the most: 4, or 8 of upscale-x8."),
     ] = None,
     tile: Annotated[
         int | None, typer.Option(min=0, help="Side of tiles in input pixels; 0: none. By default as needed.")
@@ -41,7 +42,10 @@ def upscale(
         Literal["wavelet", "adain", "none"], typer.Option(help="How the input's colours are kept.")
     ] = "wavelet",
 ) -> None:
-    """Make pictures 4 times larger, in 1 to 4 steps. Alpha, grey and 16 bits are kept."""
+    """Make pictures 4 times larger, or 8 times with --adapter upscale-x8, in 1 to 4 steps.
+
+    Alpha, grey and 16 bits are kept.
+    """
     with working("starting"):
         from ..data.images import read_image
 
@@ -68,7 +72,10 @@ def check(pipe: CoDiPipeline, scale: float | None, tile: int | None) -> None:
 
     most = pipe.task.scale  # type: ignore[union-attr]
     if scale is not None and scale > most:
-        raise BadUsage(f"--scale {scale:g}: this adapter enlarges {most} times: use at most {most}, or run twice")
+        larger = "--adapter upscale-x8, " if most < scale <= 8 else ""
+        raise BadUsage(
+            f"--scale {scale:g}: this adapter enlarges {most} times: use at most {most}, {larger}or run twice"
+        )
     align = alignment(codec.downscale(pipe.vae), most)
     if tile and (tile % align or tile < 2 * align):
         raise BadUsage(

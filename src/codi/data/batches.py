@@ -141,22 +141,38 @@ class _Stream:
         return [found[p] for p in positions]
 
     def _judge(self) -> None:
-        first = next(iter(self.corrupt.values()))
-        if len(self.corrupt) == len(self.source):
-            raise UserError(f"{first.file}: {first.why}; no other file is readable either: check the data set")
         # Before the whole set is read the share is an estimate: take off a one-sided 95 % margin, or an unlucky start
         # would stop a run on a set that is well below the limit.
         seen_all = len(self.read) == len(self.source)
-        certain = len(self.corrupt) - (0 if seen_all else 1.64 * len(self.corrupt) ** 0.5)
-        if len(self.read) >= MIN_READ and certain / len(self.read) > self.max_corrupt:
-            raise UserError(
-                f"{first.file}: {first.why}; {len(self.corrupt)} of {len(self.read)} files are corrupt, more than "
-                f"{self.max_corrupt:.0%}: repair or remove them" + (f" (list in {self.report})" if self.report else "")
-            )
+        margin = 0 if seen_all else 1.64 * len(self.corrupt) ** 0.5
+        corrupt = list(self.corrupt.values())
+        judge(corrupt, len(self.read), len(self.source), self.max_corrupt, self.report, margin)
 
     def write_report(self) -> None:
         if self.report is not None:
             report_corrupt(self.report, len(self.read), [c for _, c in sorted(self.corrupt.items())])
+
+
+def judge(
+    corrupt: Sequence[CorruptSample],
+    read: int,
+    count: int,
+    max_corrupt: float,
+    report: Path | None = None,
+    margin: float = 0.0,
+) -> None:
+    """Raises UserError where none of all `count` files is readable or, of at least 20 that were `read`, more than the
+    share `max_corrupt` is corrupt, `margin` files taken off; it names the first and the `report`."""
+    if not corrupt:
+        return
+    first = corrupt[0]
+    if len(corrupt) == count:
+        raise UserError(f"{first.file}: {first.why}; no other file is readable either: check the data set")
+    if read >= MIN_READ and (len(corrupt) - margin) / read > max_corrupt:
+        raise UserError(
+            f"{first.file}: {first.why}; {len(corrupt)} of {read} files are corrupt, more than "
+            f"{max_corrupt:.0%}: repair or remove them" + (f" (list in {report})" if report else "")
+        )
 
 
 def report_corrupt(path: Path, read: int, corrupt: Sequence[CorruptSample]) -> None:

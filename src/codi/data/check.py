@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .batches import MIN_READ
-from .crops import is_deep, why_unreadable
+from .crops import NUMBERS, is_deep, why_unreadable
 from .duplicates import near_groups, perceptual_hash
 from .samples import CorruptSample, PictureSource, Sample, Source
 from .sources import SceneSource, open_source
@@ -74,9 +74,9 @@ class DataReport:
         return self.looked - len(self.corrupt)
 
     def faults(self, prompt_column: str = "text", max_corrupt: float = 0.05) -> list[str]:
-        """Why training would fail, a phrase each: too much is corrupt, a column is missing or, unless it is `mask`, of
-        two bit depths, or instructions, where `prompt_column` names them, are missing from more than the share
-        `max_corrupt`."""
+        """Why training would fail, a phrase each: too much is corrupt, a column is missing or, if
+        it holds distances, of two bit depths, or instructions, where `prompt_column` names them, are missing from more
+        than the share `max_corrupt`."""
         faults, broken = [], len(self.corrupt)
         if not self.readable:
             faults.append(f"no picture can be read ({self.corrupt[0].file}: {self.corrupt[0].why})")
@@ -86,7 +86,7 @@ class DataReport:
             if column.missing:
                 lacking, first = len(column.missing), column.missing[0]
                 faults.append(f"{lacking} of {self.readable} pictures have no {name} ({first} is the first)")
-            if len(column.bits) > 1 and name != "mask":  # ids are ids, however many bits they have
+            if len(column.bits) > 1 and name in NUMBERS and name != "mask":  # ids are ids, of however many bits
                 faults.append(f"{name} has files of {' and of '.join(map(str, column.bits))} bits, which do not mix")
         if prompt_column == "instruction" and self.instructions_missing > max_corrupt * self.readable:
             faults.append(f"{self.instructions_missing} of {self.readable} pictures have no instruction")

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+NUMBERS = ("conditioning_image", "mask")  # columns whose 16 bits are distances or ids; elsewhere they are brightness
 MAX_PIXELS = 89_000_000  # a header that promises more is taken for a decompression bomb; Pillow warns above this
 
 
@@ -78,7 +79,7 @@ def draw_square(width: int, height: int, size: int, rng: np.random.Generator | N
 def cut(picture: Image.Image, square: Square, size: int, column: str | None = None) -> Tensor:
     """Cuts and resizes to a float32 (C, size, size): Lanczos for pictures; ids and distances are never averaged."""
     box = square.box(picture)
-    if column is not None and (is_deep(picture) or column == "mask"):
+    if column == "mask" or (column in NUMBERS and is_deep(picture)):
         numbers = is_deep(picture) or picture.mode == "P"  # a palette's indices are ids, its colours are not
         scale = 1.0 if numbers else 1 / 255
         grid = np.asarray(picture if numbers else picture.convert("L"))

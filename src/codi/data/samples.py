@@ -17,8 +17,8 @@ from .crops import cut, draw_square, load_picture, why_unreadable
 @dataclass
 class Sample:
     """`image` float32 (3, S, S) in [0, 1]; `extras`: one tensor (C, S, S) a column asked for, cropped like the image:
-    8-bit pictures in [0, 1] (RGB; one channel for `mask`), 16-bit ones and masks with a palette (1, S, S) with the raw
-    numbers of the file (millimetres in a depth map, ids in an instance mask; 0 is "none")."""
+    pictures in [0, 1] (RGB; one channel for `mask`), 16-bit depth maps and masks, and masks with a palette, (1, S, S)
+    with the raw numbers of the file (millimetres in a depth map, ids in an instance mask; 0 is "none")."""
 
     index: int
     name: str

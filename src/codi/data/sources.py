@@ -128,7 +128,8 @@ class FolderSource(PictureSource):
         return f"{self.folder}: {len(self):,} pictures, {'metadata.jsonl' if self.metadata else 'no captions'}"
 
     def name(self, index: int) -> str:
-        return str(self._rows[index][0].relative_to(self.folder))
+        path = self._rows[index][0]  # anywhere, where metadata.jsonl names it from the root
+        return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
 
     def row(self, index: int) -> Row:
         image, text, instruction, files = self._rows[index]

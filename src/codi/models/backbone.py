@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..schedule import DiscreteSchedule
 from . import codec
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "weights"  # what ships inside the package
+
+
+class Hub(TypedDict, total=False):
+    """Which files of a model are meant, and how they are fetched: options that diffusers gets as they are."""
+
+    revision: str | None
+    variant: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
 
 
 @dataclass
@@ -60,17 +71,32 @@ def family(unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMSchedu
     )
 
 
+def digest(unet: UNet2DConditionModel) -> str:
+    """Which weights: 12 hex digits of SHA-256 over names and float16 values, so that a copy stored in halves is the
+    same. `family` says what an adapter fits; this, what it was trained on."""
+    told = hashlib.sha256()
+    for name, value in sorted(unet.state_dict().items()):
+        told.update(name.encode())
+        told.update(value.to("cpu", torch.float16).numpy().tobytes())
+    return told.hexdigest()[:12]
+
+
 def find_model(name: str | Path) -> str:
     """'mini' -> the embedded checkpoint's folder; anything else is a path or a hub id, returned as it is."""
     embedded = EMBEDDED / str(name)
     return str(embedded) if (embedded / "model_index.json").is_file() else str(name)
 
 
-def load_backbone(name: str | Path, dtype: torch.dtype = torch.float32) -> Backbone:
+def load_backbone(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Unpack[Hub]) -> Backbone:
     """Loads 'mini', a diffusers Stable Diffusion folder, a single .safetensors file, or a hub id.
 
-    Only safetensors are read. Raises UserError where there is no such model or its weights are broken.
+    Only safetensors are read. Raises UserError where there is no such model or its weights are broken, and for an
+    option that is none of `Hub`.
     """
+    for option in hub:
+        if option not in Hub.__annotations__:
+            known = tuple(Hub.__annotations__)
+            raise UserError(f"{option}: no such option{nearest(option, known)}: use {', '.join(known)}")
     source = find_model(name)
     path = Path(source)
     looks_local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
@@ -78,7 +104,9 @@ def load_backbone(name: str | Path, dtype: torch.dtype = torch.float32) -> Backb
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise UserError(f"{name}: not a .safetensors file, and others may run code: convert it first")
-            pipe = StableDiffusionPipeline.from_single_file(source, torch_dtype=dtype)
+            # Only its configs are fetched: they have neither the model's revision nor its variants.
+            fetching: Any = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
+            pipe = StableDiffusionPipeline.from_single_file(source, torch_dtype=dtype, **fetching)
         elif looks_local and not (path / "model_index.json").is_file():
             raise UserError(
                 f"{name}: no model there (a diffusers folder has a model_index.json): "
@@ -86,7 +114,12 @@ def load_backbone(name: str | Path, dtype: torch.dtype = torch.float32) -> Backb
             )
         else:
             pipe = StableDiffusionPipeline.from_pretrained(
-                source, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+                source,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+                **hub,
             )
     except UserError:
         raise

@@ -40,8 +40,8 @@ class Guidance:
 def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, Any]]) -> Guidance:
     """Guidance for the scales asked for, None = the default of the first of `infos` (adapters') that has one.
 
-    Distilled scales are kept within the range that was learnt, with a warning. Raises UserError for a scale that is no
-    number from 0 up, and for an image scale that no adapter has learnt.
+    Distilled scales other than 1 are kept within the range that was learnt, with a warning. Raises UserError for a
+    scale that is no number from 0 up, and for an image scale that no adapter has learnt.
     """
     asked = {"guidance_scale": text, "image_guidance_scale": image}
     for name, scale in asked.items():
@@ -64,7 +64,8 @@ def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, A
     scales = {}
     for key in ("text", "image")[: 2 if "image" in ranges else 1]:
         low, high = ranges.get(key, (1, 1))
-        scales[key] = min(max(wanted[key], float(low)), float(high))
+        # 1 is none in any range: the input that stands for it is 0, whatever was learnt.
+        scales[key] = 1.0 if wanted[key] == 1 else min(max(wanted[key], float(low)), float(high))
         if scales[key] != wanted[key]:
             warnings.warn(f"guidance of the {key} {wanted[key]:g}: {low:g} to {high:g} is distilled into this adapter: "
                           f"using {scales[key]:g}", stacklevel=3)  # fmt: skip

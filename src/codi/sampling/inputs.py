@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
 
 def to_tensor(image: ImageInput) -> Tensor:
     """Whatever a caller brings -> float32 (B, C, h, w) in [0, 1]: a tensor (B, C, h, w) or (C, h, w), an array
-    (B, h, w, C) or (h, w, C), PIL pictures (C = 3; of two levels, as edge maps are: 1).
+    (B, h, w, C), (h, w, C) or (h, w), PIL pictures (C = 3; of two levels, as edge maps are: 1).
 
     Raises UserError for another shape or range. What C may be is for the task to say.
     """
@@ -30,7 +32,8 @@ def to_tensor(image: ImageInput) -> Tensor:
             raise UserError("image: pictures of one call must have one size: call once for each size")
         image = np.stack(arrays)
     if isinstance(image, np.ndarray):
-        array = image[None] if image.ndim == 3 else image
+        array = image[..., None] if image.ndim == 2 else image
+        array = array[None] if array.ndim == 3 else array
         if array.ndim != 4:
             raise UserError(f"image: shape {image.shape} is not (B, h, w, 3): pass RGB pictures")
         image = torch.from_numpy(_scaled(array)).permute(0, 3, 1, 2)
@@ -56,18 +59,24 @@ def to_mask(mask: Tensor | Image.Image | np.ndarray) -> Tensor:
 
 
 def one_for_each(
-    given: dict[str, Tensor], prompt: str | Sequence[str], seed: int | Sequence[int]
+    given: dict[str, Tensor], prompt: str | Sequence[str] | None, seed: int | Sequence[int]
 ) -> tuple[dict[str, Tensor], list[str], list[int]]:
-    """What each picture is made of: single ones are repeated, a single seed counts up. Raises UserError where the
-    numbers do not fit."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    """What each picture is made of: single ones are repeated, a single seed counts up, no prompt is an empty one.
+    Raises UserError where the numbers do not fit, and for prompts or seeds that are none."""
+    several = isinstance(prompt, Iterable) and not isinstance(prompt, str)
+    prompts: Any = list(prompt) if several else ["" if prompt is None else prompt]  # type: ignore[arg-type]
+    if odd := [one for one in prompts if not isinstance(one, str)]:
+        raise UserError(f"prompt {odd[0]!r}: not a text: give a string, or one for each picture")
+    try:
+        seeds = [operator.index(one) for one in ([seed] if isinstance(seed, Integral) else seed)]  # type: ignore[union-attr]
+    except TypeError as error:
+        raise UserError(f"seed {seed!r}: not a whole number: give one, or one for each picture") from error
     sizes = {"prompts": len(prompts), "seeds": len(seeds), **{f"images of {n}": len(g) for n, g in given.items()}}
     count = max(sizes.values())
     if wrong := [f"{size} {what}" for what, size in sizes.items() if size not in (1, count)]:
         raise UserError(f"prompt, seed, image: {', '.join(wrong)} for {count} pictures: give one, or one for each")
-    if isinstance(seed, int):
-        seeds = [seed + i for i in range(count)]
+    if isinstance(seed, Integral):
+        seeds = [seeds[0] + i for i in range(count)]
     given = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in given.items()}
     return given, prompts * (count // len(prompts)), seeds * (count // len(seeds))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..errors import UserError
 from ..models import codec
 from ..models.adapter import Adapter
-from ..models.backbone import family, find_model, load_backbone
+from ..models.backbone import Hub, family, find_model, load_backbone
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
 from ..schedule import DiscreteSchedule
@@ -39,6 +39,11 @@ class CoDiPipeline(DiffusionPipeline):
 
     `unet` is the backbone's own and never changes: adapters stand beside it. A saved pipeline is a Stable Diffusion
     folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well.
+
+    Adapters with low-rank updates have a U-Net of their own modules on the backbone's weights: attention processors and
+    slicing that are set on `unet`, or by the pipeline's `enable_...`, do not reach it. Set them on `student.unet`, the
+    U-Net of the adapters that are set. No U-Net is called as a whole, since adapters work between its halves: so
+    `torch.compile(unet)` changes nothing, and offloading of whole models is not supported.
     """
 
     def __init__(
@@ -64,16 +69,18 @@ class CoDiPipeline(DiffusionPipeline):
         task: str | None = None,
         adapter: str | Path | None = None,
         torch_dtype: torch.dtype = torch.float32,
+        **hub: Unpack[Hub],
     ) -> CoDiPipeline:
         """Loads a Stable Diffusion checkpoint or a saved CoDiPipeline, and sets an adapter.
 
         `model`: "mini", a diffusers folder, a single .safetensors file or a hub id. `adapter`: the name of an embedded
-        adapter or a folder; None takes the one of `task` that was saved with the model, else the embedded one.
+        adapter or a folder; None takes the one of `task` that was saved with the model, else the embedded one. `hub`:
+        revision, variant, token, cache_dir and local_files_only of the model, as diffusers knows them.
         Raises UserError for a missing or broken model or adapter, or one made for another backbone or task.
         """
         if task is not None:
             get_task(task)
-        backbone = load_backbone(model, torch_dtype)
+        backbone = load_backbone(model, torch_dtype, **hub)
         pipe = cls(backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet, backbone.scheduler)
         shelf, folder = pipe._shelf, Path(find_model(model))
         if (folder / FOLDER).is_dir():
@@ -144,8 +151,10 @@ class CoDiPipeline(DiffusionPipeline):
     def guidance(self, text: float | None = None, image: float | None = None, strength: float = 1.0) -> Guidance:
         """The guidance that scales asked for lead to with the adapters that are set; None is the adapter's own.
 
-        Raises UserError for a scale that is no number from 0 up, or an image scale that no adapter has learnt.
+        Raises UserError for a scale that is no number from 0 up, an image scale that no adapter has learnt, or a
+        strength that a full adapter cannot have.
         """
+        self._shelf.require_whole(strength)
         infos = self._shelf.infos(strength)
         # Where all influence is turned down there is nothing to refuse: a slider may reach 0.
         return resolve(text, image if infos or not self._shelf.weights else None, infos)
@@ -157,11 +166,11 @@ class CoDiPipeline(DiffusionPipeline):
         self,
         image: ImageInput | dict[str, ImageInput] | None = None,
         mask: Any = None,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = "",
         steps: int = 4,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         strength: float = 1.0,
         seed: int | Sequence[int] = 0,
         height: int | None = None,
@@ -184,7 +193,7 @@ class CoDiPipeline(DiffusionPipeline):
         guidance_scale: None is the adapter's own. Distilled in, it costs nothing; otherwise any but 1 costs a second
             forward pass a step, away from `negative_prompt`. image_guidance_scale: how closely an edit keeps to the
             picture, if that was distilled in.
-        strength: the adapters' influence; 0 is exactly the backbone.
+        strength: the adapters' influence; 0 is exactly the backbone. Full adapters know only 0 and 1.
         seed: one an image, or one number (then image i uses seed + i). The same seed gives the same picture whatever
             else is in the batch.
         tile: upscaling only: side of tiles in input pixels; 0 never tiles, None tiles what is larger than 1.5 times the
@@ -233,9 +242,8 @@ class CoDiPipeline(DiffusionPipeline):
             named = {key: {"latents": z, "denoised": x}[key] for key in callback_on_step_end_tensor_inputs}
             return (callback_on_step_end(self, index, t, named) or {}).get("latents")
 
-        walk = partial(
-            self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=negative_prompt, callback=step
-        )
+        away = negative_prompt or ""
+        walk = partial(self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step)
         channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
         with progress_bar(total=steps * (-(-tiles.count(one) // batch_size) * len(one) if tiles else 1)) as bar:
             if tiles:
@@ -254,6 +262,7 @@ class CoDiPipeline(DiffusionPipeline):
             for key, task in tasks.items():
                 if task.name == "upscale":
                     result = match_colour(result, task.condition(given[key]).float(), method=colour)
+            for key, task in tasks.items():  # last: what a task puts back exactly, nothing may touch again
                 result = task.finish(result, given[key])
         self.maybe_free_model_hooks()
         images = to_output(result, output_type)

@@ -36,6 +36,11 @@ class Shelved:
     folder: Path
 
     @property
+    def full(self) -> bool:
+        """Whether it brought a U-Net of its own, which is there in whole or not at all."""
+        return (self.folder / "unet" / "config.json").is_file()
+
+    @property
     def info(self) -> dict[str, Any]:
         """What the adapter says of itself."""
         return self.adapter.config["info"] or {}
@@ -88,6 +93,8 @@ class Shelf:
                 hint = nearest(name, self.loaded)
                 raise UserError(f"{name}: no such adapter loaded{hint}: use {', '.join(self.loaded) or 'load_adapter'}")
         chosen = {name: float(weight) for name, weight in zip(names, values, strict=True)}
+        for name, weight in chosen.items():
+            self._require_whole(name, "weight", weight)
         if len(chosen) > 1 and tuple(chosen) not in self._composed:
             adapters = {name: self.loaded[name].adapter for name in chosen}
             unets = {name: self.loaded[name].unet for name in chosen}
@@ -98,6 +105,17 @@ class Shelf:
     def active(self) -> dict[str, Shelved]:
         """Those that are set."""
         return {name: self.loaded[name] for name in self.weights}
+
+    def require_whole(self, strength: float) -> None:
+        """Raises UserError for a strength that a full adapter which is set cannot have."""
+        for name, weight in self.weights.items():
+            if weight:
+                self._require_whole(name, "strength", strength)
+
+    def _require_whole(self, name: str, what: str, value: float) -> None:
+        if self.loaded[name].full and value not in (0, 1):
+            raise UserError(f"{what} {value:g}: {name} is a full adapter, whose backbone is trained too and has no "
+                            "degrees: use 1 (as trained) or 0 (the backbone as it was)")  # fmt: skip
 
     def infos(self, strength: float = 1.0) -> list[dict[str, Any]]:
         """What the adapters with some influence say of themselves."""
@@ -136,7 +154,7 @@ class Shelf:
                 (temporary / name).mkdir()
                 for part in (shelved.folder / "config.json", *shelved.folder.glob("*.safetensors")):
                     shutil.copyfile(part, temporary / name / part.name)
-                if (shelved.folder / "unet").is_dir():  # of a full adapter
+                if shelved.full:
                     shutil.copytree(shelved.folder / "unet", temporary / name / "unet")
             (temporary / SET).write_text(json.dumps(self.weights))
             shutil.rmtree(target, ignore_errors=True)

@@ -76,10 +76,12 @@ class Depth(Task):
         return torch.cat([_softened(one, self.soften, np.random.default_rng(seed)) for one, seed in drawn])
 
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """A map (B, 1 or 3, H, W), bright where near, scaled to [0, 1]."""
+        """A map (B, 1 or 3, H, W), bright where near, scaled to [0, 1]. Raises UserError for a picture with colours."""
         self._refuse(mask)
         if image.ndim != 4 or image.shape[1] not in (1, 3):
             raise UserError(f"depth of shape {tuple(image.shape)}: not a depth map: give (B, 1, H, W)")
+        if _coloured(image):
+            raise UserError("image: is a colour picture, not a depth map: give a grey one, or estimate the depth")
         return normalise(image.mean(1, keepdim=True))
 
     def condition(self, given: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def read_depth(path: str | os.PathLike[str], near: str = "guess") -> Tensor:
 def _read_grey(path: Path) -> tuple[Tensor, bool]:
     """(1, H, W) with NaN where transparent, and whether these are 8-bit levels in [0, 1], not numbers of 16 bits."""
     picture = read_image(path)
-    if not picture.grey and float((picture.rgb.amax(0) - picture.rgb.amin(0)).mean()) > COLOURLESS:
+    if not picture.grey and _coloured(picture.rgb):
         raise UserError(f"{path}: is a colour picture, not a depth map: give a grey one, or estimate the depth")
     values = picture.rgb[:1] if picture.grey else picture.rgb.mean(0, keepdim=True)
     if picture.bits == 16:
@@ -185,6 +187,12 @@ def _read_grey(path: Path) -> tuple[Tensor, bool]:
     if picture.alpha is not None:
         values = torch.where(picture.alpha < 0.5, torch.nan, values)
     return values.double(), picture.bits == 8
+
+
+def _coloured(image: Tensor) -> bool:
+    """Whether a picture (..., C, H, W) has colours, or any of several."""
+    spread = image.amax(-3) - image.amin(-3)
+    return bool((spread.mean((-2, -1)) > COLOURLESS).any())
 
 
 def _read_array(path: Path) -> tuple[Tensor, bool]:

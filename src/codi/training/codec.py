@@ -35,7 +35,8 @@ class CodecJob(Job):
         self.held_out, _ = first_pictures(held_out, 64, recipe.size)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        return batches(self.source, self.recipe.vae_batch, self.recipe.size, self.recipe.seed, start)
+        recipe = self.recipe
+        return batches(self.source, recipe.vae_batch, recipe.size, recipe.seed, start, max_corrupt=recipe.max_corrupt)
 
     def crops(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Random crops of pictures and textures, (B, 3, crop, crop) in [-1, 1]."""

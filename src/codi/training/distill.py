@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..models import codec
 from ..models.adapter import FORMS, Adapter, ControlNetAdapter, FusedAdapter, LoraAdapter
 from ..models.adapter_files import load_adapter
-from ..models.backbone import Backbone, load_backbone
+from ..models.backbone import Backbone, digest, load_backbone
 from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
@@ -64,6 +64,7 @@ class DistillJob(Job):
             fitting = max(1, round(recipe.size / cell)) * cell
             raise UserError(f"size {recipe.size}: not a multiple of {cell}, the model's latent cell: use {fitting}")
         backbone.freeze()
+        self.trained_on = digest(backbone.unet)  # now: a full adapter trains these very weights
         form = FORMS[recipe.adapter]
         if recipe.start:
             adapter, unet = load_adapter(recipe.start, recipe.task, backbone.family, backbone.unet)
@@ -220,9 +221,9 @@ class DistillJob(Job):
         adapter.register_to_config(
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
-                "family": self.family, "full": self.full, **told, "images": progress.images,
-                "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds),
-                "recipe": recipe, "metrics": figures,
+                "family": self.family, "backbone": self.trained_on, "full": self.full, **told,
+                "images": progress.images, "finished": progress.images >= self.recipe.images,
+                "seconds": round(progress.seconds), "recipe": recipe, "metrics": figures,
             }
         )  # fmt: skip
         save_adapter(out, adapter, self.average.unet, self.full, half=self.recipe.half)

@@ -138,6 +138,9 @@ class DistillRecipe(RunSettings):
             raise UserError(f"guidance: unknown scale {sorted(unknown)[0]!r}: known are {', '.join(SCALES)}")
         if "image" in self.guidance and self.adapter == "lora":
             raise UserError("guidance: image: there is none to keep to: leave it out")
+        if "image" in self.guidance and self.train_backbone:
+            raise UserError("guidance: image: is measured from the backbone without a picture, which must stay as it "
+                            "was: set train_backbone: false")  # fmt: skip
         options = self.objective_options
         if self.guidance and (options.get("d_x", "latent") != "latent" or options.get("boundary")):
             raise UserError("guidance: is distilled in latents, without boundary scaling: leave d_x and boundary out")

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..data.batches import judge, report_corrupt
 from ..data.samples import CorruptSample, Sample
 from ..data.sources import Source
 from ..models import codec, text
@@ -126,11 +127,13 @@ class LatentsJob(Job):
                 json.dumps({"images": self.images_before + progress.images}, indent=1) + "\n"
             )
 
-        staged = out / "training" / "finished"
+        staged, index = out / "training" / "finished", "model_index.json"
         write_atomically(staged, fill)
         for part, dtype in before.items():
             part.to(dtype=dtype)
-        for item in staged.iterdir():
+        # Without its index a folder is no model: gone first and back last, it never stands beside parts of two models.
+        (out / index).unlink(missing_ok=True)
+        for item in sorted(staged.iterdir(), key=lambda item: item.name == index):
             target = out / item.name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
             item.rename(target)
@@ -210,9 +213,12 @@ class EditedPictures:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, source: Source, size: int, folder: Path) -> tuple[np.ndarray, list[str]]:
+def encode_all(
+    vae: AutoencoderKL, source: Source, size: int, folder: Path, max_corrupt: float = 0.05
+) -> tuple[np.ndarray, list[str]]:
     """Latents (float16 memory map) and captions of every picture of `source`, computed once per codec. Those that
-    cannot be read are listed in `folder`/corrupt.json."""
+    cannot be read are listed in `folder`/corrupt.json. Raises UserError where they are more than the share
+    `max_corrupt`."""
     weights = sum(p.double().sum().item() for p in vae.parameters())
     mark = {"codec": round(weights, 6), "source": source.describe(), "size": size, "count": len(source)}
     index, data = folder / "latents.json", folder / "latents.npy"
@@ -220,12 +226,16 @@ def encode_all(vae: AutoencoderKL, source: Source, size: int, folder: Path) -> t
         return np.load(data, mmap_mode="r"), kept["captions"]
     folder.mkdir(parents=True, exist_ok=True)
     captions: list[str] = []
-    chunks = []
+    corrupt: list[CorruptSample] = []
+    chunks, report = [], folder / "corrupt.json"
     for start in range(0, len(source), 64):
         indices = range(start, min(start + 64, len(source)))
-        images, texts = read_pictures(source, indices, size, folder / "corrupt.json")
-        chunks.append(codec.encode(vae, images.to(vae.device)).half().cpu().numpy())
-        captions += texts
+        images, texts, unread = read_pictures(source, indices, size)
+        if images:
+            chunks.append(codec.encode(vae, torch.stack(images).to(vae.device)).half().cpu().numpy())
+        captions, corrupt = captions + texts, corrupt + unread
+        report_corrupt(report, indices.stop, corrupt)
+    judge(corrupt, len(source), len(source), max_corrupt, report)
     np.save(data, np.concatenate(chunks))
     index.write_text(json.dumps({"mark": mark, "captions": captions}))
     return np.load(data, mmap_mode="r"), captions

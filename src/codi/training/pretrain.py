@@ -23,7 +23,7 @@ from .tokenizer import train_tokenizer
 from .trainer import RunSettings, SharedSettings, make_accelerator, train
 
 # Keys that may differ between a run and its continuation.
-_FREE = {"out", "vae_images", "decoder_images", "ldm_images", "device", "keep"}
+_FREE = {"out", "vae_images", "decoder_images", "ldm_images", "max_corrupt", "device", "keep"}
 _FREE |= {"log_every", "preview_every", "checkpoint_every"}
 
 
@@ -61,13 +61,13 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         vae = begin.vae
     vae.requires_grad_(False).eval().to(device)
 
-    latents, captions = encode_all(vae, source, recipe.size, work)
+    latents, captions = encode_all(vae, source, recipe.size, work, recipe.max_corrupt)
     if recipe.edits is not None:
         edits = open_source(recipe.edits, ("edited_image",))
         if isinstance(edits, SceneSource):
             edits.device = str(device)
         pairs = EditedPictures(edits)
-        edited, instructions = encode_all(vae, pairs, recipe.size, work / "edits")
+        edited, instructions = encode_all(vae, pairs, recipe.size, work / "edits", recipe.max_corrupt)
         latents, captions = np.concatenate([latents, edited]), [*captions, *instructions]
     if recipe.decoder_images:
         if not (work / "decoder" / "vae" / "config.json").is_file():
@@ -84,7 +84,9 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         vae = AutoencoderKL.from_pretrained(work / "decoder" / "vae", use_safetensors=True)
         vae.requires_grad_(False).eval().to(device)
     if begin is None:
-        words = [sample_edit(sample_scene(0, "train", i), 0, "train", i).instruction for i in range(2_000)]
+        words = []
+        if isinstance(source, SceneSource):  # whose instructions an adapter will be trained on
+            words = [sample_edit(sample_scene(0, "train", i), 0, "train", i).instruction for i in range(2_000)]
         tokenizer = train_tokenizer([*captions, *words], work / "tokenizer")
         unet, encoder = new_ldm(recipe, tokenizer)
         scheduler = new_scheduler()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..data.batches import report_corrupt
 from ..data.check import contact_sheet
 from ..data.samples import CorruptSample
 from ..data.sources import Sample, Source
@@ -29,6 +28,8 @@ class PretrainRecipe(SharedSettings):
     """Pictures for figures and previews."""
     size: int = 64
     """Side of training pictures in pixels."""
+    max_corrupt: float = 0.05
+    """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
     start: str | None = None
     """A checkpoint in the same layout whose weights are the starting point."""
     vae_images: int = 120_000
@@ -80,25 +81,28 @@ class PretrainRecipe(SharedSettings):
                 raise UserError(f"{name} {list(widths)}: must be multiples of {unit}: change it")
 
 
-def read_pictures(source: Source, indices: range, size: int, report: Path | None = None) -> tuple[Tensor, list[str]]:
-    """Pictures (B, 3, S, S) and captions of the readable samples among `indices`.
-
-    `report`: the JSON file (as of `data.batches`) that lists the others; indices that do not start at 0 go on with it.
-    Raises UserError where none is readable."""
+def read_pictures(
+    source: Source, indices: Sequence[int], size: int
+) -> tuple[list[Tensor], list[str], list[CorruptSample]]:
+    """Pictures (3, S, S) and captions of the readable samples among `indices`, and the others."""
     found = source.read(indices, size)
-    if report is not None:
-        before = json.loads(report.read_text())["files"] if indices.start and report.is_file() else []
-        corrupt = [CorruptSample(0, **file) for file in before] + [s for s in found if isinstance(s, CorruptSample)]
-        report_corrupt(report, indices.stop, corrupt)
     samples = [s for s in found if isinstance(s, Sample)]
-    if not samples:
-        raise UserError(f"{source.describe()}: no picture could be read: check the data set")
-    return torch.stack([s.image for s in samples]), [s.text for s in samples]
+    return [s.image for s in samples], [s.text for s in samples], [s for s in found if isinstance(s, CorruptSample)]
 
 
 def first_pictures(source: Source, count: int, size: int) -> tuple[Tensor, list[str]]:
-    """The first `count` of them (all, if there are fewer)."""
-    return read_pictures(source, range(min(count, len(source))), size)
+    """The first `count` readable pictures (all, if there are fewer), (B, 3, S, S), and their captions. Raises UserError
+    where there is none."""
+    images: list[Tensor] = []
+    captions: list[str] = []
+    for start in range(0, len(source), count):
+        more, texts, _ = read_pictures(source, range(start, min(start + count, len(source))), size)
+        images, captions = [*images, *more][:count], [*captions, *texts][:count]
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError(f"{source.describe()}: no picture could be read: check the data set")
+    return torch.stack(images), captions
 
 
 def write_sheet(out: Path, name: str, images: Tensor, columns: int) -> None:
