@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from .base import Task, colour, region_psnr, seeds
+from .blending import membrane
 from .masks import KINDS, draw_masks
 
 if TYPE_CHECKING:
@@ -75,8 +76,10 @@ class Inpaint(Task):
         return torch.cat([torch.where(mask > 0.5, 0.5, picture), mask], 1)
 
     def finish(self, output: Tensor, given: Tensor) -> Tensor:
-        """Known pixels exactly as given, the others of `output`."""
-        return torch.where(given[:, 3:].to(output.device) > 0.5, output, given[:, :3].to(output))
+        """Known pixels exactly as given; between them `output`, shifted smoothly in colour so that the two meet."""
+        hole, picture = given[:, 3:].to(output) > 0.5, given[:, :3].to(output)
+        seam = membrane(picture - output, (~hole).to(output))
+        return torch.where(hole, (output + seam).clamp(0, 1), picture)
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
         """PSNR in dB, at most 60, to the true picture within the hole and to the known pixels; NaN where there is no

@@ -1,0 +1,32 @@
+"""Blending: what is made new meets what is known without a seam."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RELAXATIONS = 32
+
+
+def membrane(values: Tensor, known: Tensor) -> Tensor:
+    """`values` (B, C, H, W) where `known` (B, 1, H, W; 0 or 1), and between them a smooth surface that meets them:
+    nearly the harmonic one, which Poisson blending adds to a patch (Pérez et al. 2003). 0 where nothing is known.
+
+    A pyramid of averages fills holes of any size (pull-push, Gortler et al. 1996), relaxation smooths what it leaves.
+    """
+    fixed = known > 0
+    levels = [(values * known, known)]
+    while max(levels[-1][0].shape[-2:]) > 1:
+        part, weight = (F.pad(t, (0, t.shape[-1] % 2, 0, t.shape[-2] % 2)) for t in levels[-1])
+        part, weight = F.avg_pool2d(part, 2), F.avg_pool2d(weight, 2)
+        full = (4 * weight).clamp(max=1)  # one known pixel of four is enough to go by
+        levels.append((part / weight.clamp_min(1e-6) * full, full))
+    surface, _ = levels.pop()
+    for part, weight in reversed(levels):
+        surface = part + (1 - weight) * F.interpolate(surface, part.shape[-2:], mode="bilinear", align_corners=False)
+    for _ in range(RELAXATIONS):
+        p = F.pad(surface, (1, 1, 1, 1), mode="replicate")
+        mean = (p[..., :-2, 1:-1] + p[..., 2:, 1:-1] + p[..., 1:-1, :-2] + p[..., 1:-1, 2:]) / 4
+        surface = torch.where(fixed, values, mean)
+    return surface
