@@ -36,7 +36,7 @@ from codi.models import codec
 from codi.models.backbone import Backbone, load_backbone
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
-from codi.sampling.sampler import ddim, initial_noise
+from codi.sampling.sampler import initial_noise, sample
 
 COUNTS = range(1, MAX_OBJECTS + 1)
 
@@ -63,7 +63,7 @@ def draw(backbone: Backbone, prompts: list[str], size: int, steps: int, guidance
         part = prompts[start : start + 20]
         text, blank = (embed_prompts(backbone.tokenizer, backbone.text_encoder, p) for p in (part, [""] * len(part)))
         noise = initial_noise(shape, range(start, start + len(part)))
-        z = ddim(
+        z = sample(
             Student(backbone.unet), backbone.schedule, noise, Conditioning(text), steps, guidance, Conditioning(blank)
         )
         pictures.append(codec.decode(backbone.vae, z))

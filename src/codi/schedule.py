@@ -58,6 +58,7 @@ class Schedule(ABC):
     """
 
     horizon: float
+    least: float  # the earliest time above 0 that training looks at
     prediction: str
 
     @abstractmethod
@@ -71,6 +72,10 @@ class Schedule(ABC):
         """Times uniform on [dt, horizon]: (count,), or (1,) where one time serves the whole batch."""
         u = torch.rand(1 if shared else count, generator=generator, dtype=torch.float64)
         return dt + u * (self.horizon - dt)
+
+    def at(self, share: Tensor) -> Tensor:
+        """The time at a share of the horizon, in [0, 1]."""
+        return share.double() * self.horizon
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), shaped to broadcast against `like`, in its dtype and on its device."""
@@ -94,6 +99,8 @@ class Schedule(ABC):
 
 class DiscreteSchedule(Schedule):
     """The T noise levels of a checkpoint. `t` is an integer tensor in 0..T; the network sees t - 1."""
+
+    least = 1
 
     def __init__(self, alphas_cumprod: Tensor, prediction: str) -> None:
         if prediction not in PREDICTIONS:
@@ -126,6 +133,10 @@ class DiscreteSchedule(Schedule):
         levels = int(self.horizon) - int(dt) + 1
         return int(dt) + (u * levels).long().clamp_max(levels - 1)
 
+    def at(self, share: Tensor) -> Tensor:
+        """The level nearest to a share of the horizon."""
+        return super().at(share).round().long()
+
     def timestep(self, t: Tensor) -> Tensor:
         """The checkpoint's own level number."""
         return (t - 1).clamp_min(0)
@@ -135,6 +146,7 @@ class CosineSchedule(Schedule):
     """Continuous time with alpha = cos t, sigma = sin t on [0, pi / 2]: the schedule of closed forms and toys."""
 
     horizon = math.pi / 2
+    least = horizon / 1000
 
     def __init__(self, prediction: str = "v_prediction") -> None:
         self.prediction = prediction

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import codec
 from .backbone import unet_down
-from .guidance import GuidanceEmbedding
+from .guidance import GuidanceEmbedding, JumpEmbedding
 
 
 def _architecture(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -45,22 +45,27 @@ def _feature_widths(config: dict[str, Any]) -> list[int]:
 
 class _Form(ModelMixin, ConfigMixin):
     """What the forms share. Arguments of all of them: `unet`, the backbone U-Net's config; `condition_channels`, 3 for
-    a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in; `info`, what the
-    adapter is (task, steps, backbone family, recipe, metrics), kept in config.json."""
+    a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in; `jumps`, whether it
+    can be asked where the ODE ends; `info`, what the adapter is (task, steps, backbone family, recipe, metrics), kept in
+    config.json."""
 
     config_name = "config.json"
     guidance: GuidanceEmbedding | None
+    jump: JumpEmbedding | None
 
-    def _add_guidance(self, scales: int, unet: dict[str, Any]) -> None:
-        self.guidance = GuidanceEmbedding(scales, unet["block_out_channels"][0]) if scales else None
+    def _add_inputs(self, scales: int, jumps: bool, unet: dict[str, Any]) -> None:
+        width = unet["block_out_channels"][0]
+        self.guidance = GuidanceEmbedding(scales, width) if scales else None
+        self.jump = JumpEmbedding(width) if jumps else None
 
     @classmethod
     def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0,
+        jumps: bool = False,
     ) -> Self:
         """A new adapter of this backbone: no influence yet."""
         form: Any = cls
-        return form(_architecture(unet), condition_channels, guidance_scales=guidance_scales).to(unet.device)
+        return form(_architecture(unet), condition_channels, guidance_scales=guidance_scales, jumps=jumps).to(unet.device)
 
     def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
         """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps, (B, ..., h, w)."""
@@ -79,9 +84,14 @@ class _Form(ModelMixin, ConfigMixin):
         """What can be computed of what was read once per image, before z_t is known."""
         return condition
 
-    def embed_guidance(self, guidance: Tensor | None) -> Tensor | None:
-        """Scales (B, k) -> what `unet_down` takes; None (no guidance) stays None."""
-        return None if guidance is None or self.guidance is None else self.guidance(guidance)
+    def timestep_cond(self, guidance: Tensor | None, jump: Tensor | None = None) -> Tensor | None:
+        """Scales (B, k) and jumps (B,) -> what `unet_down` adds to the time features; None where nothing is told."""
+        parts = [
+            embed(told)
+            for embed, told in ((self.guidance, guidance), (self.jump, jump))
+            if embed is not None and told is not None
+        ]
+        return torch.stack(parts).sum(0) if parts else None
 
     def hint(self, prepared: Any, strength: float) -> Tensor | None:
         """What is added to the U-Net's input features, (B, W, h, w); None: nothing."""
@@ -110,6 +120,7 @@ class FusedAdapter(_Form):
         unet: dict[str, Any],
         condition_channels: int = 3,
         guidance_scales: int = 0,
+        jumps: bool = False,
         info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -121,14 +132,15 @@ class FusedAdapter(_Form):
             delattr(encoder, unused)
         self.encoder: UNet2DConditionModel = encoder
         self.mu = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in _feature_widths(unet))
-        self._add_guidance(guidance_scales, unet)
+        self._add_inputs(guidance_scales, jumps, unet)
 
     @classmethod
     def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0,
+        jumps: bool = False,
     ) -> Self:
         """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero."""
-        adapter = super().from_backbone(unet, vae, condition_channels, guidance_scales)
+        adapter = super().from_backbone(unet, vae, condition_channels, guidance_scales, jumps)
         mine = adapter.encoder.state_dict().keys()
         weights = {k: v for k, v in unet.state_dict().items() if k in mine}
         widened = torch.zeros_like(adapter.encoder.conv_in.weight)
@@ -145,7 +157,7 @@ class FusedAdapter(_Form):
     ) -> list[Tensor]:
         """h_eta(c): independent of z_t and t, so once per image. The copied encoder's time input is held at 0."""
         zero = torch.zeros(1, dtype=torch.long, device=condition.device)
-        return unet_down(self.encoder, condition, zero, text, added, self.embed_guidance(guidance))[0]
+        return unet_down(self.encoder, condition, zero, text, added, self.timestep_cond(guidance))[0]
 
     def fuse(self, features: list[Tensor], seen: list[Tensor], strength: float) -> list[Tensor]:
         """(1 - mu) h + mu h_eta, with mu scaled by `strength` (0 gives the backbone exactly)."""
@@ -165,12 +177,13 @@ class ControlNetAdapter(_Form):
         condition_channels: int = 3,
         downscale: int = 8,
         guidance_scales: int = 0,
+        jumps: bool = False,
         info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         blank: Any = UNet2DConditionModel.from_config(unet)
         self.net = ControlNetAdapter._build(blank, condition_channels, downscale)
-        self._add_guidance(guidance_scales, unet)
+        self._add_inputs(guidance_scales, jumps, unet)
 
     @staticmethod
     def _build(unet: UNet2DConditionModel, condition_channels: int, downscale: int) -> ControlNetModel:
@@ -183,10 +196,11 @@ class ControlNetAdapter(_Form):
 
     @classmethod
     def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0
+        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0,
+        jumps: bool = False,
     ) -> Self:
         """The encoder starts as a copy of the backbone's behind zero convolutions."""
-        adapter = cls(_architecture(unet), condition_channels, codec.downscale(vae), guidance_scales)
+        adapter = cls(_architecture(unet), condition_channels, codec.downscale(vae), guidance_scales, jumps)
         built = cls._build(unet, condition_channels, codec.downscale(vae))
         adapter.net.load_state_dict(built.state_dict())
         return adapter.to(unet.device)  # type: ignore[arg-type]
@@ -218,6 +232,7 @@ class HintAdapter(_Form):
         unet: dict[str, Any],
         condition_channels: int = 3,
         guidance_scales: int = 0,
+        jumps: bool = False,
         info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -227,7 +242,7 @@ class HintAdapter(_Form):
         )
         nn.init.zeros_(self.entry[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.entry[2].bias)  # type: ignore[arg-type]
-        self._add_guidance(guidance_scales, unet)
+        self._add_inputs(guidance_scales, jumps, unet)
 
     def prepare(self, condition: Tensor, *_: Any) -> Tensor:
         """What is added: independent of z_t and t, so once per image."""
@@ -248,10 +263,11 @@ class LoraAdapter(_Form):
         unet: dict[str, Any],
         condition_channels: int = 3,
         guidance_scales: int = 1,
+        jumps: bool = False,
         info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self._add_guidance(max(1, guidance_scales), unet)  # a file of weights cannot be empty
+        self._add_inputs(max(1, guidance_scales), jumps, unet)  # a file of weights cannot be empty
 
     def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
         """Nothing to read."""

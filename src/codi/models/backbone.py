@@ -148,19 +148,19 @@ def unet_down(
     timestep: Tensor,
     text: Tensor,
     added: dict[str, Tensor] | None = None,
-    guidance: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
     hint: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The U-Net's encoder and middle block: (skip features..., middle feature) and the time embedding.
 
-    `z` (B, C, h, w), `timestep` (B,) or (1,), `text` (B, L, D), `added` SDXL's extra conditions, `guidance` (B, W)
-    added to the sinusoidal time features (W = the U-Net's first width), where diffusers puts `timestep_cond` too,
+    `z` (B, C, h, w), `timestep` (B,) or (1,), `text` (B, L, D), `added` SDXL's extra conditions,
+    `timestep_cond` (B, W) added to the sinusoidal time features (W = the U-Net's first width), as in diffusers,
     `hint` (B, W, h, w) added to what the first convolution makes of `z`.
     `unet_up(unet, *unet_down(...))` is exactly `unet(...)`: the seam where adapters put their features.
     """
     timestep = timestep.to(z.device).expand(len(z))
     time: Any = unet.get_time_embed(sample=z, timestep=timestep)
-    embedding = unet.time_embedding(time if guidance is None else time + guidance.to(time))
+    embedding = unet.time_embedding(time if timestep_cond is None else time + timestep_cond.to(time))
     extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
     embedding = embedding if extra is None else embedding + extra
     h = unet.conv_in(z) if hint is None else unet.conv_in(z) + hint

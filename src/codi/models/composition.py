@@ -44,10 +44,10 @@ class AdapterSet(nn.Module):
         scales = {name: _columns(adapter, guidance) for name, adapter in self._items()}
         return {n: adapter.prepare(condition[n], text, added, scales[n]) for n, adapter in self._items()}
 
-    def embed_guidance(self, guidance: Tensor | None) -> Tensor | None:
-        """The sum of what the adapters that know guidance make of it, by weight; their mean where the weights exceed 1
-        together, so that as much guidance comes out as was asked for."""
-        parts = [(self.weights[n], a.embed_guidance(_columns(a, guidance))) for n, a in self._items()]
+    def timestep_cond(self, guidance: Tensor | None, jump: Tensor | None = None) -> Tensor | None:
+        """The sum of what the adapters that know guidance and jumps make of them, by weight; their mean where the
+        weights exceed 1 together, so that as much comes out as was asked for."""
+        parts = [(self.weights[n], a.timestep_cond(_columns(a, guidance), jump)) for n, a in self._items()]
         known = [(weight, part) for weight, part in parts if part is not None and weight]
         total = max(1.0, sum(abs(weight) for weight, _ in known))
         return torch.stack([weight / total * part for weight, part in known]).sum(0) if known else None

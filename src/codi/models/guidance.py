@@ -1,4 +1,7 @@
-"""Guidance that costs nothing: the scale becomes an input of the network (Meng et al., CVPR 2023)."""
+"""Further inputs of the network beside the timestep, zero at first: guidance scales, and which question is asked.
+
+They join the time features where diffusers' U-Net puts its `timestep_cond`.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,42 @@ from torch import Tensor, nn
 FREQUENCIES = 16
 
 
-class GuidanceEmbedding(nn.Module):
-    """Guidance scales (B, k), each >= 0 -> (B, width), added to the time features of a U-Net.
+class SineEmbedding(nn.Module):
+    """Numbers u (B, k) -> (B, width), added to the time features of a U-Net.
 
-    e(g) = sum_k P_k phi(g_k) with phi(g) = sin(w log g), w from 1/2 to 8: odd in log g, so that e(1) = 0 exactly
-    whatever was learnt: guidance 1 is no guidance, bit for bit. P is zero before training.
+    e(u) = sum_k P_k sin(w u_k), w from 1/2 to 8: e(0) = 0 exactly whatever was learnt. P is zero before training.
     """
 
-    def __init__(self, scales: int, width: int) -> None:
+    def __init__(self, numbers: int, width: int) -> None:
         super().__init__()
-        self.scales = scales
-        self.projection = nn.Linear(scales * FREQUENCIES, width, bias=False)
+        self.projection = nn.Linear(numbers * FREQUENCIES, width, bias=False)
         nn.init.zeros_(self.projection.weight)
 
-    def forward(self, guidance: Tensor) -> Tensor:
+    def forward(self, numbers: Tensor) -> Tensor:
         weight = self.projection.weight
         frequencies = torch.logspace(-1, 3, FREQUENCIES, base=2.0, device=weight.device, dtype=torch.float32)
-        logarithm = guidance.to(weight.device).float().clamp_min(math.exp(-3)).log()
-        return self.projection((logarithm[..., None] * frequencies).sin().flatten(1).to(weight.dtype))
+        numbers = numbers.to(weight.device).float()
+        return self.projection((numbers[..., None] * frequencies).sin().flatten(1).to(weight.dtype))
+
+
+class GuidanceEmbedding(SineEmbedding):
+    """Guidance scales (B, k), each >= 0, by their logarithms (Meng et al., CVPR 2023): guided pictures in one pass.
+    Guidance 1 is no guidance, bit for bit."""
+
+    def __init__(self, scales: int, width: int) -> None:
+        super().__init__(scales, width)
+        self.scales = scales
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        return super().forward(guidance.float().clamp_min(math.exp(-3)).log())
+
+
+class JumpEmbedding(SineEmbedding):
+    """The share of the way to the clean latent that is asked for, (B,) in [0, 1]: 0, where the ODE points now (exactly
+    the network without this input), to 1, where it ends. See objectives.decoupled."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(1, width)
+
+    def forward(self, jump: Tensor) -> Tensor:
+        return super().forward(jump[:, None])

@@ -19,7 +19,8 @@ class Conditioning:
 
     `text` (B, L, D) prompt features; `condition` what `adapter.read` gave (None: no adapter, exactly the backbone);
     `prepared` the adapter's cached features, made by `Student.prepare`; `added` SDXL's extra conditions; `guidance`
-    (B, k) distilled guidance scales, one column each (text, then image), None where all are 1.
+    (B, k) distilled guidance scales, one column each (text, then image), None where all are 1; `jump` (B,) the share of
+    the way to the clean latent that is asked for, None where it is 0 (see objectives.decoupled).
     """
 
     text: Tensor
@@ -27,6 +28,7 @@ class Conditioning:
     prepared: Any = None
     added: dict[str, Tensor] | None = None
     guidance: Tensor | None = None
+    jump: Tensor | None = None
 
 
 class Student(nn.Module):
@@ -56,11 +58,11 @@ class Student(nn.Module):
         self._scale(strength if adapter is not None else 0.0)
         if adapter is None:
             return unet_up(self.unet, *unet_down(self.unet, z, timestep, text, added), text)
-        guidance = adapter.embed_guidance(conditioning.guidance)
-        guidance = None if guidance is None else strength * guidance
+        told = adapter.timestep_cond(conditioning.guidance, conditioning.jump)
+        told = None if told is None else strength * told
         prepared = self.prepare(conditioning).prepared
         hint = adapter.hint(prepared, strength)
-        features, embedding = unet_down(self.unet, z, timestep, text, added, guidance, hint)
+        features, embedding = unet_down(self.unet, z, timestep, text, added, told, hint)
         features = adapter.fuse(features, adapter.look(prepared, z, timestep, text, added), strength)
         return unet_up(self.unet, features, embedding, text)
 

@@ -28,12 +28,20 @@ class Guidance:
 class LatentBatch:
     """`x` clean latents (B, C, h, w); `conditioning` what the networks may look at (opaque to objectives);
     `image` the pictures behind `x`, (B, 3, H, W) in [0, 1], for distances that look at pixels; `guidance` where the
-    conditioning names guidance scales that the student shall learn."""
+    conditioning names guidance scales that the student shall learn; `progress` the share of the training that is over,
+    for what changes on the way."""
 
     x: Tensor
     conditioning: Any
     image: Tensor | None = None
     guidance: Guidance | None = None
+    progress: float = 0.0
+
+
+def prepared(network: Network, conditioning: Any) -> Any:
+    """What `network` can compute of the conditioning once, where it is asked several times."""
+    prepare = getattr(network, "prepare", None)
+    return prepare(conditioning) if prepare else conditioning
 
 
 @torch.no_grad()
@@ -48,15 +56,45 @@ def guided_signal(batch: LatentBatch, network: Network, z: Tensor, t: Tensor, sc
     """
     if batch.guidance is None:
         return batch.x
+    signals = _ladder(batch.guidance, network, z, t, schedule)
+    return batch.x + _push(batch.guidance, signals)
+
+
+@torch.no_grad()
+def guided_prediction(
+    batch: LatentBatch, network: Network, z: Tensor, t: Tensor, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """(x, eps) of `network` at (z_t, t), by classifier-free guidance where the batch asks for it:
+
+        x = x(z_t, c_0) + sum_k (g_k - 1) (x(z_t, c_k) - x(z_t, c_k+1)),        c_0 full ... c_n nothing
+    """
     timestep = schedule.timestep(t).to(z.device)
-    signals = [schedule.signal_noise(network(z, timestep, c), z, t)[0] for c in batch.guidance.ladder]
-    target = batch.x
-    for k, (with_, without) in enumerate(zip(signals, signals[1:], strict=False)):
-        scale = batch.guidance.scales[:, k].to(z).reshape(-1, *[1] * (z.ndim - 1))
-        target = target + (scale - 1) * (with_ - without)
-    return target
+    if batch.guidance is None:
+        return schedule.signal_noise(network(z, timestep, batch.conditioning), z, t)
+    signals = _ladder(batch.guidance, network, z, t, schedule)
+    x = signals[0] + _push(batch.guidance, signals)
+    alpha, sigma = schedule.alpha_sigma(t, z)
+    return x, (z - alpha * x) / sigma
+
+
+def _ladder(guidance: Guidance, network: Network, z: Tensor, t: Tensor, schedule: Schedule) -> list[Tensor]:
+    timestep = schedule.timestep(t).to(z.device)
+    return [schedule.signal_noise(network(z, timestep, c), z, t)[0] for c in guidance.ladder]
+
+
+def _push(guidance: Guidance, signals: list[Tensor]) -> Tensor:
+    """sum_k (g_k - 1) (x_k - x_k+1)."""
+    shape = (-1, *[1] * (signals[0].ndim - 1))
+    scales = (guidance.scales.to(signals[0]) - 1).T
+    pairs = zip(scales, signals, signals[1:], strict=False)
+    return torch.stack([scale.reshape(shape) * (with_ - without) for scale, with_, without in pairs]).sum(0)
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
     """Squared L2 distance per element, in at least float32."""
     return (a.float() - b.float() if a.dtype.itemsize < 4 else a - b).square().mean()
+
+
+def mean_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """Pseudo-Huber distance per element, sqrt((a - b)^2 + c^2) - c."""
+    return ((a.float() - b.float()).square() + c**2).sqrt().mean() - c

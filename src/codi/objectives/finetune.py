@@ -22,7 +22,7 @@ def finetune(
     """{"diffusion": |output - w(z_t, c, t)|^2} in the checkpoint's own prediction space (Ho et al. 2020; Salimans & Ho
     2022 for velocity), t uniform; towards the guided signal where the batch asks for guidance."""
     x = batch.x
-    t = schedule.draw(len(x), 1, shared_t, generator) if t is None else t
+    t = schedule.draw(len(x), schedule.least, shared_t, generator) if t is None else t
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z = schedule.mix(x, eps, t)
     output = student(z, schedule.timestep(t).to(z.device), batch.conditioning)

@@ -26,7 +26,7 @@ from ..tasks import Task, get_task
 from .colour import match_colour
 from .guidance import Guidance, resolve
 from .inputs import ImageInput, brought, one_for_each, output_size, to_output
-from .sampler import StepCallback, ddim, initial_noise
+from .sampler import StepCallback, initial_noise, sample
 from .shelf import FOLDER, Shelf
 from .tiles import Tiles
 from .tiling import mirror_pad
@@ -245,18 +245,19 @@ class CoDiPipeline(DiffusionPipeline):
         away = negative_prompt or ""
         walk = partial(self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step)
         channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
+        fields = steps if self._jumps(strength) else 1
         with progress_bar(total=steps * (-(-tiles.count(one) // batch_size) * len(one) if tiles else 1)) as bar:
             if tiles:
 
                 def make(noise: Tensor, low: Tensor, texts: list[str]) -> Tensor:
                     return self._decode(walk(noise, {name: tasks[name].condition(low)}, texts))
 
-                result = tiles.upscale(make, one, prompts, seeds, channels, batch_size)
+                result = tiles.upscale(make, one, prompts, seeds, channels, batch_size, fields)
             else:
                 cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
                 covered = (cells[0] * f, cells[1] * f)
                 conditions = {key: mirror_pad(task.condition(given[key]), covered) for key, task in tasks.items()}
-                latent = walk(initial_noise((channels, *cells), seeds), conditions, prompts)
+                latent = walk(initial_noise((channels, *cells), seeds, fields), conditions, prompts)
                 result = latent if output_type == "latent" else self._decode(latent)[:, :, :high, :wide].cpu()
         if output_type != "latent":
             for key, task in tasks.items():
@@ -290,7 +291,8 @@ class CoDiPipeline(DiffusionPipeline):
         callback: StepCallback,
     ) -> Tensor:
         """From noise (B, C, h, w) and what each task makes of its input, at output size, to the latent."""
-        infos, (student, strength) = self._shelf.infos(strength), self._shelf.student(strength)
+        infos, jumps = self._shelf.infos(strength), self._jumps(strength)
+        student, strength = self._shelf.student(strength)
         condition: Any = None
         if student.adapter is not None:
             read = {name: c.to(self.device) for name, c in conditions.items()}
@@ -304,9 +306,15 @@ class CoDiPipeline(DiffusionPipeline):
             blank = replace(conditioning, text=negative)
         shift = next((info["shift"] for info in infos if info.get("shift")), 1.0)
         noise = noise.to(device=self.device, dtype=self.unet.dtype)
-        return ddim(
+        return sample(
             student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, shift,
+            jumps,
         )  # fmt: skip
+
+    def _jumps(self, strength: float) -> bool:
+        """Whether the adapters that are set are asked where the ODE ends: where all of them have learnt to say so."""
+        infos = self._shelf.infos(strength)
+        return bool(infos) and all(info.get("jumps") for info in infos)
 
     def _decode(self, latent: Tensor) -> Tensor:
         return codec.decode(self.vae, latent).float()

@@ -7,6 +7,7 @@ noise prediction (x, eps); the next point is made from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,10 +36,13 @@ def time_grid(horizon: float, steps: int, shift: float = 1.0) -> Tensor:
     return torch.minimum(torch.maximum(grid.round().long(), least), most) if steps <= horizon else grid.round().long()
 
 
-def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """One N(0, I) field of `shape` (C, h, w) a seed, (len(seeds), C, h, w): a picture never depends on its batch."""
-    fields = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(s))) for s in seeds]
-    return torch.stack(fields)
+def initial_noise(shape: Sequence[int], seeds: Sequence[int], fields: int = 1) -> Tensor:
+    """N(0, I) of `shape` (C, h, w) a seed, (len(seeds), fields C, h, w): a picture never depends on its batch.
+
+    Samplers that want fresh noise at every step take more `fields`, one after the other; the first is always the same.
+    """
+    generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+    return torch.stack([torch.cat([torch.randn(tuple(shape), generator=g) for _ in range(fields)]) for g in generators])
 
 
 def predict(
@@ -67,10 +71,10 @@ def predict(
 
 
 @torch.no_grad()
-def ddim(
+def sample(
     student: Student,
     schedule: Schedule,
-    z: Tensor,
+    noise: Tensor,
     conditioning: Conditioning,
     steps: int = 4,
     guidance_scale: float = 1.0,
@@ -78,22 +82,29 @@ def ddim(
     strength: float = 1.0,
     callback: StepCallback | None = None,
     shift: float = 1.0,
+    jumps: bool = False,
 ) -> Tensor:
-    """Deterministic DDIM (Song et al., ICLR 2021, eta = 0): z_s = alpha_s x(z_t) + sigma_s eps(z_t).
+    """`steps` predictions (x, eps) at times t_i, each followed by z_t_i+1 = alpha x + sigma e; returns the last x.
 
-    `z` (B, C, h, w) ~ N(0, I) at t = T. The condition's features are computed once. `shift`: see time_grid. Returns
-    the latent x, in z's dtype.
+    Deterministic DDIM (Song et al., ICLR 2021, eta = 0): e = eps. With `jumps`, for adapters that were trained to
+    answer where the ODE ends: multistep consistency sampling (Song et al., ICML 2023), where e is fresh noise, as x
+    then is a sample that z_t's own noise has gone into. `noise` (B, C, h, w) ~ N(0, I), or with `jumps`
+    (B, steps C, h, w), a field a step; the condition's features are computed once. `shift`: see time_grid. Returns
+    (B, C, h, w) in noise's dtype.
     """
+    conditioning = replace(conditioning, jump=conditioning.text.new_ones(len(noise)) if jumps else None)
     conditioning = student.prepare(conditioning)
     if unconditional is not None:
         # The condition is the same with and without the prompt; its features differ only through the text they attend.
+        unconditional = replace(unconditional, jump=conditioning.jump)
         unconditional = student.prepare(unconditional) if guidance_scale != 1.0 else None
     grid = time_grid(schedule.horizon, steps, shift)
-    x = z
+    fields = noise.chunk(steps, dim=1) if jumps else [noise]
+    z = x = fields[0]
     for i in range(steps):
         t, s = grid[i : i + 1], grid[i + 1 : i + 2]
         x, eps = predict(student, schedule, z, t, conditioning, guidance_scale, unconditional, strength)
-        z = schedule.mix(x, eps, s)
+        z = schedule.mix(x, fields[i + 1] if jumps and i + 1 < steps else eps, s)
         if callback is not None:
             replaced = callback(i, int(t), z, x)
             z = z if replaced is None else replaced

@@ -69,14 +69,16 @@ class Tiles:
         seeds: Sequence[int],
         channels: int,
         batch: int,
+        fields: int = 1,
     ) -> Tensor:
         """Pictures (B, C, h, w) one by one -> (B, 3, scale h, scale w), by `make(noise, tiles, prompts)` on at most
-        `batch` tiles at a time; noise has `channels`."""
+        `batch` tiles at a time; noise has `channels`, in so many `fields`."""
         outputs = []
         for one, text, seed in zip(given.split(1), prompts, seeds, strict=True):
             size = covered_size(one.shape[-2], one.shape[-1], self.side, self.align)
             # One noise field for the whole picture, so that neighbouring tiles agree where they overlap.
-            field = initial_noise((channels, *(length * self.scale // self.downscale for length in size)), [seed])
+            latent = [length * self.scale // self.downscale for length in size]
+            field = initial_noise((channels, *latent), [seed], fields)
 
             def run(low: Tensor, corners: list[tuple[int, int]], field=field, text=text) -> Tensor:
                 return make(cut(field, corners, self.side, self.scale / self.downscale), low, [text] * len(low))

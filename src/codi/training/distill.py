@@ -25,7 +25,7 @@ from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
 from ..objectives.batch import Guidance, LatentBatch
-from ..sampling.sampler import ddim, initial_noise
+from ..sampling.sampler import initial_noise, sample
 from ..tasks import Task, get_task
 from ..tasks.base import means
 from . import ema
@@ -72,7 +72,7 @@ class DistillJob(Job):
                 raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
         else:
             adapter = form.from_backbone(
-                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance)
+                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.jumps
             )
             unet = backbone.unet
             if recipe.lora_rank:
@@ -82,6 +82,8 @@ class DistillJob(Job):
         if rank != recipe.lora_rank:
             raise UserError(f"lora_rank {recipe.lora_rank}: {recipe.start} was trained with {rank}: set it so")
         self._require_scales(adapter, recipe.start or "the adapter")
+        if recipe.jumps and adapter.jump is None:
+            raise UserError(f"{recipe.start}: was not trained to jump: start objective decoupled afresh")
         # A full adapter has a backbone of its own, also one to go on from.
         self.full = recipe.train_backbone or (unet is not backbone.unet and not updates)
         student = Student(unet, adapter)
@@ -105,7 +107,7 @@ class DistillJob(Job):
         self.held = collate(samples)
 
     def _teacher(self, student: Student, backbone: Backbone) -> Student | None:
-        if self.recipe.objective_options.get("ode") != "teacher":
+        if not self.recipe.taught:
             return None
         if self.recipe.teacher is None:
             return copy.deepcopy(student).requires_grad_(False).eval()
@@ -173,8 +175,8 @@ class DistillJob(Job):
         guidance = self.guidance(conditioning, drop, generator)
         if guidance is not None:
             conditioning = replace(conditioning, guidance=guidance.scales.to(x.device))
-        sample = LatentBatch(x, conditioning, image, guidance)
-        return self.objective(self.online, self.average, sample, self.schedule, generator=generator)
+        latents = LatentBatch(x, conditioning, image, guidance, self.progress)
+        return self.objective(self.online, self.average, latents, self.schedule, generator=generator)
 
     @torch.no_grad()
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
@@ -206,10 +208,13 @@ class DistillJob(Job):
             row = torch.tensor([[scales[name] for name in SCALES if name in self.recipe.guidance]])
             conditioning.guidance = row.expand(len(given), -1).to(conditioning.text.device)
         shape = (self.vae.config["latent_channels"], *[self.recipe.size // codec.downscale(self.vae)] * 2)
-        noise = initial_noise(shape, range(start, start + len(given))).to(self.vae.device)
         outputs = {}
         for steps in PREVIEW_STEPS:
-            latent = ddim(self.average, self.schedule, noise, conditioning, steps, shift=self.recipe.shift)
+            seeds, jumps = range(start, start + len(given)), self.recipe.jumps
+            noise = initial_noise(shape, seeds, steps if jumps else 1).to(self.vae.device)
+            latent = sample(
+                self.average, self.schedule, noise, conditioning, steps, shift=self.recipe.shift, jumps=jumps
+            )
             outputs[steps] = codec.decode(self.vae, latent).float().cpu()
         return given, outputs
 
@@ -221,7 +226,7 @@ class DistillJob(Job):
         adapter.register_to_config(
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
-                "family": self.family, "backbone": self.trained_on, "full": self.full, **told,
+                "family": self.family, "backbone": self.trained_on, "full": self.full, "jumps": self.recipe.jumps, **told,
                 "images": progress.images, "finished": progress.images >= self.recipe.images,
                 "seconds": round(progress.seconds), "recipe": recipe, "metrics": figures,
             }

@@ -17,10 +17,19 @@ from ..models.adapter import FORMS
 from ..models.student import Student
 from ..objectives import distances
 from ..objectives.codi import codi
+from ..objectives.consistency import consistency
+from ..objectives.decoupled import decoupled
 from ..objectives.finetune import finetune
+from ..objectives.guided import guided
 from .trainer import RunSettings
 
-OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {"codi": codi, "finetune": finetune}
+OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "codi": codi,
+    "decoupled": decoupled,
+    "finetune": finetune,
+    "guided": guided,
+    "consistency": consistency,
+}
 SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
 _CHOICES = {
     "consistency": ("noise", "signal"),
@@ -52,7 +61,8 @@ class DistillRecipe(RunSettings):
     max_corrupt: float = 0.05
     """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
     objective: str = "codi"
-    """codi (the paper's loss) or finetune (plain conditional diffusion)."""
+    """codi (the paper's loss), decoupled (ours), finetune (plain conditional diffusion), or of a frozen teacher: guided
+    (progressive distillation), consistency (consistency distillation)."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
     adapter: str = "fused"
@@ -61,7 +71,7 @@ class DistillRecipe(RunSettings):
     start: str | None = None
     """An adapter to go on from, instead of a fresh copy of the backbone's encoder."""
     teacher: str | None = None
-    """For ode: teacher: the adapter whose path makes z_s; none takes the starting point, frozen."""
+    """For guided, consistency and ode: teacher: the adapter whose path is followed; none takes the starting point."""
     train_backbone: bool = True
     """Full CoDi. false: PE-CoDi, the adapter alone trains and the backbone stays shared between tasks."""
     lora_rank: int = 0
@@ -84,6 +94,16 @@ class DistillRecipe(RunSettings):
     way to go."""
     half: bool = True
     """Store the finished adapter in float16."""
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the adapter learns to answer where the ODE ends."""
+        return self.objective == "decoupled"
+
+    @property
+    def taught(self) -> bool:
+        """Whether the objective has a frozen teacher."""
+        return self.objective in ("guided", "consistency") or self.objective_options.get("ode") == "teacher"
 
     def validate(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -179,8 +199,8 @@ def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None
         raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
     if recipe.objective == "codi":
         options["d_x"] = distance
-        if options.get("ode") == "teacher":
-            options["teacher"] = teacher
+    if recipe.taught:
+        options["teacher"] = teacher
     return functools.partial(OBJECTIVES[recipe.objective], **options)
 
 

@@ -20,7 +20,7 @@ from ..data.samples import CorruptSample, Sample
 from ..data.sources import Source
 from ..models import codec, text
 from ..models.student import Conditioning, Student
-from ..sampling.sampler import ddim, initial_noise
+from ..sampling.sampler import initial_noise, sample
 from ..schedule import DiscreteSchedule
 from . import ema
 from .checkpoint import Progress, edit_json, write_atomically
@@ -96,7 +96,7 @@ class LatentsJob(Job):
         blank = text.embed(encoder, self.empty).expand_as(features)
         shape = (unet.config["in_channels"], *[unet.config["sample_size"]] * 2)
         z = initial_noise(shape, list(range(len(prompts)))).to(features)
-        latent = ddim(
+        latent = sample(
             Student(unet), self.schedule, z, Conditioning(features), steps=20, guidance_scale=3.0,
             unconditional=Conditioning(blank),
         )  # fmt: skip

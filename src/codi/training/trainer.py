@@ -91,6 +91,8 @@ class Job(nn.Module, ABC):
 
     online: nn.Module
     average: nn.Module
+    progress: float = 0.0
+    """The share of the training that is over, for what changes on the way."""
 
     @abstractmethod
     def batches(self, start: int) -> Iterator[Any]:
@@ -232,6 +234,8 @@ def train(
                 factor = learning_rate_factor(settings, progress.images)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
+
+                job.progress = progress.images / settings.images
 
                 # ---- one update ----
                 for part in range(settings.accumulate):

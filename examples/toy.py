@@ -1,0 +1,292 @@
+r"""The method in two dimensions: every objective, two minutes on a CPU, one figure. Read it from top to bottom.
+
+    python examples/toy.py --out toy.png
+
+The world: eight blobs on a ring. A "backbone" learnt to sample all eight from noise. Now a condition c says which four
+are meant, and the model shall obey it in as few steps as possible: image-conditioned few-step sampling, so small that
+everything can be looked at.
+
+Noise z_t = alpha_t x + sigma_t eps with alpha = cos t, sigma = sin t, t from 0 (clean) to pi / 2 (noise). The network
+predicts the velocity v = alpha eps - sigma x; the signal it means is x_hat = alpha z - sigma v.
+
+Why few steps are hard. Trained with the data term |x - x_hat|^2 the best x_hat is the conditional MEAN E[x | z_t, c]: at
+t = pi / 2, where z says nothing, that is the centre of all allowed blobs, where no data lie. A one-step sampler returns
+just that. A few-step sampler wants x_hat to be a SAMPLE: the end of the path through z_t. One output cannot be both:
+that is the tension in CoDi's loss, data term plus consistency, and what `decoupled` takes apart by asking the network
+two questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from codi.objectives.batch import LatentBatch
+from codi.objectives.codi import codi
+from codi.objectives.consistency import consistency
+from codi.objectives.decoupled import decoupled
+from codi.objectives.finetune import finetune
+from codi.objectives.guided import guided
+from codi.schedule import CosineSchedule
+
+SCHEDULE = CosineSchedule()
+MODES, SPREAD = 8, 0.08
+STEPS = (1, 2, 4, 8, 50)
+
+
+# ---- the world: x is one of eight blobs; condition 0 allows the four on the right, 1 the four on the left
+
+
+def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(x (count, 2), c (count,))."""
+    mode = torch.randint(MODES, (count,), generator=generator)
+    angle = (mode + 0.5) * 2 * math.pi / MODES - math.pi / 2
+    x = torch.stack([angle.cos(), angle.sin()], 1) + SPREAD * torch.randn(count, 2, generator=generator)
+    return x * math.sqrt(2), (mode >= MODES // 2).long()
+
+
+@dataclass
+class Look:
+    """What the network sees besides z and t: `c` the condition (-1: none), `jump` which question is asked (decoupled)."""
+
+    c: Tensor
+    jump: Tensor | None = None
+
+
+class Net(nn.Module):
+    """A velocity network. Condition and question enter through layers that are zero at first: the adapted model starts
+    as the backbone, exactly."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.enter, self.time = nn.Linear(2, width), nn.Linear(16, width)
+        self.condition, self.jump = nn.Embedding(2, width), nn.Linear(1, width, bias=False)
+        self.hidden = nn.Sequential(*[m for _ in range(3) for m in (nn.SiLU(), nn.Linear(width, width))], nn.SiLU())
+        self.leave = nn.Linear(width, 2)
+        for late in (self.condition, self.jump):
+            nn.init.zeros_(late.weight)
+
+    def forward(self, z: Tensor, t: Tensor, look: Look) -> Tensor:
+        u = t.to(z).expand(len(z))[:, None] * torch.arange(1, 9)
+        h = self.enter(z) + self.time(torch.cat([u.sin(), u.cos()], 1))
+        h = h + self.condition(look.c.clamp_min(0)) * (look.c >= 0)[:, None]
+        h = h if look.jump is None else h + self.jump(look.jump.to(z)[:, None])
+        return self.leave(self.hidden(h))
+
+
+# ---- training: one loop for every objective
+
+
+def train(net: Net, objective: Callable[..., dict[str, Tensor]], updates: int, conditioned: bool = True) -> Net:
+    """A trained copy of `net`: the average of its weights, which is also the target network of those who need one."""
+    online = copy.deepcopy(net).requires_grad_(True)
+    average = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(online.parameters(), 1e-3, weight_decay=0)
+    generator = torch.Generator().manual_seed(0)
+    for update in range(updates):
+        x, c = draw(256, generator)
+        batch = LatentBatch(x, Look(c if conditioned else torch.full_like(c, -1)), progress=update / updates)
+        loss = torch.stack(list(objective(online, average, batch, SCHEDULE, generator).values())).sum()
+        optimizer.param_groups[0]["lr"] = 1e-3 * (0.5 + 0.5 * math.cos(math.pi * update / updates))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(0.998, (1 + update) / (10 + update))
+        with torch.no_grad():
+            for a, b in zip(average.parameters(), online.parameters(), strict=True):
+                a.lerp_(b, 1 - decay)
+    return average
+
+
+# ---- sampling
+
+
+@torch.no_grad()
+def ddim(net: Net, c: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    """Along the network's own ODE: z_s = alpha_s x_hat + sigma_s eps_hat."""
+    z = torch.randn(len(c), 2, generator=generator)
+    grid = torch.linspace(SCHEDULE.horizon, 0, steps + 1)
+    for t, s in zip(grid, grid[1:], strict=False):
+        x, eps = SCHEDULE.signal_noise(net(z, t[None], Look(c)), z, t[None])
+        z = SCHEDULE.mix(x, eps, s[None])
+    return z
+
+
+@torch.no_grad()
+def jump(net: Net, c: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    """To the end at once, then part of the way back with fresh noise, and again (multistep consistency sampling)."""
+    z = torch.randn(len(c), 2, generator=generator)
+    grid = torch.linspace(SCHEDULE.horizon, 0, steps + 1)
+    for t, s in zip(grid, grid[1:], strict=False):
+        x, _ = SCHEDULE.signal_noise(net(z, t[None], Look(c, torch.ones(len(c)))), z, t[None])
+        z = SCHEDULE.mix(x, torch.randn(z.shape, generator=generator), s[None])
+    return z
+
+
+@torch.no_grad()
+def again(net: Net, c: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    """The same for a consistency model, whose only answer is the end."""
+    return jump(Blind(net), c, steps, generator)  # type: ignore[arg-type]
+
+
+class Blind(nn.Module):
+    """A network that is not asked which question."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, z: Tensor, t: Tensor, look: Look) -> Tensor:
+        return self.net(z, t, replace(look, jump=None))
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'|: 0 for equal distributions (Szekely & Rizzo 2013)."""
+
+    def within(u: Tensor) -> Tensor:
+        return torch.cdist(u, u).sum() / (len(u) * (len(u) - 1))
+
+    return float(2 * torch.cdist(a, b).mean() - within(a) - within(b))
+
+
+# ---- the methods
+
+
+def methods(updates: int) -> dict[str, tuple[Net, Callable[..., Tensor]]]:
+    """name -> (trained network, its sampler). All from one backbone, all with the same number of updates."""
+    torch.manual_seed(0)
+    backbone = train(Net(), finetune, updates, conditioned=False)
+    half = updates // 2
+    tuned = train(backbone, finetune, updates)
+    early = train(backbone, finetune, half)  # two stages share the updates of one
+    dt = SCHEDULE.horizon / 100
+
+    def halved(net: Net) -> Net:
+        for steps in (16, 8, 4, 2, 1):
+            net = train(net, lambda *a, n=net, s=steps: guided(*a, teacher=n, steps=s), half // 5)
+        return net
+
+    return {
+        "fine-tuned (DDIM)": (tuned, ddim),
+        "GD-II": (halved(early), ddim),
+        "CM-II": (train(early, lambda *a: consistency(*a, teacher=early, dt=dt), half), again),
+        "CoDi (paper)": (train(backbone, lambda *a: codi(*a, dt=dt, shared_t=True), updates), ddim),
+        "CoDi, signal space": (
+            train(backbone, lambda *a: codi(*a, dt=dt, consistency="signal", signal_weight=0.1), updates),
+            ddim,
+        ),
+        "decoupled": (
+            train(backbone, lambda *a: decoupled(*a, dt=10 * dt, dt_end=dt / 5), updates),
+            jump,
+        ),
+    }
+
+
+# ---- fixed points: what each loss is content with, in a world where everything is known
+
+
+def fixed_points(dt: float = 1e-4) -> list[tuple[str, list[float]]]:
+    r"""Data N(m, s^2) in one dimension. Two candidates for x_hat:
+
+        straight coupling   x = m + s eps, so z = alpha x + sigma (x - m) / s:   x = m + s (z - alpha m) / (alpha s + sigma)
+        end of the ODE      z - alpha m keeps its quantile along the flow:       x = m + s (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2)
+
+    Each is put where the student is, and the consistency error after one small step is measured, for z_s made by the
+    student's own step or by that of the true denoiser, and compared as noise or as signal. 0 means a fixed point:
+
+        own ODE: along z = alpha (m + s eps) + sigma eps with eps held fixed, the straight coupling never changes its
+        answer, in either space; so CoDi's loss asks for straight noise-to-data lines, not for the data's ODE.
+        denoiser's ODE, signal: the flow's end is constant along the flow by definition: a consistency model.
+        denoiser's ODE, noise: neither. eps = (z - alpha x) / sigma varies along a curved path even where x does not.
+    """
+    m, s = 0.7, 0.5
+    nodes = torch.randn(400_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def denoiser(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return m + a * s**2 * (z - a * m) / (a**2 * s**2 + b**2)
+
+    def straight(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return m + s * (z - a * m) / (a * s + b)
+
+    def flow(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return m + s * (z - a * m) / (a**2 * s**2 + b**2).sqrt()
+
+    def network(x_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(z: Tensor, t: Tensor, _: object) -> Tensor:
+            a, b = SCHEDULE.alpha_sigma(t, z)
+            x = x_of(z, a, b)
+            return SCHEDULE.output(x, (z - a * x) / b, t)
+
+        return forward
+
+    table = []
+    for name, function in (("straight coupling", straight), ("end of the ODE", flow)):
+        row = []
+        for ode in ("own", "teacher"):
+            for space in ("noise", "signal"):
+                found = codi(
+                    network(function), network(function), LatentBatch(m + s * nodes, None), SCHEDULE,
+                    torch.Generator().manual_seed(1), teacher=network(denoiser), ode=ode, consistency=space,
+                    dt=dt, signal_weight=0, t=torch.ones(1, dtype=torch.float64),
+                )  # fmt: skip
+                row.append(float(found["consistency"]) / dt**2)
+        table.append((name, row))
+    return table
+
+
+# ---- tell
+
+
+def picture(made: dict[str, dict[int, Tensor]], truth: Tensor, out: Path) -> None:
+    """Samples of each method at 1, 2 and 4 steps, over the truth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = STEPS[:3]
+    figure, axes = plt.subplots(len(made), len(shown), figsize=(2.2 * len(shown), 2.2 * len(made)), layout="constrained")
+    for row, (name, by_steps) in zip(axes, made.items(), strict=True):
+        for axis, steps in zip(row, shown, strict=True):
+            axis.plot(*truth[:800].T, ".", color="0.85", markersize=2)
+            axis.plot(*by_steps[steps][:800].T, ".", color="tab:blue", markersize=2)
+            axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[], aspect="equal")
+            axis.set_title(f"{steps} step{'s' * (steps > 1)}", fontsize=9)
+        row[0].set_ylabel(name, fontsize=9)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    """Trains, measures, draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("toy.png"))
+    parser.add_argument("--updates", type=int, default=3000)
+    args = parser.parse_args()
+    began = time.monotonic()
+
+    print("consistency error / dt^2 at t = 1     own, noise  own, signal  denoiser's, noise  denoiser's, signal")
+    for name, row in fixed_points():
+        print(f"  {name:34}" + "".join(f"{value:{w}.3f}" for value, w in zip(row, (12, 13, 19, 20), strict=True)))
+
+    truth, c = draw(4000, torch.Generator().manual_seed(1))
+    right = c == 0
+    print("\nenergy distance to held-out data, condition 0, by steps")
+    print(f"  {'':20}" + "".join(f"{steps:9}" for steps in STEPS))
+    made: dict[str, dict[int, Tensor]] = {}
+    for name, (net, sampler) in methods(args.updates).items():
+        made[name] = {n: sampler(net, torch.zeros(2000).long(), n, torch.Generator().manual_seed(3)) for n in STEPS}
+        print(f"  {name:20}" + "".join(f"{energy_distance(s, truth[right]):9.4f}" for s in made[name].values()))
+    picture(made, truth[right], args.out)
+    print(f"\n{args.out}, {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

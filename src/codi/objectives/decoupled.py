@@ -1,0 +1,75 @@
+r"""Our own: one network, one stage, two questions, so that no output must be mean and sample at once.
+
+CoDi's one prediction is pulled two ways: where noise is high, the data term wants the conditional mean, consistency a
+sample. Here the network is told which one is asked for, by the share r of the way to the clean latent (Conditioning's
+`jump`; its input is zero at first, so that before training both answers are the backbone's):
+
+    instant, r = 0    where does the ODE point now: trained by the data term alone, which is the condition adaptation
+    jump,    r = 1    where does the ODE end: trained by consistency alone, along the ODE of `instant`
+
+    t ~ (0, T],  s = max(t - step, 0),  z_t = alpha_t x + sigma_t eps
+    x_i, e_i = prediction of w_theta(z_t, c, t, instant)
+    z_s      = alpha_s x_i + sigma_s e_i                               one DDIM step of the adapted model itself
+    loss     = |x - x_i|^2 / sigma_t^2 + |x(w_theta(z_t, c, t, jump)) - x(w_theta(z_s, c, s, jump))|^2 / sigma_t^2
+
+with z_s and the answer there held fixed, and x(z_0, 0) = z_0 exactly, as sigma_0 = 0. The fixed point of
+the second term is the end of the probability-flow ODE of `instant` (consistency models, Song et al. 2023), of the first
+the denoiser: both are right. The step falls from `dt` to `dt_end` over the training: long ones carry the boundary's
+answer to high noise in few updates, short ones follow the ODE closely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..schedule import Schedule
+from .batch import LatentBatch, Network, guided_signal, mean_square, prepared
+
+
+def decoupled(
+    student: Network,
+    target: Network,
+    batch: LatentBatch,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+    *,
+    dt: float = 250,
+    dt_end: float = 25,
+    shared_t: bool = False,
+    consistency_weight: float = 1.0,
+    signal_weight: float = 1.0,
+    t: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Named losses {"consistency", "signal"} of one batch, whose conditioning has a field `jump`.
+
+    `student` trains; the answer at z_s is its own, without gradient: an average network's carries the boundary's to
+    high noise more slowly than a short training has time for. `target`, the average, serves guidance. `dt` and `dt_end` in schedule time (levels of T for a checkpoint), the
+    consistency's step at the start and the end of the training, geometric in between (`batch.progress`); whole where
+    `dt` is. `shared_t`: one time for the whole batch. Both terms weigh noise levels as a velocity network's own
+    loss does. `t`: fixed times instead of drawn ones.
+    """
+    x, c = batch.x, prepared(student, batch.conditioning)
+    t = schedule.draw(len(x), schedule.least, shared_t, generator) if t is None else t
+    step = dt * (dt_end / dt) ** batch.progress
+    s = (t - (max(1, round(step)) if isinstance(dt, int) else step)).clamp_min(0)
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    z_t = schedule.mix(x, eps, t)
+
+    def predict(network: Network, z: Tensor, time: Tensor, jump: float) -> tuple[Tensor, Tensor]:
+        asked = replace(c, jump=torch.full((len(z),), jump, device=z.device))
+        return schedule.signal_noise(network(z, schedule.timestep(time).to(z.device), asked), z, time)
+
+    x_i, e_i = predict(student, z_t, t, 0.0)
+    x_j, _ = predict(student, z_t, t, 1.0)
+    with torch.no_grad():
+        z_s = schedule.mix(x_i, e_i, s)
+        end, _ = predict(student, z_s, s, 1.0)
+    goal = guided_signal(batch, target, z_t, t, schedule)
+    sigma = schedule.alpha_sigma(t, x)[1]
+    return {
+        "consistency": consistency_weight * mean_square(x_j / sigma, end / sigma),
+        "signal": signal_weight * mean_square(x_i / sigma, goal / sigma),
+    }
