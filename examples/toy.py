@@ -253,7 +253,9 @@ def picture(made: dict[str, dict[int, Tensor]], truth: Tensor, out: Path) -> Non
     import matplotlib.pyplot as plt
 
     shown = STEPS[:3]
-    figure, axes = plt.subplots(len(made), len(shown), figsize=(2.2 * len(shown), 2.2 * len(made)), layout="constrained")
+    figure, axes = plt.subplots(
+        len(made), len(shown), figsize=(2.2 * len(shown), 2.2 * len(made)), layout="constrained"
+    )
     for row, (name, by_steps) in zip(axes, made.items(), strict=True):
         for axis, steps in zip(row, shown, strict=True):
             axis.plot(*truth[:800].T, ".", color="0.85", markersize=2)

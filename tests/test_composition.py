@@ -178,12 +178,12 @@ def test_each_takes_the_guidance_columns_that_it_knows(parts_of):
 
 def test_the_embedding_of_guidance_is_a_mean_by_weight(parts_of):
     parts, told = parts_of("inpaint", "generate"), torch.full((2, 1), 3.0)
-    a, b = (adapter.embed_guidance(told) for adapter in parts.adapters.values())
+    a, b = (adapter.timestep_cond(told) for adapter in parts.adapters.values())
     assert a is not None and b is not None
 
     def embedded(*weights: float) -> Tensor:
         student: Any = parts.compose(*weights)
-        return student.adapter.embed_guidance(told)
+        return student.adapter.timestep_cond(told)
 
     torch.testing.assert_close(embedded(1, 1), (a + b) / 2)
     torch.testing.assert_close(embedded(3, 1), 0.75 * a + 0.25 * b)

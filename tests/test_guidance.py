@@ -13,7 +13,7 @@ from codi.models.student import Conditioning, Student
 from codi.objectives.batch import Guidance, LatentBatch, guided_signal
 from codi.objectives.codi import codi
 from codi.objectives.finetune import finetune
-from codi.sampling.sampler import ddim
+from codi.sampling.sampler import sample
 from codi.schedule import DiscreteSchedule, Schedule
 from codi.training import ema
 from tiny import (
@@ -214,7 +214,7 @@ def test_guidance_costs_one_forward_pass_a_step():
     unet.conv_in.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
     condition = adapter.read(rand(2, 3, 32, 32), vae)
     told = Conditioning(randn(2, 5, TEXT_WIDTH, seed=1), condition, guidance=torch.full((2, 1), 4.0))
-    result = ddim(Student(unet, adapter), LEVELS, randn(2, LATENT_CHANNELS, 8, 8), told, 4)
+    result = sample(Student(unet, adapter), LEVELS, randn(2, LATENT_CHANNELS, 8, 8), told, 4)
     assert batches == [2, 2, 2, 2] and result.isfinite().all()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codi.models.adapter import FORMS, FusedAdapter, LoraAdapter
 from codi.models.student import Conditioning, Student
-from codi.sampling.sampler import ddim, initial_noise, predict, time_grid
+from codi.sampling.sampler import sample, initial_noise, predict, time_grid
 from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
 from codi.training import ema
 from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_scheduler, tiny_unet, tiny_vae
@@ -53,7 +53,7 @@ def test_ddim_nears_the_end_of_the_probability_flow(schedule):
     alpha, sigma = schedule.alpha_sigma(torch.tensor([schedule.horizon]), z)
     exact = M + S * (z - alpha * M) / (alpha**2 * S**2 + sigma**2).sqrt()
     student = Formula(schedule, denoiser)
-    errors = [float((ddim(student, schedule, z, NOTHING, n) - exact).abs().max()) for n in (1, 4, 16, 64, 256)]
+    errors = [float((sample(student, schedule, z, NOTHING, n) - exact).abs().max()) for n in (1, 4, 16, 64, 256)]
     assert all(later < 0.75 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 0.35 * errors[-2] < 0.03
 
@@ -61,7 +61,7 @@ def test_ddim_nears_the_end_of_the_probability_flow(schedule):
 def test_many_steps_give_the_data_s_mean_and_spread():
     z = randn(1, 1, 1, 20_000, seed=1, dtype=torch.float64)
     z = (z - z.mean()) / z.std()
-    few, many = (ddim(Formula(ZERO_SNR, denoiser), ZERO_SNR, z, NOTHING, steps) for steps in (2, 1000))
+    few, many = (sample(Formula(ZERO_SNR, denoiser), ZERO_SNR, z, NOTHING, steps) for steps in (2, 1000))
     assert float(many.mean()) == pytest.approx(M, abs=1e-3)
     assert float(many.std()) == pytest.approx(S, abs=3e-3)
     assert float(few.std()) < 0.8 * S  # a mean is what one gets in too few steps
@@ -74,16 +74,18 @@ def test_a_self_consistent_student_needs_one_step():
         return M + S * (z - alpha * M) / (alpha * S + sigma)
 
     z = randn(1, 1, 1, 100, dtype=torch.float64)
-    one = ddim(Formula(LEVELS, straight), LEVELS, z, NOTHING, 1)
+    one = sample(Formula(LEVELS, straight), LEVELS, z, NOTHING, 1)
     for steps in (2, 4, 50):
-        torch.testing.assert_close(ddim(Formula(LEVELS, straight), LEVELS, z, NOTHING, steps), one, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            sample(Formula(LEVELS, straight), LEVELS, z, NOTHING, steps), one, rtol=0, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("schedule", [LEVELS, EPSILON], ids=["v", "eps"])
 def test_one_step_is_the_prediction_itself(schedule):
     z, student = randn(2, 4, 3, 3), Formula(schedule, denoiser)
     x, eps = predict(student, schedule, z, torch.tensor([1000]), NOTHING)
-    assert torch.equal(ddim(student, schedule, z, NOTHING, 1), x)
+    assert torch.equal(sample(student, schedule, z, NOTHING, 1), x)
     torch.testing.assert_close(schedule.mix(x, eps, torch.tensor([1000])), z, rtol=0, atol=1e-5)
 
 
@@ -104,17 +106,17 @@ def test_guidance_goes_towards_the_prompt_and_beyond(schedule, steps):
     """The prediction without a prompt is 0 and with one 1: with guidance g it is g."""
     z, student = randn(3, 1, 2, 2, dtype=torch.float64), Formula(schedule, towards_the_prompt)
     for scale in (0.0, 0.5, 1.0, 2.0, 7.5):
-        result = ddim(student, schedule, z, PROMPT, steps, scale, BLANK)
+        result = sample(student, schedule, z, PROMPT, steps, scale, BLANK)
         torch.testing.assert_close(result, torch.full_like(z, scale), rtol=0, atol=1e-9)
 
 
 def test_guidance_1_is_no_guidance_and_costs_nothing():
     z, student = randn(3, 1, 2, 2), Formula(LEVELS, towards_the_prompt)
-    plain = ddim(student, LEVELS, z, PROMPT, 4)
+    plain = sample(student, LEVELS, z, PROMPT, 4)
     assert student.batches == [3] * 4
-    assert torch.equal(ddim(student, LEVELS, z, PROMPT, 4, 1.0, BLANK), plain) and student.batches == [3] * 8
-    assert torch.equal(ddim(student, LEVELS, z, PROMPT, 4, 5.0, None), plain) and student.batches == [3] * 12
-    ddim(student, LEVELS, z, PROMPT, 4, 5.0, BLANK)
+    assert torch.equal(sample(student, LEVELS, z, PROMPT, 4, 1.0, BLANK), plain) and student.batches == [3] * 8
+    assert torch.equal(sample(student, LEVELS, z, PROMPT, 4, 5.0, None), plain) and student.batches == [3] * 12
+    sample(student, LEVELS, z, PROMPT, 4, 5.0, BLANK)
     assert student.batches == [3] * 12 + [6] * 4
 
 
@@ -164,13 +166,13 @@ def test_a_picture_does_not_depend_on_its_batch(form, guidance_scale):
     student, conditioning, blank = tiny_student(form)
     seeds = [11, 12, 13]
     noise = initial_noise((LATENT_CHANNELS, 6, 6), seeds)
-    together = ddim(student, LEVELS, noise, conditioning, 2, guidance_scale, blank)
+    together = sample(student, LEVELS, noise, conditioning, 2, guidance_scale, blank)
     for i, seed in enumerate(seeds):
         one, alone = slice(i, i + 1), initial_noise((LATENT_CHANNELS, 6, 6), [seed])
         assert torch.equal(alone, noise[one])
-        result = ddim(student, LEVELS, alone, only(conditioning, one), 2, guidance_scale, only(blank, one))
+        result = sample(student, LEVELS, alone, only(conditioning, one), 2, guidance_scale, only(blank, one))
         torch.testing.assert_close(result, together[one], rtol=0, atol=1e-5)
-    assert torch.equal(ddim(student, LEVELS, noise, conditioning, 2, guidance_scale, blank), together)
+    assert torch.equal(sample(student, LEVELS, noise, conditioning, 2, guidance_scale, blank), together)
 
 
 @pytest.mark.parametrize(("form", "guidance_scale", "runs"), [
@@ -184,14 +186,14 @@ def test_how_often_the_condition_encoder_runs(form, guidance_scale, runs):
     calls = []
     encoder.conv_in.register_forward_hook(lambda *_: calls.append(1))
     z = randn(3, LATENT_CHANNELS, 6, 6)
-    result = ddim(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
+    result = sample(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
     assert len(calls) == runs
     assert conditioning.prepared is None and blank.prepared is None  # the caller's are left alone
     # Cached or not, the same picture: a student that prepares anew at every step.
     student.prepare = lambda c: c  # type: ignore[method-assign]
     forward = student.forward
     student.forward = lambda z, t, c, s=1.0: forward(z, t, prepare_anew(student, c), s)  # type: ignore[method-assign]
-    again = ddim(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
+    again = sample(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
     torch.testing.assert_close(again, result, rtol=0, atol=1e-5)
 
 
@@ -203,14 +205,14 @@ def prepare_anew(student: Student, conditioning: Conditioning) -> Conditioning:
 def test_strength_0_samples_the_backbone(form):
     student, conditioning, _ = tiny_student(form)
     z = randn(3, LATENT_CHANNELS, 6, 6)
-    backbone = ddim(Student(student.unet), LEVELS, z, Conditioning(conditioning.text), 2)
-    assert torch.equal(ddim(student, LEVELS, z, conditioning, 2, strength=0.0), backbone)
-    assert not torch.allclose(ddim(student, LEVELS, z, conditioning, 2), backbone)
+    backbone = sample(Student(student.unet), LEVELS, z, Conditioning(conditioning.text), 2)
+    assert torch.equal(sample(student, LEVELS, z, conditioning, 2, strength=0.0), backbone)
+    assert not torch.allclose(sample(student, LEVELS, z, conditioning, 2), backbone)
 
 
 def test_sampling_builds_no_graph_and_keeps_the_dtype():
     student, conditioning, _ = tiny_student("fused")
-    result = ddim(student, LEVELS, randn(3, LATENT_CHANNELS, 6, 6), conditioning, 2)
+    result = sample(student, LEVELS, randn(3, LATENT_CHANNELS, 6, 6), conditioning, 2)
     assert not result.requires_grad and result.dtype == torch.float32 and result.isfinite().all()
 
 
@@ -251,10 +253,10 @@ def test_shifted_grids(horizon):
 
 def test_sampling_walks_the_shifted_grid():
     z, student, times = randn(1, 1, 2, 2), Formula(LEVELS, denoiser), []
-    shifted = ddim(student, LEVELS, z, NOTHING, 4, shift=3.0, callback=lambda i, t, latent, x: times.append(t))  # type: ignore[func-returns-value]
+    shifted = sample(student, LEVELS, z, NOTHING, 4, shift=3.0, callback=lambda i, t, latent, x: times.append(t))  # type: ignore[func-returns-value]
     assert times == [1000, 900, 750, 500]
-    plain = ddim(student, LEVELS, z, NOTHING, 4)
-    assert torch.equal(ddim(student, LEVELS, z, NOTHING, 4, shift=1.0), plain) and not torch.equal(shifted, plain)
+    plain = sample(student, LEVELS, z, NOTHING, 4)
+    assert torch.equal(sample(student, LEVELS, z, NOTHING, 4, shift=1.0), plain) and not torch.equal(shifted, plain)
 
 
 def test_noise_belongs_to_its_seed():
@@ -269,7 +271,7 @@ def test_noise_belongs_to_its_seed():
 def test_the_callback_sees_every_step_and_may_replace_the_latent():
     z, student = randn(1, 1, 2, 2), Formula(LEVELS, denoiser)
     seen: list[tuple[int, int, Tensor, Tensor]] = []
-    result = ddim(student, LEVELS, z, NOTHING, 4, callback=lambda *step: seen.append(step))  # type: ignore[func-returns-value]
+    result = sample(student, LEVELS, z, NOTHING, 4, callback=lambda *step: seen.append(step))  # type: ignore[func-returns-value]
     assert [(i, t) for i, t, _, _ in seen] == [(0, 1000), (1, 750), (2, 500), (3, 250)]
     assert torch.equal(seen[-1][2], result) and torch.equal(seen[-1][3], result)
     start = z
@@ -281,12 +283,12 @@ def test_the_callback_sees_every_step_and_may_replace_the_latent():
     def replace(i: int, t: int, latent: Tensor, x: Tensor) -> Tensor | None:
         return torch.full_like(latent, 9.0) if i == 1 else None
 
-    replaced = ddim(student, LEVELS, z, NOTHING, 4, callback=replace)
+    replaced = sample(student, LEVELS, z, NOTHING, 4, callback=replace)
     x, eps = predict(student, LEVELS, torch.full_like(z, 9.0), torch.tensor([500]), NOTHING)
     x, _ = predict(student, LEVELS, LEVELS.mix(x, eps, torch.tensor([250])), torch.tensor([250]), NOTHING)
     assert torch.equal(replaced, x)
-    last = ddim(student, LEVELS, z, NOTHING, 2, callback=lambda i, t, latent, x: -latent if i == 1 else None)
-    assert torch.equal(last, -ddim(student, LEVELS, z, NOTHING, 2))
+    last = sample(student, LEVELS, z, NOTHING, 2, callback=lambda i, t, latent, x: -latent if i == 1 else None)
+    assert torch.equal(last, -sample(student, LEVELS, z, NOTHING, 2))
 
 
 # ---- the moving average

@@ -60,12 +60,18 @@ class _Form(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0,
+        cls,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        condition_channels: int = 3,
+        guidance_scales: int = 0,
         jumps: bool = False,
     ) -> Self:
         """A new adapter of this backbone: no influence yet."""
         form: Any = cls
-        return form(_architecture(unet), condition_channels, guidance_scales=guidance_scales, jumps=jumps).to(unet.device)
+        return form(_architecture(unet), condition_channels, guidance_scales=guidance_scales, jumps=jumps).to(
+            unet.device
+        )
 
     def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
         """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps, (B, ..., h, w)."""
@@ -136,7 +142,11 @@ class FusedAdapter(_Form):
 
     @classmethod
     def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0,
+        cls,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        condition_channels: int = 3,
+        guidance_scales: int = 0,
         jumps: bool = False,
     ) -> Self:
         """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero."""
@@ -196,7 +206,11 @@ class ControlNetAdapter(_Form):
 
     @classmethod
     def from_backbone(
-        cls, unet: UNet2DConditionModel, vae: AutoencoderKL, condition_channels: int = 3, guidance_scales: int = 0,
+        cls,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        condition_channels: int = 3,
+        guidance_scales: int = 0,
         jumps: bool = False,
     ) -> Self:
         """The encoder starts as a copy of the backbone's behind zero convolutions."""

@@ -66,7 +66,7 @@ def guided_prediction(
 ) -> tuple[Tensor, Tensor]:
     """(x, eps) of `network` at (z_t, t), by classifier-free guidance where the batch asks for it:
 
-        x = x(z_t, c_0) + sum_k (g_k - 1) (x(z_t, c_k) - x(z_t, c_k+1)),        c_0 full ... c_n nothing
+    x = x(z_t, c_0) + sum_k (g_k - 1) (x(z_t, c_k) - x(z_t, c_k+1)),        c_0 full ... c_n nothing
     """
     timestep = schedule.timestep(t).to(z.device)
     if batch.guidance is None:

@@ -1,0 +1,212 @@
+"""The objectives that answer where an ODE ends: decoupled, consistency and guided distillation."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from codi.models.adapter import FORMS
+from codi.models.student import Conditioning, Student
+from codi.objectives.batch import Guidance, LatentBatch
+from codi.objectives.codi import codi
+from codi.objectives.consistency import consistency
+from codi.objectives.decoupled import decoupled
+from codi.objectives.guided import guided
+from codi.sampling.sampler import initial_noise, sample
+from codi.schedule import CosineSchedule, DiscreteSchedule
+from test_fixed_points import M, S, denoiser, flow, gaussian_batch, network, straight
+from tiny import LATENT_CHANNELS, TEXT_WIDTH, randn, seeded, tiny_scheduler, tiny_unet, tiny_vae
+
+LEVELS, COSINE = DiscreteSchedule.from_config(tiny_scheduler().config), CosineSchedule()
+
+
+@dataclass
+class Asked:
+    """A conditioning that says nothing but which question is asked."""
+
+    jump: Tensor | None = None
+
+
+def two_answers(instant, jump, schedule=COSINE):
+    """The network that answers with one function or the other."""
+    nets = network(instant, schedule), network(jump, schedule)
+
+    def forward(z, timestep, asked):
+        return nets[int(asked.jump[0])](z, timestep, None)
+
+    return forward
+
+
+# ---- decoupled
+
+
+def decoupled_losses(instant, jump, dt: float) -> dict[str, float]:
+    net, batch = two_answers(instant, jump), replace(gaussian_batch(400_000), conditioning=Asked())
+    t = torch.ones(1, dtype=torch.float64)
+    return {k: float(v) for k, v in decoupled(net, net, batch, COSINE, seeded(1), dt=dt, dt_end=dt, t=t).items()}
+
+
+def test_denoiser_and_flow_s_end_are_decoupled_s_fixed_point():
+    """The consistency term is 0 in the limit, and the data term what the denoiser's is: nobody has to give way."""
+    coarse, fine = (decoupled_losses(denoiser, flow, dt) for dt in (1e-2, 1e-3))
+    assert coarse["consistency"] / 1e-4 < 3e-6
+    assert coarse["consistency"] / fine["consistency"] == pytest.approx(1e4, rel=0.05)
+    alpha, sigma = (float(v) for v in COSINE.alpha_sigma(torch.ones(1), torch.ones(1)))
+    assert fine["signal"] == pytest.approx(S**2 / (alpha**2 * S**2 + sigma**2), rel=0.01)
+    assert decoupled_losses(denoiser, straight, 1e-3)["consistency"] > 1e3 * fine["consistency"]
+    assert decoupled_losses(flow, flow, 1e-3)["signal"] > 1.01 * fine["signal"]
+
+
+@pytest.mark.parametrize(("progress", "step"), [(0.0, 256), (0.5, 64), (1.0, 16)])
+def test_the_consistency_step_falls_over_the_training(progress, step):
+    times = []
+
+    def net(z, timestep, asked):
+        times.append((timestep + 1, float(asked.jump[0])))
+        return 0.3 * z
+
+    batch = replace(LatentBatch(randn(2, 4, 3, 3), Asked()), progress=progress)
+    decoupled(net, net, batch, LEVELS, seeded(), dt=256, dt_end=16, t=torch.tensor([300, 900]))
+    assert [jump for _, jump in times] == [0, 1, 1]
+    assert times[2][0].tolist() == [300 - step, 900 - step]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_before_training_both_answers_are_the_backbone_s_bit_for_bit(form):
+    unet, vae = tiny_unet(), tiny_vae()
+    adapter = FORMS[form].from_backbone(unet, vae, jumps=True)
+    z, t = randn(2, LATENT_CHANNELS, 8, 8), torch.tensor([7, 900])
+    read = adapter.read(torch.rand(2, 3, 32, 32, generator=seeded(2)), vae)
+    told = Conditioning(randn(2, 5, TEXT_WIDTH, seed=3), read)
+    plain = Student(unet)(z, t, replace(told, condition=None))
+    for jump in (None, torch.zeros(2), torch.ones(2)):
+        assert torch.equal(Student(unet, adapter)(z, t, replace(told, jump=jump)), plain)
+    assert adapter.jump is not None
+    torch.nn.init.normal_(adapter.jump.projection.weight)
+    ask = [Student(unet, adapter)(z, t, replace(told, jump=jump)) for jump in (torch.zeros(2), torch.ones(2))]
+    assert torch.equal(ask[0], plain) and not torch.allclose(ask[1], plain)
+
+
+def test_both_terms_train_and_only_the_jump_s_moves_its_input():
+    unet, vae = tiny_unet(), tiny_vae()
+    adapter = FORMS["fused"].from_backbone(unet, vae, jumps=True)
+    student = Student(unet, adapter)
+    told = Conditioning(randn(2, 5, TEXT_WIDTH), adapter.read(torch.rand(2, 3, 32, 32, generator=seeded(2)), vae))
+    batch, t = LatentBatch(randn(2, LATENT_CHANNELS, 8, 8), told), torch.tensor([400, 900])
+    losses = decoupled(student, student, batch, LEVELS, seeded(1), t=t)
+    weight = adapter.jump.projection.weight
+    for name, moves in (("signal", False), ("consistency", True)):
+        gradients = torch.autograd.grad(losses[name], [weight, *adapter.mu], retain_graph=True, materialize_grads=True)
+        assert bool(gradients[0].any()) == moves and all(g.any() for g in gradients[1:])
+
+
+def test_a_perfect_jump_samples_the_data_in_any_number_of_steps():
+    """Of a Gaussian: mean and spread come out right, and fresh noise is of each seed's own."""
+    t_max = torch.tensor([COSINE.horizon], dtype=torch.float64)
+
+    class Perfect(Student):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.adapter = None
+
+        def forward(self, z, timestep, conditioning, strength=1.0):
+            assert conditioning.jump is not None and bool((conditioning.jump == 1).all())
+            return network(flow, COSINE)(z, timestep, None)
+
+    nothing = Conditioning(torch.zeros(1, 1, 1, dtype=torch.float64))
+    for steps in (1, 2, 4):
+        noise = torch.randn(1, steps, 1, 200_000, generator=seeded(4), dtype=torch.float64)
+        x = sample(Perfect(), COSINE, noise, nothing, steps, jumps=True)
+        assert x.shape == (1, 1, 1, 200_000)
+        assert float(x.mean()) == pytest.approx(M, abs=5e-3) and float(x.std()) == pytest.approx(S, rel=5e-3)
+    assert torch.equal(sample(Perfect(), COSINE, noise[:, :1], nothing, 1, jumps=True),
+                       COSINE.signal_noise(network(flow, COSINE)(noise[:, :1], t_max, None), noise[:, :1], t_max)[0])  # fmt: skip
+    one, four = initial_noise((2, 4, 4), [5, 6]), initial_noise((2, 4, 4), [5, 6], 4)
+    assert four.shape == (2, 8, 4, 4) and torch.equal(four[:, :2], one)
+    assert not torch.equal(four[:, 2:4], four[:, :2])
+
+
+# ---- consistency distillation
+
+
+def test_consistency_is_codi_s_ablation_with_a_teacher_s_ode_in_signal():
+    batch, t = gaussian_batch(1000), torch.tensor([500])
+    nets = [network(f, LEVELS) for f in (straight, flow, denoiser)]
+    student, target, teacher = nets
+    mine = consistency(student, target, batch, LEVELS, seeded(1), teacher=teacher, dt=20, t=t)["consistency"]
+    theirs = codi(
+        student, target, batch, LEVELS, seeded(1), teacher=teacher, ode="teacher", consistency="signal", dt=20, t=t,
+        signal_weight=0,
+    )["consistency"]  # fmt: skip
+    assert torch.equal(mine, theirs)
+    tight, loose = (
+        consistency(student, target, batch, LEVELS, seeded(1), teacher=teacher, dt=20, t=t, huber=c)["consistency"]
+        for c in (1e-9, 1.0)
+    )
+    assert 2 * float(loose) == pytest.approx(float(mine), rel=1e-2)  # d^2 / 2c for small d, |d| for large
+    assert float(tight) > float(mine)
+
+
+def test_consistency_and_guided_follow_the_guided_teacher():
+    """A teacher that says 1 with the prompt and 0 without: guided by g it says g, and both students are asked for g."""
+    scales = torch.tensor([[1.0], [3.0]])
+    guidance = Guidance(scales, ["with", "without"])
+    batch = LatentBatch(torch.zeros(2, 1, 2, 2, dtype=torch.float64), "with", guidance=guidance)
+
+    def says(value):
+        def net(z, timestep, conditioning):
+            x = torch.full_like(z, 0.0 if conditioning == "without" else 1.0) * value
+            alpha, sigma = LEVELS.alpha_sigma(timestep + 1, z)
+            return LEVELS.output(x, (z - alpha * x) / sigma, timestep + 1)
+
+        return net
+
+    answer = scales.double().view(2, 1, 1, 1)
+    for objective in (
+        lambda net: guided(net, net, batch, LEVELS, seeded(), teacher=says(1.0), steps=4),
+        lambda net: consistency(net, net, batch, LEVELS, seeded(), teacher=says(1.0), t=torch.tensor([300]), dt=300),
+    ):
+        right, wrong = (float(sum(objective(says(value)).values())) for value in (answer, 1.0))
+        assert right < 1e-12 and wrong > 1e-2
+
+
+# ---- progressive distillation
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_guided_asks_for_the_teacher_s_two_steps_in_one(steps):
+    """DDIM from the student's answer lands where the teacher's two steps do."""
+    batch = gaussian_batch(500)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def student(z, timestep, _):
+        seen.append((z, timestep + 1))
+        return torch.zeros_like(z)
+
+    index, teacher = torch.tensor([steps]), network(denoiser, LEVELS)
+    guided(student, student, batch, LEVELS, seeded(1), teacher=teacher, steps=steps, index=index)
+    z, t = seen[0]
+    assert t.tolist() == [1000]
+    middle, s = torch.tensor([1000 - 500 // steps]), torch.tensor([1000 - 1000 // steps])
+    two = z
+    for now, then in ((t, middle), (middle, s)):
+        two = LEVELS.mix(*LEVELS.signal_noise(teacher(two, now - 1, None), two, now), then)
+    (a_t, b_t), (a_s, b_s) = LEVELS.alpha_sigma(t, z), LEVELS.alpha_sigma(s, z)
+    goal = (two - b_s / b_t * z) / (a_s - b_s / b_t * a_t)
+
+    def perfect(z, timestep, _):
+        return LEVELS.output(goal, (z - a_t * goal) / b_t, timestep + 1)
+
+    torch.testing.assert_close(LEVELS.mix(goal, (z - a_t * goal) / b_t, s), two, rtol=0, atol=1e-9)
+    loss = guided(perfect, perfect, batch, LEVELS, seeded(1), teacher=teacher, steps=steps, index=index)
+    assert float(loss["distillation"]) < 1e-18
+
+
+def test_a_teacher_of_straight_paths_is_guided_s_fixed_point():
+    """Its steps are exact, so one is as good as two."""
+    net = network(straight, COSINE)
+    loss = guided(net, net, gaussian_batch(1000), COSINE, seeded(2), teacher=net, steps=4)
+    assert float(loss["distillation"]) < 1e-18
+    loss = guided(net, net, gaussian_batch(1000), COSINE, seeded(2), teacher=network(denoiser, COSINE), steps=4)
+    assert float(loss["distillation"]) > 1e-4
