@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import canny, data, demo, depth, edit, evaluate, generate, inpaint, models, train, upscale
+from . import benchmark, canny, data, demo, depth, edit, evaluate, generate, inpaint, models, train, upscale
 from .common import BadUsage, quiet_libraries, say_error
 
 INTERRUPTED = 130
@@ -52,6 +52,7 @@ app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("distill", epilog=train.DISTILL_EXAMPLE, context_settings=train.FREE_KEYS)(train.distill)
 app.command("pretrain", epilog=train.PRETRAIN_EXAMPLE, context_settings=train.FREE_KEYS)(train.pretrain)
 app.command("evaluate", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
+app.command("benchmark", epilog=benchmark.EXAMPLE)(benchmark.benchmark)
 app.command("models", epilog=models.EXAMPLE)(models.models)
 app.add_typer(data.app)
 

@@ -80,10 +80,13 @@ def rich_table(results: Results) -> Table:
 
 def write_json(content: Results | Mapping[str, Any], path: str | Path) -> Path:
     """Write results (or any JSON-able mapping) to `path`: whole or not at all. Raises `UserError` if it cannot."""
-    path = Path(path)
     told = content.to_json() if isinstance(content, Results) else content
-    text = json.dumps(told, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    partial = None
+    return write_text(json.dumps(told, indent=2, allow_nan=False, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> Path:
+    """Write `text` to `path`: whole or not at all. Raises `UserError` if it cannot."""
+    path, partial = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

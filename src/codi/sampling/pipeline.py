@@ -28,6 +28,7 @@ from .guidance import Guidance, resolve
 from .inputs import ImageInput, brought, one_for_each, output_size, to_output
 from .sampler import StepCallback, initial_noise, sample
 from .shelf import FOLDER, Shelf
+from .solvers import solve
 from .tiles import Tiles
 from .tiling import mirror_pad
 
@@ -59,6 +60,8 @@ class CoDiPipeline(DiffusionPipeline):
         for part in (vae, text_encoder, unet):
             part.requires_grad_(False).eval()
         self._shelf = Shelf(unet, family(unet, vae, scheduler))
+        self.solver: Any = None
+        """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
 
     # ---- models and adapters
 
@@ -306,6 +309,8 @@ class CoDiPipeline(DiffusionPipeline):
             blank = replace(conditioning, text=negative)
         shift = next((info["shift"] for info in infos if info.get("shift")), 1.0)
         noise = noise.to(device=self.device, dtype=self.unet.dtype)
+        if self.solver is not None:
+            return solve(student, self.solver, noise, conditioning, steps)
         return sample(
             student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, shift,
             jumps,

@@ -30,6 +30,8 @@ OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "guided": guided,
     "consistency": consistency,
 }
+# Forward passes of the network that an image costs without guidance, a backward pass counted as two.
+PASSES = {"codi": 4, "decoupled": 7, "finetune": 3, "guided": 5, "consistency": 5}
 SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
 _CHOICES = {
     "consistency": ("noise", "signal"),

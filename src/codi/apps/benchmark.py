@@ -1,0 +1,154 @@
+"""`codi benchmark`: trains and measures the rows of a suite, one after the other, and writes tables and plots of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .common import Device, Json, Minutes, hide_loading_bars, print_json, progress, usage, watched, working
+
+if TYPE_CHECKING:
+    from ..evaluation.suite import Plan, Suite
+
+EXAMPLE = "Example: codi benchmark --suite mini --out runs/benchmark --rows codi,ldm --tasks depth"
+RESULTS = "results.json"
+
+
+def benchmark(
+    suite: Annotated[str, typer.Option(help="A shipped suite's name or a YAML file.")] = "mini",
+    out: Annotated[Path, typer.Option(help="Folder of trainings, results.json, tables and plots.")] = Path("benchmark"),
+    rows: Annotated[str | None, typer.Option(help="Methods to run, by comma; all by default.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks to run, by comma; all by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Everything small: about 15 minutes on two cores.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: tables and plots of what is there.")] = False,
+    minutes: Minutes = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Train and measure the methods of the paper's tables. The same command again goes on where this one stopped."""
+    with working("starting"):
+        from ..evaluation.suite import load_suite
+        from ..evaluation.tables import write_report
+
+        hide_loading_bars()
+        with usage():
+            chosen = load_suite(suite)
+            chosen = chosen.quickly() if quick else chosen
+            plans = list(chosen.plans(_words(tasks), _words(rows)))
+    deadline = time.monotonic() + 60 * minutes if minutes else None
+    results = _Results(out / RESULTS, chosen)
+    for number, plan in enumerate([] if report else plans):
+        if results.has(plan) or (deadline and time.monotonic() > deadline):
+            continue
+        if watched():
+            print(f"{number + 1}/{len(plans)} {plan.task}, {plan.method}, seed {plan.seed}", file=sys.stderr)
+        folders = _trained(plan, out, device, deadline)
+        if folders is None:  # out of time, with a checkpoint
+            break
+        results.add(plan, _measured(plan, chosen, folders, device))
+    missing = [plan for plan in plans if not results.has(plan)]
+    write_report(results.told, out)
+    if missing:
+        print(f"{len(missing)} of {len(plans)} rows are still to run: the same command goes on", file=sys.stderr)
+    if json_:
+        print_json(results.told)
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()] if text else []
+
+
+class _Results:
+    """results.json, written anew after each plan."""
+
+    def __init__(self, path: Path, suite: Suite) -> None:
+        self.path = path
+        try:
+            self.told: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}): move it away, or mend it") from error
+        self.told |= {"suite": suite.name, "images": suite.images, "count": suite.count, "held_out": suite.held_out}
+
+    def has(self, plan: Plan) -> bool:
+        """Whether every step count of it was measured, with the training that the suite asks for today."""
+        return set(plan.steps) <= {row["steps"] for row in self._of(plan) if row["training"] == plan.key()}
+
+    def add(self, plan: Plan, rows: list[dict[str, Any]]) -> None:
+        from ..evaluation.report import write_json
+
+        old = self._of(plan)
+        self.told["rows"] = [row for row in self.told["rows"] if row not in old] + rows
+        write_json(self.told, self.path)
+
+    def _of(self, plan: Plan) -> list[dict[str, Any]]:
+        mine = (plan.task, plan.method, plan.seed)
+        return [row for row in self.told["rows"] if (row["task"], row["method"], row["seed"]) == mine]
+
+
+def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list[Path] | None:
+    """The folder of each stage, trained as far as it was not; None where time ran out."""
+    from ..models.backbone import with_unet
+    from ..training.distill import DistillRecipe, distill
+    from ..training.recipe import build
+
+    folders: list[Path] = []
+    for number, stage in enumerate(plan.stages, 1):
+        folder = out / "runs" / f"{plan.task}-{stage.recipe['objective']}-{plan.key(number)}"
+        if not _finished(folder):
+            made = {key: str(folders[-1]) for key in stage.refers}
+            if "model" in made:
+                made["model"] = str(with_unet(stage.recipe["model"], folders[-1] / "unet", folders[-1] / "model"))
+            recipe = build(DistillRecipe, {**stage.recipe, **made, "out": str(folder), "device": device}, plan.method)
+            minutes = (deadline - time.monotonic()) / 60 if deadline else None
+            if minutes is not None and minutes <= 0:
+                return None
+            distill(recipe, quiet=not watched(), minutes=minutes)
+            if not _finished(folder):
+                return None
+        folders.append(folder)
+    return folders
+
+
+def _finished(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text())["info"]["finished"]
+
+
+def _measured(plan: Plan, suite: Suite, folders: list[Path], device: str) -> list[dict[str, Any]]:
+    """A row a step count."""
+    from dataclasses import asdict
+
+    from ..data.sources import open_source
+    from ..evaluation import evaluate, pipeline_method
+    from ..sampling.solvers import SOLVERS
+    from ..training.distill_recipe import PASSES
+    from .common import load_pipeline
+
+    model = plan.stages[-1].recipe["model"]
+    pipe = load_pipeline(model, plan.task, folders[-1], device)
+    pipe.solver = SOLVERS[plan.solver](pipe.scheduler.config) if plan.solver else None
+    assert pipe.task is not None
+    task = pipe.task.measured()
+    with progress("pictures") as bar:
+        line = bar.add_task(f"{plan.task}, {plan.method}", total=None)
+        results = evaluate(
+            [pipeline_method(pipe, plan.steps, plan.method)],
+            task,
+            open_source(suite.held_out, task.columns),
+            suite.count,
+            size=plan.stages[-1].recipe["size"],
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+        )
+    infos = [json.loads((folder / "config.json").read_text())["info"] for folder in folders]
+    cost = {key: sum(info[key] for info in infos) for key in ("images", "seconds")}
+    objectives = [stage.recipe["objective"] for stage in plan.stages]
+    cost["passes"] = sum(PASSES[name] * info["images"] for name, info in zip(objectives, infos, strict=True))
+    told = {"task": plan.task, "seed": plan.seed, "training": plan.key(), **cost, "machine": results.machine}
+    rows = [asdict(row) | told for row in results.rows if row.method == plan.method]
+    return [{"task": row.pop("task"), "method": row.pop("method"), **row} for row in rows]

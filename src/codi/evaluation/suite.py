@@ -1,0 +1,114 @@
+"""Suites of a benchmark: which methods, trained how, measured at which steps. A YAML file (see suites/mini.yaml)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError, nearest
+
+SUITES = Path(__file__).resolve().parents[1] / "suites"
+REFERS = ("start", "teacher", "model")  # recipe keys that may be `previous`: what the stage before made
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: the recipe's keys, and which of them are what the stage before made."""
+
+    recipe: dict[str, Any]
+    refers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method on one task with one training seed."""
+
+    task: str
+    method: str
+    seed: int
+    stages: tuple[Stage, ...]
+    steps: tuple[int, ...]
+    solver: str | None = None
+
+    def key(self, upto: int | None = None) -> str:
+        """Tells trainings apart: equal for equal chains of stages, `upto` how many of them (None: all)."""
+        chain = [[stage.recipe, stage.refers] for stage in self.stages[:upto]]
+        return hashlib.sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `load_suite` reads, as it stands in the file."""
+
+    name: str
+    images: int
+    seeds: int
+    count: int
+    data: str
+    held_out: str
+    base: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any]]
+    quick: dict[str, Any] = field(default_factory=dict)
+
+    def quickly(self) -> Suite:
+        """The same at the size that `quick` names: fewer images, pictures, seeds, steps and tasks."""
+        changes = dict(self.quick)
+        tasks, steps = changes.pop("tasks", list(self.tasks)), changes.pop("steps", None)
+        methods = copy.deepcopy(self.methods)
+        for method in methods.values():
+            method["steps"] = [n for n in method.get("steps", (1, 2, 4)) if steps is None or n in steps]
+        kept = {task: self.tasks[task] for task in tasks}
+        return Suite(**{**vars(self), **changes, "tasks": kept, "methods": methods})
+
+    def plans(self, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> Iterator[Plan]:
+        """All of them, or those of these tasks and methods; first seeds first, so that tables fill up evenly.
+
+        Raises UserError for a name that the suite does not have.
+        """
+        for asked, known, what in ((tasks, self.tasks, "task"), (rows, self.methods, "row")):
+            for name in asked:
+                if name not in known:
+                    raise UserError(
+                        f"{what} {name!r}: not in suite {self.name}{nearest(name, known)}: use {', '.join(known)}"
+                    )
+        for seed in range(self.seeds):
+            for task in tasks or self.tasks:
+                for name in rows or self.methods:
+                    method = self.methods[name]
+                    if (seed and not method.get("headline")) or task not in method.get("tasks", self.tasks):
+                        continue
+                    stages = tuple(self._stage(task, stage, seed) for stage in method["stages"])
+                    steps = tuple(method.get("steps", (1, 2, 4)))
+                    yield Plan(task, name, seed, stages, steps, method.get("solver"))
+
+    def _stage(self, task: str, stage: dict[str, Any], seed: int) -> Stage:
+        changes = dict(stage)
+        images = round(self.images * changes.pop("share", 1.0))
+        refers = tuple(key for key in REFERS if changes.get(key) == "previous")
+        recipe = {**self.base, "task": task, "data": self.data, "seed": seed, "images": images}
+        recipe |= self.tasks[task] | {key: value for key, value in changes.items() if key not in refers}
+        if recipe["task"] != task:  # a stage of its own: the options are the benchmark task's
+            recipe["task_options"] = changes.get("task_options", {})
+        return Stage(recipe, refers)
+
+
+def load_suite(name: str | Path) -> Suite:
+    """A YAML file, or the name of a shipped suite. Raises UserError where it is missing or lacks a key."""
+    shipped = SUITES / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    try:
+        told = yaml.safe_load(path.read_text())
+        return Suite(name=path.stem, **told)
+    except OSError as error:
+        known = ", ".join(sorted(p.stem for p in SUITES.glob("*.yaml")))
+        raise UserError(f"{name}: no such suite: give a YAML file or one of {known}") from error
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a suite ({' '.join(str(error).split())}): see the shipped one, mini") from error
