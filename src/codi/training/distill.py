@@ -83,7 +83,7 @@ class DistillJob(Job):
                 raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
         else:
             adapter = form.from_backbone(
-                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.jumps
+                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.asked
             )
             unet = backbone.unet
             if recipe.lora_rank:
@@ -93,8 +93,8 @@ class DistillJob(Job):
         if rank != recipe.lora_rank:
             raise UserError(f"lora_rank {recipe.lora_rank}: {recipe.start} was trained with {rank}: set it so")
         self._require_scales(adapter, recipe.start or "the adapter")
-        if recipe.jumps and adapter.jump is None:
-            raise UserError(f"{recipe.start}: was not trained to jump: start objective decoupled afresh")
+        if recipe.asked and adapter.jump is None:
+            raise UserError(f"{recipe.start}: cannot be asked where the ODE ends: start objective decoupled afresh")
         # A full adapter has a backbone of its own, also one to go on from.
         self.full = recipe.train_backbone or (unet is not backbone.unet and not updates)
         student = Student(unet, adapter)

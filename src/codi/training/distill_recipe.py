@@ -99,7 +99,12 @@ class DistillRecipe(RunSettings):
 
     @property
     def jumps(self) -> bool:
-        """Whether the adapter learns to answer where the ODE ends."""
+        """Whether the adapter learns to answer where the ODE ends, which decides how it is sampled."""
+        return self.objective in ("decoupled", "consistency")
+
+    @property
+    def asked(self) -> bool:
+        """Whether it is told which of two questions to answer."""
         return self.objective == "decoupled"
 
     @property

@@ -1,0 +1,121 @@
+"""`codi benchmark`: what a suite asks for, and a tiny one trained, measured, resumed and reported."""
+
+import json
+
+import pytest
+import yaml
+
+from codi.errors import UserError
+from codi.evaluation.suite import load_suite
+from codi.evaluation.tables import ratio_rows
+from codi.training.distill import DistillRecipe
+from codi.training.recipe import build
+
+MINI = load_suite("mini")
+
+
+def test_every_stage_of_the_shipped_suite_can_be_trained():
+    for plan in MINI.plans():
+        for stage in plan.stages:
+            made = dict.fromkeys(stage.refers, "before")
+            build(DistillRecipe, {**stage.recipe, **made, "out": "out"}, plan.method).validate()
+        assert not plan.stages[0].refers
+
+
+def test_methods_differ_in_what_they_name_alone():
+    """The same data, seed and images in all; the stages of one share the budget."""
+    for plan in MINI.plans():
+        assert sum(stage.recipe["images"] for stage in plan.stages) == pytest.approx(MINI.images, abs=2)
+        for stage in plan.stages:
+            same = {key: stage.recipe[key] for key in ("data", "size", "batch_size", "model", "seed")}
+            assert same == {key: MINI.base.get(key) for key in same} | {"data": MINI.data, "seed": plan.seed}
+
+
+def test_equal_trainings_have_equal_keys():
+    plans = {(plan.method, plan.task, plan.seed): plan for plan in MINI.plans()}
+    ldm, solver = plans["ldm", "depth", 0], plans["ldm/dpm-solver", "depth", 0]
+    gd, cm = plans["gd-ii", "depth", 0], plans["cm-ii", "depth", 0]
+    assert ldm.key() == solver.key() and gd.key(1) == cm.key(1) != ldm.key()
+    assert len({plans[key].key() for key in plans if key[0] in ("ldm", "codi", "decoupled")}) == 3 * 3 * len(MINI.tasks)
+
+
+def test_rows_tasks_and_quick():
+    few = list(MINI.plans(["depth"], ["codi", "lcm"]))
+    assert [(p.method, p.seed) for p in few] == [("codi", 0), ("lcm", 0), ("codi", 1), ("codi", 2)]
+    quick = MINI.quickly()
+    assert quick.images < MINI.images and {p.task for p in quick.plans()} == {"upscale", "depth"}
+    assert next(p for p in quick.plans() if p.method == "ldm").steps == (1, 4, 20)
+    with pytest.raises(UserError, match="row 'cody': not in suite mini"):
+        list(MINI.plans(rows=["cody"]))
+    with pytest.raises(UserError, match="no such suite"):
+        load_suite("maxi")
+
+
+@pytest.fixture(scope="module")
+def tiny_suite(tiny, tmp_path_factory):
+    """Two tasks, methods with one, two and three kinds of stages."""
+    base = {"model": str(tiny.model), "size": 32, "batch_size": 4, "warmup": 4, "preview_every": 1000,
+            "held_out": "scenes:held-out:2", "device": "cpu"}  # fmt: skip
+    told = {
+        "images": 16, "seeds": 2, "count": 4, "data": "scenes:train:64", "held_out": "scenes:held-out:4", "base": base,
+        "tasks": {"upscale": {"task_options": {"degradation": "bicubic"}}, "depth": {}},
+        "methods": {
+            name: {**MINI.methods[name], "steps": [1, 2]}
+            for name in ("ldm", "ldm/dpm-solver++", "gd-i", "cm-ii", "codi", "decoupled")
+        },
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("suite") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(told))
+    return path
+
+
+def test_a_suite_from_scratch_resumes_and_reports(tiny_suite, shell, tmp_path):
+    out = tmp_path / "out"
+    words = ("benchmark", "--suite", tiny_suite, "--out", out, "--tasks", "upscale", "--json")
+    first = shell(*words, "--rows", "ldm,gd-i,decoupled")
+    assert first.code == 0, first.err
+    told = json.loads(first.out)
+    found = {(row["method"], row["steps"], row["seed"]) for row in told["rows"]}
+    assert found == {(m, n, s) for m in ("ldm", "gd-i", "decoupled") for n in (1, 2) for s in (0, 1)} - {
+        ("gd-i", n, 1) for n in (1, 2)
+    }
+    for row in told["rows"]:
+        assert row["task"] == "upscale" and row["images"] == pytest.approx(16, abs=4) and row["seconds"] >= 0
+        assert row["fd"] >= 0 and row["distance"] > 0 and row["latency_ms"] > 0 and row["passes"] > row["images"]
+    runs = sorted((out / "runs").iterdir())
+    changed = {path: (path / "config.json").stat().st_mtime_ns for path in runs}
+    (out / "results.json").write_text(json.dumps(told | {"rows": told["rows"][2:]}))  # the first method's are lost
+    again = shell(*words, "--rows", "ldm,ldm/dpm-solver++")
+    assert again.code == 0, again.err
+    back = json.loads(again.out)["rows"]
+    assert {path: (path / "config.json").stat().st_mtime_ns for path in runs} == changed  # trained once
+    figures = ("method", "steps", "seed", "fd", "distance", "psnr")
+    before, after = ({tuple(row[k] for k in figures) for row in rows} for rows in (told["rows"], back))
+    assert before <= after and {row[0] for row in after} - {row[0] for row in before} == {"ldm/dpm-solver++"}
+    report = (out / "benchmark.md").read_text()
+    assert "## upscale" in report and "| ldm/dpm-solver++ | 2 |" in report and (out / "upscale.png").is_file()
+
+
+def test_out_of_time_is_gone_on_with(tiny_suite, shell, tmp_path):
+    words = ("benchmark", "--suite", tiny_suite, "--out", tmp_path / "out", "--tasks", "depth", "--rows", "cm-ii")
+    stopped = shell(*words, "--minutes", "0.01")
+    assert stopped.code == 0 and "still to run" in stopped.err
+    done = shell(*words, "--json")
+    assert done.code == 0 and {row["method"] for row in json.loads(done.out)["rows"]} == {"cm-ii"}
+
+
+def test_unknown_names_are_bad_usage(shell, tmp_path):
+    shell("benchmark", "--out", tmp_path, "--rows", "cody").failed(2, "cody", "codi")
+    shell("benchmark", "--out", tmp_path, "--suite", "maxi").failed(2, "maxi", "mini")
+    (tmp_path / "results.json").write_text("{")
+    shell("benchmark", "--out", tmp_path, "--report").failed(1, "results.json")
+
+
+def test_ratios_are_medians_over_the_seeds_that_both_have():
+    def row(method, steps, seed, fd):
+        return {"task": "upscale", "method": method, "steps": steps, "seed": seed, "fd": fd, "distance": fd}
+
+    rows = [row("codi", 4, s, fd) for s, fd in enumerate((1.0, 2.0, 4.0))]
+    rows += [row("ldm", 250, s, fd) for s, fd in enumerate((1.0, 1.0))] + [row("ldm", 4, 0, 4.0)]
+    told = {name: here for _, name, here, *_ in ratio_rows(rows)}
+    assert told["fd of codi 4 / ldm 250"] == "1.500" and told["fd of codi 4 / ldm 4"] == "0.250"
