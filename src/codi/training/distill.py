@@ -35,7 +35,18 @@ from .saving import save_adapter
 from .trainer import Job, make_accelerator, train
 
 # Keys that may differ between a run and its continuation: they do not change what is computed before the next image.
-_FREE = {"out", "images", "device", "log_every", "preview_every", "checkpoint_every", "keep", "half", "shift", "max_corrupt"}
+_FREE = {
+    "out",
+    "images",
+    "device",
+    "log_every",
+    "preview_every",
+    "checkpoint_every",
+    "keep",
+    "half",
+    "shift",
+    "max_corrupt",
+}
 _FREE |= {"guidance_scale", "image_guidance_scale"}
 PREVIEW_STEPS = (1, 2, 4)
 
