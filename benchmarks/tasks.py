@@ -19,9 +19,8 @@ scale alone can be matched that way: the picture's is distilled into the few-ste
 As another scale may suit them better, 50 steps are measured at one more: without guidance, or the backbone at
 --guidance.
 
-`ratios` compare each few-step row with the 50-step row of the better FD, so that nothing wins by a weak reference:
-`against` names it; `fd` (times, lower is better), `obedience` (times) or `obedience_db` (more), higher is better,
-`speed` (how many times faster).
+`ratios` compare each few-step row with the 50-step row of the better FD: `against` names it; `fd` (times, lower is
+better), `obedience` (times) or `obedience_db` (more), higher is better, `speed` (how many times faster).
 
 Obedience is what the task measures itself (upscale, canny, edit) or what the scene reader says (inpaint, depth,
 generate; see judges.py); `judge_on_truth` holds the same judge's figures on the true pictures, `judged` how many of

@@ -2,9 +2,7 @@
 
 import io
 import json
-import sys
 import tarfile
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -83,24 +81,11 @@ def refused(call, *words):
 
 
 def serve(monkeypatch, rows, pictures):
-    """Makes the rows what `datasets` loads under any name: by the library itself, or by the least that stands for it.
-    `pictures`: their columns of picture bytes."""
+    """Makes the rows what `datasets` loads under any name. `pictures`: their columns of picture bytes."""
+    import datasets
+
     rows = [{k: {"bytes": v, "path": None} if k in pictures and v else v for k, v in row.items()} for row in rows]
-    try:
-        import datasets
-    except ImportError:
-
-        class Table(list):
-            column_names = list(rows[0])
-
-            def cast_column(self, column, kind):
-                assert column in pictures and kind == {"decode": False}
-                return self
-
-        datasets, table = SimpleNamespace(Image=dict), Table(rows)
-        monkeypatch.setitem(sys.modules, "datasets", datasets)
-    else:
-        table = datasets.Dataset.from_list(rows)
-        for column in pictures:
-            table = table.cast_column(column, datasets.Image())
+    table = datasets.Dataset.from_list(rows)
+    for column in pictures:
+        table = table.cast_column(column, datasets.Image())
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table, raising=False)

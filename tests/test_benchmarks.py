@@ -424,7 +424,7 @@ def test_a_command_says_nothing_of_the_machine(monkeypatch):
 
 
 def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
-    where = {"count": 5, "device": "cpu", "machine": {"cpus": 2}, "command": "python tasks.py"}
+    where = {"count": 5, "device": "cpu", "machine": {"cpus": 2, "threads": 1}, "command": "python tasks.py"}
     rows = [row("pe-codi", n, 11.0, 22.25) for n in (1, 2, 4)] + [row("finetuned", 50, 10.0, 20.0)]
     rows.append(row("finetuned, no guidance", 50, 12.0, None))
     entry = {**where, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "judged": {"depth_db": 5}}
@@ -472,9 +472,10 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     assert "| depth | pe-codi | 4 | 11.0 | 0.5000 | 22.2 | 40 |" in text
     assert "| depth | finetuned, no guidance | 50 | 12.0 | 0.5000 | - | 500 |" in text
     ratios = "x1.10 · +2.2 dB · x50 | x1.10 · +2.2 dB · x25 | x1.10 · +2.2 dB · x12"
-    assert f"| depth | pe-codi | 5,000 | 3.1 | finetuned | {ratios} |" in text
-    assert "| canny | pe-codi | 5,000 | 3.1 | finetuned | x1.10 · x0.89 · x12 |" in text
-    assert "on 2 CPU cores or H100." in text and text.count("`python tasks.py`") == text.count("`python gpu.py`") == 1
+    assert f"| depth | pe-codi | 5,000 | 3.1 | finetuned | {ratios} | missed: FD |" in text
+    assert "| canny | pe-codi | 5,000 | 3.1 | finetuned | x1.10 · x0.89 · x12 | missed: FD, obedience |" in text
+    assert "on 1 of 2 CPU cores or H100." in text
+    assert text.count("`python tasks.py`") == text.count("`python gpu.py`") == 1
     assert text.count("(3 of the scenes ask for any)") == 2 and "colour 50.0% (25.0%)" in text
     assert "| inpaint + 1 depth | 4 | 9.0 | 50% | 17.0 |" in text
     assert "| 1 to 4 | 50% (50%) |" in text

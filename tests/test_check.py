@@ -1,6 +1,7 @@
 """`codi data check`: what a data set holds is counted rightly, and exit code 1 means that training would fail."""
 
 import json
+import tarfile
 from types import SimpleNamespace
 
 import cv2
@@ -99,6 +100,25 @@ def test_copies_are_found(tmp_path):
     assert found.duplicates == [["d.png", "e.png"]]
     assert [sorted(group) for group in found.near_duplicates] == [["a.png", "b.jpg", "c.png"]]
     assert found.faults() == []
+
+
+def test_what_is_left_out_is_told(rendered, tmp_path, shell):
+    """A picture that no line names; a caption in a tar without its picture. Neither is a fault."""
+    rows = rows_of(rendered)
+    (rendered / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    lost = [rows[0][key] for key in ("file_name", "conditioning_image", "mask", "edited_image")]
+    found = check_data(rendered, ("mask",), size=32)
+    assert found.unused == sorted(lost) and found.faults() == [] and found.images == 5
+    ran = shell("data", "check", rendered, "--task", "inpaint", "--size", "32")
+    assert (
+        ran.code == 0
+        and f"4 left out, without a line in metadata.jsonl or a picture in the tar: {min(lost)}" in ran.out
+    )
+    shard(rendered, tmp_path / "x.tar", rows[1:3])
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        tar.add(rendered / "metadata.jsonl", "alone.txt")
+    assert check_data(tmp_path / "x.tar", size=32).unused == ["x.tar: alone"]
+    assert check_data("scenes:train", size=32, count=2).unused == []
 
 
 def test_near_hashes_are_linked_and_no_others():

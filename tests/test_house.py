@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,21 +140,38 @@ def test_the_map_of_the_rooms_is_complete():
     assert {name for name in named if not (ROOT / "tests" / name).is_file()} == set()
 
 
-def readme_commands() -> str:
-    """The shell lines of README's code blocks."""
-    return "\n".join(re.findall(r"```(?:bash|sh|shell|console)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def readme_commands() -> list[str]:
+    """The shell lines of README: those that are set in by four spaces, without their remarks."""
+    lines = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S), re.M)
+    return [re.sub(r"\s#.*", "", line).strip() for line in lines]
 
 
 def test_readme_names_only_targets_that_exist():
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
     assert {"setup", "demo", "test"} <= targets
-    named = set(re.findall(r"^\s*(?:\$ )?make ([a-z][a-z-]*)", readme_commands(), re.M))
-    assert named <= targets
+    named = [line.split()[1] for line in readme_commands() if line.startswith("make ")]
+    assert named == ["demo", "test"] and set(named) <= targets
+
+
+def test_readme_s_commands_have_the_flags_that_it_shows():
+    from typer.main import get_command
+
+    from codi.apps.cli import app
+
+    shown = [line.split() for line in readme_commands() if line.startswith(".venv/bin/codi ")]
+    assert len(shown) >= 9
+    known: Any = get_command(app)
+    for _, name, *words in shown:
+        command = known.commands[name]
+        if hasattr(command, "commands"):
+            command = command.commands[words[0]]
+        flags = {flag for parameter in command.params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= flags, " ".join([name, *words])
 
 
 def test_readme_names_only_recipes_that_exist():
-    named = set(re.findall(r"(?:^|\s)((?:src/codi/)?recipes/[\w./-]+\.yaml)", readme_commands()))
-    assert sorted(name for name in named if not (ROOT / name).is_file()) == []
+    named = re.findall(r"codi distill ([a-z][a-z0-9-]*)(?=[ `])", (ROOT / "README.md").read_text())
+    assert named and {name for name in named if not (PACKAGE / "recipes" / f"{name}.yaml").is_file()} <= {"my-depth"}
 
 
 def test_nothing_of_one_machine_is_in_the_repo():

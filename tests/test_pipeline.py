@@ -313,3 +313,15 @@ def test_what_no_picture_can_be_made_from(pipe, task, arguments, words):
 def test_an_unknown_task(folder):
     with pytest.raises(UserError, match="did you mean 'depth'"):
         CoDiPipeline.from_pretrained(folder / "model", task="dept")
+
+
+def test_a_picture_much_larger_than_the_model_s_own_is_warned_of(pipe):
+    """But for upscaling, which has tiles."""
+    pipe.set_adapters("edit")
+    with pytest.warns(UserWarning, match=r"picture of 128 x 96 px: this model was trained at 32: .* smaller first"):
+        pipe(image=rand(3, 96, 128), prompt="make it blue", steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(image=rand(3, 96, 96), prompt="make it blue", steps=1)
+        pipe.set_adapters("upscale")
+        pipe(image=rand(3, 40, 48), steps=1)

@@ -60,6 +60,18 @@ def test_of_a_photo_with_parts_erased_those_are_made_new(tmp_path: Path):
         read_mask(save(np.dstack([photo, HALF * 0]), tmp_path / "photo.png"), (12, 16))
 
 
+def test_a_grey_picture_is_no_mask_without_a_word(tmp_path: Path):
+    """Of a photo without colours: taken at its half, with a warning; a mask with soft edges goes without one."""
+    grey = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
+    with pytest.warns(UserWarning, match="mask.png: is grey rather than black and white"):
+        mask = read_mask(save(grey, tmp_path / "mask.png"), (12, 16))
+    assert torch.equal(mask[0], torch.from_numpy((grey > 127).astype(np.float32)))
+    soft = np.repeat(np.array([0] * 7 + [90, 170] + [255] * 7, np.uint8)[None], 12, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_mask(save(soft, tmp_path / "mask.png"), (12, 16))
+
+
 @pytest.mark.parametrize("value", [0, 255])
 def test_a_mask_file_may_cover_everything_or_nothing(value: int, tmp_path: Path):
     with warnings.catch_warnings():

@@ -192,7 +192,7 @@ def test_every_task_distils(tiny_run, tmp_path, task):
     """Two updates on rendered scenes, by the shared backbone's form; the adapter that comes out loads and counts."""
     run = replace(
         tiny_run, out=str(tmp_path / task), task=task, data="scenes:train:8", held_out="scenes:held-out:2", images=4,
-        degradation=None, train_backbone=False, lora_rank=2, half=True, **OF_TASKS[task],
+        degradation=None, train_backbone=False, lora_rank=2, half=True, **OF_TASKS.get(task, {}),
     )  # fmt: skip
     out, backbone = distill(run, quiet=True), load_backbone(tiny_run.model)
     adapter, unet = load_adapter(out, task, backbone.family, backbone.unet)

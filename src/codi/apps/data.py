@@ -230,6 +230,11 @@ def _lines(report: DataReport, task: Task, size: int) -> list[str]:
     if report.too_small:
         names = ", ".join(report.too_small[:3])
         lines.append(f"{len(report.too_small):,} smaller than {size} px would be enlarged, which teaches blur: {names}")
+    if report.unused:
+        names = ", ".join(report.unused[:3])
+        lines.append(
+            f"{len(report.unused):,} left out, without a line in metadata.jsonl or a picture in the tar: {names}"
+        )
     for groups, what in ((report.duplicates, "the same file"), (report.near_duplicates, "look alike")):
         if groups:
             number = sum(map(len, groups))

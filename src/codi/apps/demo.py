@@ -90,9 +90,10 @@ def tour(
     from ..data.writing import check_writable
     from ..evaluation.evaluate import describe_machine
     from ..evaluation.report import write_json
+    from ..tasks import TASKS
     from . import gallery, page
     from .lesson import lesson
-    from .show import ABOUT, FEW, Show
+    from .show import FEW, Show
 
     began = time.perf_counter()
     check_writable(out / "gallery.png", overwrite=True)
@@ -131,7 +132,7 @@ def tour(
     for section in (show.guidance(samples[:FEW]), show.composition(samples[:FEW])):
         if section:
             add(section)
-    gallery.overview([s for s in told["sections"] if s["name"] in ABOUT], out / "gallery.png")
+    gallery.overview([s for s in told["sections"] if s["name"] in TASKS], out / "gallery.png")
     for name, why in show.skipped.items():
         say(f"skipped {name}: {why}")
     if minutes:

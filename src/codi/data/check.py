@@ -63,6 +63,8 @@ class DataReport:
     corrupt: list[CorruptSample] = field(default_factory=list)
     too_small: list[str] = field(default_factory=list)
     """Would have to be enlarged to the training size, which teaches blur."""
+    unused: list[str] = field(default_factory=list)
+    """There, but no sample: pictures that metadata.jsonl does not name, members of a tar without a picture."""
     duplicates: list[list[str]] = field(default_factory=list)
     """Groups of the same bytes."""
     near_duplicates: list[list[str]] = field(default_factory=list)
@@ -123,6 +125,7 @@ def check_data(
     count = SCENES if count is None and isinstance(source, SceneSource) else count
     looked = len(source) if count is None else min(count, len(source))
     report = DataReport(source.describe(), len(source), looked, columns={c: ColumnReport() for c in columns})
+    report.unused = source.unused() if isinstance(source, PictureSource) else []
     looks: list[_Look] = []
     for found in _looks(source, looked, size):
         if isinstance(found, _Look):

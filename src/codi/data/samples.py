@@ -81,6 +81,11 @@ class PictureSource(ABC):
     def row(self, index: int) -> Row:
         """The undecoded sample. Raises OSError or ValueError where it cannot be had."""
 
+    def unused(self) -> list[str]:
+        """What lies there and is no sample, by name: pictures that no line of metadata.jsonl names, captions and masks
+        of a tar without their picture."""
+        return []
+
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:

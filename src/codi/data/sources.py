@@ -77,6 +77,11 @@ def _words(row: dict[str, Any], key: str, where: str) -> str:
     return value or ""
 
 
+def _pictures(folder: Path) -> list[Path]:
+    """Those below it, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
 class FolderSource(PictureSource):
     """A folder of pictures. With metadata.jsonl (anywhere in it; names are relative to it) its lines are the list, in
     their order; without, every picture below the folder, sorted, with text ""."""
@@ -92,8 +97,7 @@ class FolderSource(PictureSource):
                 raise UserError(
                     f"{folder}: no metadata.jsonl, so no {columns[0]}: add one with a line for each picture"
                 )
-            found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-            self._rows = [(p, "", "", {}) for p in sorted(found)]
+            self._rows = [(p, "", "", {}) for p in _pictures(folder)]
         if not self._rows:
             raise UserError(f"{folder}: no pictures in it: put {', '.join(SUFFIXES)} files there")
 
@@ -121,6 +125,17 @@ class FolderSource(PictureSource):
             image = files.pop("file_name")
             yield image, _words(row, "text", where), _words(row, "instruction", where), files
 
+    def unused(self) -> list[str]:
+        rows = [
+            (path.parent, json.loads(line))
+            for path in self.metadata
+            for line in path.read_bytes().splitlines()
+            if line.strip()
+        ]
+        named = {folder / value for folder, row in rows for value in row.values() if isinstance(value, str)}
+        found = _pictures(self.folder) if self.metadata else []
+        return [str(path.relative_to(self.folder)) for path in found if path not in named]
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -145,12 +160,14 @@ class TarSource(PictureSource):
     ) -> None:
         self.spec, self.shards, self.columns = spec, list(shards), (*columns, *optional)
         self._groups: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []  # shard, key, extension -> offset, bytes
+        self._strays: list[str] = []
         suffixes = [s[1:] for s in SUFFIXES]
         for shard in self.shards:
             for key, members in self._index(shard).items():
                 named = {c: next((f"{c}.{s}" for s in suffixes if f"{c}.{s}" in members), "") for c in self.columns}
                 image = next((s for s in suffixes if s in members), None)
                 if image is None:
+                    self._strays.append(f"{shard.name}: {key}")
                     continue
                 for column in columns:
                     if not named[column]:
@@ -179,6 +196,9 @@ class TarSource(PictureSource):
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    def unused(self) -> list[str]:
+        return list(self._strays)
 
     def describe(self) -> str:
         return f"{self.spec}: {len(self):,} pictures in {len(self.shards)} tar file{'s' * (len(self.shards) > 1)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,7 @@ from .tiles import Tiles
 from .tiling import mirror_pad
 
 OUTPUTS = ("pil", "np", "pt", "latent")
+LARGE = 3  # times the size that the backbone was trained at: beyond it users are warned, but for tiled upscaling
 
 
 class CoDiPipeline(DiffusionPipeline):
@@ -235,6 +237,9 @@ class CoDiPipeline(DiffusionPipeline):
             tiles = Tiles.choose(tile, one, tasks[name].scale, f, max(own))
         elif tile:
             raise UserError(f"tile {tile}: tiles are for upscaling alone: leave it out")
+        elif tasks and max(high, wide) > LARGE * max(own):
+            warnings.warn(f"picture of {wide} x {high} px: this model was trained at {max(own)}: what it makes may not "
+                          "hold together, and takes long: make the picture smaller first", stacklevel=1)  # fmt: skip
         if tiles and output_type == "latent":
             raise UserError("output_type 'latent': tiles have none in common: pass tile=0, or another type")
 

@@ -18,6 +18,7 @@ from ..errors import UserError
 
 KINDS = ("boxes", "strokes", "objects", "outpaint")
 EVERYTHING = 0.05  # share of masks that cover all: then the prompt alone decides
+GREY = 0.25  # share of grey pixels above which a mask file is odd: soft edges have less
 NOTHING = 0.01  # share that cover nothing: then the picture must come back
 
 
@@ -141,6 +142,10 @@ def _marks(picture: Picture) -> Tensor:
     if 0 < (top := float(bright.max())) <= 0.5:
         warnings.warn(f"{picture.path}: has no white: took what is brighter than {top / 2:.3g} of 1", stacklevel=3)
         cut = top / 2
+    elif float(((bright > 0.1) & (bright < 0.9)).float().mean()) > GREY:
+        warnings.warn(
+            f"{picture.path}: is grey rather than black and white: took what is brighter than half", stacklevel=3
+        )
     return bright > cut
 
 
