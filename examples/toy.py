@@ -9,9 +9,9 @@ everything can be looked at.
 Noise z_t = alpha_t x + sigma_t eps with alpha = cos t, sigma = sin t, t from 0 (clean) to pi / 2 (noise). The network
 predicts the velocity v = alpha eps - sigma x; the signal it means is x_hat = alpha z - sigma v.
 
-Why few steps are hard. Trained with the data term |x - x_hat|^2 the best x_hat is the conditional MEAN E[x | z_t, c]: at
-t = pi / 2, where z says nothing, that is the centre of all allowed blobs, where no data lie. A one-step sampler returns
-just that. A few-step sampler wants x_hat to be a SAMPLE: the end of the path through z_t. One output cannot be both:
+Why few steps are hard. Trained with the data term |x - x_hat|^2 the best x_hat is the conditional MEAN E[x | z_t, c]:
+at t = pi / 2, where z says nothing, that is the centre of all allowed blobs, where no data lie. A one-step sampler
+returns just that. A few-step sampler wants x_hat to be a SAMPLE: the end of the path through z_t. One output cannot be both:
 that is the tension in CoDi's loss, data term plus consistency, and what `decoupled` takes apart by asking the network
 two questions.
 """
@@ -55,7 +55,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Look:
-    """What the network sees besides z and t: `c` the condition (-1: none), `jump` which question is asked (decoupled)."""
+    """What the network sees besides z and t: `c` the condition (-1: none), `jump` which question is asked."""
 
     c: Tensor
     jump: Tensor | None = None
@@ -196,8 +196,10 @@ def methods(updates: int) -> dict[str, tuple[Net, Callable[..., Tensor]]]:
 def fixed_points(dt: float = 1e-4) -> list[tuple[str, list[float]]]:
     r"""Data N(m, s^2) in one dimension. Two candidates for x_hat:
 
-        straight coupling   x = m + s eps, so z = alpha x + sigma (x - m) / s:   x = m + s (z - alpha m) / (alpha s + sigma)
-        end of the ODE      z - alpha m keeps its quantile along the flow:       x = m + s (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2)
+        straight coupling   x = m + s eps, so that z = alpha x + sigma (x - m) / s:
+                            x = m + s (z - alpha m) / (alpha s + sigma)
+        end of the ODE      (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2) never changes along the flow:
+                            x = m + s (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2)
 
     Each is put where the student is, and the consistency error after one small step is measured, for z_s made by the
     student's own step or by that of the true denoiser, and compared as noise or as signal. 0 means a fixed point:

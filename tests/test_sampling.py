@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codi.models.adapter import FORMS, FusedAdapter, LoraAdapter
 from codi.models.student import Conditioning, Student
-from codi.sampling.sampler import sample, initial_noise, predict, time_grid
+from codi.sampling.sampler import initial_noise, predict, sample, time_grid
 from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
 from codi.training import ema
 from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_scheduler, tiny_unet, tiny_vae

@@ -1,4 +1,4 @@
-"""`codi benchmark`: trains and measures the rows of a suite, one after the other, and writes tables and plots of them."""
+"""`codi benchmark`: trains and measures the rows of a suite, one after the other; tables and plots of them."""
 
 from __future__ import annotations
 

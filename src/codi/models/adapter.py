@@ -45,9 +45,9 @@ def _feature_widths(config: dict[str, Any]) -> list[int]:
 
 class _Form(ModelMixin, ConfigMixin):
     """What the forms share. Arguments of all of them: `unet`, the backbone U-Net's config; `condition_channels`, 3 for
-    a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in; `jumps`, whether it
-    can be asked where the ODE ends; `info`, what the adapter is (task, steps, backbone family, recipe, metrics), kept in
-    config.json."""
+    a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in; `jumps`, whether
+    it can be asked where the ODE ends; `info`, what the adapter is (task, steps, backbone family, recipe, metrics),
+    kept in config.json."""
 
     config_name = "config.json"
     guidance: GuidanceEmbedding | None

@@ -192,15 +192,14 @@ def unet_up(unet: UNet2DConditionModel, features: list[Tensor], embedding: Tenso
 
 
 def with_unet(model: str | Path, unet: Path, out: Path) -> Path:
-    """Writes to `out` the checkpoint `model` with the U-Net in the folder `unet` (of a full adapter): a Stable Diffusion
-    folder. Returns `out`; what is there already stays."""
+    """Writes to `out` the checkpoint `model` with the U-Net in the folder `unet` (of a full adapter), as a Stable
+    Diffusion folder. Returns `out`; what is there already stays."""
     if not (out / "model_index.json").is_file():
         b = load_backbone(model)
         b.unet = UNet2DConditionModel.from_pretrained(unet, torch_dtype=b.unet.dtype)  # type: ignore[assignment]
-        parts: Any = {name: getattr(b, name) for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
-        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        parts: Any = {**vars(b), "safety_checker": None, "feature_extractor": None}
         temporary = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        pipe.save_pretrained(temporary)
+        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(temporary)
         temporary.rename(out)
     return out

@@ -45,11 +45,11 @@ def decoupled(
 ) -> dict[str, Tensor]:
     """Named losses {"consistency", "signal"} of one batch, whose conditioning has a field `jump`.
 
-    `student` trains; the answer at z_s is its own, without gradient: an average network's carries the boundary's to
-    high noise more slowly than a short training has time for. `target`, the average, serves guidance. `dt` and `dt_end` in schedule time (levels of T for a checkpoint), the
-    consistency's step at the start and the end of the training, geometric in between (`batch.progress`); whole where
-    `dt` is. `shared_t`: one time for the whole batch. Both terms weigh noise levels as a velocity network's own
-    loss does. `t`: fixed times instead of drawn ones.
+    `student` trains; the answer at z_s is its own, without gradient: an average network's would carry the boundary's
+    answer to high noise more slowly than a short training has time for. `target`, the average, serves guidance. `dt`
+    and `dt_end` in schedule time (levels of T for a checkpoint): the consistency's step at the start and the end of the
+    training, geometric in between (`batch.progress`); whole where `dt` is. `shared_t`: one time for the whole batch.
+    Both terms weigh noise levels as a velocity network's own loss does. `t`: fixed times instead of drawn ones.
     """
     x, c = batch.x, prepared(student, batch.conditioning)
     t = schedule.draw(len(x), schedule.least, shared_t, generator) if t is None else t

@@ -1,4 +1,4 @@
-"""diffusers' own solvers on an adapted model: what a user brings as the pipeline's scheduler, and the paper's baselines."""
+"""diffusers' own solvers on an adapted model: the paper's baselines."""
 
 from __future__ import annotations
 

@@ -237,8 +237,8 @@ class DistillJob(Job):
         adapter.register_to_config(
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
-                "family": self.family, "backbone": self.trained_on, "full": self.full, "jumps": self.recipe.jumps, **told,
-                "images": progress.images, "finished": progress.images >= self.recipe.images,
+                "family": self.family, "backbone": self.trained_on, "full": self.full, **told,
+                "jumps": self.recipe.jumps, "images": progress.images, "finished": progress.images >= self.recipe.images,
                 "seconds": round(progress.seconds), "recipe": recipe, "metrics": figures,
             }
         )  # fmt: skip
