@@ -10,10 +10,10 @@ Noise z_t = alpha_t x + sigma_t eps with alpha = cos t, sigma = sin t, t from 0 
 predicts the velocity v = alpha eps - sigma x; the signal it means is x_hat = alpha z - sigma v.
 
 Why few steps are hard. Trained with the data term |x - x_hat|^2 the best x_hat is the conditional MEAN E[x | z_t, c]:
-at t = pi / 2, where z says nothing, that is the centre of all allowed blobs, where no data lie. A one-step sampler
-returns just that. A few-step sampler wants x_hat to be a SAMPLE: the end of the path through z_t. One output cannot be both:
-that is the tension in CoDi's loss, data term plus consistency, and what `decoupled` takes apart by asking the network
-two questions.
+at t = pi / 2, where z says nothing, that is the centre of all allowed blobs, where no data lie, and a one-step sampler
+returns just that. A few-step sampler wants x_hat to be a SAMPLE: the end of the path through z_t. One output cannot be
+both: that is the tension in CoDi's loss, data term plus consistency, and what `decoupled` takes apart by asking the
+network two questions.
 """
 
 from __future__ import annotations
