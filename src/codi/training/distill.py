@@ -239,7 +239,8 @@ class DistillJob(Job):
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
                 "family": self.family, "backbone": self.trained_on, "full": self.full, **told,
                 "jumps": self.recipe.jumps, "images": progress.images,
-                "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds), "recipe": recipe, "metrics": figures,
+                "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds),
+                "recipe": recipe, "metrics": figures,
             }
         )  # fmt: skip
         save_adapter(out, adapter, self.average.unet, self.full, half=self.recipe.half)
