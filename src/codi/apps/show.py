@@ -40,7 +40,7 @@ SECONDS = 150  # of sampling that a tour may take, photographs and training asid
 FEW = 3  # rows of the sections on composition and guidance
 
 
-def about(task: str) -> tuple[str, str]:
+def introduced(task: str) -> tuple[str, str]:
     """Of ABOUT; for a task that is not in it yet, what its own docstring says."""
     return ABOUT.get(task, ("given", str(TASKS[task].__doc__).split("\n\n")[0]))
 
@@ -102,7 +102,7 @@ class Show:
     def task(self, name: str, samples: list[Sample]) -> Section:
         """The section of one task: 1, 2 and 4 steps, many steps, the truth."""
         many = self._many(name)
-        return self._section(name, name, name.capitalize(), about(name), samples, many)
+        return self._section(name, name, name.capitalize(), introduced(name), samples, many)
 
     def photographs(self, titles: Mapping[str, str]) -> Section | None:
         """Upscaling of what the model was not trained on, in few steps; None without any photograph."""
@@ -191,7 +191,7 @@ class Show:
         task = self.pipe.tasks[name]
         what = subject(task, name, samples, self.seed)
         ways = [Way(f"guidance-{g:g}", f"guidance {g:g}", (name,), 4, g) for g in scales[name]]
-        columns = ({"given": about(name)[0]} if "given" in what.shown else {}) | {w.key: w.heading for w in ways}
+        columns = ({"given": introduced(name)[0]} if "given" in what.shown else {}) | {w.key: w.heading for w in ways}
         section = Section(
             "guidance", "Guidance in one pass",
             f"How closely the prompt is followed, by the {name} adapter in 4 steps. The scale is an input of the "
@@ -221,7 +221,7 @@ class Show:
         prompts = one.prompts if any(one.prompts) else two.prompts
         what = Subject(one.names, one.titles, prompts, one.given | two.given, shown, one.batch)
         ways = [*(Way(f"only-{n}", f"{n} alone", (n,), 4) for n in pair), Way("both", "both", tuple(pair), 4)]
-        columns = {f"given-{n}": about(n)[0] for n in pair} | {w.key: w.heading for w in ways} | {"truth": "truth"}
+        columns = {f"given-{n}": introduced(n)[0] for n in pair} | {w.key: w.heading for w in ways} | {"truth": "truth"}
         about = "Two adapters on one backbone, each with a condition of its own, in 4 steps."
         title = f"{pair[0].capitalize()} and {pair[1]} at once"
         section = Section("composition", title, about, [ways[1].key, "both"], columns)
