@@ -277,7 +277,7 @@ def ratios(rows: list[dict[str, Any]], decibels: bool) -> dict[str, dict[str, di
     key = "obedience_db" if decibels else "obedience"
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if row["method"] in {reference["method"] for reference in references}:
+        if row["method"] in {reference["method"] for reference in references} or row["steps"] == 0:  # 0: no model
             continue
         few, best = row["obedience"], many["obedience"]
         obedience = None if best is None else few - best if decibels else few / best if best else None

@@ -86,8 +86,8 @@ def make_adapter(
 
 def picture(path: Path, width: int = 7, height: int = 5, mode: str = "RGB", seed: int = 0) -> Path:
     """A file of noise."""
-    bands = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
+    bands = {"1": (), "L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, *bands), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels > 127 if mode == "1" else pixels).save(path)
     return path

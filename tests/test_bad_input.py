@@ -198,7 +198,7 @@ def adapters(tiny, tmp_path_factory) -> dict[str, Models]:
 @pytest.fixture
 def command(adapters, tmp_path):
     """The words of a task's command, with the files that it reads."""
-    files = {"IN": picture(tmp_path / "in.png", 12, 8, mode="L"), "MASK": picture(tmp_path / "mask.png", 12, 8, "L")}
+    files = {"IN": picture(tmp_path / "in.png", 12, 8, mode="L"), "MASK": picture(tmp_path / "mask.png", 12, 8, "1")}
 
     def words(task: str, *more: object, **other: Path) -> tuple[object, ...]:
         found = [{**files, **other}.get(word, word) for word in TASKS[task]]

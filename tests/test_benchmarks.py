@@ -402,6 +402,7 @@ def row(method, steps, fd, obedience, **more):
 
 def test_ratios_compare_few_steps_with_the_better_of_the_many_step_rows():
     rows = [row("pe-codi", 4, 11.0, 0.9), row("codi", 1, 5.0, 0.3), row("finetuned", 4, 3.0, 0.1)]
+    rows.append(row("bicubic", 0, 30.0, None))  # no model: nothing to compare
     many = [row("finetuned", 50, 20.0, 0.9), row("finetuned, no guidance", 50, 10.0, 0.6)]
     against = {"against": "finetuned, no guidance"}
     assert task_figures.ratios(rows + many, decibels=False) == {
