@@ -201,7 +201,7 @@ def test_libraries_are_told_to_be_quiet(monkeypatch):
 
 
 def test_step_counts():
-    assert evaluate.parse_steps("4, 1,4") == (4, 1)
+    assert common.parse_steps("4, 1,4") == (4, 1)
     for wrong in ("", "0", "1,x", "-1", "1001", "1.5"):
         with pytest.raises(common.BadUsage):
-            evaluate.parse_steps(wrong)
+            common.parse_steps(wrong)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .common import Device, Json, Minutes, hide_loading_bars, print_json, progress, usage, watched, working
+from .common import Device, Json, Minutes, hide_loading_bars, parse_steps, print_json, progress, usage, watched, working
 
 if TYPE_CHECKING:
     from ..evaluation.suite import Plan, Suite
@@ -25,6 +25,9 @@ def benchmark(
     out: Annotated[Path, typer.Option(help="Folder of trainings, results.json, tables and plots.")] = Path("benchmark"),
     rows: Annotated[str | None, typer.Option(help="Methods to run, by comma; all by default.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks to run, by comma; all by default.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Step counts to measure, by comma; each row's own by default.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Everything small: about 15 minutes on two cores.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Run nothing: tables and plots of what is there.")] = False,
     minutes: Minutes = None,
@@ -40,19 +43,20 @@ def benchmark(
         with usage():
             chosen = load_suite(suite)
             chosen = chosen.quickly() if quick else chosen
-            plans = list(chosen.plans(_words(tasks), _words(rows)))
+            plans = list(chosen.plans(_words(tasks), _words(rows), parse_steps(steps) if steps else ()))
     deadline = time.monotonic() + 60 * minutes if minutes else None
     results = _Results(out / RESULTS, chosen)
     for number, plan in enumerate([] if report else plans):
-        if results.has(plan) or (deadline and time.monotonic() > deadline):
+        steps_left = results.missing(plan)
+        if not steps_left or (deadline and time.monotonic() > deadline):
             continue
         if watched():
             print(f"{number + 1}/{len(plans)} {plan.task}, {plan.method}, seed {plan.seed}", file=sys.stderr)
         folders = _trained(plan, out, device, deadline)
         if folders is None:  # out of time, with a checkpoint
             break
-        results.add(plan, _measured(plan, chosen, folders, device))
-    missing = [plan for plan in plans if not results.has(plan)]
+        results.add(plan, _measured(plan, steps_left, chosen, folders, device))
+    missing = [plan for plan in plans if results.missing(plan)]
     write_report(results.told, out)
     if missing:
         print(f"{len(missing)} of {len(plans)} rows are still to run: the same command goes on", file=sys.stderr)
@@ -75,20 +79,21 @@ class _Results:
             raise UserError(f"{path}: not JSON ({error}): move it away, or mend it") from error
         self.told |= {"suite": suite.name, "images": suite.images, "count": suite.count, "held_out": suite.held_out}
 
-    def has(self, plan: Plan) -> bool:
-        """Whether every step count of it was measured, with the training that the suite asks for today."""
-        return set(plan.steps) <= {row["steps"] for row in self._of(plan) if row["training"] == plan.key()}
+    def missing(self, plan: Plan) -> tuple[int, ...]:
+        """The step counts of it that were not measured yet with the training that the suite asks for today."""
+        there = {row["steps"] for row in self.told["rows"] if self._same(plan, row) and row["training"] == plan.key()}
+        return tuple(n for n in plan.steps if n not in there)
 
     def add(self, plan: Plan, rows: list[dict[str, Any]]) -> None:
+        """Puts `rows` in; those of an earlier training of the same plan go."""
         from ..evaluation.report import write_json
 
-        old = self._of(plan)
-        self.told["rows"] = [row for row in self.told["rows"] if row not in old] + rows
+        kept = [row for row in self.told["rows"] if not self._same(plan, row) or row["training"] == plan.key()]
+        self.told["rows"] = kept + rows
         write_json(self.told, self.path)
 
-    def _of(self, plan: Plan) -> list[dict[str, Any]]:
-        mine = (plan.task, plan.method, plan.seed)
-        return [row for row in self.told["rows"] if (row["task"], row["method"], row["seed"]) == mine]
+    def _same(self, plan: Plan, row: dict[str, Any]) -> bool:
+        return (row["task"], row["method"], row["seed"]) == (plan.task, plan.method, plan.seed)
 
 
 def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list[Path] | None:
@@ -120,8 +125,10 @@ def _finished(folder: Path) -> bool:
     return config.is_file() and json.loads(config.read_text())["info"]["finished"]
 
 
-def _measured(plan: Plan, suite: Suite, folders: list[Path], device: str) -> list[dict[str, Any]]:
-    """A row a step count."""
+def _measured(
+    plan: Plan, steps: tuple[int, ...], suite: Suite, folders: list[Path], device: str
+) -> list[dict[str, Any]]:
+    """A row for each of `steps`."""
     from dataclasses import asdict
 
     from ..data.sources import open_source
@@ -138,7 +145,7 @@ def _measured(plan: Plan, suite: Suite, folders: list[Path], device: str) -> lis
     with progress("pictures") as bar:
         line = bar.add_task(f"{plan.task}, {plan.method}", total=None)
         results = evaluate(
-            [pipeline_method(pipe, plan.steps, plan.method)],
+            [pipeline_method(pipe, steps, plan.method)],
             task,
             open_source(suite.held_out, task.columns),
             suite.count,

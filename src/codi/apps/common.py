@@ -143,6 +143,14 @@ def hide_loading_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def parse_steps(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4). Raises BadUsage for anything but whole numbers from 1 to 1000."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and 1 <= int(word) <= 1000 for word in words):
+        raise BadUsage(f"--steps {text}: not step counts: write whole numbers from 1 to 1000, such as 1,2,4")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
 def choose_device(device: str) -> str:
     """auto, cpu or cuda -> cpu or cuda. Raises UserError for cuda where there is none."""
     import torch

@@ -22,6 +22,7 @@ from .common import (
     Seed,
     check_seed,
     load_pipeline,
+    parse_steps,
     print_json,
     progress,
     usage,
@@ -144,14 +145,6 @@ def evaluate(
 
         width = None if sys.stdout.isatty() else WIDTH
         Console(width=width, emoji=False, markup=False).print(rich_table(results))  # names are no markup
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """ "1,2,4" -> (1, 2, 4). Raises BadUsage for anything but whole numbers from 1 to 1000."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and 1 <= int(word) <= 1000 for word in words):
-        raise BadUsage(f"--steps {text}: not step counts: write whole numbers from 1 to 1000, such as 1,2,4")
-    return tuple(dict.fromkeys(int(word) for word in words))
 
 
 def _recipe(name: str) -> Any:

@@ -68,8 +68,9 @@ class Suite:
         kept = {task: self.tasks[task] for task in tasks}
         return Suite(**{**vars(self), **changes, "tasks": kept, "methods": methods})
 
-    def plans(self, tasks: Sequence[str] = (), rows: Sequence[str] = ()) -> Iterator[Plan]:
-        """All of them, or those of these tasks and methods; first seeds first, so that tables fill up evenly.
+    def plans(self, tasks: Sequence[str] = (), rows: Sequence[str] = (), steps: Sequence[int] = ()) -> Iterator[Plan]:
+        """All of them, or those of these tasks and methods at these of their step counts; first seeds first, so that
+        tables fill up evenly.
 
         Raises UserError for a name that the suite does not have.
         """
@@ -85,19 +86,20 @@ class Suite:
                     method = self.methods[name]
                     if (seed and not method.get("headline")) or task not in method.get("tasks", self.tasks):
                         continue
-                    stages = tuple(self._stage(task, stage, seed) for stage in method["stages"])
-                    steps = tuple(method.get("steps", (1, 2, 4)))
-                    yield Plan(task, name, seed, stages, steps, method.get("solver"))
+                    stages = tuple(self._stage(task, *told, seed) for told in enumerate(method["stages"]))
+                    measured = tuple(n for n in method.get("steps", (1, 2, 4)) if not steps or n in steps)
+                    if measured:
+                        yield Plan(task, name, seed, stages, measured, method.get("solver"))
 
-    def _stage(self, task: str, stage: dict[str, Any], seed: int) -> Stage:
+    def _stage(self, task: str, number: int, stage: dict[str, Any], seed: int) -> Stage:
         changes = dict(stage)
         images = round(self.images * changes.pop("share", 1.0))
         refers = tuple(key for key in REFERS if changes.get(key) == "previous")
-        recipe = {**self.base, "task": task, "data": self.data, "seed": seed, "images": images}
-        recipe |= self.tasks[task] | {key: value for key, value in changes.items() if key not in refers}
-        if recipe["task"] != task:  # a stage of its own: the options are the benchmark task's
-            recipe["task_options"] = changes.get("task_options", {})
-        return Stage(recipe, refers)
+        named = {key: value for key, value in changes.items() if key not in refers}
+        recipe = {**self.base, "task": task, "data": self.data, "images": images}
+        recipe["seed"] = seed + 100 * number  # pictures that the stage before has not seen
+        own = self.tasks[task] if named.get("task", task) == task else {}  # of another task: the same for all of ours
+        return Stage(recipe | own | named, refers)
 
 
 def load_suite(name: str | Path) -> Suite:

@@ -44,6 +44,14 @@ def prepared(network: Network, conditioning: Any) -> Any:
     return prepare(conditioning) if prepare else conditioning
 
 
+def falling_step(dt: float, dt_end: float | None, progress: float) -> float:
+    """A consistency's step from t to s: `dt` at the start of the training, `dt_end` (None: `dt`) at its end, geometric
+    in between. Long steps carry the boundary's answer to high noise in few updates, short ones follow the ODE closely.
+    Whole where `dt` is an int."""
+    step = dt * ((dt if dt_end is None else dt_end) / dt) ** progress
+    return max(1, round(step)) if isinstance(dt, int) else step
+
+
 @torch.no_grad()
 def guided_signal(batch: LatentBatch, network: Network, z: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """The signal that a guided prediction at (z_t, t) is trained towards, (B, C, h, w):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import Schedule
-from .batch import LatentBatch, Network, guided_prediction, mean_huber, mean_square
+from .batch import LatentBatch, Network, falling_step, guided_prediction, mean_huber, mean_square
 
 
 def consistency(
@@ -28,15 +28,16 @@ def consistency(
     *,
     teacher: Network,
     dt: float = 1,
+    dt_end: float | None = None,
     shared_t: bool = False,
     huber: float = 0.0,
     t: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """{"consistency"} of one batch. `huber`: c of the pseudo-Huber distance sqrt(d^2 + c^2) - c (LCM: 0.001); 0 takes
-    squared L2. `dt` in schedule time; `t`: fixed times instead of drawn ones."""
+    squared L2. `dt`, `dt_end` in schedule time: see batch.falling_step; `t`: fixed times instead of drawn ones."""
     x, c = batch.x, batch.conditioning
     t = schedule.draw(len(x), schedule.least, shared_t, generator) if t is None else t
-    s = (t - dt).clamp_min(0)
+    s = (t - falling_step(dt, dt_end, batch.progress)).clamp_min(0)
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z_t = schedule.mix(x, eps, t)
     x_t, _ = schedule.signal_noise(student(z_t, schedule.timestep(t).to(z_t.device), c), z_t, t)

@@ -14,8 +14,7 @@ sample. Here the network is told which one is asked for, by the share r of the w
 
 with z_s and the answer there held fixed, and x(z_0, 0) = z_0 exactly, as sigma_0 = 0. The fixed point of
 the second term is the end of the probability-flow ODE of `instant` (consistency models, Song et al. 2023), of the first
-the denoiser: both are right. The step falls from `dt` to `dt_end` over the training: long ones carry the boundary's
-answer to high noise in few updates, short ones follow the ODE closely.
+the denoiser: both are right. The step falls from `dt` to `dt_end` over the training.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import Schedule
-from .batch import LatentBatch, Network, guided_signal, mean_square, prepared
+from .batch import LatentBatch, Network, falling_step, guided_signal, mean_square, prepared
 
 
 def decoupled(
@@ -47,14 +46,13 @@ def decoupled(
 
     `student` trains; the answer at z_s is its own, without gradient: an average network's would carry the boundary's
     answer to high noise more slowly than a short training has time for. `target`, the average, serves guidance. `dt`
-    and `dt_end` in schedule time (levels of T for a checkpoint): the consistency's step at the start and the end of the
-    training, geometric in between (`batch.progress`); whole where `dt` is. `shared_t`: one time for the whole batch.
+    and `dt_end` in schedule time (levels of T for a checkpoint): see batch.falling_step. `shared_t`: one time for the
+    whole batch.
     Both terms weigh noise levels as a velocity network's own loss does. `t`: fixed times instead of drawn ones.
     """
     x, c = batch.x, prepared(student, batch.conditioning)
     t = schedule.draw(len(x), schedule.least, shared_t, generator) if t is None else t
-    step = dt * (dt_end / dt) ** batch.progress
-    s = (t - (max(1, round(step)) if isinstance(dt, int) else step)).clamp_min(0)
+    s = (t - falling_step(dt, dt_end, batch.progress)).clamp_min(0)
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z_t = schedule.mix(x, eps, t)
 
