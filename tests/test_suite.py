@@ -1,13 +1,14 @@
 """`codi benchmark`: what a suite asks for, and a tiny one trained, measured, resumed and reported."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from codi.errors import UserError
 from codi.evaluation.suite import load_suite
-from codi.evaluation.tables import ratio_rows
+from codi.evaluation.tables import ratio_rows, report, task_table
 from codi.training.distill import DistillRecipe
 from codi.training.recipe import build
 
@@ -94,7 +95,7 @@ def test_a_suite_from_scratch_resumes_and_reports(tiny_suite, shell, tmp_path):
     before, after = ({tuple(row[k] for k in figures) for row in rows} for rows in (told["rows"], back))
     assert before <= after and {row[0] for row in after} - {row[0] for row in before} == {"ldm/dpm-solver++"}
     report = (out / "benchmark.md").read_text()
-    assert "## upscale" in report and "| ldm/dpm-solver++ | 2 |" in report and (out / "upscale.png").is_file()
+    assert "## upscale" in report and "| ldm/dpm-solver++ | 2 |" in report and (out / "benchmark-upscale.png").is_file()
 
 
 def test_out_of_time_is_gone_on_with(tiny_suite, shell, tmp_path):
@@ -103,6 +104,19 @@ def test_out_of_time_is_gone_on_with(tiny_suite, shell, tmp_path):
     assert stopped.code == 0 and "still to run" in stopped.err
     done = shell(*words, "--json")
     assert done.code == 0 and {row["method"] for row in json.loads(done.out)["rows"]} == {"cm-ii"}
+
+
+def test_steps_are_measured_one_by_one_and_seeds_when_asked_for(tiny_suite, shell, tmp_path):
+    words = ("benchmark", "--suite", tiny_suite, "--out", tmp_path, "--tasks", "depth", "--rows", "codi", "--json")
+    told = [
+        json.loads(shell(*words, *more).out)["rows"]
+        for more in (("--steps", "2", "--seeds", "1"), ("--seeds", "1"), ())
+    ]
+    assert [[(row["seed"], row["steps"]) for row in rows] for rows in told] == [
+        [(0, 2)], [(0, 2), (0, 1)], [(0, 2), (0, 1), (1, 1), (1, 2)],
+    ]  # fmt: skip
+    assert told[2][0] == told[1][0] == told[0][0]
+    shell(*words, "--steps", "four").failed(2, "--steps four", "whole numbers")
 
 
 def test_unknown_names_are_bad_usage(shell, tmp_path):
@@ -120,3 +134,19 @@ def test_ratios_are_medians_over_the_seeds_that_both_have():
     rows += [row("ldm", 250, s, fd) for s, fd in enumerate((1.0, 1.0))] + [row("ldm", 4, 0, 4.0)]
     told = {name: here for _, name, here, *_ in ratio_rows(rows)}
     assert told["fd of codi 4 / ldm 250"] == "1.500" and told["fd of codi 4 / ldm 4"] == "0.250"
+
+
+def test_tables_tell_shares_beside_the_paper_s():
+    row = {"task": "upscale", "seed": 0, "distance": 0.1, "psnr": 30.0, "obedience": None, "latency_ms": 5.0,
+           "images": 4000, "passes": 16000, "seconds": 60}  # fmt: skip
+    rows = [row | {"method": m, "steps": n, "fd": fd} for m, n, fd in (("ldm", 250, 20.0), ("codi", 4, 22.0))]
+    line = next(line for line in task_table(rows, "upscale").splitlines() if line.startswith("| codi"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["codi", "4", "22.00", "0.1000", "30.00", "-", "5", "1.100", "1.023", "4,000", "16,000", "60"]
+    assert "paper" not in task_table([row | {"task": "edit", "method": "ldm", "steps": 4, "fd": 2.0}], "edit")
+
+
+def test_the_committed_page_is_made_of_the_committed_results():
+    docs = Path(__file__).parents[1] / "docs"
+    told = json.loads((docs / "results.json").read_text())
+    assert report(told) == (docs / "benchmark.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ def benchmark(
     steps: Annotated[
         str | None, typer.Option(help="Step counts to measure, by comma; each row's own by default.")
     ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Trainings of headline rows; the suite's by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Everything small: about 15 minutes on two cores.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Run nothing: tables and plots of what is there.")] = False,
     minutes: Minutes = None,
@@ -43,6 +45,7 @@ def benchmark(
         with usage():
             chosen = load_suite(suite)
             chosen = chosen.quickly() if quick else chosen
+            chosen = replace(chosen, seeds=seeds) if seeds else chosen
             plans = list(chosen.plans(_words(tasks), _words(rows), parse_steps(steps) if steps else ()))
     deadline = time.monotonic() + 60 * minutes if minutes else None
     results = _Results(out / RESULTS, chosen)
@@ -69,15 +72,19 @@ def _words(text: str | None) -> list[str]:
 
 
 class _Results:
-    """results.json, written anew after each plan."""
+    """results.json, read and written anew after each plan."""
 
     def __init__(self, path: Path, suite: Suite) -> None:
         self.path = path
+        self.of = {"suite": suite.name, "images": suite.images, "count": suite.count, "held_out": suite.held_out}
+        self.told = self._read()
+
+    def _read(self) -> dict[str, Any]:
         try:
-            self.told: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+            told = json.loads(self.path.read_text()) if self.path.is_file() else {"rows": []}
         except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}): move it away, or mend it") from error
-        self.told |= {"suite": suite.name, "images": suite.images, "count": suite.count, "held_out": suite.held_out}
+            raise UserError(f"{self.path}: not JSON ({error}): move it away, or mend it") from error
+        return told | self.of
 
     def missing(self, plan: Plan) -> tuple[int, ...]:
         """The step counts of it that were not measured yet with the training that the suite asks for today."""
@@ -85,9 +92,10 @@ class _Results:
         return tuple(n for n in plan.steps if n not in there)
 
     def add(self, plan: Plan, rows: list[dict[str, Any]]) -> None:
-        """Puts `rows` in; those of an earlier training of the same plan go."""
+        """Puts `rows` in; those of an earlier training of the same plan go. Others may run other rows meanwhile."""
         from ..evaluation.report import write_json
 
+        self.told = self._read()
         kept = [row for row in self.told["rows"] if not self._same(plan, row) or row["training"] == plan.key()]
         self.told["rows"] = kept + rows
         write_json(self.told, self.path)
@@ -129,8 +137,6 @@ def _measured(
     plan: Plan, steps: tuple[int, ...], suite: Suite, folders: list[Path], device: str
 ) -> list[dict[str, Any]]:
     """A row for each of `steps`."""
-    from dataclasses import asdict
-
     from ..data.sources import open_source
     from ..evaluation import evaluate, pipeline_method
     from ..sampling.solvers import SOLVERS

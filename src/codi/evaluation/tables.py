@@ -1,18 +1,42 @@
-"""A benchmark's results as Markdown tables in the paper's layout, and as plots."""
+"""A benchmark's results as Markdown tables in the paper's layout, beside the paper's own ratios, and as plots."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .report import write_text
 
 Rows = list[dict[str, Any]]
+Which = tuple[str, int]  # method, steps
 
-# name -> (row and steps) / (row and steps), the paper's value (None: it has none), the goal; on which task
-RATIOS = (
+# The paper's FID (tables 1 to 4). Ours is another distance on other pictures: only ratios of either compare.
+PAPER: dict[str, dict[Which, float]] = {
+    "upscale": {
+        ("ldm", 250): 19.200, ("ldm", 50): 19.231, ("ldm", 20): 20.510, ("ldm", 8): 24.493, ("ldm", 6): 26.338,
+        ("ldm", 4): 29.266, ("ldm/dpm-solver", 4): 28.936, ("ldm/dpm-solver++", 4): 28.937, ("controlnet", 4): 34.56,
+        ("gd-i", 4): 27.806, ("gd-ii", 4): 23.675, ("cm-ii-frozen", 4): 28.088, ("cm-ii", 4): 27.810,
+        ("pe-codi", 4): 25.214, ("codi", 4): 19.637, ("codi/teacher-ode", 4): 20.307,
+        ("codi/no-noise-consistency", 4): 25.728,
+    },
+    "inpaint": {
+        ("controlnet", 50): 14.895, ("controlnet", 4): 20.205, ("cm-ii", 4): 17.710, ("gd-ii", 4): 15.950,
+        ("pe-codi", 4): 14.700,
+    },
+    "depth": {
+        ("controlnet", 250): 20.884, ("controlnet", 4): 29.780, ("cm-ii", 4): 27.640, ("gd-ii", 4): 26.513,
+        ("pe-codi", 4): 23.047,
+    },
+}  # fmt: skip
+# What a task's figures are told as shares of.
+REFERENCE: dict[str, Which] = {"upscale": ("ldm", 250), "inpaint": ("controlnet", 50), "depth": ("controlnet", 250)}
+OURS = "decoupled"
+
+# (row, steps) / (row, steps) on a task, the paper's value (None: it has none), the goal
+RATIOS: tuple[tuple[str, str, Which, Which, float | None, float], ...] = (
     ("upscale", "fd", ("codi", 4), ("ldm", 250), 1.023, 1.00),
     ("upscale", "distance", ("codi", 4), ("ldm", 250), 1.006, 1.00),
     ("upscale", "fd", ("codi", 4), ("ldm", 4), 0.671, 0.60),
@@ -21,42 +45,50 @@ RATIOS = (
     ("upscale", "fd", ("pe-codi", 4), ("ldm", 250), 1.313, 1.10),
     ("inpaint", "fd", ("pe-codi", 4), ("controlnet", 50), 0.987, 0.95),
     ("depth", "fd", ("pe-codi", 4), ("controlnet", 250), 1.104, 1.02),
+    ("upscale", "fd", (OURS, 1), ("ldm", 250), None, 1.10),
 )
+FIGURES = (("fd", ".2f"), ("distance", ".4f"), ("psnr", ".2f"), ("obedience", ".3f"), ("latency_ms", ".0f"))
+NAMES = ("FD-ENLite0 ↓", "ENLite0 distance ↓", "PSNR dB ↑", "obedience ↑", "ms ↓")
 
 
 def ratio_rows(rows: Rows) -> list[list[str]]:
     """[task, what, ours (median over seeds both have), paper, goal] of each of RATIOS that both rows are there for."""
     told = []
     for task, figure, few, many, paper, goal in RATIOS:
-        over = [_by_seed(rows, task, *which, figure) for which in (few, many)]
-        ratios = [over[0][seed] / over[1][seed] for seed in over[0] if seed in over[1]]
-        if ratios:
+        ratio = _ratio(rows, task, figure, few, many)
+        if ratio is not None:
             name = f"{figure} of {few[0]} {few[1]} / {many[0]} {many[1]}"
-            told.append([task, name, f"{statistics.median(ratios):.3f}", f"{paper:.3f}", f"{goal:.2f}"])
+            told.append([task, name, f"{ratio:.3f}", f"{paper:.3f}" if paper else "-", f"{goal:.2f}"])
     return told
 
 
 def task_table(rows: Rows, task: str) -> str:
-    """Methods down, in the order in which they were measured, with steps: FD, distance, obedience, cost."""
+    """Methods down in the order in which they were measured, with steps; FD also as a share of the task's REFERENCE,
+    beside the same share in the paper; what the training cost."""
     mine = [row for row in rows if row["task"] == task]
-    keys = list(dict.fromkeys((row["method"], row["steps"]) for row in mine))
+    reference = REFERENCE.get(task)
     lines = []
-    for method, steps in keys:
+    for method, steps in sorted({(row["method"], row["steps"]) for row in mine}, key=_order(mine)):
         same = [row for row in mine if (row["method"], row["steps"]) == (method, steps)]
-        spread = [_spread([row[name] for row in same], form) for name, form in FIGURES]
-        cost = [f"{same[0]['images']:,}", f"{statistics.median(row['seconds'] for row in same):,.0f}"]
-        lines.append([method, str(steps), *spread, *cost])
-    heads = ["method", "steps", "FD-ENLite0 ↓", "ENLite0 distance ↓", "PSNR dB ↑", "obedience ↑", "ms ↓"]
-    return markdown([*heads, "images", "seconds"], lines)
-
-
-FIGURES = (("fd", ".2f"), ("distance", ".4f"), ("psnr", ".2f"), ("obedience", ".3f"), ("latency_ms", ".0f"))
+        line = [method, str(steps), *(_spread([row[name] for row in same], form) for name, form in FIGURES)]
+        if reference:
+            here, paper = _ratio(rows, task, "fd", (method, steps), reference), PAPER[task].get((method, steps))
+            line += [f"{here:.3f}" if here else "-", f"{paper / PAPER[task][reference]:.3f}" if paper else "-"]
+        cost = [statistics.median(row[name] for row in same) for name in ("images", "passes", "seconds")]
+        lines.append([*line, *(f"{value:,.0f}" for value in cost)])
+    shares = [f"FD / {reference[0]} {reference[1]}", "paper"] if reference else []
+    return markdown(["method", "steps", *NAMES, *shares, "images", "passes", "seconds"], lines)
 
 
 def markdown(heads: list[str], lines: Iterable[list[str]]) -> str:
     """A GitHub-flavoured table; all columns but the first to the right."""
     rules = ["---", *["--:"] * (len(heads) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rules, *lines)) + "\n"
+
+
+def _order(rows: Rows) -> Any:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    return lambda which: (methods.index(which[0]), which[1])
 
 
 def _spread(values: list[float | None], form: str) -> str:
@@ -67,55 +99,69 @@ def _spread(values: list[float | None], form: str) -> str:
     return f"{mean} ± {format(statistics.stdev(known), form)}" if len(known) > 1 else mean
 
 
-def _by_seed(rows: Rows, task: str, method: str, steps: int, figure: str) -> dict[int, float]:
-    wanted = (task, method, steps)
-    return {row["seed"]: row[figure] for row in rows if (row["task"], row["method"], row["steps"]) == wanted}
+def _ratio(rows: Rows, task: str, figure: str, few: Which, many: Which) -> float | None:
+    """The median over the training seeds that both have; None where they have none in common."""
+    over: dict[Which, dict[int, float]] = {few: {}, many: {}}
+    for row in rows:
+        if row["task"] == task and (row["method"], row["steps"]) in over:
+            over[row["method"], row["steps"]][row["seed"]] = row[figure]
+    ratios = [over[few][seed] / over[many][seed] for seed in over[few] if seed in over[many]]
+    return statistics.median(ratios) if ratios else None
 
 
 def write_report(told: dict[str, Any], out: Path) -> None:
     """`out`/benchmark.md and, for each task, its plots beside it."""
     rows: Rows = told["rows"]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    write_text(report(told), out / "benchmark.md")
+    for task in dict.fromkeys(row["task"] for row in rows):
+        plots([row for row in rows if row["task"] == task], task, out / f"benchmark-{task}.png")
+
+
+def report(told: dict[str, Any]) -> str:
+    """The Markdown of results.json."""
+    rows: Rows = told["rows"]
     parts = [
         "# The paper's comparison\n",
-        f"Suite `{told['suite']}`: {told['images']:,} training images a method, {told['count']:,} held-out pictures "
-        "a figure. Mean ± standard deviation over training seeds where there are several.\n",
+        f"`codi benchmark --suite {told['suite']} --out DIR` trains and measures all of it, and writes this page. Each "
+        f"method has {told['images']:,} training images, all of its stages together, the same backbone, adapter, data "
+        f"and average of weights; each figure is measured on the same {told['count']:,} held-out pictures. Where a "
+        "method was trained with several seeds: mean ± standard deviation. `passes`: network passes of the training, "
+        "a backward pass counted as two.\n",
         "## Ratios\n",
+        "Of medians over the seeds that both have. The paper measures FID and LPIPS of other pictures, so that figures "
+        "never compare, ratios do.\n",
         markdown(["task", "ratio", "here", "paper", "goal"], ratio_rows(rows)),
     ]
-    for task in tasks:
+    for task in dict.fromkeys(row["task"] for row in rows):
         parts += [f"## {task}\n", task_table(rows, task)]
-        plots(rows, task, out)
-        parts += [f"![{task}: quality over steps and over latency]({task}.png)\n"]
-    write_text("\n".join(parts), out / "benchmark.md")
+        parts += [f"![{task}: FD over steps, over latency, and of each method at 4 steps](benchmark-{task}.png)\n"]
+    return "\n".join(parts)
 
 
 def plots(rows: Rows, task: str, out: Path) -> None:
-    """`out`/TASK.png: FD over steps, FD over latency, and bars of every method at 4 steps."""
+    """FD over steps and over latency of the methods, and bars at 4 steps of these and, apart, of the ablations."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    mine = [row for row in rows if row["task"] == task]
-    methods = list(dict.fromkeys(row["method"] for row in mine))
+    seen: dict[str, dict[int, Rows]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        seen[row["method"]][row["steps"]].append(row)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    means: dict[str, dict[int, tuple[float, float]]] = {}
-    for method in methods:
-        by_steps: dict[int, list[tuple[float, float]]] = {}
-        for row in mine:
-            if row["method"] == method:
-                by_steps.setdefault(row["steps"], []).append((row["fd"], row["latency_ms"]))
-        mean: Callable[[list[tuple[float, float]], int], float] = lambda v, k: statistics.mean(x[k] for x in v)  # noqa: E731
-        means[method] = {steps: (mean(v, 0), mean(v, 1)) for steps, v in sorted(by_steps.items())}
-        curve = means[method]
-        left.plot(list(curve), [fd for fd, _ in curve.values()], "o-", label=method, markersize=4)
-        middle.plot([ms for _, ms in curve.values()], [fd for fd, _ in curve.values()], "o-", markersize=4)
+    for method, by_steps in seen.items():
+        if "/" not in method:
+            steps = sorted(by_steps)
+            fd, ms = ([statistics.mean(r[key] for r in by_steps[n]) for n in steps] for key in ("fd", "latency_ms"))
+            left.plot(steps, fd, "o-", label=method, markersize=4)
+            middle.plot(ms, fd, "o-", markersize=4)
     for axis, label in ((left, "steps"), (middle, "latency, ms")):
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="FD-ENLite0")
     left.legend(fontsize=7)
-    at_four = [(method, means[method][4][0]) for method in methods if 4 in means[method]]
-    right.barh([method for method, _ in at_four][::-1], [fd for _, fd in at_four][::-1])
-    right.set(xlabel="FD-ENLite0 at 4 steps")
-    figure.savefig(out / f"{task}.png", dpi=90)
+    bars = {method: statistics.mean(r["fd"] for r in by[4]) for method, by in seen.items() if 4 in by}
+    colours = ["tab:orange" if "/" in method else "tab:blue" for method in bars]
+    right.barh(list(bars)[::-1], list(bars.values())[::-1], color=colours[::-1])
+    right.tick_params(labelsize=7)
+    right.set(xlabel="FD-ENLite0 at 4 steps; orange: one change of the method named before the slash", title=task)
+    figure.savefig(out, dpi=90, metadata={"Software": None})
     plt.close(figure)

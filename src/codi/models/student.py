@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -29,6 +29,9 @@ class Conditioning:
     added: dict[str, Tensor] | None = None
     guidance: Tensor | None = None
     jump: Tensor | None = None
+
+
+C = TypeVar("C", bound=Any)
 
 
 class Student(nn.Module):
@@ -71,9 +74,10 @@ class Student(nn.Module):
         scale_lora(self.unet, {name: strength * weights.get(name, 1.0) for name in lora_names(self.unet)})
 
 
-def cat_conditionings(*parts: Conditioning) -> Conditioning:
-    """All in one batch, in order: several predictions in one forward pass."""
-    return Conditioning(**{f.name: _join([getattr(p, f.name) for p in parts]) for f in fields(Conditioning)})
+def cat_conditionings(*parts: C) -> C:
+    """All in one batch, in order: several predictions in one forward pass. Any dataclass of tensors will do."""
+    first = parts[0]
+    return type(first)(**{f.name: _join([getattr(p, f.name) for p in parts]) for f in fields(first)})
 
 
 def _join(parts: list[Any]) -> Any:

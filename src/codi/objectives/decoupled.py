@@ -20,10 +20,12 @@ the denoiser: both are right. The step falls from `dt` to `dt_end` over the trai
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.student import cat_conditionings
 from ..schedule import Schedule
 from .batch import LatentBatch, Network, falling_step, guided_signal, mean_square, prepared
 
@@ -56,15 +58,14 @@ def decoupled(
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z_t = schedule.mix(x, eps, t)
 
-    def predict(network: Network, z: Tensor, time: Tensor, jump: float) -> tuple[Tensor, Tensor]:
-        asked = replace(c, jump=torch.full((len(z),), jump, device=z.device))
-        return schedule.signal_noise(network(z, schedule.timestep(time).to(z.device), asked), z, time)
+    def predict(z: Tensor, time: Tensor, asked: Any) -> tuple[Tensor, Tensor]:
+        return schedule.signal_noise(student(z, schedule.timestep(time).to(z.device), asked), z, time)
 
-    x_i, e_i = predict(student, z_t, t, 0.0)
-    x_j, _ = predict(student, z_t, t, 1.0)
+    instant, jump = (replace(c, jump=torch.full((len(x),), share, device=x.device)) for share in (0.0, 1.0))
+    twice = torch.cat([z_t, z_t]), t.expand(len(x)).repeat(2), cat_conditionings(instant, jump)
+    (x_i, x_j), (e_i, _) = (both.chunk(2) for both in predict(*twice))
     with torch.no_grad():
-        z_s = schedule.mix(x_i, e_i, s)
-        end, _ = predict(student, z_s, s, 1.0)
+        end, _ = predict(schedule.mix(x_i, e_i, s), s, jump)
     goal = guided_signal(batch, target, z_t, t, schedule)
     sigma = schedule.alpha_sigma(t, x)[1]
     return {

@@ -23,15 +23,19 @@ from ..objectives.finetune import finetune
 from ..objectives.guided import guided
 from .trainer import RunSettings
 
+# `paper`: every choice of it. `codi`: the same loss for a short training, with three of the choices changed: a time of
+# its own for every sample (less noise), the data term weighted as the backbone was trained with (low noise counts too),
+# and a longer step of the consistency.
 OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "codi": codi,
+    "paper": codi,
+    "codi": functools.partial(codi, dt=50, shared_t=False, signal_weighting="velocity"),
     "decoupled": decoupled,
     "finetune": finetune,
     "guided": guided,
     "consistency": consistency,
 }
 # Forward passes of the network that an image costs without guidance, a backward pass counted as two.
-PASSES = {"codi": 4, "decoupled": 7, "finetune": 3, "guided": 5, "consistency": 5}
+PASSES = {"paper": 4, "codi": 4, "decoupled": 7, "finetune": 3, "guided": 5, "consistency": 5}
 SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
 _CHOICES = {
     "consistency": ("noise", "signal"),
@@ -63,8 +67,9 @@ class DistillRecipe(RunSettings):
     max_corrupt: float = 0.05
     """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
     objective: str = "codi"
-    """codi (the paper's loss), decoupled (ours), finetune (plain conditional diffusion), or of a frozen teacher: guided
-    (progressive distillation), consistency (consistency distillation)."""
+    """paper (its loss as it stands), codi (the same, tuned for short training), decoupled (ours), finetune (plain
+    conditional diffusion), or of a frozen teacher: guided (progressive distillation), consistency (consistency
+    distillation)."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
     adapter: str = "fused"
@@ -135,29 +140,28 @@ class DistillRecipe(RunSettings):
         if self.adapter == "lora" and not (self.lora_rank or self.train_backbone):
             raise UserError("lora_rank 0: nothing to train with a frozen backbone: set for example lora_rank: 16")
         self._validate_guidance()
-        allowed = [
-            p.name
+        defaults = {
+            p.name: p.default
             for p in inspect.signature(OBJECTIVES[self.objective]).parameters.values()
-            if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t")  # not for recipes: a network, a tensor
-        ]
+            if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t", "index")  # no keys: networks, tensors
+        }
+        options = {**defaults, **self.objective_options}
         for key, values in _CHOICES.items():
             chosen = self.objective_options.get(key, values[0])
             if chosen not in values:
                 raise UserError(
                     f"{key} {chosen!r}: not known{nearest(str(chosen), values)}: use one of {', '.join(values)}"
                 )
-        if (
-            self.objective_options.get("signal_weighting") == "velocity"
-            and self.objective_options.get("d_x", "latent") != "latent"
-        ):
-            raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent")
-        dt = self.objective_options.get("dt", 1)
-        if not isinstance(dt, int) or not 1 <= dt < 1000:
-            raise UserError(f"dt {dt!r}: must be a whole number of noise levels, 1 to 999: the paper uses 1")
+        if options.get("signal_weighting") == "velocity" and self.objective_options.get("d_x", "latent") != "latent":
+            raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent, or set it to signal")
+        for key in ("dt", "dt_end"):
+            dt = options.get(key) or 1
+            if not isinstance(dt, int) or not 1 <= dt < 1000:
+                raise UserError(f"{key} {dt!r}: must be a whole number of noise levels, 1 to 999: the paper uses 1")
         for key in self.objective_options:
-            if key not in allowed:
+            if key not in defaults:
                 raise UserError(
-                    f"objective_options: unknown key {key!r}{nearest(key, allowed)}: known are {', '.join(allowed)}"
+                    f"objective_options: unknown key {key!r}{nearest(key, defaults)}: known are {', '.join(defaults)}"
                 )
 
     def _validate_guidance(self) -> None:
@@ -204,7 +208,7 @@ def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None
     else:
         known = distances.DISTANCES
         raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
-    if recipe.objective == "codi":
+    if recipe.objective in ("paper", "codi"):
         options["d_x"] = distance
     if recipe.taught:
         options["teacher"] = teacher
