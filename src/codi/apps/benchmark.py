@@ -84,7 +84,13 @@ class _Results:
             told = json.loads(self.path.read_text()) if self.path.is_file() else {"rows": []}
         except ValueError as error:
             raise UserError(f"{self.path}: not JSON ({error}): move it away, or mend it") from error
-        return told | self.of
+        for key, value in self.of.items():
+            if told.setdefault(key, value) != value:
+                raise UserError(
+                    f"{self.path}: was measured with {key} {told[key]}, not {value}: such figures do not compare: "
+                    "choose another --out"
+                )
+        return told
 
     def missing(self, plan: Plan) -> tuple[int, ...]:
         """The step counts of it that were not measured yet with the training that the suite asks for today."""

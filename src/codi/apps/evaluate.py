@@ -39,7 +39,8 @@ HELD_OUT = "scenes:held-out:500"
 MAX_SEED = 2**46  # those of the samples are about 100,000 times as large, in 63 bits
 WIDTH = 120  # of the table where no terminal says how wide it is
 MANY_STEPS = (1, 2, 4, 50)  # of the fine-tuned reference: what it makes of a few, and what it needs
-NAMES = {"codi": "codi", "finetune": "ldm"}  # objective -> the method's name in tables
+# objective -> its name in tables
+NAMES = {"paper": "codi", "codi": "codi", "decoupled": "decoupled", "finetune": "ldm"}
 
 
 def evaluate(
@@ -176,10 +177,9 @@ def _name(pipe: CoDiPipeline, adapter: str, before: list[Method]) -> str:
     """What to call an adapter in the table: by its objective, and by its folder too where that is taken."""
     info = _info(pipe)
     folder = Path(adapter).name or adapter
-    objective = info.get("recipe", {}).get("objective")
-    name = NAMES.get(objective, folder)
-    if objective == "codi" and not info.get("full", True):
-        name = "pe-codi"
+    name = NAMES.get(info.get("recipe", {}).get("objective"), folder)
+    if name in ("codi", "decoupled") and not info.get("full", True):
+        name = f"pe-{name}"
     taken = {method.name for method in before}
     if name in taken:
         name = f"{name} ({folder})"
