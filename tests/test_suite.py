@@ -117,6 +117,13 @@ def test_steps_are_measured_one_by_one_and_seeds_when_asked_for(tiny_suite, shel
     ]  # fmt: skip
     assert told[2][0] == told[1][0] == told[0][0]
     shell(*words, "--steps", "four").failed(2, "--steps four", "whole numbers")
+    changed = yaml.safe_load(tiny_suite.read_text())
+    changed["methods"]["codi"]["shift"] = 0.5
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
+    again = shell("benchmark", "--suite", tmp_path / "tiny.yaml", *words[3:])  # measured anew, not trained
+    before, after = ([row | {"fd": 0} for row in rows] for rows in (told[2], json.loads(again.out)["rows"]))
+    assert {row["shift"] for row in after} == {0.5} and len(after) == len(before)
+    assert {row["training"] for row in after} == {row["training"] for row in before}
 
 
 def test_unknown_names_are_bad_usage(shell, tmp_path):

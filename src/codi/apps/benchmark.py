@@ -93,8 +93,8 @@ class _Results:
         return told
 
     def missing(self, plan: Plan) -> tuple[int, ...]:
-        """The step counts of it that were not measured yet with the training that the suite asks for today."""
-        there = {row["steps"] for row in self.told["rows"] if self._same(plan, row) and row["training"] == plan.key()}
+        """The step counts of it that were not measured yet with the training and grid that the suite asks for today."""
+        there = {row["steps"] for row in self.told["rows"] if self._today(plan, row)}
         return tuple(n for n in plan.steps if n not in there)
 
     def add(self, plan: Plan, rows: list[dict[str, Any]]) -> None:
@@ -102,9 +102,12 @@ class _Results:
         from ..evaluation.report import write_json
 
         self.told = self._read()
-        kept = [row for row in self.told["rows"] if not self._same(plan, row) or row["training"] == plan.key()]
+        kept = [row for row in self.told["rows"] if not self._same(plan, row) or self._today(plan, row)]
         self.told["rows"] = kept + rows
         write_json(self.told, self.path)
+
+    def _today(self, plan: Plan, row: dict[str, Any]) -> bool:
+        return self._same(plan, row) and (row["training"], row["shift"]) == (plan.key(), plan.shift)
 
     def _same(self, plan: Plan, row: dict[str, Any]) -> bool:
         return (row["task"], row["method"], row["seed"]) == (plan.task, plan.method, plan.seed)
@@ -152,6 +155,7 @@ def _measured(
     model = plan.stages[-1].recipe["model"]
     pipe = load_pipeline(model, plan.task, folders[-1], device)
     pipe.solver = SOLVERS[plan.solver](pipe.scheduler.config) if plan.solver else None
+    pipe.shift = plan.shift
     assert pipe.task is not None
     task = pipe.task.measured()
     with progress("pictures") as bar:
@@ -168,6 +172,13 @@ def _measured(
     cost = {key: sum(info[key] for info in infos) for key in ("images", "seconds")}
     objectives = [stage.recipe["objective"] for stage in plan.stages]
     cost["passes"] = sum(PASSES[name] * info["images"] for name, info in zip(objectives, infos, strict=True))
-    told = {"task": plan.task, "seed": plan.seed, "training": plan.key(), **cost, "machine": results.machine}
+    told = {
+        "task": plan.task,
+        "seed": plan.seed,
+        "training": plan.key(),
+        "shift": plan.shift,
+        **cost,
+        "machine": results.machine,
+    }
     rows = [asdict(row) | told for row in results.rows if row.method == plan.method]
     return [{"task": row.pop("task"), "method": row.pop("method"), **row} for row in rows]

@@ -36,6 +36,7 @@ class Plan:
     stages: tuple[Stage, ...]
     steps: tuple[int, ...]
     solver: str | None = None
+    shift: float = 1.0  # of the time grid
 
     def key(self, upto: int | None = None) -> str:
         """Tells trainings apart: equal for equal chains of stages, `upto` how many of them (None: all)."""
@@ -89,7 +90,8 @@ class Suite:
                     stages = tuple(self._stage(task, *told, seed) for told in enumerate(method["stages"]))
                     measured = tuple(n for n in method.get("steps", (1, 2, 4)) if not steps or n in steps)
                     if measured:
-                        yield Plan(task, name, seed, stages, measured, method.get("solver"))
+                        sampler = {key: method[key] for key in ("solver", "shift") if key in method}
+                        yield Plan(task, name, seed, stages, measured, **sampler)
 
     def _stage(self, task: str, number: int, stage: dict[str, Any], seed: int) -> Stage:
         changes = dict(stage)

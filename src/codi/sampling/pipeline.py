@@ -64,6 +64,8 @@ class CoDiPipeline(DiffusionPipeline):
         self._shelf = Shelf(unet, family(unet, vae, scheduler))
         self.solver: Any = None
         """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
+        self.shift: float | None = None
+        """Of the time grid (see sampler.time_grid); None: the adapter's own."""
 
     # ---- models and adapters
 
@@ -312,7 +314,7 @@ class CoDiPipeline(DiffusionPipeline):
         if guide.second_pass != 1:
             negative = embed_prompts(self.tokenizer, self.text_encoder, [negative_prompt] * len(prompts))
             blank = replace(conditioning, text=negative)
-        shift = next((info["shift"] for info in infos if info.get("shift")), 1.0)
+        shift = self.shift or next((info["shift"] for info in infos if info.get("shift")), 1.0)
         noise = noise.to(device=self.device, dtype=self.unet.dtype)
         if self.solver is not None:
             return solve(student, self.solver, noise, conditioning, steps)

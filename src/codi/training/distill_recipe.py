@@ -93,7 +93,8 @@ class DistillRecipe(RunSettings):
     image_guidance_scale: float = 1.0
     """The same for guidance by the picture."""
     shift: float = 1.0
-    """Time grid of the sampler, kept with the adapter: above 1, more of the steps lie where noise is high."""
+    """Time grid of the sampler, kept with the adapter: above 1, more steps lie where noise is high, below 1 where it
+    is low, which suits adapters that jump."""
     prompt_dropout: float = 0.5
     """Share of prompts replaced by the empty one."""
     mu_rate: float = 30.0
