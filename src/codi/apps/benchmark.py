@@ -77,6 +77,7 @@ class _Results:
     def __init__(self, path: Path, suite: Suite) -> None:
         self.path = path
         self.of = {"suite": suite.name, "images": suite.images, "count": suite.count, "held_out": suite.held_out}
+        self.places = {name: place for names in (suite.tasks, suite.methods) for place, name in enumerate(names)}
         self.told = self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -103,8 +104,13 @@ class _Results:
 
         self.told = self._read()
         kept = [row for row in self.told["rows"] if not self._same(plan, row) or self._today(plan, row)]
-        self.told["rows"] = kept + rows
+        self.told["rows"] = sorted(kept + rows, key=self._place)
         write_json(self.told, self.path)
+
+    def _place(self, row: dict[str, Any]) -> tuple[int, ...]:
+        """Where in the suite's order; what a suite no longer has comes last."""
+        last = len(self.places)
+        return (*(self.places.get(row[key], last) for key in ("task", "method")), row["seed"], row["steps"])
 
     def _today(self, plan: Plan, row: dict[str, Any]) -> bool:
         return self._same(plan, row) and (row["training"], row["shift"]) == (plan.key(), plan.shift)

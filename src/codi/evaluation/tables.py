@@ -126,7 +126,8 @@ def report(told: dict[str, Any]) -> str:
         f"method has {told['images']:,} training images, all of its stages together, the same backbone, adapter, data "
         f"and average of weights; each figure is measured on the same {told['count']:,} held-out pictures. Where a "
         "method was trained with several seeds: mean ± standard deviation. `passes`: network passes of the training, "
-        "a backward pass counted as two.\n",
+        "a backward pass counted as two. `ms`: one picture, in the run that measured the row; rows are measured apart, "
+        "so that small differences of time mean nothing.\n",
         "## Ratios\n",
         "Of medians over the seeds that both have. The paper measures FID and LPIPS of other pictures, so that figures "
         "never compare, ratios do.\n",
@@ -144,6 +145,7 @@ def plots(rows: Rows, task: str, out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     seen: dict[str, dict[int, Rows]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -157,11 +159,16 @@ def plots(rows: Rows, task: str, out: Path) -> None:
             middle.plot(ms, fd, "o-", markersize=4)
     for axis, label in ((left, "steps"), (middle, "latency, ms")):
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="FD-ENLite0")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("{x:g}")
+    left.set_xticks(sorted({row["steps"] for row in rows}), minor=False)
+    left.xaxis.set_minor_locator(NullLocator())
     left.legend(fontsize=7)
     bars = {method: statistics.mean(r["fd"] for r in by[4]) for method, by in seen.items() if 4 in by}
     colours = ["tab:orange" if "/" in method else "tab:blue" for method in bars]
     right.barh(list(bars)[::-1], list(bars.values())[::-1], color=colours[::-1])
     right.tick_params(labelsize=7)
-    right.set(xlabel="FD-ENLite0 at 4 steps; orange: one change of the method named before the slash", title=task)
+    right.set(xlabel="FD-ENLite0 at 4 steps (orange: one change)", title=task)
     figure.savefig(out, dpi=90, metadata={"Software": None})
     plt.close(figure)
