@@ -177,7 +177,10 @@ def methods(updates: int) -> dict[str, tuple[Net, Callable[..., Tensor]]]:
     return {
         "fine-tuned (DDIM)": (tuned, ddim),
         "GD-II": (halved(early), ddim),
-        "CM-II": (train(early, lambda *a: consistency(*a, teacher=early, dt=dt), half), again),
+        "CM-II": (
+            train(early, lambda *a: consistency(*a, teacher=early, dt=10 * dt, dt_end=dt / 5), half),
+            again,
+        ),
         "CoDi (paper)": (train(backbone, lambda *a: codi(*a, dt=dt, shared_t=True), updates), ddim),
         "CoDi, signal space": (
             train(backbone, lambda *a: codi(*a, dt=dt, consistency="signal", signal_weight=0.1), updates),

@@ -127,7 +127,7 @@ def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list
 
     folders: list[Path] = []
     for number, stage in enumerate(plan.stages, 1):
-        folder = out / "runs" / f"{plan.task}-{stage.recipe['objective']}-{plan.key(number)}"
+        folder = out / "runs" / f"{stage.recipe['task']}-{stage.recipe['objective']}-{plan.key(number)}"
         if not _finished(folder):
             made = {key: str(folders[-1]) for key in stage.refers}
             if "model" in made:

@@ -15,6 +15,7 @@ import yaml
 from ..errors import UserError, nearest
 
 SUITES = Path(__file__).resolve().parents[1] / "suites"
+WARMUP = 1000  # images, of recipes that do not say
 REFERS = ("start", "teacher", "model")  # recipe keys that may be `previous`: what the stage before made
 
 
@@ -95,11 +96,14 @@ class Suite:
 
     def _stage(self, task: str, number: int, stage: dict[str, Any], seed: int) -> Stage:
         changes = dict(stage)
-        images = round(self.images * changes.pop("share", 1.0))
+        share = changes.pop("share", 1.0)
+        images = round(self.images * share)
         refers = tuple(key for key in REFERS if changes.get(key) == "previous")
         named = {key: value for key, value in changes.items() if key not in refers}
         recipe = {**self.base, "task": task, "data": self.data, "images": images}
-        recipe["seed"] = seed + 100 * number  # pictures that the stage before has not seen
+        recipe["seed"] = seed + 100 * number  # in another order than the stage before
+        if share < 1:  # a short training warms up as fast, for its length, as a whole one
+            recipe["warmup"] = round(share * self.base.get("warmup", WARMUP))
         own = self.tasks[task] if named.get("task", task) == task else {}  # of another task: the same for all of ours
         return Stage(recipe | own | named, refers)
 
