@@ -118,6 +118,7 @@ def test_steps_are_measured_one_by_one_and_seeds_when_asked_for(tiny_suite, shel
     ]  # fmt: skip
     assert told[2][1] == told[1][1] == told[0][0]
     shell(*words, "--steps", "four").failed(2, "--steps four", "whole numbers")
+    shell(*words, "--steps", "3").failed(2, "--steps 3", "no row")
     changed = yaml.safe_load(tiny_suite.read_text())
     changed["methods"]["codi"]["shift"] = 0.5
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))

@@ -348,6 +348,8 @@ def test_every_shipped_recipe_builds(name):
         ({"objective": "cody"}, "did you mean 'codi'"),
         ({"adapter": "fuse"}, "did you mean 'fused'"),
         ({"objective_options": {"dtt": 1}}, "did you mean 'dt'"),
+        ({"objective_options": {"dt": 0}}, "dt 0: must be a whole number"),
+        ({"objective": "decoupled", "objective_options": {"dt_end": 0}}, "dt_end 0: must be a whole number"),
         ({"objective_options": {"d_x": "pixels"}}, "did you mean 'pixel'"),
         ({"task": "upscal"}, "did you mean 'upscale'"),
         ({"batch_size": 0}, "at least 1"),

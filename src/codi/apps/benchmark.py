@@ -29,8 +29,10 @@ def benchmark(
     steps: Annotated[
         str | None, typer.Option(help="Step counts to measure, by comma; each row's own by default.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Trainings of headline rows; the suite's by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Everything small: about 15 minutes on two cores.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Trainings of headline rows; the suite's by default.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Every row, small: does it run?")] = False,
     report: Annotated[bool, typer.Option("--report", help="Run nothing: tables and plots of what is there.")] = False,
     minutes: Minutes = None,
     device: Device = "auto",
@@ -47,6 +49,8 @@ def benchmark(
             chosen = chosen.quickly() if quick else chosen
             chosen = replace(chosen, seeds=seeds) if seeds else chosen
             plans = list(chosen.plans(_words(tasks), _words(rows), parse_steps(steps) if steps else ()))
+            if not plans:
+                raise UserError(f"--steps {steps}: no row asked for is measured there: see the suite")
     deadline = time.monotonic() + 60 * minutes if minutes else None
     results = _Results(out / RESULTS, chosen)
     for number, plan in enumerate([] if report else plans):
@@ -94,7 +98,7 @@ class _Results:
         return told
 
     def missing(self, plan: Plan) -> tuple[int, ...]:
-        """The step counts of it that were not measured yet with the training and grid that the suite asks for today."""
+        """The step counts of it that were not measured yet with the training and sampler that the suite has today."""
         there = {row["steps"] for row in self.told["rows"] if self._today(plan, row)}
         return tuple(n for n in plan.steps if n not in there)
 
@@ -113,7 +117,8 @@ class _Results:
         return (*(self.places.get(row[key], last) for key in ("task", "method")), row["seed"], row["steps"])
 
     def _today(self, plan: Plan, row: dict[str, Any]) -> bool:
-        return self._same(plan, row) and (row["training"], row["shift"]) == (plan.key(), plan.shift)
+        made = (row["training"], row["shift"], row.get("solver"))
+        return self._same(plan, row) and made == (plan.key(), plan.shift, plan.solver)
 
     def _same(self, plan: Plan, row: dict[str, Any]) -> bool:
         return (row["task"], row["method"], row["seed"]) == (plan.task, plan.method, plan.seed)
@@ -183,6 +188,7 @@ def _measured(
         "seed": plan.seed,
         "training": plan.key(),
         "shift": plan.shift,
+        "solver": plan.solver,
         **cost,
         "machine": results.machine,
     }

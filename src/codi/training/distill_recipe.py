@@ -156,8 +156,8 @@ class DistillRecipe(RunSettings):
         if options.get("signal_weighting") == "velocity" and self.objective_options.get("d_x", "latent") != "latent":
             raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent, or set it to signal")
         for key in ("dt", "dt_end"):
-            dt = options.get(key) or 1
-            if not isinstance(dt, int) or not 1 <= dt < 1000:
+            dt = options.get(key)
+            if dt is not None and (not isinstance(dt, int) or not 1 <= dt < 1000):
                 raise UserError(f"{key} {dt!r}: must be a whole number of noise levels, 1 to 999: the paper uses 1")
         for key in self.objective_options:
             if key not in defaults:
