@@ -9,5 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
 mkdir -p "$OUT" "$RUN"
 if [ -n "${RESULTS:-}" ] && [ ! -f "$RUN/results.json" ]; then cp "$RESULTS" "$RUN/results.json"; fi
+trap 'cp "$RUN"/results.json "$RUN"/benchmark* "$OUT" 2>/dev/null || true' EXIT  # also where a row failed
 "$PYTHON" -m codi benchmark --suite "$SUITE" --out "$RUN" --device "$DEVICE" --minutes "$MINUTES" "$@"
-cp "$RUN"/results.json "$RUN"/benchmark* "$OUT"

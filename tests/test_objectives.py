@@ -12,7 +12,7 @@ from codi.models.adapter import FORMS
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
 from codi.objectives.batch import Guidance, LatentBatch
-from codi.objectives.codi import boundary_scaling, codi
+from codi.objectives.codi import codi
 from codi.objectives.distances import latent
 from codi.objectives.finetune import finetune
 from codi.schedule import DiscreteSchedule
@@ -147,7 +147,7 @@ def test_unknown_choices_are_errors(wrong):
 def test_boundary_scaling():
     t = torch.tensor([0, 1, 2, 500, 999, 1000])
     x, z = randn(6, 4, 2, 2, seed=1, dtype=torch.float64), randn(6, 4, 2, 2, seed=2, dtype=torch.float64)
-    scaled, eps = boundary_scaling(x, z, t, LEVELS)
+    scaled, eps = LEVELS.boundary_scaling(x, z, t)
     assert torch.equal(scaled[0], z[0]) and not eps[0].any()
     assert scaled.isfinite().all() and eps.isfinite().all()
     torch.testing.assert_close(LEVELS.mix(scaled, eps, t), z, rtol=0, atol=1e-12)
@@ -160,11 +160,10 @@ def test_codi_uses_the_boundary_scaling_for_both_networks():
     student, target, _ = trio()
     batch, t = float64_batch(), torch.tensor([600])
     losses = codi(student, target, batch, LEVELS, seeded(3), dt=50, t=t, boundary=True)
-    x_t, e_t = boundary_scaling(
-        LEVELS.signal_noise(student(z := student.z[0], t, batch.conditioning), z, t)[0], z, t, LEVELS
-    )
+    z = student.z[0]
+    x_t, e_t = LEVELS.boundary_scaling(LEVELS.signal_noise(student(z, t, batch.conditioning), z, t)[0], z, t)
     s, z_s = t - 50, LEVELS.mix(x_t, e_t, t - 50)
-    e_s = boundary_scaling(LEVELS.signal_noise(target(z_s, s, batch.conditioning), z_s, s)[0], z_s, s, LEVELS)[1]
+    e_s = LEVELS.boundary_scaling(LEVELS.signal_noise(target(z_s, s, batch.conditioning), z_s, s)[0], z_s, s)[1]
     torch.testing.assert_close(losses["consistency"], (e_t - e_s).square().mean())
     torch.testing.assert_close(losses["signal"], (x_t - batch.x).square().mean())
 

@@ -58,6 +58,23 @@ def test_ddim_nears_the_end_of_the_probability_flow(schedule):
     assert errors[-1] < 0.35 * errors[-2] < 0.03
 
 
+@pytest.mark.parametrize("schedule", [LEVELS, ZERO_SNR, CosineSchedule()], ids=["v", "zero snr", "cos"])
+def test_boundary_scaling_is_sampled_with_as_it_is_trained_with(schedule):
+    """A network whose scaled signal is the denoiser's is sampled as the denoiser is."""
+    z = randn(1, 1, 1, 50, dtype=torch.float64)
+
+    def unscaled(z: Tensor, alpha: Tensor, sigma: Tensor, _: Any) -> Tensor:
+        t = schedule.horizon if isinstance(schedule, CosineSchedule) else 1000
+        u = (torch.atan2(sigma, alpha) if isinstance(schedule, CosineSchedule) else levels[sigma.item()]) / t
+        return (denoiser(z, alpha, sigma, _) - 0.25 / (u**2 + 0.25) * z) * (u**2 + 0.25) ** 0.5 / (0.5 * u)
+
+    levels = {} if isinstance(schedule, CosineSchedule) else {v.item(): k for k, v in enumerate(schedule.sigmas)}
+    plain, bounded = Formula(schedule, denoiser), Formula(schedule, unscaled)
+    for steps in (1, 4):
+        same = sample(plain, schedule, z, NOTHING, steps), sample(bounded, schedule, z, NOTHING, steps, boundary=True)
+        torch.testing.assert_close(*same, rtol=0, atol=1e-9)
+
+
 def test_many_steps_give_the_data_s_mean_and_spread():
     z = randn(1, 1, 1, 20_000, seed=1, dtype=torch.float64)
     z = (z - z.mean()) / z.std()

@@ -15,6 +15,7 @@ from codi.objectives.decoupled import decoupled
 from codi.objectives.guided import guided
 from codi.sampling.sampler import initial_noise, sample
 from codi.schedule import CosineSchedule, DiscreteSchedule
+from codi.training.distill_recipe import OBJECTIVES, SCALES, DistillRecipe
 from test_fixed_points import M, S, denoiser, flow, gaussian_batch, network, straight
 from tiny import LATENT_CHANNELS, TEXT_WIDTH, randn, seeded, tiny_scheduler, tiny_unet, tiny_vae
 
@@ -208,3 +209,33 @@ def test_a_teacher_of_straight_paths_is_guided_s_fixed_point():
     assert float(loss["distillation"]) < 1e-18
     loss = guided(net, net, gaussian_batch(1000), COSINE, seeded(2), teacher=network(denoiser, COSINE), steps=4)
     assert float(loss["distillation"]) > 1e-4
+
+
+# ---- what a training costs
+
+
+@pytest.mark.parametrize("scales", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [(name, {}) for name in OBJECTIVES]
+    + [("codi", {"consistency_weight": 0}), ("codi", {"ode": "teacher"}), ("paper", {"ode": "teacher"})],
+)
+def test_the_passes_told_are_those_that_the_objective_makes(objective, options, scales):
+    """A sample through a network once is a pass; with a gradient three."""
+    passes = 0
+
+    def net(z, timestep, asked):
+        nonlocal passes
+        passes += len(z) * (3 if torch.is_grad_enabled() else 1)
+        return 0.3 * z
+
+    batch = LatentBatch(randn(4, 4, 3, 3), Asked())
+    if scales:
+        batch.guidance = Guidance(torch.full((4, scales), 2.0), [Asked()] * (scales + 1))
+    guidance = {name: [1, 4] for name in SCALES[:scales]}
+    recipe = DistillRecipe(
+        out="out", objective=objective, objective_options=options, guidance=guidance, guidance_share=1.0
+    )
+    bound = OBJECTIVES[objective]
+    bound(net, net, batch, LEVELS, seeded(), **options, **({"teacher": net} if recipe.taught else {}))
+    assert recipe.passes == passes / 4

@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SIGMA_DATA = 0.5
 
 
 def to_signal_noise(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,17 @@ class Schedule(ABC):
     def signal_noise(self, output: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x, eps) that the network's `output` at (z_t, t) stands for."""
         return to_signal_noise(output, z, *self.alpha_sigma(t, z), self.prediction)
+
+    def boundary_scaling(self, x: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """CoDi's x <- c_skip z_t + c_out x: c_skip = sd^2 / (u^2 + sd^2), c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5.
+
+        The paper does not say what its t is in units; here u = t / T, in [0, 1]. Returns (x, eps) with
+        eps = (z_t - alpha_t x) / sigma_t; where sigma_t = 0 the signal is z_t and eps is 0.
+        """
+        u = (t.double() / self.horizon).to(z).reshape(-1, *[1] * (z.ndim - 1))
+        skip = SIGMA_DATA**2 / (u**2 + SIGMA_DATA**2)
+        out = SIGMA_DATA * u / (u**2 + SIGMA_DATA**2).sqrt()
+        return to_signal_noise(skip * z + out * x, z, *self.alpha_sigma(t, z), "sample")
 
     def output(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The network output that stands for (x, eps) at t: the regression target of diffusion training."""

@@ -12,9 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .common import Device, Json, Minutes, hide_loading_bars, parse_steps, print_json, progress, usage, watched, working
+from .common import (
+    Device,
+    Json,
+    Minutes,
+    choose_device,
+    hide_loading_bars,
+    parse_steps,
+    print_json,
+    progress,
+    usage,
+    watched,
+    working,
+)  # fmt: skip
 
 if TYPE_CHECKING:
+    from ..evaluation import Method
     from ..evaluation.suite import Plan, Suite
 
 EXAMPLE = "Example: codi benchmark --suite mini --out runs/benchmark --rows codi,ldm --tasks depth"
@@ -53,22 +66,28 @@ def benchmark(
                 raise UserError(f"--steps {steps}: no row asked for is measured there: see the suite")
     deadline = time.monotonic() + 60 * minutes if minutes else None
     results = _Results(out / RESULTS, chosen)
+    failed: list[str] = []
     for number, plan in enumerate([] if report else plans):
         steps_left = results.missing(plan)
         if not steps_left or (deadline and time.monotonic() > deadline):
             continue
         if watched():
             print(f"{number + 1}/{len(plans)} {plan.task}, {plan.method}, seed {plan.seed}", file=sys.stderr)
-        folders = _trained(plan, out, device, deadline)
-        if folders is None:  # out of time, with a checkpoint
-            break
-        results.add(plan, _measured(plan, steps_left, chosen, folders, device))
+        try:
+            folders = _trained(plan, out, device, deadline)
+            if folders is None:  # out of time, with a checkpoint
+                break
+            results.add(plan, _measured(plan, steps_left, chosen, folders, device))
+        except UserError as error:  # of this row alone, e.g. a loss that is no longer finite
+            failed.append(f"{plan.task}, {plan.method}, seed {plan.seed}: {error}")
     missing = [plan for plan in plans if results.missing(plan)]
     write_report(results.told, out)
     if missing:
         print(f"{len(missing)} of {len(plans)} rows are still to run: the same command goes on", file=sys.stderr)
     if json_:
         print_json(results.told)
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def _words(text: str | None) -> list[str]:
@@ -158,31 +177,27 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """A row for each of `steps`."""
     from ..data.sources import open_source
-    from ..evaluation import evaluate, pipeline_method
-    from ..sampling.solvers import SOLVERS
-    from ..training.distill_recipe import PASSES
-    from .common import load_pipeline
+    from ..evaluation import evaluate
+    from ..training.distill import recipe_task
+    from ..training.distill_recipe import DistillRecipe
+    from ..training.recipe import build
 
-    model = plan.stages[-1].recipe["model"]
-    pipe = load_pipeline(model, plan.task, folders[-1], device)
-    pipe.solver = SOLVERS[plan.solver](pipe.scheduler.config) if plan.solver else None
-    pipe.shift = plan.shift
-    assert pipe.task is not None
-    task = pipe.task.measured()
+    recipe = suite.base | suite.tasks[plan.task] | {"task": plan.task, "out": ""}
+    task = recipe_task(build(DistillRecipe, recipe, plan.task)).measured()
     with progress("pictures") as bar:
         line = bar.add_task(f"{plan.task}, {plan.method}", total=None)
         results = evaluate(
-            [pipeline_method(pipe, steps, plan.method)],
+            [_method(plan, steps, suite.base["model"], folders, device)],
             task,
             open_source(suite.held_out, task.columns),
             suite.count,
-            size=plan.stages[-1].recipe["size"],
+            size=suite.base["size"],
             progress=lambda done, total: bar.update(line, completed=done, total=total),
         )
     infos = [json.loads((folder / "config.json").read_text())["info"] for folder in folders]
     cost = {key: sum(info[key] for info in infos) for key in ("images", "seconds")}
-    objectives = [stage.recipe["objective"] for stage in plan.stages]
-    cost["passes"] = sum(PASSES[name] * info["images"] for name, info in zip(objectives, infos, strict=True))
+    recipes = [build(DistillRecipe, {**stage.recipe, "out": ""}, plan.method) for stage in plan.stages]
+    cost["passes"] = round(sum(r.passes * info["images"] for r, info in zip(recipes, infos, strict=True)))
     told = {
         "task": plan.task,
         "seed": plan.seed,
@@ -194,3 +209,18 @@ def _measured(
     }
     rows = [asdict(row) | told for row in results.rows if row.method == plan.method]
     return [{"task": row.pop("task"), "method": row.pop("method"), **row} for row in rows]
+
+
+def _method(plan: Plan, steps: tuple[int, ...], model: str, folders: list[Path], device: str) -> Method:
+    """What the last stage made; without stages the latent codec alone."""
+    from ..evaluation import codec_method, pipeline_method
+    from ..models.backbone import load_backbone
+    from ..sampling.solvers import SOLVERS
+    from .common import load_pipeline
+
+    if not folders:
+        return codec_method(load_backbone(model).to(choose_device(device)).vae, plan.method)
+    pipe = load_pipeline(model, plan.task, folders[-1], device)
+    pipe.solver = SOLVERS[plan.solver](pipe.scheduler.config) if plan.solver else None
+    pipe.shift = plan.shift
+    return pipeline_method(pipe, steps, plan.method)

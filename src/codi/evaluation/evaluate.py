@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.batches import Batch, collate
 from ..data.sources import CorruptSample, Sample, Source
 from ..errors import UserError
+from ..models import codec
 from ..tasks import Task, means
 from .metrics import MAX_PSNR, Features, default_features, frechet_distance, maps_distance, psnr, ssim
 
@@ -35,12 +36,14 @@ class Method:
 
     `run(given, prompts, steps, seeds)` maps what a user would bring (B, ...), a prompt and a seed for each to pictures
     (B, 3, H, W) in [0, 1]. Row i may depend on `given[i]`, `prompts[i]` and `seeds[i]` alone, not on the batch around
-    it. `steps` are the step counts to measure; (0,) for a method that takes none.
+    it. `steps` are the step counts to measure; (0,) for a method that takes none. With `sees_truth`, `run` gets the
+    true pictures instead of what a user would bring: a bound on what others can reach.
     """
 
     name: str
     run: Run
     steps: tuple[int, ...] = (1, 2, 4)
+    sees_truth: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ def pipeline_method(
     return Method(name, run, tuple(steps))
 
 
+def codec_method(vae: Any, name: str = "autoencoder") -> Method:
+    """The truth through the latent codec and back: what a latent model whose latents are right would reach."""
+    return Method(name, lambda truth, *_: codec.decode(vae, codec.encode(vae, truth.to(vae.device))), (0,), True)
+
+
 def baselines(task: Task) -> list[Method]:
     """What anyone has without a model: bicubic enlargement for upscaling, nothing for the other tasks."""
     if task.name != "upscale":
@@ -152,7 +160,7 @@ def evaluate(
     tallies = [_Tally() for _ in runs]
     truths: list[Tensor] = []
     kept: dict[str, list[Tensor]] = {}
-    first: tuple[Tensor, list[str]] | None = None
+    first: tuple[Tensor, Tensor, list[str]] | None = None
     count = min(count, len(source))
     done = 0
     samples = islice(reader, count)
@@ -161,12 +169,13 @@ def evaluate(
         given = torch.cat([task.given(collate([s]), _stream(seed, k)) for s, k in zip(group, positions, strict=True)])
         whole = collate(group)
         prompts, truth = task.prompts(whole), task.truth(whole)
-        first = first or (given, prompts)
+        first = first or (given, truth, prompts)
         truth_maps = features(truth)
         truths.append(truth_maps.pooled.cpu())
         _keep(kept, "given", _shown(task, given), keep)
         for number, ((method, n), tally) in enumerate(zip(runs, tallies, strict=True)):
-            output = _pictures(method, n, given, prompts, sample_seeds(seed, positions), truth)
+            seen = truth if method.sees_truth else given
+            output = _pictures(method, n, seen, prompts, sample_seeds(seed, positions), truth)
             maps = features(output)
             tally.pooled.append(maps.pooled.cpu())
             tally.add(
@@ -270,15 +279,16 @@ def _pictures(method: Method, steps: int, given: Tensor, prompts: list[str], see
 
 
 def _latencies(
-    runs: list[tuple[Method, int]], given: Tensor, prompts: list[str], *, seed: int, calls: int
+    runs: list[tuple[Method, int]], given: Tensor, truth: Tensor, prompts: list[str], *, seed: int, calls: int
 ) -> list[float]:
     """Median milliseconds of one picture for each run; round r takes every run once, round 0 is the warm-up."""
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(calls + 1):
         k = turn % len(given)
         for (method, steps), spent in zip(runs, times, strict=True):
+            seen = truth if method.sees_truth else given
             start = time.perf_counter()
-            method.run(given[k : k + 1], prompts[k : k + 1], steps, sample_seeds(seed, [k])).cpu()  # .cpu() waits
+            method.run(seen[k : k + 1], prompts[k : k + 1], steps, sample_seeds(seed, [k])).cpu()  # .cpu() waits
             spent.append((time.perf_counter() - start) * 1000)
     return [statistics.median(spent[1:]) for spent in times]
 

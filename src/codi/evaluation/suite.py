@@ -66,7 +66,7 @@ class Suite:
         tasks, steps = changes.pop("tasks", list(self.tasks)), changes.pop("steps", None)
         methods = copy.deepcopy(self.methods)
         for method in methods.values():
-            method["steps"] = [n for n in method.get("steps", (1, 2, 4)) if steps is None or n in steps]
+            method["steps"] = [n for n in method.get("steps", (1, 2, 4)) if steps is None or n in steps or not n]
         kept = {task: self.tasks[task] for task in tasks}
         return Suite(**{**vars(self), **changes, "tasks": kept, "methods": methods})
 

@@ -32,7 +32,9 @@ PAPER: dict[str, dict[Which, float]] = {
     },
 }  # fmt: skip
 # What a task's figures are told as shares of.
-REFERENCE: dict[str, Which] = {"upscale": ("ldm", 250), "inpaint": ("controlnet", 50), "depth": ("controlnet", 250)}
+REFERENCE: dict[str, Which] = {
+    "upscale": ("ldm", 250), "inpaint": ("controlnet", 50), "depth": ("controlnet", 250), "edit": ("ldm", 50)
+}  # fmt: skip
 OURS = "pe-decoupled"
 
 # (row, steps) / (row, steps) on a task, the paper's value (None: it has none), the goal
@@ -74,8 +76,9 @@ def task_table(rows: Rows, task: str) -> str:
         same = [row for row in mine if (row["method"], row["steps"]) == (method, steps)]
         line = [method, str(steps), *(_spread([row[name] for row in same], form) for name, form in FIGURES)]
         if reference:
-            here, paper = _ratio(rows, task, "fd", (method, steps), reference), PAPER[task].get((method, steps))
-            line += [f"{here:.3f}" if here else "-", f"{paper / PAPER[task][reference]:.3f}" if paper else "-"]
+            here, theirs = _ratio(rows, task, "fd", (method, steps), reference), PAPER.get(task, {})
+            paper = theirs.get((method, steps))
+            line += [f"{here:.3f}" if here else "-", f"{paper / theirs[reference]:.3f}" if paper else "-"]
         cost = [statistics.median(row[name] for row in same) for name in ("images", "passes", "seconds")]
         lines.append([*line, *(f"{value:,.0f}" for value in cost)])
     shares = [f"FD / {reference[0]} {reference[1]}", "paper"] if reference else []
@@ -154,7 +157,10 @@ def plots(rows: Rows, task: str, out: Path) -> None:
         seen[row["method"]][row["steps"]].append(row)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for method, by_steps in seen.items():
-        if "/" not in method:
+        if 0 in by_steps:  # a bound
+            for axis in (left, middle):
+                axis.axhline(by_steps[0][0]["fd"], color="grey", linestyle=":", label=method)
+        elif "/" not in method:
             steps = sorted(by_steps)
             fd, ms = ([statistics.mean(r[key] for r in by_steps[n]) for n in steps] for key in ("fd", "latency_ms"))
             left.plot(steps, fd, "o-", label=method, markersize=4)
@@ -164,7 +170,7 @@ def plots(rows: Rows, task: str, out: Path) -> None:
         for scale in (axis.xaxis, axis.yaxis):
             scale.set_major_formatter("{x:g}")
             scale.set_minor_formatter("{x:g}")
-    left.set_xticks(sorted({row["steps"] for row in rows}), minor=False)
+    left.set_xticks(sorted({row["steps"] for row in rows if row["steps"]}), minor=False)
     left.xaxis.set_minor_locator(NullLocator())
     left.legend(fontsize=7)
     bars = {method: statistics.mean(r["fd"] for r in by[4]) for method, by in seen.items() if 4 in by}

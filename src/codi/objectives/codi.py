@@ -24,22 +24,6 @@ from ..schedule import Schedule
 from .batch import LatentBatch, Network, guided_signal, mean_square
 from .distances import SignalDistance, latent
 
-SIGMA_DATA = 0.5
-
-
-def boundary_scaling(x: Tensor, z: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """The paper's x <- c_skip z_t + c_out x: c_skip = sd^2 / (u^2 + sd^2), c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5.
-
-    The paper does not say what its t is in units; here u = t / T, in [0, 1]. Returns (x, eps) with
-    eps = (z_t - alpha_t x) / sigma_t; where sigma_t = 0 the signal is z_t and eps is 0.
-    """
-    u = (t.double() / schedule.horizon).to(z).reshape(-1, *[1] * (z.ndim - 1))
-    skip = SIGMA_DATA**2 / (u**2 + SIGMA_DATA**2)
-    out = SIGMA_DATA * u / (u**2 + SIGMA_DATA**2).sqrt()
-    x = skip * z + out * x
-    alpha, sigma = schedule.alpha_sigma(t, z)
-    return x, torch.where(sigma > 0, (z - alpha * x) / sigma.clamp_min(1e-12), torch.zeros_like(z))
-
 
 def codi(
     student: Network,
@@ -84,7 +68,7 @@ def codi(
 
     def predict(network: Network, z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         prediction = schedule.signal_noise(network(z, schedule.timestep(time).to(z.device), c), z, time)
-        return boundary_scaling(prediction[0], z, time, schedule) if boundary else prediction
+        return schedule.boundary_scaling(prediction[0], z, time) if boundary else prediction
 
     x_t, e_t = predict(student, z_t, t)
     losses: dict[str, Tensor] = {}

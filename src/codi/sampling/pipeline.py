@@ -255,7 +255,7 @@ class CoDiPipeline(DiffusionPipeline):
         away = negative_prompt or ""
         walk = partial(self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step)
         channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
-        fields = steps if self._jumps(strength) else 1
+        fields = steps if self._all(strength, "jumps") else 1
         with progress_bar(total=steps * (-(-tiles.count(one) // batch_size) * len(one) if tiles else 1)) as bar:
             if tiles:
 
@@ -301,7 +301,8 @@ class CoDiPipeline(DiffusionPipeline):
         callback: StepCallback,
     ) -> Tensor:
         """From noise (B, C, h, w) and what each task makes of its input, at output size, to the latent."""
-        infos, jumps = self._shelf.infos(strength), self._jumps(strength)
+        infos = self._shelf.infos(strength)
+        jumps, boundary = (self._all(strength, key) for key in ("jumps", "boundary"))
         student, strength = self._shelf.student(strength)
         condition: Any = None
         if student.adapter is not None:
@@ -320,13 +321,14 @@ class CoDiPipeline(DiffusionPipeline):
             return solve(student, self.solver, noise, conditioning, steps)
         return sample(
             student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, shift,
-            jumps,
+            jumps, boundary,
         )  # fmt: skip
 
-    def _jumps(self, strength: float) -> bool:
-        """Whether the adapters that are set are asked where the ODE ends: where all of them have learnt to say so."""
+    def _all(self, strength: float, key: str) -> bool:
+        """Whether all adapters that are set have this in their info, e.g. `jumps`: that they are asked where the ODE
+        ends, having learnt to say so."""
         infos = self._shelf.infos(strength)
-        return bool(infos) and all(info.get("jumps") for info in infos)
+        return bool(infos) and all(info.get(key) for info in infos)
 
     def _decode(self, latent: Tensor) -> Tensor:
         return codec.decode(self.vae, latent).float()

@@ -54,6 +54,7 @@ def predict(
     guidance_scale: float = 1.0,
     unconditional: Conditioning | None = None,
     strength: float = 1.0,
+    boundary: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(x, eps) at z_t, with classifier-free guidance out = out_uncond + g (out_cond - out_uncond).
 
@@ -67,7 +68,8 @@ def predict(
         both = student(torch.cat([z, z]), timestep, cat_conditionings(unconditional, conditioning), strength)
         without, with_ = both.chunk(2)
         output = without + guidance_scale * (with_ - without)
-    return schedule.signal_noise(output, z, t)
+    prediction = schedule.signal_noise(output, z, t)
+    return schedule.boundary_scaling(prediction[0], z, t) if boundary else prediction
 
 
 @torch.no_grad()
@@ -83,14 +85,15 @@ def sample(
     callback: StepCallback | None = None,
     shift: float = 1.0,
     jumps: bool = False,
+    boundary: bool = False,
 ) -> Tensor:
     """`steps` predictions (x, eps) at times t_i, each followed by z_t_i+1 = alpha x + sigma e; returns the last x.
 
     Deterministic DDIM (Song et al., ICLR 2021, eta = 0): e = eps. With `jumps`, for adapters that were trained to
     answer where the ODE ends: multistep consistency sampling (Song et al., ICML 2023), where e is fresh noise, as x
     then is a sample that z_t's own noise has gone into. `noise` (B, C, h, w) ~ N(0, I), or with `jumps`
-    (B, steps C, h, w), a field a step; the condition's features are computed once. `shift`: see time_grid. Returns
-    (B, C, h, w) in noise's dtype.
+    (B, steps C, h, w), a field a step; the condition's features are computed once. `shift`: see time_grid.
+    `boundary`: for adapters trained with CoDi's boundary scaling. Returns (B, C, h, w) in noise's dtype.
     """
     conditioning = replace(conditioning, jump=conditioning.text.new_ones(len(noise)) if jumps else None)
     conditioning = student.prepare(conditioning)
@@ -103,7 +106,7 @@ def sample(
     z = x = fields[0]
     for i in range(steps):
         t, s = grid[i : i + 1], grid[i + 1 : i + 2]
-        x, eps = predict(student, schedule, z, t, conditioning, guidance_scale, unconditional, strength)
+        x, eps = predict(student, schedule, z, t, conditioning, guidance_scale, unconditional, strength, boundary)
         z = schedule.mix(x, fields[i + 1] if jumps and i + 1 < steps else eps, s)
         if callback is not None:
             replaced = callback(i, int(t), z, x)

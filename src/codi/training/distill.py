@@ -224,8 +224,9 @@ class DistillJob(Job):
             seeds, jumps = range(start, start + len(given)), self.recipe.jumps
             noise = initial_noise(shape, seeds, steps if jumps else 1).to(self.vae.device)
             latent = sample(
-                self.average, self.schedule, noise, conditioning, steps, shift=self.recipe.shift, jumps=jumps
-            )
+                self.average, self.schedule, noise, conditioning, steps, shift=self.recipe.shift, jumps=jumps,
+                boundary=self.recipe.bounded,
+            )  # fmt: skip
             outputs[steps] = codec.decode(self.vae, latent).float().cpu()
         return given, outputs
 
@@ -238,7 +239,7 @@ class DistillJob(Job):
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
                 "family": self.family, "backbone": self.trained_on, "full": self.full, **told,
-                "jumps": self.recipe.jumps, "images": progress.images,
+                "jumps": self.recipe.jumps, "boundary": self.recipe.bounded, "images": progress.images,
                 "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds),
                 "recipe": recipe, "metrics": figures,
             }

@@ -34,7 +34,7 @@ OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "guided": guided,
     "consistency": consistency,
 }
-# Forward passes of the network that an image costs without guidance, a backward pass counted as two.
+# Forward passes of the network that an image costs, a backward pass counted as two; see DistillRecipe.passes.
 PASSES = {"paper": 4, "codi": 4, "decoupled": 7, "finetune": 3, "guided": 5, "consistency": 5}
 SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
 _CHOICES = {
@@ -114,9 +114,25 @@ class DistillRecipe(RunSettings):
         return self.objective == "decoupled"
 
     @property
+    def bounded(self) -> bool:
+        """Whether the network's signal is scaled as CoDi's boundary scaling does, in training and sampling."""
+        return bool(self.objective_options.get("boundary"))
+
+    @property
     def taught(self) -> bool:
         """Whether the objective has a frozen teacher."""
         return self.objective in ("guided", "consistency") or self.objective_options.get("ode") == "teacher"
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of the network that an image costs on average, a backward pass counted as two."""
+        scales = len(self.guidance)  # a teacher's point costs one pass more a scale, a guided signal all of them
+        guided = {"guided": 2 * scales, "consistency": scales}.get(self.objective, scales and scales + 1)
+        passes = PASSES[self.objective] + self.guidance_share * guided
+        if self.objective in ("paper", "codi"):
+            passes += self.taught  # the teacher's step
+            passes -= self.objective_options.get("consistency_weight") == 0  # no second point
+        return passes
 
     def validate(self) -> None:
         """Raises UserError for values that no run can have."""
