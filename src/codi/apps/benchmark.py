@@ -27,6 +27,8 @@ from .common import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..evaluation import Method
     from ..evaluation.suite import Plan, Suite
 
@@ -213,13 +215,19 @@ def _measured(
 
 def _method(plan: Plan, steps: tuple[int, ...], model: str, folders: list[Path], device: str) -> Method:
     """What the last stage made; without stages the latent codec alone."""
-    from ..evaluation import codec_method, pipeline_method
+    from ..evaluation import Method, pipeline_method
+    from ..models import codec
     from ..models.backbone import load_backbone
     from ..sampling.solvers import SOLVERS
     from .common import load_pipeline
 
     if not folders:
-        return codec_method(load_backbone(model).to(choose_device(device)).vae, plan.method)
+        vae = load_backbone(model).to(choose_device(device)).vae
+
+        def decoded(truth: Tensor, *_: Any) -> Tensor:
+            return codec.decode(vae, codec.encode(vae, truth.to(vae.device)))
+
+        return Method(plan.method, decoded, (0,), sees_truth=True)
     pipe = load_pipeline(model, plan.task, folders[-1], device)
     pipe.solver = SOLVERS[plan.solver](pipe.scheduler.config) if plan.solver else None
     pipe.shift = plan.shift

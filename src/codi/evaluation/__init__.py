@@ -1,6 +1,6 @@
 """How good the pictures are: metrics, one evaluation loop for every method, and its report."""
 
-from .evaluate import Method, Results, Row, baselines, codec_method, evaluate, pipeline_method
+from .evaluate import Method, Results, Row, baselines, evaluate, pipeline_method
 from .metrics import Features, enlite0_distance, frechet_distance, psnr, ssim
 from .report import contact_sheet, markdown_table, rich_table, write_json
 
@@ -10,7 +10,6 @@ __all__ = [
     "Results",
     "Row",
     "baselines",
-    "codec_method",
     "contact_sheet",
     "enlite0_distance",
     "evaluate",

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..data.batches import Batch, collate
 from ..data.sources import CorruptSample, Sample, Source
 from ..errors import UserError
-from ..models import codec
 from ..tasks import Task, means
 from .metrics import MAX_PSNR, Features, default_features, frechet_distance, maps_distance, psnr, ssim
 
@@ -104,11 +103,6 @@ def pipeline_method(
         return made.images
 
     return Method(name, run, tuple(steps))
-
-
-def codec_method(vae: Any, name: str = "autoencoder") -> Method:
-    """The truth through the latent codec and back: what a latent model whose latents are right would reach."""
-    return Method(name, lambda truth, *_: codec.decode(vae, codec.encode(vae, truth.to(vae.device))), (0,), True)
 
 
 def baselines(task: Task) -> list[Method]:
