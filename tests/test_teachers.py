@@ -1,5 +1,6 @@
 """The objectives that answer where an ODE ends: decoupled, consistency and guided distillation."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -239,3 +240,25 @@ def test_the_passes_told_are_those_that_the_objective_makes(objective, options, 
     bound = OBJECTIVES[objective]
     bound(net, net, batch, LEVELS, seeded(), **options, **({"teacher": net} if recipe.taught else {}))
     assert recipe.passes == passes / 4
+
+
+def test_how_jumps_weigh_and_who_answers_at_the_earlier_time():
+    """ "signal" takes the division by sigma out; an averaged target's answer is the average network's."""
+    x, told = randn(2, 1, 4, 4), Conditioning(torch.zeros(2, 1, 1))
+    mine, average = (lambda z, t, c, k=k: k * z + c.jump.reshape(-1, 1, 1, 1) for k in (0.3, 0.6))
+    batch, t = LatentBatch(x, told), torch.tensor([0.7])
+
+    def loss(**options) -> float:
+        return float(
+            decoupled(mine, average, batch, COSINE, seeded(1), dt=0.1, dt_end=0.1, t=t, **options)["consistency"]
+        )
+
+    sigma = math.sin(0.7)
+    assert loss(consistency_weighting="signal") == pytest.approx(sigma**2 * loss(), rel=1e-5)
+    assert loss(consistency_weight=5) == pytest.approx(5 * loss(), rel=1e-5)
+    assert loss(averaged=True) != loss()
+    own = decoupled(average, average, batch, COSINE, seeded(1), dt=0.1, dt_end=0.1, t=t)["consistency"]
+    same = decoupled(average, average, batch, COSINE, seeded(1), dt=0.1, dt_end=0.1, t=t, averaged=True)["consistency"]
+    assert torch.equal(own, same)
+    with pytest.raises(ValueError, match="consistency_weighting 'pixel'"):
+        loss(consistency_weighting="pixel")

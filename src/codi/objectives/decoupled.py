@@ -41,34 +41,43 @@ def decoupled(
     dt_end: float = 25,
     shared_t: bool = False,
     consistency_weight: float = 1.0,
+    consistency_weighting: str = "velocity",
     signal_weight: float = 1.0,
+    averaged: bool = False,
     t: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Named losses {"consistency", "signal"} of one batch, whose conditioning has a field `jump`.
 
-    `student` trains; the answer at z_s is its own, without gradient: an average network's would carry the boundary's
-    answer to high noise more slowly than a short training has time for. `target`, the average, serves guidance. `dt`
-    and `dt_end` in schedule time (levels of T for a checkpoint): see batch.falling_step. `shared_t`: one time for the
-    whole batch.
-    Both terms weigh noise levels as a velocity network's own loss does. `t`: fixed times instead of drawn ones.
+    `student` trains; `target`, its average, serves guidance. The answer at z_s is the student's own, without gradient:
+    an average network's carries the boundary's answer to high noise more slowly, but where `consistency_weight` is
+    large only that is stable (`averaged`). `dt` and `dt_end` in schedule time (levels of T for a checkpoint): see
+    batch.falling_step. `shared_t`: one time for the whole batch. Both terms weigh noise levels as a velocity network's
+    own loss does; `consistency_weighting` "signal" weighs jumps from all of them alike. `t`: fixed times instead of
+    drawn ones. Raises ValueError for an unknown `consistency_weighting`.
+
+    Weight 5, "signal" and `averaged` make one step much better and four steps worse (see the suite's
+    decoupled/one-step): one network has to share its few updates between the two questions.
     """
+    if consistency_weighting not in ("signal", "velocity"):
+        raise ValueError(f"consistency_weighting {consistency_weighting!r}: use 'signal' or 'velocity'")
     x, c = batch.x, prepared(student, batch.conditioning)
     t = schedule.draw(len(x), schedule.least, shared_t, generator) if t is None else t
     s = (t - falling_step(dt, dt_end, batch.progress)).clamp_min(0)
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z_t = schedule.mix(x, eps, t)
 
-    def predict(z: Tensor, time: Tensor, asked: Any) -> tuple[Tensor, Tensor]:
-        return schedule.signal_noise(student(z, schedule.timestep(time).to(z.device), asked), z, time)
+    def predict(network: Network, z: Tensor, time: Tensor, asked: Any) -> tuple[Tensor, Tensor]:
+        return schedule.signal_noise(network(z, schedule.timestep(time).to(z.device), asked), z, time)
 
     instant, jump = (replace(c, jump=torch.full((len(x),), share, device=x.device)) for share in (0.0, 1.0))
     twice = torch.cat([z_t, z_t]), t.expand(len(x)).repeat(2), cat_conditionings(instant, jump)
-    (x_i, x_j), (e_i, _) = (both.chunk(2) for both in predict(*twice))
+    (x_i, x_j), (e_i, _) = (both.chunk(2) for both in predict(student, *twice))
     with torch.no_grad():
-        end, _ = predict(schedule.mix(x_i, e_i, s), s, jump)
+        end, _ = predict(target if averaged else student, schedule.mix(x_i, e_i, s), s, jump)
     goal = guided_signal(batch, target, z_t, t, schedule)
     sigma = schedule.alpha_sigma(t, x)[1]
+    scale = sigma if consistency_weighting == "velocity" else torch.ones_like(sigma)
     return {
-        "consistency": consistency_weight * mean_square(x_j / sigma, end / sigma),
+        "consistency": consistency_weight * mean_square(x_j / scale, end / scale),
         "signal": signal_weight * mean_square(x_i / sigma, goal / sigma),
     }

@@ -42,6 +42,7 @@ _CHOICES = {
     "ode": ("own", "teacher"),
     "d_x": distances.DISTANCES,
     "signal_weighting": ("signal", "velocity"),
+    "consistency_weighting": ("velocity", "signal"),
 }
 
 
