@@ -68,7 +68,7 @@ class DistillJob(Job):
         super().__init__()
         self.recipe, self.source, self.report = recipe, source, report
         self.task = recipe_task(recipe)
-        self.vae, self.text_encoder, self.tokenizer = backbone.vae, backbone.text_encoder, backbone.tokenizer
+        self.vae, self.text = backbone.vae, backbone.text
         self.schedule, self.family = backbone.schedule, backbone.family
         cell = codec.downscale(self.vae)
         if recipe.size % cell:
@@ -157,9 +157,12 @@ class DistillJob(Job):
 
     def conditioning(self, given: Tensor, prompts: list[str]) -> Conditioning:
         """What the student may look at, from what a user brings."""
-        text = embed_prompts(self.tokenizer, self.text_encoder, prompts)
+        text, added = self._embedded(prompts)
         condition = self.task.condition(given).to(text.device)
-        return Conditioning(text, self.online.adapter.read(condition, self.vae))
+        return Conditioning(text, self.online.adapter.read(condition, self.vae), added=added)
+
+    def _embedded(self, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return embed_prompts(self.text, prompts, (self.recipe.size, self.recipe.size))
 
     def guidance(self, conditioning: Conditioning, dropped: Tensor, generator: torch.Generator) -> Guidance | None:
         """Scales for this batch, drawn uniformly from their ranges, or None for a batch without guidance."""
@@ -170,8 +173,8 @@ class DistillJob(Job):
         low, high = (torch.tensor([float(spans[name][k]) for name in chosen]) for k in (0, 1))
         scales = low + (high - low) * torch.rand(len(dropped), len(chosen), generator=generator)
         scales[dropped, 0] = 1.0  # without a prompt there is nothing to be guided towards
-        blank = embed_prompts(self.tokenizer, self.text_encoder, [""]).expand_as(conditioning.text)
-        without = replace(conditioning, text=blank)
+        blank, added = self._embedded([""] * len(dropped))
+        without = replace(conditioning, text=blank, added=added)
         ladder = [conditioning, without, replace(without, condition=None)]  # nothing at all: the backbone as it was
         return Guidance(scales, ladder[: len(chosen) + 1])
 
@@ -263,7 +266,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
     source, held_out = open_source(recipe.data, columns), open_source(recipe.held_out, columns)
     if isinstance(source, SceneSource):
         source.device = str(make_accelerator(recipe).device)
-    job = DistillJob(recipe, load_backbone(recipe.model), source, held_out, out / "corrupt.json")
+    job = DistillJob(recipe, load_backbone(recipe.model, loras=recipe.loras), source, held_out, out / "corrupt.json")
     progress = train(job, recipe, out, asdict(recipe), quiet=quiet, deadline=deadline)
     if 0 < progress.images < recipe.images:  # stopped early: what there is by now can be used and looked at
         job.finish(out, progress)

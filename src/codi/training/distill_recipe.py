@@ -57,7 +57,10 @@ class DistillRecipe(RunSettings):
     degradation: str | None = None
     """Short for task_options.degradation: real or bicubic."""
     model: str = "mini"
-    """The backbone: mini, a diffusers folder, a .safetensors file or a hub id."""
+    """The backbone: mini, a diffusers folder, a .safetensors file or a hub id (ID@REVISION)."""
+    loras: dict[str, float] = field(default_factory=dict)
+    """LoRA files made part of the backbone before training, each with its weight, e.g. {style.safetensors: 0.8}. Users
+    of the adapter name the same ones, unless it brings its own backbone (train_backbone)."""
     data: str = "scenes:train:20000"
     """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
     held_out: str = "scenes:held-out:64"
