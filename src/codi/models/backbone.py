@@ -161,6 +161,8 @@ def load_backbone(
     for lora, weight in (loras or {}).items():
         try:
             pipe.load_lora_weights(str(lora), use_safetensors=True)
+            if not pipe.get_list_adapters():  # diffusers takes a file of other keys for none at all
+                raise ValueError("none of its weights are for this model")
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
         except Exception as error:

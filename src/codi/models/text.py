@@ -39,8 +39,7 @@ def embed(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
 def embed_prompts(
     text: TextEncoders, prompts: Sequence[str], size: tuple[int, int] = (0, 0)
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Prompts -> features (B, L, D) and what the U-Net is told beside them, without gradient. Equal prompts are computed
-    once.
+    """Prompts -> features (B, L, D) and what else the U-Net is told, without gradient. Equal prompts are computed once.
 
     With one encoder, its last layer after the final norm, and None. With two, the last layer but one of both, side by
     side, and XL's extra conditions: "text_embeds" (B, P), the second's pooled features, and "time_ids" (B, 6), the

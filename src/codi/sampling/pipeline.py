@@ -27,9 +27,9 @@ from ..tasks import Task, get_task
 from .colour import match_colour
 from .guidance import Guidance, resolve
 from .inputs import ImageInput, brought, one_for_each, output_size, to_output
-from .sampler import StepCallback, initial_noise, sample
+from .sampler import StepCallback, initial_noise, sample, time_grid
 from .shelf import FOLDER, Shelf
-from .solvers import solve
+from .solvers import own_grid, solve
 from .tiles import Tiles
 from .tiling import mirror_pad
 
@@ -324,22 +324,22 @@ class CoDiPipeline(DiffusionPipeline):
         if student.adapter is not None:
             read = {name: c.to(self.device) for name, c in conditions.items()}
             condition = student.adapter.read(read if len(read) > 1 else next(iter(read.values())), self.vae)
-        f = codec.downscale(self.vae)
-        size = (noise.shape[-2] * f, noise.shape[-1] * f)
+        size = (codec.downscale(self.vae) * noise.shape[-2], codec.downscale(self.vae) * noise.shape[-1])
         text, added = embed_prompts(self.text, prompts, size)
-        columns = guide.columns(prompts)
-        columns = None if columns is None else columns.to(self.device)
-        conditioning = Conditioning(text, condition, added=added, guidance=columns)
+        conditioning = Conditioning(text, condition, added=added, guidance=guide.columns(prompts))
         blank = None
         if guide.second_pass != 1:
             negative, added = embed_prompts(self.text, [negative_prompt] * len(prompts), size)
             blank = replace(conditioning, text=negative, added=added)
         shift = self.shift or next((info["shift"] for info in infos if info.get("shift")), 1.0)
+        grid = (
+            time_grid(self.schedule.horizon, steps, shift) if infos or self.shift else own_grid(self.scheduler, steps)
+        )
         noise = noise.to(device=self.device, dtype=self.unet.dtype)
         if self.solver is not None:
             return solve(student, self.solver, noise, conditioning, steps)
         return sample(
-            student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, shift,
+            student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, grid,
             jumps, boundary,
         )  # fmt: skip
 

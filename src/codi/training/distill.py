@@ -25,7 +25,7 @@ from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
 from ..objectives.batch import Guidance, LatentBatch
-from ..sampling.sampler import initial_noise, sample
+from ..sampling.sampler import initial_noise, sample, time_grid
 from ..tasks import Task, get_task
 from ..tasks.base import means
 from . import ema
@@ -227,8 +227,8 @@ class DistillJob(Job):
             seeds, jumps = range(start, start + len(given)), self.recipe.jumps
             noise = initial_noise(shape, seeds, steps if jumps else 1).to(self.vae.device)
             latent = sample(
-                self.average, self.schedule, noise, conditioning, steps, shift=self.recipe.shift, jumps=jumps,
-                boundary=self.recipe.bounded,
+                self.average, self.schedule, noise, conditioning, steps, jumps=jumps, boundary=self.recipe.bounded,
+                grid=time_grid(self.schedule.horizon, steps, self.recipe.shift),
             )  # fmt: skip
             outputs[steps] = codec.decode(self.vae, latent).float().cpu()
         return given, outputs
