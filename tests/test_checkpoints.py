@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from codi.apps.common import parse_loras
 from codi.errors import UserError
 from codi.models.adapter import FORMS
 from codi.models.backbone import load_backbone
@@ -143,3 +144,11 @@ def test_what_is_no_text_to_image_model_is_refused(xl_folder, tmp_path):
     for name in ("no", "other"):
         with pytest.raises(UserError, match=rf"{name}\.safetensors: not a LoRA"):
             load_backbone(xl_folder, loras={str(tmp_path / f"{name}.safetensors"): 1.0})
+
+
+def test_loras_of_the_command_line():
+    assert parse_loras(["a.safetensors", "b=c.safetensors=0.5", "d=-1"]) == {
+        "a.safetensors": 1.0, "b=c.safetensors": 0.5, "d": -1.0,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"--lora a=much: 'much' is no weight: write FILE=0\.8"):
+        parse_loras(["a=much"])

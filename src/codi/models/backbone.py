@@ -169,7 +169,7 @@ def load_backbone(
             raise UserError(f"{lora}: not a LoRA for {name} ({_short(error)}): check the file and the model") from error
     second = {key: getattr(pipe, key, None) for key in ("text_encoder_2", "tokenizer_2")}
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt", True))
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     backbone = Backbone(
         pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, scheduler, **second, force_zeros_for_empty_prompt=zeros
     )
