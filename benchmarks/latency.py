@@ -6,9 +6,10 @@
 `lcm`: StableDiffusionControlNetPipeline with the LCM scheduler, 4 steps, no second pass. `ddim`: the same with 50 DDIM
 steps and guidance in two passes. `codi`: ours in 4 steps, an adapter that reads pixels (`--reads latent`: latents, by
 the VAE's encoder). `...-loop`: up to the latent, prompt and condition included. `codi-tiny`: decoded by a tiny decoder
-(AutoencoderTiny as it stands in diffusers, that of TAESD). `bare`: the bare modules of `codi` in a row, with
-nothing around them. A round runs every one of them once, in an order of its own; the first round is not measured.
-Ratios are medians of the rounds' ratios.
+(AutoencoderTiny as it stands in diffusers, TAESD's). `bare`: the bare modules of `codi` in a row, nothing around them.
+
+A round runs every one of them once, in an order of its own; the first round is not measured. Ratios are medians of the
+rounds' ratios.
 """
 
 from __future__ import annotations
