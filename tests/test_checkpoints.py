@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from codi.apps.common import parse_loras
 from codi.errors import UserError
-from codi.models.adapter import FORMS
+from codi.models.adapter import FORMS, FusedAdapter
+from codi.models.adapter_files import load_adapter
 from codi.models.backbone import load_backbone
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
@@ -32,7 +33,7 @@ def xl_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def theirs(backbone: Any, noise: torch.Tensor, steps: int, guidance: float, prompts: list[str]) -> torch.Tensor:
+def theirs(backbone: Any, noise: torch.Tensor, steps: int, guidance: float, prompts: Any) -> torch.Tensor:
     """The latent that diffusers' own pipeline makes of the same noise."""
     pipe: Any = backbone.pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -55,7 +56,7 @@ def test_text_to_image_is_what_diffusers_makes(kind, spacing, prediction):
     noise, prompts = initial_noise((LATENT_CHANNELS, 8, 8), [3, 4]), list(CAPTIONS)
     for guidance in (1.0, 3.0):
         expected = theirs(backbone, noise, 4, guidance, prompts)
-        pipe = CoDiPipeline(**vars(backbone))
+        pipe: Any = CoDiPipeline(**vars(backbone))
         made = pipe(prompt=prompts, steps=4, guidance_scale=guidance, seed=[3, 4], output_type="latent").images
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
 
@@ -96,19 +97,46 @@ def test_every_form_of_adapter_works_on_xl(form):
     assert not torch.equal(influence(Student(XL.unet, adapter))(z, level, conditioning), plain)
 
 
+@torch.no_grad()
+def test_a_fused_adapter_that_reads_pixels(tmp_path):
+    backbone = tiny_backbone().freeze()
+    adapter = FusedAdapter.from_backbone(backbone.unet, backbone.vae, 4, reads="pixels")
+    picture, (text, _) = rand(2, 4, 32, 32), embed_prompts(backbone.text, CAPTIONS)
+    assert torch.equal(adapter.read(picture, backbone.vae), picture)
+    z, level, conditioning = randn(2, LATENT_CHANNELS, 8, 8), torch.tensor([500]), Conditioning(text, picture)
+    assert torch.equal(Student(backbone.unet, adapter)(z, level, conditioning), backbone.unet(z, level, text).sample)
+    trained = influence(Student(backbone.unet, adapter))
+    assert not torch.equal(trained(z, level, conditioning), trained(z, level, Conditioning(text, picture.flip(-1))))
+    adapter.save_pretrained(tmp_path)
+    again, _ = load_adapter(tmp_path, None, None, backbone.unet)
+    assert torch.equal(Student(backbone.unet, again)(z, level, conditioning), trained(z, level, conditioning))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reads": "sound"}, "reads 'sound': not known"),
+        ({"reads": "pixels", "adapter": "controlnet"}, "controlnet reads in its own way"),
+    ],
+)
+def test_what_an_adapter_cannot_read(changes, said):
+    with pytest.raises(UserError, match=said):
+        DistillRecipe(out="", **changes).validate()
+
+
 def test_xl_trains_and_samples_and_is_saved(xl_folder, tmp_path):
     recipe = DistillRecipe(
         out=str(tmp_path / "run"), model=str(xl_folder), task="depth", data="scenes:train:8",
         held_out="scenes:held-out:4", size=32, images=4, batch_size=2, train_backbone=False, lora_rank=2,
-        guidance={"text": [1, 4]}, guidance_share=1.0, preview_every=1000,
+        guidance={"text": [1, 4]}, guidance_share=1.0, preview_every=1000, reads="pixels",
     )  # fmt: skip
     distill(recipe, quiet=True)
-    pipe = CoDiPipeline.from_pretrained(xl_folder, adapter=tmp_path / "run")
+    pipe: Any = CoDiPipeline.from_pretrained(xl_folder, adapter=tmp_path / "run")
     picture, prompts = rand(2, 1, 32, 32), list(CAPTIONS)
     made = pipe(image=picture, prompt=prompts, guidance_scale=2.0, output_type="pt").images
     assert made.shape == (2, 3, 32, 32)
     pipe.save_pretrained(tmp_path / "saved")
-    again = CoDiPipeline.from_pretrained(tmp_path / "saved", task="depth")
+    again: Any = CoDiPipeline.from_pretrained(tmp_path / "saved", task="depth")
     assert torch.equal(again(image=picture, prompt=prompts, guidance_scale=2.0, output_type="pt").images, made)
     with pytest.raises(UserError, match="was trained for backbone"):
         CoDiPipeline(**vars(tiny_backbone("epsilon"))).load_adapter(tmp_path / "run")
@@ -119,7 +147,7 @@ def test_a_lora_becomes_part_of_the_backbone(weight, tmp_path):
     backbone = tiny_backbone()
     backbone.pipeline().save_pretrained(tmp_path / "model")
     adapted: Any = tiny_lora(backbone.unet, "style")
-    updates = get_peft_model_state_dict(adapted, adapter_name="style")
+    updates: Any = get_peft_model_state_dict(adapted, adapter_name="style")
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=updates, weight_name="style.safetensors")
     fused = load_backbone(tmp_path / "model", loras={str(tmp_path / "style.safetensors"): weight})
     adapted.set_adapters(["style"], [weight])

@@ -81,9 +81,12 @@ class DistillJob(Job):
             adapter, unet = load_adapter(recipe.start, recipe.task, backbone.family, backbone.unet)
             if not isinstance(adapter, form):
                 raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
+            if adapter.config.get("reads", recipe.reads) != recipe.reads:
+                raise UserError(f"reads {recipe.reads}: {recipe.start} was made to read otherwise: set it so")
         else:
+            told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
             adapter = form.from_backbone(
-                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.asked
+                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.asked, **told
             )
             unet = backbone.unet
             if recipe.lora_rank:
