@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..data.sources import open_source
 from ..errors import UserError
@@ -82,20 +82,21 @@ def blank_backbone(model: str | Path) -> Backbone:
     """The parts of a diffusers folder or hub id on the meta device, of their configurations; without tokenizers.
     Raises UserError where there are none."""
     source, _, revision = str(find_model(model)).partition("@")
-    options = {"revision": revision} if revision else {}
+    options: Any = {"revision": revision} if revision else {}
+
+    def empty(kind: Any, name: str) -> Any:
+        return kind.from_config(kind.load_config(source, subfolder=name, **options))
+
     try:
         parts: Any = DiffusionPipeline.load_config(source, **options)
         with torch.device("meta"):
-            unet, vae = (
-                kind.from_config(kind.load_config(source, subfolder=name, **options))
-                for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-            )
+            unet, vae = empty(UNet2DConditionModel, "unet"), empty(AutoencoderKL, "vae")
             encoders: list[Any] = [
-                kind(AutoConfig.from_pretrained(source, subfolder=name, **options))
+                kind(CLIPTextConfig.from_pretrained(source, subfolder=name, **options))
                 for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
                 if (parts.get(name) or [None])[0]
             ]
-        scheduler: Any = DDIMScheduler.from_config(DDIMScheduler.load_config(source, subfolder="scheduler", **options))
+        scheduler = empty(DDIMScheduler, "scheduler")
     except Exception as error:  # of as many kinds as for weights
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model}: its configurations could not be read ({reason}): a dry run wants a diffusers folder "
