@@ -1,6 +1,9 @@
 """What a recipe would take, told without any weights; and the recipes that are shipped."""
 
+import functools
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,12 @@ from codi.models.adapter import FusedAdapter
 from codi.models.backbone import load_backbone
 from codi.training.distill import DistillRecipe
 from codi.training.dry_run import blank_backbone, dry_run
+from codi.training.recipe import build, read_recipe
 from tiny import tiny_backbone, tiny_checkpoint, tiny_xl
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import fullsize  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +85,36 @@ def test_the_command_tells_it_without_training(checkpoint, tmp_path, capsys):
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["updates"] > 0
     assert not (tmp_path / "run").exists()
+
+
+@functools.cache
+def published(kind: str) -> Path:
+    """The folder of a published checkpoint's configurations."""
+    folder = Path(tempfile.mkdtemp())
+    with torch.device("meta"):
+        backbone = fullsize.build(kind)
+    parts = {"unet": backbone.unet, "vae": backbone.vae, "scheduler": backbone.scheduler}
+    for name, part in parts.items():
+        part.save_config(folder / name)
+    encoders = dict(zip(("text_encoder", "text_encoder_2"), backbone.text.encoders, strict=False))
+    for name, encoder in encoders.items():
+        encoder.config.save_pretrained(folder / name)
+    index = {"_class_name": "StableDiffusionPipeline", **{name: ["library", "class"] for name in (*parts, *encoders)}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "most"),
+    [
+        ("sd15-pe", 350e6, 24), ("sd15-full", 1209e6, 40), ("sd21-pe", 353e6, 24), ("sd21-full", 1219e6, 40),
+        ("sdxl-pe", 1244e6, 80), ("sdxl-full", 3812e6, 2 * 80), ("sdxl-lean", 189e6, 24),
+    ],
+)  # fmt: skip
+def test_the_recipes_for_stable_diffusion_fit_where_they_say(name, trained, most):
+    told = read_recipe(name)
+    changes = {"model": str(published(name.split("-")[0])), "data": "scenes:train:16"}
+    row = dry_run(build(DistillRecipe, {**told, **changes}, name))
+    assert row["parameters"]["trained"] == pytest.approx(trained, rel=0.01)
+    assert 0.3 * most < 1.1 * row["memory_gb"]["total"] < most
+    assert told["model"].count("/") == 1 and row["images_an_update"] == 16
