@@ -49,7 +49,7 @@ def velocity_loss(backbone: Backbone, latents: Tensor, captions: list[str]) -> f
         x = latents[start : start + 32]
         t = schedule.draw(len(x), 1, False, generator)
         eps = torch.randn(x.shape, generator=generator)
-        text = embed_prompts(backbone.tokenizer, backbone.text_encoder, captions[start : start + 32])
+        text = embed_prompts(backbone.text, captions[start : start + 32])[0]
         output = Student(backbone.unet)(schedule.mix(x, eps, t), schedule.timestep(t), Conditioning(text))
         losses.append((output - schedule.output(x, eps, t)).square().mean((1, 2, 3)))
     return float(torch.cat(losses).mean())
@@ -61,7 +61,7 @@ def draw(backbone: Backbone, prompts: list[str], size: int, steps: int, guidance
     pictures = []
     for start in range(0, len(prompts), 20):
         part = prompts[start : start + 20]
-        text, blank = (embed_prompts(backbone.tokenizer, backbone.text_encoder, p) for p in (part, [""] * len(part)))
+        text, blank = (embed_prompts(backbone.text, p)[0] for p in (part, [""] * len(part)))
         noise = initial_noise(shape, range(start, start + len(part)))
         z = sample(
             Student(backbone.unet), backbone.schedule, noise, Conditioning(text), steps, guidance, Conditioning(blank)

@@ -101,7 +101,7 @@ def finetune(
         prompts = ["" if s else pictures.text[i] for i, s in zip(chosen.tolist(), silent.tolist(), strict=True)]
         x, t = latents[chosen], schedule.draw(batch, 1, False, generator)
         eps = torch.randn(x.shape, generator=generator)
-        text = embed_prompts(pipe.tokenizer, pipe.text_encoder, prompts)
+        text = embed_prompts(pipe.text, prompts)[0]
         output = Student(unet)(schedule.mix(x, eps, t), schedule.timestep(t), Conditioning(text))
         loss = (output - schedule.output(x, eps, t)).square().mean()
         optimizer.zero_grad()

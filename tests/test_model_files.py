@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from codi.errors import UserError
@@ -76,9 +76,9 @@ def test_a_full_adapter_brings_its_own_unet(tmp_path):
 def test_options_of_the_hub_are_passed_on(tmp_path, monkeypatch):
     built, given = StableDiffusionPipeline.from_pretrained(tiny_checkpoint(tmp_path / "plain")), {}
     built.save_pretrained(tmp_path / "halves", variant="fp16")
-    found = load_backbone(tmp_path / "halves", variant="fp16", local_files_only=True)
-    assert digest(found.unet) == digest(built.unet)  # type: ignore[attr-defined]
-    refused(lambda: load_backbone(tmp_path / "halves"), "halves")
+    for options in ({"variant": "fp16", "local_files_only": True}, {}):  # the only one there is found by itself
+        found = load_backbone(tmp_path / "halves", **options)
+        assert digest(found.unet) == digest(built.unet)  # type: ignore[attr-defined]
     refused(lambda: load_backbone(tmp_path / "plain", revison="main"), "revison: no such option", "'revision'")  # type: ignore[call-arg]
 
     def record(source, **options):
@@ -86,9 +86,12 @@ def test_options_of_the_hub_are_passed_on(tmp_path, monkeypatch):
         return built
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", record)
-    options = {"revision": "v2", "token": "t", "cache_dir": tmp_path}
-    CoDiPipeline.from_pretrained("somebody/model", **options)  # type: ignore[arg-type]
-    assert options.items() <= given.items() and "variant" not in given
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source, **options: dict(built.config))
+    options = {"token": "t", "cache_dir": tmp_path}
+    for named, revision in (("somebody/model", {"revision": "v2"}), ("somebody/model@v2", {})):
+        given.clear()
+        CoDiPipeline.from_pretrained(named, **options, **revision)  # type: ignore[arg-type]
+        assert {**options, "revision": "v2"}.items() <= given.items() and "variant" not in given
 
 
 def test_a_digest_tells_weights_apart_and_loading_does_not_mind(tmp_path):
@@ -217,8 +220,8 @@ def test_a_backbone_loads_from_a_stable_diffusion_folder(prediction, tmp_path):
         assert not ours.training
         theirs = dict(theirs.named_parameters())
         assert all(torch.equal(p, theirs[name]) for name, p in ours.named_parameters())
-    words = text.embed_prompts(loaded.tokenizer, loaded.text_encoder, CAPTIONS)
-    assert torch.equal(words, text.embed_prompts(BACKBONE.tokenizer, BACKBONE.text_encoder, CAPTIONS))
+    words = text.embed_prompts(loaded.text, CAPTIONS)[0]
+    assert torch.equal(words, text.embed_prompts(BACKBONE.text, CAPTIONS)[0])
     frozen = loaded.freeze().to("cpu", torch.float64)
     assert frozen.unet.dtype == torch.float64 and not any(p.requires_grad for p in frozen.unet.parameters())
 

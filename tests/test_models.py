@@ -256,13 +256,14 @@ def test_the_codec_is_the_vae_with_its_scaling():
 
 
 def test_prompts_become_features():
-    tokenizer, encoder = BACKBONE.tokenizer, BACKBONE.text_encoder
+    tokenizer = BACKBONE.tokenizer
     tokens = text.tokenize(tokenizer, [*CAPTIONS, "", "ball " * 100])
     assert tokens.shape == (4, tokenizer.model_max_length)
-    features = text.embed_prompts(tokenizer, encoder, [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
+    features, added = text.embed_prompts(BACKBONE.text, [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
+    assert added is None
     assert features.shape == (3, tokenizer.model_max_length, TEXT_WIDTH) and not features.requires_grad
     assert torch.equal(features[0], features[2]) and not torch.equal(features[0], features[1])
-    alone = text.embed_prompts(tokenizer, encoder, [CAPTIONS[1]])
+    alone, _ = text.embed_prompts(BACKBONE.text, [CAPTIONS[1]])
     torch.testing.assert_close(alone, features[1:2], rtol=0, atol=1e-6)
 
 

@@ -270,10 +270,20 @@ def test_shifted_grids(horizon):
 
 def test_sampling_walks_the_shifted_grid():
     z, student, times = randn(1, 1, 2, 2), Formula(LEVELS, denoiser), []
-    shifted = sample(student, LEVELS, z, NOTHING, 4, shift=3.0, callback=lambda i, t, latent, x: times.append(t))  # type: ignore[func-returns-value]
+    shifted = sample(
+        student,
+        LEVELS,
+        z,
+        NOTHING,
+        4,
+        grid=time_grid(LEVELS.horizon, 4, 3.0),
+        callback=lambda i, t, latent, x: times.append(t),
+    )  # type: ignore[func-returns-value]
     assert times == [1000, 900, 750, 500]
     plain = sample(student, LEVELS, z, NOTHING, 4)
-    assert torch.equal(sample(student, LEVELS, z, NOTHING, 4, shift=1.0), plain) and not torch.equal(shifted, plain)
+    assert torch.equal(
+        sample(student, LEVELS, z, NOTHING, 4, grid=time_grid(LEVELS.horizon, 4)), plain
+    ) and not torch.equal(shifted, plain)
 
 
 def test_noise_belongs_to_its_seed():

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from codi.models.adapter import ControlNetAdapter, FusedAdapter, HintAdapter
 from codi.models.backbone import Backbone
@@ -123,19 +123,38 @@ def tiny_backbone(prediction: str = "v_prediction", seed: int = 0, **unet: Any) 
     )
 
 
+def tiny_xl(seed: int = 0) -> Backbone:
+    """XL's kind: a second text encoder with pooled features, and sizes, which the U-Net is told."""
+    tokenizer: Any = tiny_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        projection_dim=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = tiny_unet(
+        seed,
+        cross_attention_dim=2 * TEXT_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 + 6 * 4,
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+    )
+    second = _initialised(lambda: CLIPTextModelWithProjection(config), seed + 1)
+    first = tiny_text_encoder(seed)
+    return Backbone(tiny_vae(seed), unet, first, tokenizer, tiny_scheduler("epsilon"), second, tokenizer)
+
+
 def tiny_checkpoint(folder: Path, prediction: str = "v_prediction", seed: int = 0) -> Path:
     """Writes `tiny_backbone` as a Stable Diffusion folder, by diffusers itself. Returns the folder."""
-    parts = tiny_backbone(prediction, seed)
-    StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=parts.scheduler,  # type: ignore[arg-type]
-        safety_checker=None,  # type: ignore[arg-type]
-        feature_extractor=None,  # type: ignore[arg-type]
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    tiny_backbone(prediction, seed).pipeline().save_pretrained(folder)
     return folder
 
 

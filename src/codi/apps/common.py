@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,11 +27,17 @@ _MODEL, _SAMPLING, _OUTPUT = "Model", "Sampling", "Output"
 
 Model = Annotated[
     str,
-    typer.Option(help="mini, a Stable Diffusion folder or .safetensors file, or a hub id.", rich_help_panel=_MODEL),
+    typer.Option(help="mini, a diffusers folder, a .safetensors file or a hub id[@revision].", rich_help_panel=_MODEL),
 ]
 Adapter = Annotated[
     str | None,
     typer.Option(help="An embedded adapter's name or a folder; by default the task's own.", rich_help_panel=_MODEL),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[=WEIGHT]", help="Low-rank updates to add to the model; several times.", rich_help_panel=_MODEL
+    ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=_MODEL)]
 DType = Annotated[
@@ -162,8 +168,26 @@ def choose_device(device: str) -> str:
     return device
 
 
+def parse_loras(words: list[str] | None) -> dict[str, float]:
+    """["style.safetensors=0.8", "other"] -> files and their weights, 1 by default. Raises BadUsage for a weight that is
+    no number."""
+    loras: dict[str, float] = {}
+    for word in words or []:
+        name, _, weight = word.rpartition("=")
+        try:
+            loras[name or weight] = float(weight) if name else 1.0
+        except ValueError as error:
+            raise BadUsage(f"--lora {word}: {weight!r} is no weight: write FILE=0.8") from error
+    return loras
+
+
 def load_pipeline(
-    model: str, task: str, adapter: str | Path | None = None, device: str = "auto", dtype: str = "float32"
+    model: str,
+    task: str,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    loras: Mapping[str, float] | None = None,
 ) -> CoDiPipeline:
     """The pipeline of a model and an adapter of `task`, on its device. Raises UserError as CoDiPipeline does."""
     with working(f"loading {model}"):
@@ -173,7 +197,9 @@ def load_pipeline(
 
         hide_loading_bars()
         where = choose_device(device)
-        pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, torch_dtype=getattr(torch, dtype))
+        pipe = CoDiPipeline.from_pretrained(
+            model, task=task, adapter=adapter, torch_dtype=getattr(torch, dtype), loras=loras
+        )
         pipe.to(where)
     pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)
     return pipe

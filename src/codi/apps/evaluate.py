@@ -79,6 +79,7 @@ def evaluate(
     check_seed(seed, MAX_SEED)
     adapters = list(adapter or [])
     options: dict[str, Any] = {}
+    loras: dict[str, float] = {}
     with working("starting"):
         from ..data.sources import open_source
         from ..data.writing import check_writable
@@ -91,7 +92,7 @@ def evaluate(
             task, model, options = told.task, told.model if model == "mini" else model, dict(told.task_options)
             data, size = data or told.held_out, size or told.size
             degradation = degradation or told.degradation
-            adapters = adapters or [told.out]
+            adapters, loras = adapters or [told.out], told.loras
         if task is None:
             raise BadUsage("give a recipe or --task: codi evaluate --task upscale")
         with usage():
@@ -105,12 +106,12 @@ def evaluate(
     methods: list[Method] = []
     reference = None
     for name in adapters or [task]:
-        pipe = load_pipeline(model, task, name, device, dtype)
+        pipe = load_pipeline(model, task, name, device, dtype, loras)
         reference = reference or pipe
         methods.append(pipeline_method(pipe, counts, _name(pipe, name, methods), guidance))
     assert reference is not None
     if (name := _reference(task, finetuned, reference)) is not None:
-        pipe = load_pipeline(model, task, name, device, dtype)
+        pipe = load_pipeline(model, task, name, device, dtype, loras)
         methods.append(pipeline_method(pipe, MANY_STEPS, _name(pipe, name, methods), guidance))
     assert reference.task is not None
     for method in methods:

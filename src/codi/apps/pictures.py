@@ -23,6 +23,7 @@ from .common import (
     DType,
     Guidance,
     Json,
+    Lora,
     Model,
     Overwrite,
     Seed,
@@ -30,6 +31,7 @@ from .common import (
     Strength,
     check_seed,
     load_pipeline,
+    parse_loras,
     print_json,
     say_error,
 )
@@ -50,6 +52,7 @@ class Settings:
 
     model: Model = "mini"
     adapter: Adapter = None
+    lora: Lora = None
     steps: Steps = 4
     guidance: Guidance = None
     strength: Strength = 1.0
@@ -183,7 +186,8 @@ def _pictures(path: Path) -> list[Path]:
 
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
-    pipe = load_pipeline(settings.model, task, settings.adapter, settings.device, settings.dtype)
+    loras = parse_loras(settings.lora)
+    pipe = load_pipeline(settings.model, task, settings.adapter, settings.device, settings.dtype, loras)
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
         raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")
@@ -235,6 +239,7 @@ def make(
     notes = {
         "Software": f"codi {__version__}",
         "codi model": _public(settings.model),
+        **{f"codi lora {i}": _public(word) for i, word in enumerate(settings.lora or [])},
         "codi adapter": _public(settings.adapter or order.task),
         "codi task": order.task,
         "codi steps": str(settings.steps),

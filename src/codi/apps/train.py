@@ -32,7 +32,15 @@ Words = Annotated[
 Keys = Annotated[bool, typer.Option("--keys", help="Show every key, its default and meaning, and exit.")]
 
 
-def distill(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
+def distill(
+    words: Words = None,
+    minutes: Minutes = None,
+    keys: Keys = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell parameters, memory, updates and data, without any weights.")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """Adapt and distil a model in one stage. The same command again resumes."""
     with working("starting"):
         from ..tasks import get_task
@@ -46,6 +54,8 @@ def distill(words: Words = None, minutes: Minutes = None, keys: Keys = False, js
         recipe.validate()
         get_task(recipe.task)
     hide_loading_bars()
+    if dry_run:
+        return _show_dry_run(recipe, json_)
     out = run(recipe, quiet=not watched(), minutes=minutes)
     images = _reached(out / "checkpoints")
     _report(out, images, recipe.images, minutes, json_, _metrics(out))
@@ -101,6 +111,22 @@ def _report(out: Path, images: int, wanted: int, minutes: float | None, json_: b
         print(f"{out}: stopped after {images:,} of {wanted:,} images: the same command again goes on")
     if not finished and minutes is None:  # Ctrl-C or SIGTERM, which the trainer turned into a checkpoint
         raise typer.Exit(INTERRUPTED)
+
+
+def _show_dry_run(recipe: Any, json_: bool) -> None:
+    with working("building it without weights"):
+        from ..training.dry_run import dry_run
+
+        told = dry_run(recipe)
+    if json_:
+        return print_json(told)
+    count, memory, data = told["parameters"], told["memory_gb"], told["data"]
+    print(f"model      {told['model']} ({told['family']})")
+    print(f"parameters {count['trained'] / 1e6:,.1f}M that train, {count['frozen'] / 1e6:,.1f}M that do not")
+    parts = ", ".join(f"{name} {memory[name]:.1f}" for name in ("weights", "training", "activations"))
+    print(f"memory     about {memory['total']:.1f} GB: {parts}; a tenth more for workspaces")
+    print(f"updates    {told['updates']:,} of {told['images_an_update']} images, {told['passes']:,.0f} network passes")
+    print(f"data       {data['source']}: {data['pictures']:,} pictures, {data['epochs']:.1f} times over")
 
 
 def _show_keys(cls: type) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -41,6 +42,11 @@ def _feature_widths(config: dict[str, Any]) -> list[int]:
     for i, width in enumerate(widths):
         out += [width] * (layers[i] + (i < len(widths) - 1))
     return [*out, widths[-1]]
+
+
+def _entry_widths(downscale: int) -> tuple[int, ...]:
+    """Of ControlNet's convolutions over a condition's pixels, down to the latent's size."""
+    return (16, 32, 96, 256, 256, 256)[: downscale.bit_length()]
 
 
 class _Form(ModelMixin, ConfigMixin):
@@ -114,10 +120,16 @@ class _Form(ModelMixin, ConfigMixin):
         return features
 
 
+READS = ("latent", "pixels")
+
+
 class FusedAdapter(_Form):
     """CoDi's condition encoder h_eta and fusion weights mu.
 
-    mu is one number a feature channel (the paper leaves its shape open; per channel contains per layer).
+    mu is one number a feature channel (the paper leaves its shape open; per channel contains per layer). `reads`: the
+    condition's "latent", by the VAE, which keeps what a picture shows, or its "pixels", by a few convolutions of
+    ControlNet's kind in the encoder's entry, which for a map of depth or edges is as good and saves the VAE's encoder;
+    `downscale`: pixels a latent.
     """
 
     @register_to_config
@@ -128,12 +140,17 @@ class FusedAdapter(_Form):
         guidance_scales: int = 0,
         jumps: bool = False,
         info: dict[str, Any] | None = None,
+        reads: str = "latent",
+        downscale: int = 8,
     ) -> None:
         super().__init__()
         encoder: Any = UNet2DConditionModel.from_config(unet)
-        channels = unet["in_channels"] + condition_channels - 3
-        if channels != unet["in_channels"]:
-            encoder.conv_in = nn.Conv2d(channels, unet["block_out_channels"][0], 3, padding=1)
+        channels, width = unet["in_channels"] + condition_channels - 3, unet["block_out_channels"][0]
+        if reads == "pixels":
+            encoder.conv_in = ControlNetConditioningEmbedding(width, condition_channels, _entry_widths(downscale))
+            encoder.conv_in.conv_out.reset_parameters()  # not zero, as there: mu is
+        elif channels != unet["in_channels"]:
+            encoder.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         for unused in ("up_blocks", "conv_norm_out", "conv_act", "conv_out"):
             delattr(encoder, unused)
         self.encoder: UNet2DConditionModel = encoder
@@ -148,15 +165,24 @@ class FusedAdapter(_Form):
         condition_channels: int = 3,
         guidance_scales: int = 0,
         jumps: bool = False,
+        reads: str = "latent",
     ) -> Self:
-        """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero."""
-        adapter = super().from_backbone(unet, vae, condition_channels, guidance_scales, jumps)
-        mine = adapter.encoder.state_dict().keys()
+        """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero, those
+        that read pixels at random."""
+        told = _architecture(unet), condition_channels, guidance_scales, jumps
+        adapter = cls(*told, reads=reads, downscale=codec.downscale(vae))
+        mine = adapter.encoder.state_dict()
         weights = {k: v for k, v in unet.state_dict().items() if k in mine}
-        widened = torch.zeros_like(adapter.encoder.conv_in.weight)
-        widened[:, : unet.config["in_channels"]] = unet.conv_in.weight.detach()
-        adapter.encoder.load_state_dict({**weights, "conv_in.weight": widened})
-        return adapter
+        if reads == "latent":
+            widened = torch.zeros_like(mine["conv_in.weight"])
+            widened[:, : unet.config["in_channels"]] = unet.conv_in.weight.detach()
+            weights["conv_in.weight"] = widened
+        adapter.encoder.load_state_dict({**mine, **weights})
+        return adapter.to(unet.device)  # type: ignore[arg-type]
+
+    def read(self, condition: Tensor, vae: AutoencoderKL) -> Tensor:
+        """The latent and any maps, or pixels as they are."""
+        return super().read(condition, vae) if self.config["reads"] == "latent" else condition.to(self.dtype)
 
     def prepare(
         self,
@@ -197,10 +223,9 @@ class ControlNetAdapter(_Form):
 
     @staticmethod
     def _build(unet: UNet2DConditionModel, condition_channels: int, downscale: int) -> ControlNetModel:
-        halvings = downscale.bit_length() - 1
         return ControlNetModel.from_unet(
             unet,
-            conditioning_embedding_out_channels=(16, 32, 96, 256, 256, 256)[: halvings + 1],
+            conditioning_embedding_out_channels=_entry_widths(downscale),
             conditioning_channels=condition_channels,
         )
 

@@ -4,41 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import UserError, nearest
 from ..schedule import DiscreteSchedule
 from . import codec
+from .text import TextEncoders
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "weights"  # what ships inside the package
 
 
 class Hub(TypedDict, total=False):
-    """Which files of a model are meant, and how they are fetched: options that diffusers gets as they are."""
+    """Which files of a model are meant, and how they are fetched: options that diffusers gets as they are. `config`: of
+    a single file, a folder or hub id in diffusers' layout whose configs and tokenizers belong to it; without one
+    diffusers fetches them."""
 
     revision: str | None
     variant: str | None
     token: str | bool | None
     cache_dir: str | Path | None
     local_files_only: bool
+    config: str | Path | None
 
 
 @dataclass
 class Backbone:
-    """The parts of a Stable Diffusion checkpoint, as diffusers and transformers classes."""
+    """The parts of a Stable Diffusion checkpoint, as diffusers and transformers classes; the last three of XL alone."""
 
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDIMScheduler
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    force_zeros_for_empty_prompt: bool = True
+
+    @property
+    def text(self) -> TextEncoders:
+        """What prompts go through."""
+        return text_encoders(self, self.force_zeros_for_empty_prompt)
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """The networks among the parts."""
+        return (self.vae, self.unet, *self.text.encoders)
 
     @property
     def schedule(self) -> DiscreteSchedule:
@@ -49,14 +75,33 @@ class Backbone:
         return family(self.unet, self.vae, self.scheduler)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Backbone:
-        for part in (self.vae, self.unet, self.text_encoder):
-            part.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+        for part in self.modules:
+            part.to(device=device, dtype=dtype)
         return self
 
     def freeze(self) -> Backbone:
-        for part in (self.vae, self.unet, self.text_encoder):
+        for part in self.modules:
             part.requires_grad_(False).eval()
         return self
+
+    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+        """diffusers' own text-to-image pipeline of the same parts."""
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.text_encoder_2 is not None:
+            return StableDiffusionXLPipeline(**parts)
+        for name in ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt"):
+            del parts[name]
+        blank: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**parts, **blank)
+
+
+def text_encoders(parts: Any, zero_empty: bool) -> TextEncoders:
+    """Of a Backbone, or of a pipeline with components of the same names; `zero_empty` counts for XL."""
+    if parts.text_encoder_2 is None:
+        return TextEncoders((parts.tokenizer,), (parts.text_encoder,))
+    return TextEncoders(
+        (parts.tokenizer, parts.tokenizer_2), (parts.text_encoder, parts.text_encoder_2), zero_empty=zero_empty
+    )
 
 
 def family(unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMScheduler) -> str:
@@ -88,50 +133,101 @@ def find_model(name: str | Path) -> str:
     return str(embedded) if (embedded / "model_index.json").is_file() else str(name)
 
 
-def load_backbone(name: str | Path, dtype: torch.dtype = torch.float32, **hub: Unpack[Hub]) -> Backbone:
-    """Loads 'mini', a diffusers Stable Diffusion folder, a single .safetensors file, or a hub id.
+def load_backbone(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    loras: Mapping[str, float] | None = None,
+    **hub: Unpack[Hub],
+) -> Backbone:
+    """Loads 'mini', a diffusers folder of Stable Diffusion 1, 2 or XL, a single .safetensors file, or a hub id, which
+    may name a revision: "id@revision".
 
-    Only safetensors are read. Raises UserError where there is no such model or its weights are broken, and for an
-    option that is none of `Hub`.
+    `loras`: files, folders or hub ids of low-rank updates in any format that diffusers reads, and how much of each is
+    made part of the weights. Of a folder that has its weights as the variant "fp16" alone, these are taken. Only
+    safetensors are read. Raises UserError where there is no such model, it is of another kind or its weights are
+    broken, and for an option that is none of `Hub`.
     """
     for option in hub:
         if option not in Hub.__annotations__:
             known = tuple(Hub.__annotations__)
             raise UserError(f"{option}: no such option{nearest(option, known)}: use {', '.join(known)}")
     source = find_model(name)
-    path = Path(source)
-    looks_local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
     try:
-        if path.is_file():
-            if path.suffix != ".safetensors":
-                raise UserError(f"{name}: not a .safetensors file, and others may run code: convert it first")
-            # Only its configs are fetched: they have neither the model's revision nor its variants.
-            fetching: Any = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
-            pipe = StableDiffusionPipeline.from_single_file(source, torch_dtype=dtype, **fetching)
-        elif looks_local and not (path / "model_index.json").is_file():
-            raise UserError(
-                f"{name}: no model there (a diffusers folder has a model_index.json): "
-                "give 'mini', such a folder, a .safetensors file or a hub id"
-            )
-        else:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                source,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-                **hub,
-            )
+        pipe = _open(source, dtype, dict(hub))
     except UserError:
         raise
     except Exception as error:  # diffusers raises many kinds; the user needs one line
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: the model could not be loaded ({reason}): check the path or id") from error
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    backbone = Backbone(pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, scheduler)  # type: ignore[arg-type]
-    for part in ("vae", "unet", "text_encoder"):
-        require_finite(getattr(backbone, part), f"{name}/{part}")
+        raise UserError(f"{name}: the model could not be loaded ({_short(error)}): check the path or id") from error
+    for lora, weight in (loras or {}).items():
+        try:
+            pipe.load_lora_weights(str(lora), use_safetensors=True)
+            if not pipe.get_list_adapters():  # diffusers takes a file of other keys for none at all
+                raise ValueError("none of its weights are for this model")
+            pipe.fuse_lora(lora_scale=weight)
+            pipe.unload_lora_weights()
+        except Exception as error:
+            raise UserError(f"{lora}: not a LoRA for {name} ({_short(error)}): check the file and the model") from error
+    second = {key: getattr(pipe, key, None) for key in ("text_encoder_2", "tokenizer_2")}
+    zeros = bool(pipe.config.get("force_zeros_for_empty_prompt", True))
+    scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
+    backbone = Backbone(
+        pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, scheduler, **second, force_zeros_for_empty_prompt=zeros
+    )
+    _require_usable(backbone, str(name))
     return backbone
+
+
+def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
+    """diffusers' own pipeline of it."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{source}: not a .safetensors file, and others may run code: convert it first")
+        # Only its configs are fetched: they have neither the model's revision nor its variants.
+        fetching = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
+        with safe_open(source, "pt") as file:
+            two = any(key.startswith("conditioner.") for key in file.keys())  # noqa: SIM118 # no mapping
+        kind: Any = StableDiffusionXLPipeline if two else StableDiffusionPipeline
+        return kind.from_single_file(source, torch_dtype=dtype, **fetching)
+    options = {key: value for key, value in hub.items() if key != "config"}
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        if not (path / "model_index.json").is_file():
+            raise UserError(
+                f"{source}: no model there (a diffusers folder has a model_index.json): "
+                "give 'mini', such a folder, a .safetensors file or a hub id"
+            )
+        weights = {file.name for file in (path / "unet").glob("*.safetensors")}
+        if weights and all(".fp16." in name for name in weights):
+            options.setdefault("variant", "fp16")
+    elif "@" in source:
+        source, options["revision"] = source.rsplit("@", 1)
+    fetching = {key: value for key, value in options.items() if key != "variant"}
+    parts: Any = DiffusionPipeline.load_config(source, **fetching)
+    if "unet" not in parts:
+        raise UserError(f"{source}: a {parts.get('_class_name')}, not Stable Diffusion 1, 2 or XL: use one of these")
+    two = (parts.get("text_encoder_2") or [None])[0]
+    kind = StableDiffusionXLPipeline if two else StableDiffusionPipeline
+    extra = {} if two else {"safety_checker": None, "requires_safety_checker": False}
+    return kind.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **extra, **options)
+
+
+def _require_usable(backbone: Backbone, name: str) -> None:
+    """Raises UserError for broken weights and for a U-Net that expects more than noise and a prompt."""
+    if backbone.text_encoder is None:
+        raise UserError(f"{name}: has no first text encoder, as XL's refiner: use the base model")
+    channels, latent = backbone.unet.config["in_channels"], backbone.vae.config["latent_channels"]
+    if channels != latent:
+        raise UserError(
+            f"{name}: its U-Net takes {channels} channels where latents have {latent}, as inpainting and instruction "
+            "checkpoints do: use the text-to-image model, and train the task as an adapter"
+        )
+    for part in ("vae", "unet", "text_encoder", "text_encoder_2"):
+        if getattr(backbone, part) is not None:
+            require_finite(getattr(backbone, part), f"{name}/{part}")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def require_finite(module: torch.nn.Module, name: str) -> None:
@@ -197,9 +293,8 @@ def with_unet(model: str | Path, unet: Path, out: Path) -> Path:
     if not (out / "model_index.json").is_file():
         b = load_backbone(model)
         b.unet = UNet2DConditionModel.from_pretrained(unet, torch_dtype=b.unet.dtype)  # type: ignore[assignment]
-        parts: Any = {**vars(b), "safety_checker": None, "feature_extractor": None}
         temporary = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(temporary)
+        b.pipeline().save_pretrained(temporary)
         temporary.rename(out)
     return out

@@ -1,12 +1,26 @@
-"""Prompts -> the text features that the U-Net attends to, by Stable Diffusion's convention."""
+"""Prompts -> what the U-Net attends to and is told of them, by the conventions of Stable Diffusion 1, 2 and XL."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """A checkpoint's text encoders, each with its tokenizer: one (Stable Diffusion 1 and 2) or two (XL).
+
+    `zero_empty`: an empty prompt is nothing but zeros, as XL's unconditional passes were trained.
+    """
+
+    tokenizers: tuple[CLIPTokenizer, ...]
+    encoders: tuple[Any, ...]
+    zero_empty: bool = False
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -22,8 +36,26 @@ def embed(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]) -> Tensor:
-    """Prompts -> features (B, L, D), without gradient. Equal prompts are computed once."""
+def embed_prompts(
+    text: TextEncoders, prompts: Sequence[str], size: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Prompts -> features (B, L, D) and what else the U-Net is told, without gradient. Equal prompts are computed once.
+
+    With one encoder, its last layer after the final norm, and None. With two, the last layer but one of both, side by
+    side, and XL's extra conditions: "text_embeds" (B, P), the second's pooled features, and "time_ids" (B, 6), the
+    picture's own `size` (height, width), the corner it was cut out at, here (0, 0), and the size wanted, all in pixels.
+    """
     unique = list(dict.fromkeys(prompts))
-    features = embed(text_encoder, tokenize(tokenizer, unique))
-    return features[[unique.index(p) for p in prompts]]
+    rows = [unique.index(p) for p in prompts]
+    if len(text.encoders) == 1:
+        return embed(text.encoders[0], tokenize(text.tokenizers[0], unique))[rows], None
+    told = [
+        encoder(tokenize(tokenizer, unique).to(encoder.device), output_hidden_states=True)
+        for tokenizer, encoder in zip(text.tokenizers, text.encoders, strict=True)
+    ]
+    features, pooled = torch.cat([t.hidden_states[-2] for t in told], dim=-1), told[-1].text_embeds
+    if text.zero_empty:
+        spoken = torch.tensor([bool(prompt) for prompt in unique], device=pooled.device)[:, None]
+        features, pooled = features * spoken[..., None], pooled * spoken
+    sizes = pooled.new_tensor([*size, 0, 0, *size]).expand(len(rows), 6)
+    return features[rows], {"text_embeds": pooled[rows], "time_ids": sizes}

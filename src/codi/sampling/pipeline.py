@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,22 +14,22 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import UserError
 from ..models import codec
 from ..models.adapter import Adapter
-from ..models.backbone import Hub, family, find_model, load_backbone
+from ..models.backbone import Hub, family, find_model, load_backbone, text_encoders
 from ..models.student import Conditioning, Student
-from ..models.text import embed_prompts
+from ..models.text import TextEncoders, embed_prompts
 from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
 from .colour import match_colour
 from .guidance import Guidance, resolve
 from .inputs import ImageInput, brought, one_for_each, output_size, to_output
-from .sampler import StepCallback, initial_noise, sample
+from .sampler import StepCallback, initial_noise, sample, time_grid
 from .shelf import FOLDER, Shelf
-from .solvers import solve
+from .solvers import own_grid, solve
 from .tiles import Tiles
 from .tiling import mirror_pad
 
@@ -49,6 +49,8 @@ class CoDiPipeline(DiffusionPipeline):
     `torch.compile(unet)` changes nothing, and offloading of whole models is not supported.
     """
 
+    _optional_components = ["text_encoder_2", "tokenizer_2"]
+
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -56,11 +58,19 @@ class CoDiPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        force_zeros_for_empty_prompt: bool = True,
     ) -> None:
         super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        for part in (vae, text_encoder, unet):
-            part.requires_grad_(False).eval()
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+        )  # fmt: skip
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        for part in (vae, unet, text_encoder, text_encoder_2):
+            if part is not None:
+                part.requires_grad_(False).eval()
         self._shelf = Shelf(unet, family(unet, vae, scheduler))
         self.solver: Any = None
         """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
@@ -76,19 +86,20 @@ class CoDiPipeline(DiffusionPipeline):
         task: str | None = None,
         adapter: str | Path | None = None,
         torch_dtype: torch.dtype = torch.float32,
+        loras: Mapping[str, float] | None = None,
         **hub: Unpack[Hub],
     ) -> CoDiPipeline:
-        """Loads a Stable Diffusion checkpoint or a saved CoDiPipeline, and sets an adapter.
+        """Loads a Stable Diffusion checkpoint (1, 2 or XL) or a saved CoDiPipeline, and sets an adapter.
 
-        `model`: "mini", a diffusers folder, a single .safetensors file or a hub id. `adapter`: the name of an embedded
-        adapter or a folder; None takes the one of `task` that was saved with the model, else the embedded one. `hub`:
-        revision, variant, token, cache_dir and local_files_only of the model, as diffusers knows them.
+        `model`: "mini", a diffusers folder, a single .safetensors file or a hub id, which may end in "@revision".
+        `adapter`: the name of an embedded adapter or a folder; None takes the one of `task` that was saved with the
+        model, else the embedded one. `loras`: low-rank updates made part of the backbone, with weights. `hub`:
+        revision, variant, token, cache_dir, local_files_only and config of the model, as diffusers knows them.
         Raises UserError for a missing or broken model or adapter, or one made for another backbone or task.
         """
         if task is not None:
             get_task(task)
-        backbone = load_backbone(model, torch_dtype, **hub)
-        pipe = cls(backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet, backbone.scheduler)
+        pipe = cls(**vars(load_backbone(model, torch_dtype, loras, **hub)))
         shelf, folder = pipe._shelf, Path(find_model(model))
         if (folder / FOLDER).is_dir():
             shelf.load_saved(folder)
@@ -143,6 +154,11 @@ class CoDiPipeline(DiffusionPipeline):
     def student(self) -> Student:
         """The backbone with the adapters that are set."""
         return self._shelf.student()[0]
+
+    @property
+    def text(self) -> TextEncoders:
+        """What prompts go through."""
+        return text_encoders(self, self.config["force_zeros_for_empty_prompt"])
 
     @property
     def schedule(self) -> DiscreteSchedule:
@@ -308,19 +324,22 @@ class CoDiPipeline(DiffusionPipeline):
         if student.adapter is not None:
             read = {name: c.to(self.device) for name, c in conditions.items()}
             condition = student.adapter.read(read if len(read) > 1 else next(iter(read.values())), self.vae)
-        text = embed_prompts(self.tokenizer, self.text_encoder, prompts)
-        columns = guide.columns(prompts)
-        conditioning = Conditioning(text, condition, guidance=None if columns is None else columns.to(self.device))
+        size = (codec.downscale(self.vae) * noise.shape[-2], codec.downscale(self.vae) * noise.shape[-1])
+        text, added = embed_prompts(self.text, prompts, size)
+        conditioning = Conditioning(text, condition, added=added, guidance=guide.columns(prompts))
         blank = None
         if guide.second_pass != 1:
-            negative = embed_prompts(self.tokenizer, self.text_encoder, [negative_prompt] * len(prompts))
-            blank = replace(conditioning, text=negative)
+            negative, added = embed_prompts(self.text, [negative_prompt] * len(prompts), size)
+            blank = replace(conditioning, text=negative, added=added)
         shift = self.shift or next((info["shift"] for info in infos if info.get("shift")), 1.0)
+        grid = (
+            time_grid(self.schedule.horizon, steps, shift) if infos or self.shift else own_grid(self.scheduler, steps)
+        )
         noise = noise.to(device=self.device, dtype=self.unet.dtype)
         if self.solver is not None:
             return solve(student, self.solver, noise, conditioning, steps)
         return sample(
-            student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, shift,
+            student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, grid,
             jumps, boundary,
         )  # fmt: skip
 

@@ -83,7 +83,7 @@ def sample(
     unconditional: Conditioning | None = None,
     strength: float = 1.0,
     callback: StepCallback | None = None,
-    shift: float = 1.0,
+    grid: Tensor | None = None,
     jumps: bool = False,
     boundary: bool = False,
 ) -> Tensor:
@@ -92,8 +92,9 @@ def sample(
     Deterministic DDIM (Song et al., ICLR 2021, eta = 0): e = eps. With `jumps`, for adapters that were trained to
     answer where the ODE ends: multistep consistency sampling (Song et al., ICML 2023), where e is fresh noise, as x
     then is a sample that z_t's own noise has gone into. `noise` (B, C, h, w) ~ N(0, I), or with `jumps`
-    (B, steps C, h, w), a field a step; the condition's features are computed once. `shift`: see time_grid.
-    `boundary`: for adapters trained with CoDi's boundary scaling. Returns (B, C, h, w) in noise's dtype.
+    (B, steps C, h, w), a field a step; the condition's features are computed once. `grid`: `steps` + 1 times, by
+    default those of `time_grid`. `boundary`: for adapters trained with CoDi's boundary scaling. Returns (B, C, h, w) in
+    noise's dtype.
     """
     conditioning = replace(conditioning, jump=conditioning.text.new_ones(len(noise)) if jumps else None)
     conditioning = student.prepare(conditioning)
@@ -101,7 +102,7 @@ def sample(
         # The condition is the same with and without the prompt; its features differ only through the text they attend.
         unconditional = replace(unconditional, jump=conditioning.jump)
         unconditional = student.prepare(unconditional) if guidance_scale != 1.0 else None
-    grid = time_grid(schedule.horizon, steps, shift)
+    grid = time_grid(schedule.horizon, steps) if grid is None else grid
     fields = noise.chunk(steps, dim=1) if jumps else [noise]
     z = x = fields[0]
     for i in range(steps):

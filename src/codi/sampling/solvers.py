@@ -1,4 +1,4 @@
-"""diffusers' own solvers on an adapted model: the paper's baselines."""
+"""What diffusers' schedulers decide: the times of a plain checkpoint, and solvers, the paper's baselines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ SOLVERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     )
     for name in ("dpmsolver", "dpmsolver++")
 }
+
+
+def own_grid(scheduler: Any, steps: int) -> Tensor:
+    """The times at which a checkpoint's scheduler looks, as its configuration spaces them, then 0: `steps` + 1 of them.
+    Not the evenly spaced ones of adapters, which are trained from the noisiest level on."""
+    scheduler.set_timesteps(steps)
+    return torch.cat([scheduler.timesteps.cpu() + 1, torch.zeros(1, dtype=torch.long)])
 
 
 @torch.no_grad()

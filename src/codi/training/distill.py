@@ -25,7 +25,7 @@ from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
 from ..objectives.batch import Guidance, LatentBatch
-from ..sampling.sampler import initial_noise, sample
+from ..sampling.sampler import initial_noise, sample, time_grid
 from ..tasks import Task, get_task
 from ..tasks.base import means
 from . import ema
@@ -68,7 +68,7 @@ class DistillJob(Job):
         super().__init__()
         self.recipe, self.source, self.report = recipe, source, report
         self.task = recipe_task(recipe)
-        self.vae, self.text_encoder, self.tokenizer = backbone.vae, backbone.text_encoder, backbone.tokenizer
+        self.vae, self.text = backbone.vae, backbone.text
         self.schedule, self.family = backbone.schedule, backbone.family
         cell = codec.downscale(self.vae)
         if recipe.size % cell:
@@ -81,9 +81,12 @@ class DistillJob(Job):
             adapter, unet = load_adapter(recipe.start, recipe.task, backbone.family, backbone.unet)
             if not isinstance(adapter, form):
                 raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
+            if adapter.config.get("reads", recipe.reads) != recipe.reads:
+                raise UserError(f"reads {recipe.reads}: {recipe.start} was made to read otherwise: set it so")
         else:
+            told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
             adapter = form.from_backbone(
-                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.asked
+                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.asked, **told
             )
             unet = backbone.unet
             if recipe.lora_rank:
@@ -157,9 +160,12 @@ class DistillJob(Job):
 
     def conditioning(self, given: Tensor, prompts: list[str]) -> Conditioning:
         """What the student may look at, from what a user brings."""
-        text = embed_prompts(self.tokenizer, self.text_encoder, prompts)
+        text, added = self._embedded(prompts)
         condition = self.task.condition(given).to(text.device)
-        return Conditioning(text, self.online.adapter.read(condition, self.vae))
+        return Conditioning(text, self.online.adapter.read(condition, self.vae), added=added)
+
+    def _embedded(self, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return embed_prompts(self.text, prompts, (self.recipe.size, self.recipe.size))
 
     def guidance(self, conditioning: Conditioning, dropped: Tensor, generator: torch.Generator) -> Guidance | None:
         """Scales for this batch, drawn uniformly from their ranges, or None for a batch without guidance."""
@@ -170,8 +176,8 @@ class DistillJob(Job):
         low, high = (torch.tensor([float(spans[name][k]) for name in chosen]) for k in (0, 1))
         scales = low + (high - low) * torch.rand(len(dropped), len(chosen), generator=generator)
         scales[dropped, 0] = 1.0  # without a prompt there is nothing to be guided towards
-        blank = embed_prompts(self.tokenizer, self.text_encoder, [""]).expand_as(conditioning.text)
-        without = replace(conditioning, text=blank)
+        blank, added = self._embedded([""] * len(dropped))
+        without = replace(conditioning, text=blank, added=added)
         ladder = [conditioning, without, replace(without, condition=None)]  # nothing at all: the backbone as it was
         return Guidance(scales, ladder[: len(chosen) + 1])
 
@@ -224,8 +230,8 @@ class DistillJob(Job):
             seeds, jumps = range(start, start + len(given)), self.recipe.jumps
             noise = initial_noise(shape, seeds, steps if jumps else 1).to(self.vae.device)
             latent = sample(
-                self.average, self.schedule, noise, conditioning, steps, shift=self.recipe.shift, jumps=jumps,
-                boundary=self.recipe.bounded,
+                self.average, self.schedule, noise, conditioning, steps, jumps=jumps, boundary=self.recipe.bounded,
+                grid=time_grid(self.schedule.horizon, steps, self.recipe.shift),
             )  # fmt: skip
             outputs[steps] = codec.decode(self.vae, latent).float().cpu()
         return given, outputs
@@ -263,7 +269,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
     source, held_out = open_source(recipe.data, columns), open_source(recipe.held_out, columns)
     if isinstance(source, SceneSource):
         source.device = str(make_accelerator(recipe).device)
-    job = DistillJob(recipe, load_backbone(recipe.model), source, held_out, out / "corrupt.json")
+    job = DistillJob(recipe, load_backbone(recipe.model, loras=recipe.loras), source, held_out, out / "corrupt.json")
     progress = train(job, recipe, out, asdict(recipe), quiet=quiet, deadline=deadline)
     if 0 < progress.images < recipe.images:  # stopped early: what there is by now can be used and looked at
         job.finish(out, progress)

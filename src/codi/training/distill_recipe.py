@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from ..models import codec
-from ..models.adapter import FORMS
+from ..models.adapter import FORMS, READS
 from ..models.student import Student
 from ..objectives import distances
 from ..objectives.codi import codi
@@ -58,7 +58,10 @@ class DistillRecipe(RunSettings):
     degradation: str | None = None
     """Short for task_options.degradation: real or bicubic."""
     model: str = "mini"
-    """The backbone: mini, a diffusers folder, a .safetensors file or a hub id."""
+    """The backbone: mini, a diffusers folder, a .safetensors file or a hub id (ID@REVISION)."""
+    loras: dict[str, float] = field(default_factory=dict)
+    """LoRA files made part of the backbone before training, each with its weight, e.g. {style.safetensors: 0.8}. Users
+    of the adapter name the same ones, unless it brings its own backbone (train_backbone)."""
     data: str = "scenes:train:20000"
     """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
     held_out: str = "scenes:held-out:64"
@@ -76,6 +79,9 @@ class DistillRecipe(RunSettings):
     adapter: str = "fused"
     """fused (CoDi's condition encoder), controlnet, hint (lean: a few convolutions; wants lora_rank or a backbone that
     trains), or lora (no condition: plain acceleration)."""
+    reads: str = "latent"
+    """What a fused adapter sees of the condition: its latent, by the VAE, or its pixels, by convolutions of its own:
+    faster, and enough for maps of depth or edges."""
     start: str | None = None
     """An adapter to go on from, instead of a fresh copy of the backbone's encoder."""
     teacher: str | None = None
@@ -138,7 +144,7 @@ class DistillRecipe(RunSettings):
     def validate(self) -> None:
         """Raises UserError for values that no run can have."""
         super().validate()
-        for key, known in (("objective", OBJECTIVES), ("adapter", FORMS)):
+        for key, known in (("objective", OBJECTIVES), ("adapter", FORMS), ("reads", READS)):
             if getattr(self, key) not in known:
                 value = getattr(self, key)
                 raise UserError(f"{key} {value!r}: not known{nearest(value, known)}: use one of {', '.join(known)}")
@@ -155,6 +161,8 @@ class DistillRecipe(RunSettings):
             raise UserError(
                 f"adapter 'lora': sees no condition, and {self.task} has one: use fused, controlnet or hint"
             )
+        if self.reads == "pixels" and self.adapter != "fused":
+            raise UserError(f"reads 'pixels': is for adapter fused, {self.adapter} reads in its own way: leave it out")
         if self.adapter == "lora" and not (self.lora_rank or self.train_backbone):
             raise UserError("lora_rank 0: nothing to train with a frozen backbone: set for example lora_rank: 16")
         self._validate_guidance()

@@ -1,0 +1,194 @@
+"""What one optimiser step costs: CoDi's, against the LCM distillation of diffusers' example, at full size.
+
+    python benchmarks/train_step.py --kind sd15 --size 256 --batch 1 --steps 3 --out benchmarks/results/train_step.json
+
+Each contestant runs in a process of its own, so that peak memory is its own; the processes take turns, step by step, so
+that the machine's moods hit all alike. Peak memory is the process's largest resident set on a CPU and the allocator's
+peak on a GPU. Latents and text features are made once: nobody's step encodes. The reference, step by step as
+diffusers' train_lcm_distill_sd_wds.py defines it: teacher with and without the prompt, online network forward and
+backward with every weight trained, target network at the teacher's solver step, moving average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from command import command_line
+from fullsize import PROMPTS, build
+from torch import Tensor
+
+from codi.evaluation.evaluate import describe_machine
+from codi.evaluation.report import write_json
+from codi.models.adapter import FORMS
+from codi.models.backbone import Backbone
+from codi.models.lora import add_lora
+from codi.models.student import Conditioning, Student
+from codi.models.text import embed_prompts
+from codi.objectives.batch import LatentBatch
+from codi.training import ema
+from codi.training.distill_recipe import OBJECTIVES
+
+Step = Callable[[Tensor, dict[str, Any], Tensor], None]
+DECAY, RATE = 0.95, 1e-6
+
+
+def optimiser(parameters: Any) -> torch.optim.AdamW:
+    """The same for all."""
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=RATE)
+
+
+def lcm(backbone: Backbone, checkpointing: bool) -> Step:
+    """The reference. Its U-Net gets the guidance scale as an embedding, as theirs (`time_cond_proj_dim` 256)."""
+    teacher = backbone.unet
+    config = {**teacher.config, "time_cond_proj_dim": 256}
+    online: Any = type(teacher).from_config(config)
+    online.load_state_dict(teacher.state_dict(), strict=False)
+    online = online.to(device=teacher.device, dtype=teacher.dtype).train()
+    target = copy.deepcopy(online).requires_grad_(False)
+    if checkpointing:
+        online.enable_gradient_checkpointing()
+    trained, schedule = optimiser(online.parameters()), backbone.schedule
+    skip = int(schedule.horizon) // 50
+
+    def step(x: Tensor, text: dict[str, Any], blank: Tensor) -> None:
+        start = torch.randint(1, 50, (len(x),)) * skip
+        end = start - skip
+        z = schedule.mix(x, torch.randn_like(x), start)
+        scale = torch.rand(len(x), 1, 1, 1).to(x) * 10 + 5
+        embedded = scale[:, 0, 0] * torch.ones(1, 256).to(x)
+        level = schedule.timestep(start).to(x.device)
+        added = {"added_cond_kwargs": text["added"]}
+        output = online(z, level, text["text"], timestep_cond=embedded, **added).sample
+        x_t, _ = schedule.signal_noise(output, z, start)
+        with torch.no_grad():
+            with_, without = (
+                schedule.signal_noise(teacher(z, level, words, **added).sample, z, start)
+                for words in (text["text"], blank)
+            )
+            signal, noise = (a + scale * (a - b) for a, b in zip(with_, without, strict=True))
+            z_s = schedule.mix(signal, noise, end)
+            level = schedule.timestep(end).to(x.device)
+            x_s, _ = schedule.signal_noise(
+                target(z_s, level, text["text"], timestep_cond=embedded, **added).sample, z_s, end
+            )
+        loss = ((x_t.float() - x_s.float()) ** 2 + 0.001**2).sqrt().mean() - 0.001
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(online.parameters(), 1.0)
+        trained.step()
+        trained.zero_grad(set_to_none=True)
+        ema.update(target, online, DECAY)
+
+    return step
+
+
+def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int = 0) -> Step:
+    """CoDi's, with a condition; `full` trains the backbone too, `rank` its low-rank updates."""
+    adapter: Any = FORMS["fused"].from_backbone(backbone.unet, backbone.vae).to(backbone.unet.dtype)
+    unet = add_lora(backbone.unet, rank, "task") if rank else backbone.unet
+    student = Student(unet, adapter).train()
+    adapter.requires_grad_(True)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("lora_" in name if rank else full)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        adapter.encoder.enable_gradient_checkpointing()
+    average = ema.average_copy(student)
+    trained, schedule = optimiser(student.parameters()), backbone.schedule
+
+    def step(x: Tensor, text: dict[str, Any], blank: Tensor) -> None:
+        conditioning = Conditioning(text["text"], torch.randn_like(x), added=text["added"])
+        losses = OBJECTIVES["codi"](student, average, LatentBatch(x, conditioning), schedule)
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
+        trained.step()
+        trained.zero_grad(set_to_none=True)
+        ema.update(average, student, DECAY)
+
+    return step
+
+
+CONTESTANTS: dict[str, Callable[[Backbone, bool], Step]] = {
+    "lcm": lcm,
+    "pe-codi": ours,
+    "pe-codi-lora": lambda backbone, checkpointing: ours(backbone, checkpointing, rank=16),
+    "codi": lambda backbone, checkpointing: ours(backbone, checkpointing, full=True),
+}
+
+
+def work(name: str, args: argparse.Namespace, pipe: Any) -> None:
+    """One contestant's process: a step each time it is asked, (seconds, bytes at the peak) in answer."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    backbone = build(args.kind, dtype)
+    text, added = embed_prompts(backbone.text, [PROMPTS[0]] * args.batch, (args.size, args.size))
+    blank, _ = embed_prompts(backbone.text, [""] * args.batch, (args.size, args.size))
+    told = {"text": text.to(args.device), "added": added and {k: v.to(args.device) for k, v in added.items()}}
+    backbone.unet.to(args.device)
+    step = CONTESTANTS[name](backbone, args.checkpointing)
+    backbone.vae, backbone.text_encoder, backbone.text_encoder_2 = None, None, None  # type: ignore[assignment]
+    x = torch.randn(args.batch, 4, args.size // 8, args.size // 8).to(device=args.device, dtype=dtype)
+    cuda = args.device == "cuda"
+    while pipe.recv():
+        started = time.perf_counter()
+        step(x, told, blank.to(args.device))
+        if cuda:
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send((taken, peak))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", default="sd15")
+    parser.add_argument("--contestants", nargs="+", default=["lcm", "pe-codi"], choices=list(CONTESTANTS))
+    parser.add_argument("--size", type=int, default=256, help="pixels")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3, help="measured, after one that is not")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="one contestant after the other, where memory is short")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    told: dict[str, list[tuple[float, int]]] = {name: [] for name in args.contestants}
+    for group in [[name] for name in args.contestants] if args.alone else [args.contestants]:
+        pipes = {name: context.Pipe() for name in group}
+        workers = [context.Process(target=work, args=(name, args, pipes[name][1]), daemon=True) for name in group]
+        for worker in workers:
+            worker.start()
+        for _ in range(args.steps + 1):
+            for name in group:
+                pipes[name][0].send(True)
+                told[name].append(pipes[name][0].recv())
+        for name in group:
+            pipes[name][0].send(False)
+        for worker in workers:
+            worker.join()
+    rows = {
+        name: {"seconds": statistics.median(t for t, _ in steps[1:]), "peak_bytes": max(peak for _, peak in steps)}
+        for name, steps in told.items()
+    }
+    first = rows[args.contestants[0]]
+    for row in rows.values():
+        row |= {f"{key}_ratio": row[key] / first[key] for key in ("seconds", "peak_bytes")}
+    setting = {
+        key: getattr(args, key) for key in ("kind", "size", "batch", "steps", "dtype", "device", "checkpointing")
+    }
+    write_json({"command": command_line(), **setting, "rows": rows, "machine": describe_machine()}, args.out)
+    print(rows, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What a distillation would take, told from configurations alone: no weight is read, nothing is computed.
+
+The networks are built on the "meta" device, where tensors have shapes but no values; one forward pass of the objective
+there tells what autograd would keep for the backward pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ..data.sources import open_source
+from ..errors import UserError
+from ..models import codec
+from ..models.adapter import FORMS, FusedAdapter
+from ..models.backbone import Backbone, find_model
+from ..models.lora import add_lora
+from ..models.student import Conditioning, Student
+from ..objectives.batch import Guidance, LatentBatch
+from . import ema
+from .distill import recipe_task
+from .distill_recipe import DistillRecipe, configure_objective
+
+GB = 1e9
+TOKENS = 77  # of a prompt, in CLIP's tokenizers
+
+
+def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
+    """Parameters, memory in GB, updates and data of a recipe.
+
+    `memory`: weights; gradients, Adam's two moments and the moving average of what trains; activations kept by one
+    forward pass of the objective (halved under autocast, of which most are). The largest operation's workspace and the
+    allocator's losses come on top: about a tenth. Raises UserError as the run itself would for a wrong recipe, data
+    that cannot be opened, or a model without configurations (a single file has none).
+    """
+    recipe.validate()
+    task = recipe_task(recipe)
+    source = open_source(recipe.data, task.columns)
+    backbone = blank_backbone(recipe.model).freeze()
+    form: Any = FORMS[recipe.adapter]
+    told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
+    with torch.device("meta"):
+        adapter = form.from_backbone(
+            backbone.unet, backbone.vae, task.condition_channels, len(recipe.guidance), recipe.asked, **told
+        )
+        unet = add_lora(backbone.unet, recipe.lora_rank, recipe.task) if recipe.lora_rank else backbone.unet
+    student = Student(unet, adapter).train()
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("lora_" in name if recipe.lora_rank else recipe.train_backbone)
+    if recipe.gradient_checkpointing:
+        for network in (unet, getattr(adapter, "encoder", None), getattr(adapter, "net", None)):
+            if network is not None:
+                network.enable_gradient_checkpointing()
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for part in (student, backbone.vae, *backbone.text.encoders) for p in part.parameters())
+    frozen -= trained
+    kept = _kept(recipe, backbone, student) * (1 if recipe.precision == "no" else 0.5)
+    memory = {
+        "weights": 4 * (trained + frozen) / GB,
+        "training": 16 * trained / GB,  # gradient, two moments, average: 4 bytes each
+        "activations": kept / GB,
+    }
+    images = recipe.batch_size * recipe.accumulate
+    return {
+        "model": recipe.model,
+        "family": backbone.family,
+        "parameters": {"trained": trained, "frozen": frozen},
+        "memory_gb": {**memory, "total": sum(memory.values())},
+        "updates": -(-recipe.images // images),
+        "images_an_update": images,
+        "passes": recipe.passes * recipe.images,
+        "data": {"source": recipe.data, "pictures": len(source), "epochs": recipe.images / len(source)},
+    }
+
+
+def blank_backbone(model: str | Path) -> Backbone:
+    """The parts of a diffusers folder or hub id on the meta device, of their configurations; without tokenizers.
+    Raises UserError where there are none."""
+    source, _, revision = str(find_model(model)).partition("@")
+    options: Any = {"revision": revision} if revision else {}
+
+    def empty(kind: Any, name: str) -> Any:
+        return kind.from_config(kind.load_config(source, subfolder=name, **options))
+
+    try:
+        parts: Any = DiffusionPipeline.load_config(source, **options)
+        with torch.device("meta"):
+            unet, vae = empty(UNet2DConditionModel, "unet"), empty(AutoencoderKL, "vae")
+            encoders: list[Any] = [
+                kind(CLIPTextConfig.from_pretrained(source, subfolder=name, **options))
+                for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
+                if (parts.get(name) or [None])[0]
+            ]
+        scheduler = empty(DDIMScheduler, "scheduler")
+    except Exception as error:  # of as many kinds as for weights
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model}: its configurations could not be read ({reason}): a dry run wants a diffusers folder "
+                        "or hub id") from error  # fmt: skip
+    blank: Any = None
+    second = (encoders[1], blank) if len(encoders) > 1 else (None, None)
+    return Backbone(vae, unet, encoders[0], blank, scheduler, *second)
+
+
+def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
+    """Bytes that autograd keeps of one forward pass of the objective, parameters aside."""
+    cells = recipe.size // codec.downscale(backbone.vae)
+    count, channels, config = recipe.batch_size, backbone.vae.config["latent_channels"], backbone.unet.config
+    picture = torch.zeros(count, recipe_task(recipe).condition_channels, recipe.size, recipe.size, device="meta")
+    added = None
+    if config["addition_embed_type"] == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        added = {"text_embeds": torch.zeros(count, pooled), "time_ids": torch.zeros(count, 6)}
+        added = {name: value.to("meta") for name, value in added.items()}
+    text = torch.zeros(count, TOKENS, config["cross_attention_dim"], device="meta")
+    conditioning = Conditioning(text, student.adapter.read(picture, backbone.vae), added=added)  # type: ignore[union-attr]
+    guidance = None
+    if recipe.guidance and recipe.guidance_share:
+        scales = torch.ones(count, len(recipe.guidance))
+        guidance = Guidance(scales, [conditioning] * (len(recipe.guidance) + 1))
+    x = torch.zeros(count, channels, cells, cells, device="meta")
+    teacher = student if recipe.taught else None
+    objective = configure_objective(recipe, backbone.vae, teacher)
+    parameters = {id(p) for p in student.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage's number is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in parameters and tensor.device.type == "meta":
+            storage = tensor.untyped_storage()
+            if storage._cdata not in kept:
+                kept[storage._cdata] = storage.nbytes()
+                alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective(
+            student,
+            ema.average_copy(student),
+            LatentBatch(x, conditioning, picture[:, :3], guidance),
+            backbone.schedule,
+        )
+    return sum(kept.values())
