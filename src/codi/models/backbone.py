@@ -134,6 +134,21 @@ def load_backbone(name: str | Path, dtype: torch.dtype = torch.float32, **hub: U
     return backbone
 
 
+def load_vae(model: str | Path) -> AutoencoderKL:
+    """The VAE of a model in float32; of a folder or a hub id nothing else is read, so that any family's will do.
+    Raises UserError as load_backbone does."""
+    source = find_model(model)
+    if not (Path(source) / "vae").is_dir() and (Path(source).exists() or source.count("/") != 1):
+        return load_backbone(model).vae
+    try:
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model}: its VAE could not be loaded ({reason}): check the path or id") from error
+    require_finite(vae, f"{model}/vae")
+    return vae.float()
+
+
 def require_finite(module: torch.nn.Module, name: str) -> None:
     """Raises UserError if a weight of `module` is missing, NaN or infinite."""
     for key, value in module.state_dict().items():
