@@ -33,6 +33,13 @@ Adapter = Annotated[
     str | None,
     typer.Option(help="An embedded adapter's name or a folder; by default the task's own.", rich_help_panel=_MODEL),
 ]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        help="full, tiny (faster) or an AutoencoderTiny folder; by default as the model was saved, else full.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=_MODEL)]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision of the model.", rich_help_panel=_MODEL)
@@ -163,9 +170,14 @@ def choose_device(device: str) -> str:
 
 
 def load_pipeline(
-    model: str, task: str, adapter: str | Path | None = None, device: str = "auto", dtype: str = "float32"
+    model: str,
+    task: str,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    decoder: str | None = None,
 ) -> CoDiPipeline:
-    """The pipeline of a model and an adapter of `task`, on its device. Raises UserError as CoDiPipeline does."""
+    """The pipeline of a model, adapter and decoder, on its device. Raises UserError as CoDiPipeline does."""
     with working(f"loading {model}"):
         import torch
 
@@ -173,7 +185,8 @@ def load_pipeline(
 
         hide_loading_bars()
         where = choose_device(device)
-        pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, torch_dtype=getattr(torch, dtype))
+        kind = getattr(torch, dtype)
+        pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, torch_dtype=kind, decoder=decoder)
         pipe.to(where)
     pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)
     return pipe

@@ -19,6 +19,7 @@ from .common import (
     BadUsage,
     Batch,
     Count,
+    Decoder,
     Device,
     DType,
     Guidance,
@@ -50,6 +51,7 @@ class Settings:
 
     model: Model = "mini"
     adapter: Adapter = None
+    decoder: Decoder = None
     steps: Steps = 4
     guidance: Guidance = None
     strength: Strength = 1.0
@@ -183,7 +185,8 @@ def _pictures(path: Path) -> list[Path]:
 
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
-    pipe = load_pipeline(settings.model, task, settings.adapter, settings.device, settings.dtype)
+    s = settings
+    pipe = load_pipeline(s.model, task, s.adapter, s.device, s.dtype, s.decoder)
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
         raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")
@@ -236,6 +239,7 @@ def make(
         "Software": f"codi {__version__}",
         "codi model": _public(settings.model),
         "codi adapter": _public(settings.adapter or order.task),
+        **({"codi decoder": _public(settings.decoder or "tiny")} if pipe.tiny_vae is not None else {}),
         "codi task": order.task,
         "codi steps": str(settings.steps),
         "codi guidance": f"{scales['text']:g}",

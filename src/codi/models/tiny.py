@@ -8,9 +8,10 @@ it was made for, as those of Stable Diffusion 1.5 and XL, its files do not say.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -20,6 +21,7 @@ from . import codec
 from .backbone import Hub, find_model, require_finite
 
 FOLDER = "tiny_vae"  # of a model: a tiny decoder for it, beside the parts that diffusers knows of
+_MARK = "_decoder"
 FULL, TINY = "full", "tiny"  # what decoders are called, besides folders and hub ids
 
 
@@ -37,6 +39,24 @@ def new_tiny(vae: AutoencoderKL, width: int, blocks: Sequence[int]) -> Autoencod
         num_encoder_blocks=tuple(min(1, count) for count in reversed(blocks)),
         num_decoder_blocks=tuple(blocks),
     )
+
+
+def mark_saved(folder: Path, tiny: bool) -> None:
+    """Notes in a saved pipeline whether it decodes by its tiny decoder. Not as a part: diffusers' own pipelines would
+    warn of one that they do not know."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text())
+    parts.pop(FOLDER, None)
+    parts[_MARK] = TINY if tiny else FULL
+    partial = index.with_suffix(".partial")
+    partial.write_text(json.dumps(parts, indent=2) + "\n")
+    partial.replace(index)
+
+
+def saved_decoder(folder: Path) -> str | None:
+    """What `mark_saved` noted, None for other models."""
+    index = folder / "model_index.json"
+    return json.loads(index.read_text()).get(_MARK) if index.is_file() else None
 
 
 def open_decoder(
@@ -62,9 +82,10 @@ def open_decoder(
         if source.exists() or str(decoder).count("/") != 1 or str(decoder).startswith((".", "/", "~")):
             raise UserError(f"decoder {decoder}: no config.json there: give full, tiny or an AutoencoderTiny folder")
     # Revision and variant are the model's.
-    fetching = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
+    fetching: Any = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
     try:
-        kind = AutoencoderTiny.load_config(source.as_posix(), **fetching)["_class_name"]
+        config: Any = AutoencoderTiny.load_config(source.as_posix(), **fetching)
+        kind = config.get("_class_name")
         if kind != "AutoencoderTiny":
             raise UserError(f"decoder {decoder}: is of class {kind}: give full, tiny or an AutoencoderTiny folder")
         tiny = AutoencoderTiny.from_pretrained(

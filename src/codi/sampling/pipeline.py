@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -22,6 +22,7 @@ from ..models.adapter import Adapter
 from ..models.backbone import Hub, family, find_model, load_backbone
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
+from ..models.tiny import mark_saved, open_decoder, saved_decoder
 from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
 from .colour import match_colour
@@ -41,13 +42,16 @@ class CoDiPipeline(DiffusionPipeline):
     """Image-conditioned sampling in 1 to 4 steps, by any of the adapters loaded; without one, plain text-to-image.
 
     `unet` is the backbone's own and never changes: adapters stand beside it. A saved pipeline is a Stable Diffusion
-    folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well.
+    folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well. `tiny_vae` decodes in
+    the VAE's place if there is one; conditions are encoded by the VAE always.
 
     Adapters with low-rank updates have a U-Net of their own modules on the backbone's weights: attention processors and
     slicing that are set on `unet`, or by the pipeline's `enable_...`, do not reach it. Set them on `student.unet`, the
     U-Net of the adapters that are set. No U-Net is called as a whole, since adapters work between its halves: so
     `torch.compile(unet)` changes nothing, and offloading of whole models is not supported.
     """
+
+    _optional_components = ["tiny_vae"]
 
     def __init__(
         self,
@@ -56,10 +60,12 @@ class CoDiPipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler,
+        tiny_vae: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        for part in (vae, text_encoder, unet):
+        self.register_modules(tiny_vae=tiny_vae)
+        for part in filter(None, (vae, text_encoder, unet, tiny_vae)):
             part.requires_grad_(False).eval()
         self._shelf = Shelf(unet, family(unet, vae, scheduler))
         self.solver: Any = None
@@ -76,20 +82,25 @@ class CoDiPipeline(DiffusionPipeline):
         task: str | None = None,
         adapter: str | Path | None = None,
         torch_dtype: torch.dtype = torch.float32,
+        decoder: str | Path | None = None,
         **hub: Unpack[Hub],
     ) -> CoDiPipeline:
         """Loads a Stable Diffusion checkpoint or a saved CoDiPipeline, and sets an adapter.
 
         `model`: "mini", a diffusers folder, a single .safetensors file or a hub id. `adapter`: the name of an embedded
-        adapter or a folder; None takes the one of `task` that was saved with the model, else the embedded one. `hub`:
-        revision, variant, token, cache_dir and local_files_only of the model, as diffusers knows them.
-        Raises UserError for a missing or broken model or adapter, or one made for another backbone or task.
+        adapter or a folder; None takes the one of `task` that was saved with the model, else the embedded one.
+        `decoder`: "full", "tiny", the one in the model's folder, or an AutoencoderTiny folder or hub id; None: as the
+        pipeline was saved, else the full one. `hub`: revision, variant, token, cache_dir and local_files_only
+        of the model, as diffusers knows them.
+        Raises UserError for a missing or broken model, adapter or decoder, or one made for another backbone or task.
         """
         if task is not None:
             get_task(task)
         backbone = load_backbone(model, torch_dtype, **hub)
-        pipe = cls(backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet, backbone.scheduler)
-        shelf, folder = pipe._shelf, Path(find_model(model))
+        folder = Path(find_model(model))
+        tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, torch_dtype, **hub)
+        pipe = cls(backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet, backbone.scheduler, tiny)
+        shelf = pipe._shelf
         if (folder / FOLDER).is_dir():
             shelf.load_saved(folder)
         of_task = [name for name, shelved in shelf.loaded.items() if shelved.task.name == task]
@@ -100,8 +111,9 @@ class CoDiPipeline(DiffusionPipeline):
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Saves the checkpoint, every adapter loaded, and which ones are set with what weights."""
+        """Saves the checkpoint, its tiny decoder, every adapter loaded, and which ones are set with what weights."""
         super().save_pretrained(save_directory, **kwargs)
+        mark_saved(Path(save_directory), self.tiny_vae is not None)
         self._shelf.save(Path(save_directory))
 
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
@@ -331,4 +343,4 @@ class CoDiPipeline(DiffusionPipeline):
         return bool(infos) and all(info.get(key) for info in infos)
 
     def _decode(self, latent: Tensor) -> Tensor:
-        return codec.decode(self.vae, latent).float()
+        return codec.decode(self.vae if self.tiny_vae is None else self.tiny_vae, latent).float()

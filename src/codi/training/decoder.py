@@ -107,14 +107,17 @@ class TinyJob(Job):
     of the input, so that no mean over possible pictures, which would be blurred, is the best answer.
     """
 
+    online: Any
+    average: Any
+
     def __init__(self, recipe: DecoderRecipe, vae: AutoencoderKL, pairs: Pairs, held_out: Pairs) -> None:
         super().__init__()
         self.recipe, self.pairs, self.held_out, self.cell = recipe, pairs, held_out, codec.downscale(vae)
         torch.manual_seed(recipe.seed)
-        tiny = new_tiny(vae, recipe.width, recipe.blocks or (3,) * (self.cell.bit_length() - 1) + (1,))
+        tiny: Any = new_tiny(vae, recipe.width, recipe.blocks or (3,) * (self.cell.bit_length() - 1) + (1,))
         tiny.encoder.requires_grad_(recipe.encoder_weight > 0)
-        self.online: Any = nn.Module.to(tiny, memory_format=torch.channels_last)
-        self.average: Any = ema.average_copy(tiny)
+        self.online = tiny.to(memory_format=torch.channels_last)
+        self.average = ema.average_copy(self.online)
 
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         r, count, cell = self.recipe, len(self.pairs.latents), self.cell
@@ -149,7 +152,8 @@ class TinyJob(Job):
         figures, recipe = self.preview(out, progress), shareable(self.recipe)
         record = {"images": progress.images, "seconds": round(progress.seconds), "metrics": figures, "recipe": recipe}
         dtype = torch.float16 if self.recipe.half else torch.float32
-        tiny: Any = nn.Module.to(copy.deepcopy(self.average), dtype, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        tiny = copy.deepcopy(self.average).to(memory_format=torch.contiguous_format)
+        nn.Module.to(tiny, dtype)  # past diffusers' own, which warns of every cast
 
         def fill(folder: Path) -> None:
             tiny.save_pretrained(folder)
@@ -168,9 +172,9 @@ def _card(recipe: dict[str, Any], figures: dict[str, float]) -> str:
     trained = "trained too, to undo the full decoder" if recipe["encoder_weight"] else "not trained: do not use"
     return f"""# A tiny decoder for the VAE of {recipe["model"]}
 
-An `AutoencoderTiny` of diffusers, distilled from that VAE's decoder by `codi distill-decoder` on {recipe["data"]}. It takes
-latents as samplers have them: its scaling factor is 1. On held-out pictures of {recipe["size"]} px its PSNR to what the full
-decoder makes is {figures["psnr_to_full"]:.1f} dB. Its encoder is {trained}.
+An `AutoencoderTiny` of diffusers, distilled from that VAE's decoder by `codi distill-decoder` on {recipe["data"]}.
+It takes latents as samplers have them: its scaling factor is 1. On held-out pictures of {recipe["size"]} px its PSNR to
+what the full decoder makes is {figures["psnr_to_full"]:.1f} dB. Its encoder is {trained}.
 
 ```python
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
@@ -204,7 +208,7 @@ def distill_decoder(recipe: DecoderRecipe, quiet: bool = False, minutes: float |
             source = open_source(spec)
             if isinstance(source, SceneSource):
                 source.device = str(device)
-            first = min(r.pairs if noise else HELD_OUT, len(source))
+            first = min(r.pairs if name == "train" else HELD_OUT, len(source))
             origin, count = of_pictures(vae, source, first, r.size, noise, r.seed), first + textures
         folder = out / "pairs" / name
         pairs = make_pairs(vae, origin, count, r.size, folder, mark, r.max_corrupt, deadline, quiet)

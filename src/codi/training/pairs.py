@@ -132,7 +132,7 @@ def make_pairs(
     latent = (count, vae.config["latent_channels"], size // cell, size // cell)
     needed = 2 * int(np.prod(latent)) + 3 * count * size * size
     if not kept["at"] and shutil.disk_usage(folder).free < needed:  # a memory map on a full disk ends the process
-        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed and not free: lower pairs or size, or change --out")
+        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed, not free: lower pairs or size, or change --out")
     mode = "r+" if kept["at"] else "w+"
     latents = open_memmap(folder / "latents.npy", mode, np.float16, latent)
     pictures = open_memmap(folder / "pictures.npy", mode, np.uint8, (count, 3, size, size))
@@ -146,7 +146,8 @@ def make_pairs(
             z, places = z.half(), slice(kept["pairs"], kept["pairs"] + len(z))
             latents[places] = z.cpu().numpy()
             pictures[places] = (codec.decode(vae, z.to(vae.dtype)) * 255).round().byte().cpu().numpy()
-            latents.flush(), pictures.flush()
+            for file in (latents, pictures):
+                file.flush()
         corrupt += unread
         kept |= {"at": numbers.stop, "pairs": kept["pairs"] + len(z), "corrupt": [vars(c) for c in corrupt]}
         partial = index.with_suffix(".partial")
