@@ -5,8 +5,8 @@
 `to_full` is the tiny decoder's PSNR to the full one's picture of the same latent, `tiny` and `full` theirs to the true
 picture: on held-out scenes (with FD-ENLite0 to the true ones), on the first of them at four times the side, and on the
 photographs of scikit-image, which neither was trained on. `samples` are latents as they are in use: what the adapter
-`generate` draws in 4 steps for held-out captions. Times are of one picture in one thread, medians of decoders taking
-turns in one process; the ratio is the median of the turns' own, so that a busy machine slows both.
+`generate` draws in 4 steps for held-out captions. Times are of one picture in one thread: CPU time, which waiting on a
+busy machine does not count to, medians of decoders taking turns in one process; the ratio is the median of the turns'.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def figures(full: Tensor, tiny: Tensor, truth: Tensor | None = None) -> dict[str
 
 
 def times(full: Any, tiny: Any, latent: Tensor, turns: int) -> dict[str, float]:
-    """Milliseconds of one picture, and how many times faster the tiny decoder is."""
+    """CPU milliseconds of one picture, and how many times faster the tiny decoder is."""
     taken: list[tuple[float, float]] = []
     for turn in range(turns + 2):
         row = []
         for vae in (full, tiny):
-            began = time.perf_counter()
+            began = time.process_time()
             codec.decode(vae, latent)
-            row.append(1e3 * (time.perf_counter() - began))
+            row.append(1e3 * (time.process_time() - began))
         if turn >= 2:  # the first ones allocate
             taken.append((row[0], row[1]))
     medians = [statistics.median(column) for column in zip(*taken, strict=True)]

@@ -110,13 +110,13 @@ def test_pairs_are_made_once_and_go_on_where_they_stopped(tmp_path):
 
     whole, _ = make("whole")
     with pytest.raises(KeyboardInterrupt):
-        make("parts", limit=1)
+        make("parts", limit=4)
     parts, calls = make("parts")
-    assert whole and parts and calls == [16]
+    assert whole and parts and calls == [16, 20]
     assert all(np.array_equal(a, b) for a, b in zip(vars(whole).values(), vars(parts).values(), strict=True))
     z, pictures = whole.at([3, 21])  # a scene and a texture
     torch.testing.assert_close(codec.decode(vae, z), pictures, atol=0.5 / 255 + 1e-5, rtol=0)
-    assert make("parts")[1] == [] and make("parts", mark=1)[1] == [0, 16]
+    assert make("parts")[1] == [] and make("parts", mark=1)[1] == [0, 4, 8, 12, 16, 20]
     clean = codec.encode(vae, open_source("scenes:train:20").read([3], 32)[0].image[None])  # type: ignore[union-attr]
     assert 0 < float((whole.at([3])[0] - clean).std()) < 0.25
     assert make_pairs(vae, origin, 24, 32, tmp_path / "late", {}, deadline=1e-9) is None
@@ -157,6 +157,7 @@ def test_without_pictures_the_model_draws_its_own(recipe, tmp_path):
     [
         ({"data": "samples:0"}, "samples:COUNT"),
         ({"data": "samples:many"}, "samples:COUNT"),
+        ({"data": "samples:4"}, "textures 2: go with pictures"),
         ({"crop": 64}, "must lie between 1 and size"),
         ({"crop": 18}, "crop 18: not a multiple of 4"),
         ({"size": 34}, "size 34: not a multiple of 4"),
@@ -165,7 +166,7 @@ def test_without_pictures_the_model_draws_its_own(recipe, tmp_path):
         ({"noise": -1.0}, "noise -1.0"),
         ({"gradient_checkpointing": True}, "leave it out"),
         ({"model": "nowhere/at/all"}, "no model there"),
-        ({"data": "samples:2", "prompts": "missing.txt"}, "missing.txt: cannot be read"),
+        ({"data": "samples:2", "textures": 0, "prompts": "missing.txt"}, "missing.txt: cannot be read"),
     ],
 )
 def test_values_no_run_can_have(recipe, tmp_path, changes, words):

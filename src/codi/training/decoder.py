@@ -90,8 +90,9 @@ class DecoderRecipe(RunSettings):
                 raise UserError(f"{name} {getattr(self, name)}: must be 0 or more: raise it")
         if any(not isinstance(count, int) or count < 0 for count in self.blocks or ()):
             raise UserError(f"blocks {list(self.blocks or ())}: must be whole numbers from 0 up: change them")
-        for spec in (self.data, self.held_out):
-            parse_samples(spec)
+        if parse_samples(self.data) and self.textures:
+            raise UserError(f"textures {self.textures}: go with pictures, not with samples: leave them out")
+        parse_samples(self.held_out)
 
 
 def cut(images: Tensor, corners: Sequence[tuple[int, int]], side: int) -> Tensor:

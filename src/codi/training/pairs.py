@@ -30,7 +30,7 @@ from ..sampling.sampler import initial_noise, sample
 from .pretrain_recipe import read_pictures
 from .trainer import step_generator
 
-CHUNK = 16  # pairs made at a time
+CHUNK = 4  # pairs made at a time: decoding large pictures in float32 takes a gigabyte each
 SEEDS = 1_000_000  # sample i of seed s starts from noise s * SEEDS + i
 
 # Numbers -> latents (B, C, h, w) of those that can be had, and the others.
@@ -53,6 +53,10 @@ def of_pictures(vae: Any, source: Source, count: int, size: int, noise: float, s
     """Latents of the first `count` pictures, and of textures after them, each with Gaussian noise of a standard
     deviation drawn from [0, noise] in it: samplers' latents are not clean either."""
 
+    def grain(i: int, shape: Sequence[int]) -> Tensor:
+        generator = step_generator(seed, i, 1, 0)
+        return noise * torch.rand(1, generator=generator) * torch.randn(*shape, generator=generator)
+
     def origin(numbers: Sequence[int]) -> tuple[Tensor, list[CorruptSample]]:
         images, _, corrupt = read_pictures(source, [i for i in numbers if i < count], size)
         for i in (i for i in numbers if i >= count):
@@ -60,9 +64,8 @@ def of_pictures(vae: Any, source: Source, count: int, size: int, noise: float, s
         if not images:
             return torch.empty(0), corrupt
         z = codec.encode(vae, torch.stack(images).to(vae.device)).float()
-        generator = step_generator(seed, numbers[0], 1, 0)
-        level = noise * torch.rand(len(z), 1, 1, 1, generator=generator)
-        return z + (level * torch.randn(z.shape, generator=generator)).to(z), corrupt
+        read = [i for i in numbers if i not in {c.index for c in corrupt}]
+        return z + torch.stack([grain(i, z.shape[1:]) for i in read]).to(z), corrupt
 
     return origin
 
@@ -153,7 +156,7 @@ def make_pairs(
         partial = index.with_suffix(".partial")
         partial.write_text(json.dumps(kept))
         partial.replace(index)
-        if not quiet and (start // CHUNK % 10 == 9 or numbers.stop == count):
+        if not quiet and (start // CHUNK % 40 == 39 or numbers.stop == count):
             print(f"{numbers.stop:>9,}/{count:,} pairs of latent and picture", file=sys.stderr, flush=True)
     report_corrupt(folder / "corrupt.json", count, corrupt)
     judge(corrupt, count, count, max_corrupt, folder / "corrupt.json")
