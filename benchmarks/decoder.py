@@ -117,8 +117,8 @@ def main() -> None:
         pipe = CoDiPipeline.from_pretrained(args.model, task="generate")
         pipe.set_progress_bar_config(disable=True)
         words = captions[:64]
-        drawn = pipe(prompt=words, steps=4, seed=list(range(len(words))), output_type="latent").images  # type: ignore[union-attr]
-        quality["samples"] = figures(*both(vae, tiny, drawn))
+        drawn: Any = pipe(prompt=words, steps=4, seed=list(range(len(words))), output_type="latent")
+        quality["samples"] = figures(*both(vae, tiny, drawn.images))
     parameters = {
         name: sum(p.numel() for p in part.parameters())
         for name, part in (("full", vae.decoder), ("tiny", tiny.decoder))
