@@ -160,6 +160,33 @@ def backbone_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def decoder_lines(result: dict[str, Any]) -> list[str]:
+    """The tiny decoder beside the full one."""
+    size, quality = result["size"], result["psnr_db"]
+    names = {
+        "scenes": f"held-out scenes, {size} px",
+        "large_scenes": f"held-out scenes, {4 * size} px",
+        "photographs": f"photographs, {4 * size} px",
+        "samples": f"samples of `generate`, {size} px",
+    }
+    rows = [
+        [names[name], *(_figure(row.get(key), ".1f") for key in ("to_full", "tiny", "full"))]
+        for name, row in quality.items()
+    ]
+    faster = " and ".join(f"{row['ratio']:.1f} times at {side} px" for side, row in result["decode"].items())
+    parameters = result["decoder_parameters"]
+    return [
+        f"`--decoder tiny`: {parameters['tiny'] / 1e6:.2f}M parameters in place of {parameters['full'] / 1e6:.2f}M, "
+        f"faster {faster} (one thread). FD-ENLite0 of the {result['count']} held-out scenes after the codec is "
+        f"{quality['scenes']['fd_tiny']:.1f}, with the full decoder {quality['scenes']['fd_full']:.1f}. PSNR in dB:",
+        "",
+        *table(["latents of", "tiny to full", "tiny to truth", "full to truth"], rows),
+        "",
+        f"`{result['command']}`",
+        "",
+    ]
+
+
 def reader_lines(result: dict[str, Any]) -> list[str]:
     """How far the judge can be trusted."""
     held, soft = result["held_out"], result["held_out_through_codec"]
@@ -180,6 +207,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "tasks.json": tasks_lines,
     "finetune.json": finetune_lines,
     "backbone.json": backbone_lines,
+    "decoder.json": decoder_lines,
     "reader.json": reader_lines,
 }
 

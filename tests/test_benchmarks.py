@@ -460,6 +460,14 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
             "held_out": {**figures, "disparity_error": 0.01},
             "held_out_through_codec": {**figures, "colour": 0.25, "disparity_error": 0.02},
         },
+        "decoder.json": {
+            "size": 64,
+            "count": 500,
+            "psnr_db": {"scenes": {"to_full": 33.0, "tiny": 30.0, "full": 31.0, "fd_tiny": 42.0, "fd_full": 41.0}},
+            "decode": {"64": {"ratio": 3.5}, "256": {"ratio": 4.0}},
+            "decoder_parameters": {"tiny": 230_000, "full": 1_000_000},
+            "command": "python decoder.py",
+        },
     }
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     for name, result in results.items():
@@ -480,6 +488,7 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     assert text.count("(3 of the scenes ask for any)") == 2 and "colour 50.0% (25.0%)" in text
     assert "| inpaint + 1 depth | 4 | 9.0 | 50% | 17.0 |" in text
     assert "| 1 to 4 | 50% (50%) |" in text
+    assert "3.5 times at 64 px and 4.0 times at 256 px" in text and "| 33.0 | 30.0 | 31.0 |" in text
     assert set(readme.OBEDIENCE) >= set(task_figures.HEADLINES.values())
     readme.main()
     assert (tmp_path / "README.md").read_text() == text

@@ -336,10 +336,12 @@ def test_overrides_and_numbers_read_as_numbers():
 
 @pytest.mark.parametrize("name", [p.stem for p in recipes.SHIPPED.glob("*.yaml")])
 def test_every_shipped_recipe_builds(name):
+    from codi.training.decoder import DecoderRecipe
     from codi.training.pretrain_recipe import PretrainRecipe
 
     values = recipes.read_recipe(name)
-    recipes.build(PretrainRecipe if "ldm_images" in values else DistillRecipe, values, name)
+    kind = DecoderRecipe if name.endswith("decoder") else PretrainRecipe if "ldm_images" in values else DistillRecipe
+    recipes.build(kind, values, name).validate()
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ Lora = Annotated[
         metavar="FILE[=WEIGHT]", help="Low-rank updates to add to the model; several times.", rich_help_panel=_MODEL
     ),
 ]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        help="full, tiny (faster) or an AutoencoderTiny folder; by default as the model was saved, else full.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=_MODEL)]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision of the model.", rich_help_panel=_MODEL)
@@ -188,8 +195,9 @@ def load_pipeline(
     device: str = "auto",
     dtype: str = "float32",
     loras: Mapping[str, float] | None = None,
+    decoder: str | None = None,
 ) -> CoDiPipeline:
-    """The pipeline of a model and an adapter of `task`, on its device. Raises UserError as CoDiPipeline does."""
+    """The pipeline of a model, adapter and decoder, on its device. Raises UserError as CoDiPipeline does."""
     with working(f"loading {model}"):
         import torch
 
@@ -197,8 +205,9 @@ def load_pipeline(
 
         hide_loading_bars()
         where = choose_device(device)
+        kind = getattr(torch, dtype)
         pipe = CoDiPipeline.from_pretrained(
-            model, task=task, adapter=adapter, torch_dtype=getattr(torch, dtype), loras=loras
+            model, task=task, adapter=adapter, torch_dtype=kind, loras=loras, decoder=decoder
         )
         pipe.to(where)
     pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)

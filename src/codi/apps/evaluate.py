@@ -13,6 +13,7 @@ from ..errors import UserError
 from .common import (
     BadUsage,
     Batch,
+    Decoder,
     Device,
     DType,
     Guidance,
@@ -67,6 +68,7 @@ def evaluate(
     seed: Seed = 0,
     guidance: Guidance = None,
     batch: Batch = 16,
+    decoder: Decoder = None,
     device: Device = "auto",
     dtype: DType = "float32",
     out: Annotated[Path | None, typer.Option(help="Write the figures there too (.json).")] = None,
@@ -106,12 +108,12 @@ def evaluate(
     methods: list[Method] = []
     reference = None
     for name in adapters or [task]:
-        pipe = load_pipeline(model, task, name, device, dtype, loras)
+        pipe = load_pipeline(model, task, name, device, dtype, loras, decoder)
         reference = reference or pipe
         methods.append(pipeline_method(pipe, counts, _name(pipe, name, methods), guidance))
     assert reference is not None
     if (name := _reference(task, finetuned, reference)) is not None:
-        pipe = load_pipeline(model, task, name, device, dtype, loras)
+        pipe = load_pipeline(model, task, name, device, dtype, loras, decoder)
         methods.append(pipeline_method(pipe, MANY_STEPS, _name(pipe, name, methods), guidance))
     assert reference.task is not None
     for method in methods:

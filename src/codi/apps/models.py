@@ -14,7 +14,7 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 
 
 def models(json_: Json = False) -> None:
-    """What is embedded: the model and its adapters, their licences and sizes."""
+    """What is embedded: the model, its tiny decoder and its adapters, their licences and sizes."""
     rows = embedded()
     if json_:
         print_json(rows)
@@ -34,9 +34,11 @@ def models(json_: Json = False) -> None:
 
 
 def embedded(weights: Path = WEIGHTS) -> list[dict[str, Any]]:
-    """A row for each model and adapter below `weights`: name, kind ("model" or "adapter"), path, licence, bytes,
-    task, steps it was distilled for, backbone family and origin (None where that is not known)."""
+    """A row for each model, tiny decoder and adapter below `weights`: name, kind ("model", "decoder" or "adapter"),
+    path, licence, bytes, task, steps it was distilled for, backbone family and origin (None where that is not known).
+    """
     rows = [_model(path.parent) for path in sorted(weights.glob("*/model_index.json"))]
+    rows += [_decoder(path.parent) for path in sorted(weights.glob("*/tiny_vae/config.json"))]
     return rows + [_adapter(path.parent) for path in sorted(weights.glob("adapters/*/config.json"))]
 
 
@@ -45,6 +47,13 @@ def _model(folder: Path) -> dict[str, Any]:
     images = record.get("images")
     origin = f"trained by codi on {images:,} rendered scenes" if images else "trained by codi on rendered scenes"
     return _row(folder, "model", record, origin)
+
+
+def _decoder(folder: Path) -> dict[str, Any]:
+    record = _read(folder / "training.json")
+    told = [f"{record['images']:,} crops" if "images" in record else None, record.get("recipe", {}).get("data")]
+    origin = ", ".join(str(part) for part in (f"distilled for {folder.parent.name}", *told) if part)
+    return _row(folder, "decoder", {}, origin) | {"name": "tiny"}  # as --decoder takes it
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .common import (
     BadUsage,
     Batch,
     Count,
+    Decoder,
     Device,
     DType,
     Guidance,
@@ -53,6 +54,7 @@ class Settings:
     model: Model = "mini"
     adapter: Adapter = None
     lora: Lora = None
+    decoder: Decoder = None
     steps: Steps = 4
     guidance: Guidance = None
     strength: Strength = 1.0
@@ -186,8 +188,8 @@ def _pictures(path: Path) -> list[Path]:
 
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
-    loras = parse_loras(settings.lora)
-    pipe = load_pipeline(settings.model, task, settings.adapter, settings.device, settings.dtype, loras)
+    s = settings
+    pipe = load_pipeline(s.model, task, s.adapter, s.device, s.dtype, parse_loras(s.lora), s.decoder)
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
         raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")
@@ -241,6 +243,7 @@ def make(
         "codi model": _public(settings.model),
         **{f"codi lora {i}": _public(word) for i, word in enumerate(settings.lora or [])},
         "codi adapter": _public(settings.adapter or order.task),
+        **({"codi decoder": _public(settings.decoder or "tiny")} if pipe.tiny_vae is not None else {}),
         "codi task": order.task,
         "codi steps": str(settings.steps),
         "codi guidance": f"{scales['text']:g}",

@@ -1,4 +1,4 @@
-"""`codi distill` and `codi pretrain`: a recipe and changes to it -> a run; the same command again resumes it."""
+"""The commands that train: a recipe and changes to it -> a run; the same command again resumes it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .common import BadUsage, Json, Minutes, hide_loading_bars, print_json, usag
 
 DISTILL_EXAMPLE = "Example: codi distill smoke --out runs/mine --data photos --images 20000"
 PRETRAIN_EXAMPLE = "Example: codi pretrain mini --out runs/mini --ldm-images 500000"
+DECODER_EXAMPLE = "Example: codi distill-decoder sd-decoder --model path/to/model --data photos --out runs/decoder"
 FREE_KEYS = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
 INTERRUPTED = 130
@@ -73,6 +74,23 @@ def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, j
     hide_loading_bars()
     out = run(recipe, quiet=not watched(), minutes=minutes)
     _report(out, _reached(out / "training" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
+
+
+def distill_decoder(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
+    """Train a tiny, fast decoder for any model's VAE. The same command again resumes."""
+    with working("starting"):
+        from ..training.decoder import RECORD, DecoderRecipe
+        from ..training.decoder import distill_decoder as run
+
+    if keys:
+        return _show_keys(DecoderRecipe)
+    recipe = read(DecoderRecipe, words)
+    with usage():
+        recipe.validate()
+    hide_loading_bars()
+    out = run(recipe, quiet=not watched(), minutes=minutes)
+    record = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else {}
+    _report(out, _reached(out / "checkpoints"), recipe.images, minutes, json_, record.get("metrics", {}))
 
 
 def read(cls: Callable[..., Any], words: list[str] | None) -> Any:

@@ -177,6 +177,20 @@ def load_backbone(
     return backbone
 
 
+def load_vae(model: str | Path) -> AutoencoderKL:
+    """The VAE of a model in float32; of a folder or a hub id nothing else is read, so that any family's will do.
+    Raises UserError as load_backbone does."""
+    source = find_model(model)
+    if not (Path(source) / "vae").is_dir() and (Path(source).exists() or source.count("/") != 1):
+        return load_backbone(model).vae
+    try:
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
+    except Exception as error:
+        raise UserError(f"{model}: its VAE could not be loaded ({_short(error)}): check the path or id") from error
+    require_finite(vae, f"{model}/vae")
+    return vae.float()
+
+
 def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
     """diffusers' own pipeline of it."""
     path = Path(source)

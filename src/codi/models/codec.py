@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 
-def downscale(vae: AutoencoderKL) -> int:
+def downscale(vae: AutoencoderKL | AutoencoderTiny) -> int:
     """Pixels per latent cell along a side (8 for Stable Diffusion)."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = vae.config.get("upsampling_scaling_factor", 2)  # a tiny one may have another
+    return factor ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def encode(vae: AutoencoderKL, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -26,8 +27,9 @@ def encode(vae: AutoencoderKL, image: Tensor, generator: torch.Generator | None 
     return (latent - shift) * vae.config["scaling_factor"]
 
 
-def decode(vae: AutoencoderKL, latent: Tensor, clamp: bool = True) -> Tensor:
-    """Latent -> (B, 3, H, W) in [0, 1]; without `clamp` the gradient survives out of range."""
+def decode(vae: AutoencoderKL | AutoencoderTiny, latent: Tensor, clamp: bool = True) -> Tensor:
+    """Latent -> (B, 3, H, W) in [0, 1], by a VAE or by a tiny one that is made for its latents, whose own scaling
+    factor is 1; without `clamp` the gradient survives out of range."""
     shift = vae.config.get("shift_factor") or 0.0
     image = vae.decode(latent.to(vae.dtype) / vae.config["scaling_factor"] + shift).sample / 2 + 0.5  # type: ignore[union-attr]
     return image.clamp(0, 1) if clamp else image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -15,7 +16,21 @@ from torch import Tensor
 from ..errors import UserError
 from ..tasks import Task
 
+OUTPUTS = ("pil", "np", "pt", "latent")
 ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
+
+
+def require_possible(steps: int, most: int, strength: float, output_type: str, told: Sequence[str]) -> None:
+    """Raises UserError for numbers and names that no call can have: steps out of 1 to `most`, an influence that is
+    none, an unknown kind of output, or a tensor asked for by a callback that there is not."""
+    if not 1 <= steps <= most:
+        raise UserError(f"steps {steps}: must lie between 1 and {most}: use 1 to 4 with an adapter")
+    if not 0 <= strength < math.inf:
+        raise UserError(f"strength {strength}: not an influence: use 0 (none) to 1 (as trained)")
+    if output_type not in OUTPUTS:
+        raise UserError(f"output_type {output_type!r}: not known: use {', '.join(OUTPUTS)}")
+    if unknown := set(told) - {"latents", "denoised"}:
+        raise UserError(f"callback_on_step_end_tensor_inputs {unknown.pop()!r}: not known: use latents, denoised")
 
 
 def to_tensor(image: ImageInput) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -22,18 +21,18 @@ from ..models.adapter import Adapter
 from ..models.backbone import Hub, family, find_model, load_backbone, text_encoders
 from ..models.student import Conditioning, Student
 from ..models.text import TextEncoders, embed_prompts
+from ..models.tiny import mark_saved, open_decoder, saved_decoder
 from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
 from .colour import match_colour
 from .guidance import Guidance, resolve
-from .inputs import ImageInput, brought, one_for_each, output_size, to_output
+from .inputs import ImageInput, brought, one_for_each, output_size, require_possible, to_output
 from .sampler import StepCallback, initial_noise, sample, time_grid
 from .shelf import FOLDER, Shelf
 from .solvers import own_grid, solve
 from .tiles import Tiles
 from .tiling import mirror_pad
 
-OUTPUTS = ("pil", "np", "pt", "latent")
 LARGE = 3  # times the size that the backbone was trained at: beyond it users are warned, but for tiled upscaling
 
 
@@ -41,7 +40,8 @@ class CoDiPipeline(DiffusionPipeline):
     """Image-conditioned sampling in 1 to 4 steps, by any of the adapters loaded; without one, plain text-to-image.
 
     `unet` is the backbone's own and never changes: adapters stand beside it. A saved pipeline is a Stable Diffusion
-    folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well.
+    folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well. `tiny_vae` decodes in
+    the VAE's place if there is one; conditions are encoded by the VAE always.
 
     Adapters with low-rank updates have a U-Net of their own modules on the backbone's weights: attention processors and
     slicing that are set on `unet`, or by the pipeline's `enable_...`, do not reach it. Set them on `student.unet`, the
@@ -49,7 +49,7 @@ class CoDiPipeline(DiffusionPipeline):
     `torch.compile(unet)` changes nothing, and offloading of whole models is not supported.
     """
 
-    _optional_components = ["text_encoder_2", "tokenizer_2"]
+    _optional_components = ["text_encoder_2", "tokenizer_2", "tiny_vae"]
 
     def __init__(
         self,
@@ -61,16 +61,16 @@ class CoDiPipeline(DiffusionPipeline):
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
         force_zeros_for_empty_prompt: bool = True,
+        tiny_vae: AutoencoderTiny | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, tiny_vae=tiny_vae,
         )  # fmt: skip
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        for part in (vae, unet, text_encoder, text_encoder_2):
-            if part is not None:
-                part.requires_grad_(False).eval()
+        for part in filter(None, (vae, unet, text_encoder, text_encoder_2, tiny_vae)):
+            part.requires_grad_(False).eval()
         self._shelf = Shelf(unet, family(unet, vae, scheduler))
         self.solver: Any = None
         """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
@@ -87,20 +87,25 @@ class CoDiPipeline(DiffusionPipeline):
         adapter: str | Path | None = None,
         torch_dtype: torch.dtype = torch.float32,
         loras: Mapping[str, float] | None = None,
+        decoder: str | Path | None = None,
         **hub: Unpack[Hub],
     ) -> CoDiPipeline:
         """Loads a Stable Diffusion checkpoint (1, 2 or XL) or a saved CoDiPipeline, and sets an adapter.
 
         `model`: "mini", a diffusers folder, a single .safetensors file or a hub id, which may end in "@revision".
         `adapter`: the name of an embedded adapter or a folder; None takes the one of `task` that was saved with the
-        model, else the embedded one. `loras`: low-rank updates made part of the backbone, with weights. `hub`:
-        revision, variant, token, cache_dir, local_files_only and config of the model, as diffusers knows them.
-        Raises UserError for a missing or broken model or adapter, or one made for another backbone or task.
+        model, else the embedded one. `loras`: low-rank updates made part of the backbone, with weights. `decoder`:
+        "full", "tiny", the one in the model's folder, or an AutoencoderTiny folder or hub id; None: as the pipeline was
+        saved, else the full one. `hub`: revision, variant, token, cache_dir, local_files_only and config of the model,
+        as diffusers knows them.
+        Raises UserError for a missing or broken model, adapter or decoder, or one made for another backbone or task.
         """
         if task is not None:
             get_task(task)
-        pipe = cls(**vars(load_backbone(model, torch_dtype, loras, **hub)))
-        shelf, folder = pipe._shelf, Path(find_model(model))
+        backbone, folder = load_backbone(model, torch_dtype, loras, **hub), Path(find_model(model))
+        tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, torch_dtype, **hub)
+        pipe = cls(**vars(backbone), tiny_vae=tiny)
+        shelf = pipe._shelf
         if (folder / FOLDER).is_dir():
             shelf.load_saved(folder)
         of_task = [name for name, shelved in shelf.loaded.items() if shelved.task.name == task]
@@ -111,8 +116,9 @@ class CoDiPipeline(DiffusionPipeline):
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Saves the checkpoint, every adapter loaded, and which ones are set with what weights."""
+        """Saves the checkpoint, its tiny decoder, every adapter loaded, and which ones are set with what weights."""
         super().save_pretrained(save_directory, **kwargs)
+        mark_saved(Path(save_directory), self.tiny_vae is not None)
         self._shelf.save(Path(save_directory))
 
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
@@ -225,16 +231,7 @@ class CoDiPipeline(DiffusionPipeline):
         Raises UserError for arguments that no picture can be made from.
         """
         tasks, f = self.tasks, codec.downscale(self.vae)
-        if not 1 <= steps <= self.schedule.horizon:
-            raise UserError(
-                f"steps {steps}: must lie between 1 and {int(self.schedule.horizon)}: use 1 to 4 with an adapter"
-            )
-        if not 0 <= strength < math.inf:
-            raise UserError(f"strength {strength}: not an influence: use 0 (none) to 1 (as trained)")
-        if output_type not in OUTPUTS:
-            raise UserError(f"output_type {output_type!r}: not known: use {', '.join(OUTPUTS)}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents", "denoised"}:
-            raise UserError(f"callback_on_step_end_tensor_inputs {unknown.pop()!r}: not known: use latents, denoised")
+        require_possible(steps, int(self.schedule.horizon), strength, output_type, callback_on_step_end_tensor_inputs)
         if image is not None and not tasks:
             raise UserError("image: no adapter is set, and text-to-image takes none: load_adapter first")
         guide = self.guidance(guidance_scale, image_guidance_scale, strength)
@@ -350,4 +347,4 @@ class CoDiPipeline(DiffusionPipeline):
         return bool(infos) and all(info.get(key) for info in infos)
 
     def _decode(self, latent: Tensor) -> Tensor:
-        return codec.decode(self.vae, latent).float()
+        return codec.decode(self.vae if self.tiny_vae is None else self.tiny_vae, latent).float()

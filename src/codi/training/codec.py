@@ -69,7 +69,7 @@ class CodecJob(Job):
         rebuilt = codec.decode(vae, codec.encode(vae, image))
         pairs = torch.stack([image[:8], rebuilt[:8]]).flatten(0, 1).cpu()
         write_sheet(out, f"codec-{progress.images:07d}.png", pairs, 8)
-        return {"psnr": _psnr(rebuilt, image)}
+        return {"psnr": psnr(rebuilt, image)}
 
     def finish(self, out: Path, progress: Progress) -> None:
         vae: Any = self.average
@@ -124,7 +124,8 @@ def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def _psnr(a: Tensor, b: Tensor) -> float:
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pictures in [0, 1], in dB."""
     return float((-10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-8).log10()).mean())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ from ..tasks.base import means
 from . import ema
 from .checkpoint import Progress, require_same_run
 from .distill_recipe import SCALES, DistillRecipe, configure_objective
-from .saving import save_adapter
+from .saving import save_adapter, shareable
 from .trainer import Job, make_accelerator, train
 
 # Keys that may differ between a run and its continuation: they do not change what is computed before the next image.
@@ -238,7 +237,7 @@ class DistillJob(Job):
 
     def finish(self, out: Path, progress: Progress) -> None:
         figures = self.preview(out, progress)
-        recipe = {k: _public(v) for k, v in asdict(self.recipe).items() if k not in ("out", "device")}
+        recipe = shareable(self.recipe)
         adapter = copy.deepcopy(self.average.adapter)
         told = {key: recipe[key] for key in ("guidance", "guidance_scale", "image_guidance_scale", "shift")}
         adapter.register_to_config(
@@ -251,11 +250,6 @@ class DistillJob(Job):
             }
         )  # fmt: skip
         save_adapter(out, adapter, self.average.unet, self.full, half=self.recipe.half)
-
-
-def _public(value: Any) -> Any:
-    """A recipe's value as it may be shared: of a local path only the last part."""
-    return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
 
 
 def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = None) -> Path:

@@ -64,7 +64,7 @@ class LatentsJob(Job):
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         size, count = self.recipe.ldm_batch, len(self.latents)
         while True:
-            index = [_shuffled(self.recipe.seed, i // count, count)[i % count] for i in range(start, start + size)]
+            index = [shuffled(self.recipe.seed, i // count, count)[i % count] for i in range(start, start + size)]
             yield torch.from_numpy(self.latents[index]).float(), self.tokens[index]
             start += size
 
@@ -140,7 +140,8 @@ class LatentsJob(Job):
         staged.rmdir()
 
 
-def _shuffled(seed: int, epoch: int, count: int, _memory: dict = {}) -> np.ndarray:  # noqa: B006 - a one-entry cache
+def shuffled(seed: int, epoch: int, count: int, _memory: dict = {}) -> np.ndarray:  # noqa: B006 - a one-entry cache
+    """The order of `count` things in that epoch."""
     key = (seed, epoch, count)
     if key not in _memory:
         _memory.clear()

@@ -1,9 +1,12 @@
-"""Writing a finished adapter: whole or not at all."""
+"""Writing a finished adapter, or another model: whole or not at all."""
 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,17 @@ def save_adapter(out: Path, adapter: Any, unet: Any, full: bool, half: bool) -> 
         for weights in folder.rglob("*.safetensors"):
             weights.chmod(0o644)  # safetensors leaves them to their owner alone
 
+    place(out, fill, ("config.json", FILE, "unet"))
+
+
+def place(out: Path, fill: Callable[[Path], None], stale: Sequence[str]) -> None:
+    """Writes into `out`, which may hold other things, the files that `fill(folder)` leaves in an empty folder; its
+    config.json comes last. `stale`: what an earlier model may have left there, its config first, so that there never
+    is one over a mixture."""
     staged = out / ".finished"
     write_atomically(staged, fill)
-    # Of an earlier adapter in this folder; its config goes first, so that there is none over a mixture.
-    for old in (out / "config.json", out / FILE):
-        old.unlink(missing_ok=True)
-    shutil.rmtree(out / "unet", ignore_errors=True)
+    for old in (out / name for name in stale):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     for item in sorted(
         staged.rglob("*"), key=lambda p: (p.name == "config.json", len(p.parts) == len(staged.parts) + 1)
     ):
@@ -48,3 +56,12 @@ def save_adapter(out: Path, adapter: Any, unet: Any, full: bool, half: bool) -> 
     for folder in sorted((p for p in staged.rglob("*") if p.is_dir()), reverse=True):
         folder.rmdir()
     staged.rmdir()
+
+
+def shareable(recipe: Any) -> dict[str, Any]:
+    """A recipe (a dataclass) as it may go with a model: of a local path only the last part."""
+
+    def public(value: Any) -> Any:
+        return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
+
+    return {key: public(value) for key, value in asdict(recipe).items() if key not in ("out", "device")}
