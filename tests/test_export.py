@@ -7,19 +7,27 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from codi.errors import UserError
+from codi.export import onnx as export_to_onnx
 from codi.export.diffusers import export_diffusers
 from codi.export.ldm import export_ldm, rename
+from codi.export.onnx import export_onnx
 from codi.export.source import load_source
 from codi.models.adapter import FORMS, ControlNetAdapter
 from codi.models.student import Student
+from codi.models.text import tokenize
 from codi.sampling.pipeline import CoDiPipeline
+from codi.sampling.sampler import initial_noise
 from codi.tasks import get_task
 from codi.training.saving import save_adapter
 from tiny import influence, rand, randn, tiny_backbone, tiny_checkpoint, tiny_lora
@@ -73,10 +81,10 @@ def pipe(model):
     return pipe
 
 
-def ours(pipe: CoDiPipeline, adapter: Path, **given: Any) -> Tensor:
-    """The picture of seed 0 in four steps."""
+def ours(pipe: CoDiPipeline, adapter: Path, prompt: Any = "a red ball", steps: int = 4, **given: Any) -> Tensor:
+    """The picture of seed 0."""
     pipe.set_adapters(pipe.load_adapter(adapter, as_=str(len(pipe.adapters))))
-    return pipe(prompt="a red ball", steps=4, output_type="pt", **given).images  # type: ignore[union-attr]
+    return pipe(prompt=prompt, steps=steps, output_type="pt", **given).images  # type: ignore[union-attr]
 
 
 def theirs(folder: Path, condition: Tensor | None) -> Tensor:
@@ -277,3 +285,103 @@ def test_a_controlnet_of_other_cells_has_no_ldm_form(tmp_path, model):
     source = load_source(make(tmp_path / "adapter", "controlnet"), model)
     with pytest.raises(UserError, match="reads 4 px a latent cell, the original one 8: export --to diffusers"):
         export_ldm(source, tmp_path / "out.safetensors", 4)
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("fused", {"task": "upscale", "lora": True}),
+        ("fused", {"task": "edit", "guidance": {"text": [1, 5], "image": [1, 2]}, "guidance_scale": 3.0}),
+        ("fused", {"task": "inpaint", "jumps": True, "shift": 3.0}),
+        ("controlnet", {"task": "depth", "boundary": True}),
+        ("hint", {"task": "canny", "full": True}),
+        ("lora", {"task": "generate", "lora": True, "guidance_scale": 2.0}),
+    ],
+)
+def test_onnxruntime_makes_the_same_pictures(tmp_path, model, pipe, form, options):
+    adapter = make(tmp_path / "adapter", form, **options)
+    source = load_source(adapter, model)
+    steps = 2 if options.get("lora") or options.get("jumps") else 1
+    config = export_onnx(source, tmp_path / "out", steps, size=(32, 24))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.onnx", "config.json", "tokenizer"}
+    prompts = ["a red ball", "", "a blue box and a green cone"]
+    given, inputs = {}, {}
+    if "image" in config["inputs"]:
+        *_, h, w = config["inputs"]["image"]["shape"]
+        image = rand(3, max(3, config["inputs"]["image"]["shape"][1]), h, w, seed=3)
+        image = (image > 0.5).float() if options["task"] == "canny" else image
+        image[:, :3] = image[:, :1] if options["task"] == "depth" else image[:, :3]
+        given["image"], inputs["image"] = image, source.task.bring(image)
+    else:
+        given = {"height": 32, "width": 24}
+    if "guidance_scale" in config["inputs"]:
+        inputs["guidance_scale"] = torch.tensor([config["inputs"]["guidance_scale"]["default"]] * 3)
+        inputs["guidance_scale"][1, 0] = 1
+    fields = config["inputs"]["noise"]["shape"][1] // 4
+    inputs["noise"] = initial_noise((4, 8, 6), [0, 1, 2], fields)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    inputs["input_ids"] = tokenize(tokenizer, prompts)
+    pictures = ours(pipe, adapter, prompts, steps, **given)
+    difference = (pictures - run_onnx(tmp_path / "out", inputs)).abs().max()
+    print(difference)
+    assert difference < 1e-4 and pictures.std() > 0.01
+
+
+def test_onnx_refuses_a_size_of_no_whole_cells(tmp_path, model):
+    source = load_source(make(tmp_path / "adapter", "fused"), model)
+    with pytest.raises(UserError, match="size 30 x 32: .* multiples of 4 px"):
+        export_onnx(source, tmp_path / "out", 1, size=(32, 30))
+
+
+def test_large_models_keep_their_weights_beside(tmp_path, monkeypatch):
+    weight = onnx.numpy_helper.from_array(np.arange(1024, dtype=np.float32), "w")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1024])
+    node, other = onnx.helper.make_node("Add", ["x", "w"], ["y"]), onnx.helper.make_tensor_value_info("y", 1, [1024])
+    graph = onnx.helper.make_graph([node], "g", [value], [other], [weight])
+    (tmp_path / "parts").mkdir()
+    built = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save_model(
+        built, str(tmp_path / "parts" / "model.onnx"), save_as_external_data=True, all_tensors_to_one_file=False
+    )
+    monkeypatch.setattr(export_to_onnx, "LARGEST", 1000)
+    export_to_onnx.gather(tmp_path / "parts", tmp_path / "model.onnx")
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.ones(1024, np.float32)})[0][-1] == 1024
+
+
+def run_onnx(folder: Path, inputs: dict[str, Tensor]) -> Tensor:
+    """The picture."""
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["picture"], {name: value.numpy() for name, value in inputs.items()})[0])
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_tells_what_it_wrote(shell, tmp_path, model):
+    adapter, out = make(tmp_path / "adapter", "controlnet"), tmp_path / "new" / "out"
+    ran = shell("export", adapter, "--to", "diffusers", "-o", out, "--model", model, "--json")
+    assert ran.code == 0, ran
+    told = json.loads(ran.out)
+    assert told["to"] == "diffusers" and told["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert {row["path"] for row in told["files"]} == {str(p) for p in out.rglob("*") if p.is_file()}
+    shell("export", adapter, "--to", "diffusers", "-o", out, "--model", model).failed(1, str(out), "exists already")
+
+
+def test_bad_usage_is_one_line(shell, tmp_path, model, monkeypatch):
+    adapter = make(tmp_path / "adapter", "fused")
+    to = ("--model", model, "-o", tmp_path / "out")
+    shell("export", "nothing-there", "--to", "diffusers", *to).failed(1, "nothing-there", "no adapter there")
+    shell("export", adapter, "--to", "diffusers", *to).failed(1, "FusedAdapter", "--to onnx")
+    shell("export", adapter, "--to", "ldm", *to).failed(2, "writes a .safetensors file", "out.safetensors")
+    shell("export", adapter, "--to", "onnx", *to, "--steps", 1, "--size", "30x32").failed(1, "size 30 x 32")
+    shell("export", adapter, "--to", "ldm", *to, "--size", "32x32").failed(2, "only ONNX fixes the size")
+    shell("export", adapter, "--to", "diffusers", "-o", tmp_path / "a.safetensors").failed(2, "writes a folder")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    shell("export", adapter, "--to", "onnx", *to).failed(1, "onnx: this package is missing", "pip install codi[export]")
+    assert not (tmp_path / "out").exists()

@@ -68,6 +68,11 @@ def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
     return told
 
 
+def beside(out: Path) -> list[Path]:
+    """All files that `export_ldm` may write for this path."""
+    return [out.with_name(f"{out.stem}{ending}.safetensors") for ending in ("", "-unet", "-lora")]
+
+
 def rename(weights: dict[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
     """Weights of a diffusers U-Net or ControlNet by their names in the original code, each after `prefix`.
 

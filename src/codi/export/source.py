@@ -88,20 +88,33 @@ class Source:
             layer.bias = torch.nn.Parameter(layer.bias + layer.weight @ told, requires_grad=False)
         return unet
 
-    def updates(self, steps: int) -> dict[str, Tensor]:
-        """The low-rank updates (B A, unscaled) of the backbone that make it the adapter's: `LAYER.lora_A.weight` and
-        `LAYER.lora_B.weight`, all of one rank; {} for none, and for full adapters.
-
-        What the adapter adds to the time features x(t) becomes one more update: a . x(t) = 1 for all t very nearly, and
-        for the timesteps of `steps` exactly, so W (x + c) = W x + (W c) (a . x). At 64 channels and more, it is off by
-        less than 1e-6 at any t.
-        """
+    def lora(self) -> dict[str, Tensor]:
+        """The low-rank updates (B A, unscaled) that were trained: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`."""
         unet, weights = self.shelved.unet, {}
-        for name in () if self.shelved.full else lora_names(unet):
+        for name in lora_names(unet):
             config: Any = unet.peft_config[name]  # type: ignore[index]
             for key, value in get_peft_model_state_dict(unet, adapter_name=name).items():
                 weights[key] = value * (config.lora_alpha / config.r) if ".lora_B." in key else value
-        told = self.told()
+        return weights
+
+    def merged_unet(self) -> UNet2DConditionModel:
+        """The U-Net that works with the adapter, its low-rank updates added to the weights."""
+        weights = self.lora()
+        unet = shared_copy(self.backbone.unet) if weights else self.shelved.unet
+        for name in [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]:
+            layer: Any = unet.get_submodule(name)
+            a, b = (weights[f"{name}.lora_{factor}.weight"].flatten(1) for factor in "AB")
+            layer.weight = torch.nn.Parameter(layer.weight + (b @ a).view_as(layer.weight), requires_grad=False)
+        return unet
+
+    def updates(self, steps: int) -> dict[str, Tensor]:
+        """The low-rank updates that make the backbone the adapter's, all of one rank; {} for none, and for full adapters.
+
+        Those of `lora`; and what the adapter adds to the time features x(t) as one more: a . x(t) = 1 for all t very nearly, and for
+        the timesteps of `steps` exactly, so W (x + c) = W x + (W c) (a . x). At 64 channels and more, a . x(t) is off
+        by less than 1e-5 at any t.
+        """
+        weights, told = self.lora(), self.told()
         if self.shelved.full or told is None:
             return weights
         rank = next((len(value) for key, value in weights.items() if ".lora_A." in key), 1)
