@@ -22,7 +22,7 @@ from shell import Models, make_adapter, picture
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "demo", "upscale", "inpaint", "depth", "canny", "edit", "generate", "distill", "pretrain",
-    "distill-decoder", "evaluate", "models", "benchmark", "data render", "data check",
+    "distill-decoder", "evaluate", "models", "benchmark", "export", "data render", "data check",
 )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_rows_tasks_and_quick():
     few = list(MINI.plans(["depth"], ["codi", "lcm"]))
     assert [(p.method, p.seed) for p in few] == [("codi", 0), ("lcm", 0), ("codi", 1), ("codi", 2)]
     quick = MINI.quickly()
-    assert quick.images < MINI.images and {p.task for p in quick.plans()} == {"upscale", "depth"}
+    assert quick.images < MINI.images and {p.task for p in quick.plans()} == {"upscale"}
     assert next(p for p in quick.plans() if p.method == "ldm").steps == (1, 4)
     with pytest.raises(UserError, match="row 'cody': not in suite mini"):
         list(MINI.plans(rows=["cody"]))

@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import benchmark, canny, data, demo, depth, edit, evaluate, generate, inpaint, models, train, upscale
+from . import benchmark, canny, data, demo, depth, edit, evaluate, export, generate, inpaint, models, train, upscale
 from .common import BadUsage, quiet_libraries, say_error
 
 INTERRUPTED = 130
@@ -54,6 +54,7 @@ app.command("pretrain", epilog=train.PRETRAIN_EXAMPLE, context_settings=train.FR
 app.command("distill-decoder", epilog=train.DECODER_EXAMPLE, context_settings=train.FREE_KEYS)(train.distill_decoder)
 app.command("evaluate", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("benchmark", epilog=benchmark.EXAMPLE)(benchmark.benchmark)
+app.command("export", epilog=export.EXAMPLE)(export.export)
 app.command("models", epilog=models.EXAMPLE)(models.models)
 app.add_typer(data.app)
 

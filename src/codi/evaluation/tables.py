@@ -48,7 +48,7 @@ RATIOS: tuple[tuple[str, str, Which, Which, float | None, float], ...] = (
     ("upscale", "fd", ("pe-codi", 4), ("ldm", 250), 1.313, 1.10),
     ("inpaint", "fd", ("pe-codi", 4), ("controlnet", 50), 0.987, 0.95),
     ("depth", "fd", ("pe-codi", 4), ("controlnet", 250), 1.104, 1.02),
-    ("upscale", "fd", (OURS, 1), ("ldm", 250), None, 1.10),
+    ("upscale", "fd", ("decoupled/one-step", 1), ("ldm", 250), None, 1.10),
     ("upscale", "fd", (OURS, 4), ("ldm", 4), None, 1.00),
     ("depth", "fd", (OURS, 4), ("ldm", 4), None, 1.00),
 )

@@ -83,7 +83,9 @@ class _Form(ModelMixin, ConfigMixin):
         """Condition (B, C, H, W) in [0, 1] -> the picture's latent, then any maps, (B, ..., h, w)."""
         with torch.no_grad():
             latent = codec.encode(vae, condition[:, :3])
-            maps = nn.functional.interpolate(condition[:, 3:], latent.shape[-2:], mode="area")
+            if condition.shape[1] == 3:
+                return latent
+            maps = nn.functional.avg_pool2d(condition[:, 3:], codec.downscale(vae))
             return torch.cat([latent, maps.to(latent)], dim=1)
 
     def prepare(
@@ -252,7 +254,7 @@ class ControlNetAdapter(_Form):
         self, prepared: Tensor, z: Tensor, timestep: Tensor, text: Tensor, added: dict[str, Tensor] | None = None
     ) -> list[Tensor]:
         """zero_conv(h_copy(z_t, t, c))."""
-        timestep = timestep.to(z.device).expand(len(z))
+        timestep = timestep.to(z.device).expand(z.shape[0])
         down, middle = self.net(z, timestep, text, prepared, added_cond_kwargs=added, return_dict=False)
         return [*down, middle]
 

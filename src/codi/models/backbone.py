@@ -269,7 +269,7 @@ def unet_down(
     `hint` (B, W, h, w) added to what the first convolution makes of `z`.
     `unet_up(unet, *unet_down(...))` is exactly `unet(...)`: the seam where adapters put their features.
     """
-    timestep = timestep.to(z.device).expand(len(z))
+    timestep = timestep.to(z.device).expand(z.shape[0])
     time: Any = unet.get_time_embed(sample=z, timestep=timestep)
     embedding = unet.time_embedding(time if timestep_cond is None else time + timestep_cond.to(time))
     extra = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})

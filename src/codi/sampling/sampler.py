@@ -64,7 +64,7 @@ def predict(
     if guidance_scale == 1.0 or unconditional is None:
         output = student(z, timestep, conditioning, strength)
     else:
-        timestep = timestep.expand(len(z)).repeat(2)
+        timestep = timestep.expand(z.shape[0]).repeat(2)
         both = student(torch.cat([z, z]), timestep, cat_conditionings(unconditional, conditioning), strength)
         without, with_ = both.chunk(2)
         output = without + guidance_scale * (with_ - without)
@@ -96,7 +96,7 @@ def sample(
     default those of `time_grid`. `boundary`: for adapters trained with CoDi's boundary scaling. Returns (B, C, h, w) in
     noise's dtype.
     """
-    conditioning = replace(conditioning, jump=conditioning.text.new_ones(len(noise)) if jumps else None)
+    conditioning = replace(conditioning, jump=conditioning.text.new_ones(noise.shape[0]) if jumps else None)
     conditioning = student.prepare(conditioning)
     if unconditional is not None:
         # The condition is the same with and without the prompt; its features differ only through the text they attend.

@@ -1,0 +1,72 @@
+"""`codi export`: an adapter for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..errors import UserError
+from .common import BadUsage, Json, Model, Steps, hide_loading_bars, print_json, working
+from .generate import parse_size
+
+EXAMPLE = "Example: codi export runs/my-depth --to diffusers -o my-depth-diffusers"
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="An embedded adapter's name or a folder.")],
+    to: Annotated[
+        Literal["diffusers", "ldm", "onnx"],
+        typer.Option(help="diffusers: a folder; ldm: a .safetensors file for ComfyUI and its like; onnx: a folder."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write; it must not exist yet.")],
+    model: Model = "mini",
+    steps: Steps = 4,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="ONNX: pixels made; by default the model's own.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write an adapter in a form that other programs use: stock diffusers, ComfyUI, onnxruntime."""
+    width, height = parse_size(size)
+    if size and to != "onnx":
+        raise BadUsage(f"--size {size}: only ONNX fixes the size: leave it out")
+    if to == "ldm" and out.suffix != ".safetensors":
+        raise BadUsage(f"{out}: --to ldm writes a .safetensors file: call it {out.name}.safetensors")
+    if to != "ldm" and out.suffix == ".safetensors":
+        raise BadUsage(f"{out}: --to {to} writes a folder: leave the .safetensors out")
+    with working(f"exporting {adapter}"):
+        hide_loading_bars()
+        files, told = _write(adapter, to, out, model, steps, (height, width) if height and width else None)
+    sizes = [{"path": str(path), "bytes": path.stat().st_size} for path in files]
+    if json_:
+        print_json({"adapter": adapter, "to": to, "out": str(out), "steps": steps, **told, "files": sizes})
+        return
+    for row in sizes:
+        print(f"{row['path']}  {row['bytes'] / 1e6:.1f} MB")
+
+
+def _write(
+    adapter: str, to: str, out: Path, model: str, steps: int, size: tuple[int, int] | None
+) -> tuple[list[Path], dict[str, Any]]:
+    """(the files written, what is told of them)"""
+    from ..export.diffusers import export_diffusers
+    from ..export.ldm import beside, export_ldm
+    from ..export.onnx import export_onnx, require_packages
+    from ..export.source import load_source
+
+    targets = beside(out) if to == "ldm" else [out]
+    if taken := [path for path in targets if path.exists()]:
+        raise UserError(f"{taken[0]}: exists already: delete it, or give another --out")
+    if to == "onnx":
+        require_packages()  # before the seconds that loading takes
+    source = load_source(adapter, model)
+    if steps > (most := int(source.backbone.schedule.horizon)):
+        raise BadUsage(f"--steps {steps}: the model has {most} noise levels: use 1 to 4")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "onnx":
+        told = export_onnx(source, out, steps, size)
+    else:
+        told = (export_ldm if to == "ldm" else export_diffusers)(source, out, steps)
+    return [file for path in targets for file in [path, *sorted(path.rglob("*"))] if file.is_file()], told

@@ -1,0 +1,140 @@
+"""For ComfyUI, AUTOMATIC1111 and stable-diffusion.cpp: weights under the names of the original LDM and ControlNet code.
+
+PATH.safetensors         a ControlNet (`control_model.`); without one, what stands first of the others
+PATH-unet.safetensors    the U-Net of a full adapter (`model.diffusion_model.`)
+PATH-lora.safetensors    updates of the backbone, by the names of kohya's sd-scripts (`lora_unet_`)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError
+from .source import Source
+
+_FIXED = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "controlnet_mid_block": "middle_block_out.0",
+    "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+    "controlnet_cond_embedding.conv_out": "input_hint_block.14",  # of eight convolutions with SiLU between
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+HINT_CELL = 8  # pixels a latent cell: the original hint block halves three times
+
+
+def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
+    """Writes the files, each whole or not at all; returns how to sample with them. Raises UserError for an adapter that
+    these programs cannot express."""
+    source.refuse_what_is_ours("the LDM format")
+    control, unet, updates = source.control, source.full_unet(), source.updates(steps)
+    if control is not None and control.config["downscale"] != HINT_CELL:
+        raise UserError(f"{source.name}: its ControlNet reads {control.config['downscale']} px a latent cell, the "
+                        f"original one {HINT_CELL}: export --to diffusers")  # fmt: skip
+    told = {
+        "task": source.task.name,
+        "family": source.backbone.family,
+        "sampler": "lcm" if source.jumps else "ddim",
+        "timesteps": source.timesteps(steps),
+        "cfg": source.guidance.second_pass,
+        "prediction": source.backbone.schedule.prediction,
+    }
+    files = {}
+    if control is not None:
+        files[""] = rename(control.net.state_dict(), control.net.config, "control_model.")
+    if unet is not None:
+        files["-unet" if files else ""] = rename(unet.state_dict(), unet.config, "model.diffusion_model.")
+    if updates:
+        files["-lora" if files else ""] = kohya(updates)
+    for ending, weights in files.items():
+        _write(out.with_name(f"{out.stem}{ending}.safetensors"), weights, told)
+    return told
+
+
+def beside(out: Path) -> list[Path]:
+    """All files that `export_ldm` may write for this path."""
+    return [out.with_name(f"{out.stem}{ending}.safetensors") for ending in ("", "-unet", "-lora")]
+
+
+def rename(weights: dict[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
+    """Weights of a diffusers U-Net or ControlNet by their names in the original code, each after `prefix`.
+
+    `config` is the model's: its blocks count the layers. Raises UserError for a layer that has no original.
+    """
+    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
+    counts = [layers] * levels if isinstance(layers, int) else list(layers)
+    # The first of input_blocks is conv_in; each level ends with a downsampler but the last.
+    down = [1 + sum(counts[:i]) + i for i in range(levels)]
+    up = [sum(n + 1 for n in counts[::-1][:i]) for i in range(levels)]
+    last = counts[::-1]
+    attends = {key.rsplit(".attentions", 1)[0] for key in weights if ".attentions." in key}
+    named = {}
+    for key, value in weights.items():
+        layer, kind = key.rsplit(".", 1)
+        named[f"{prefix}{_original(layer, down, up, last, attends)}.{kind}"] = value
+    return named
+
+
+def _original(layer: str, down: list[int], up: list[int], last: list[int], attends: set[str]) -> str:
+    """The original name of a layer. `down`, `up`: where the levels start; `last`: layers of the levels on the way up;
+    `attends`: the diffusers blocks that have attention."""
+    if layer in _FIXED:
+        return _FIXED[layer]
+    if match := re.fullmatch(r"controlnet_cond_embedding\.blocks\.(\d+)", layer):
+        return f"input_hint_block.{2 + 2 * int(match[1])}"
+    if match := re.fullmatch(r"controlnet_down_blocks\.(\d+)", layer):
+        return f"zero_convs.{match[1]}.0"
+    if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", layer):
+        inner = 2 * int(match[2]) + (match[1] == "attentions")
+        return f"middle_block.{inner}.{_RESNET.get(match[3], match[3])}"
+    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", layer):
+        level, part, index, rest = int(match[2]), match[3], int(match[4]), match[5]
+        block = f"input_blocks.{down[level] + index}" if match[1] == "down" else f"output_blocks.{up[level] + index}"
+        if part in ("resnets", "attentions"):
+            return f"{block}.{'01'[part == 'attentions']}.{_RESNET.get(rest, rest)}"
+        if part == "downsamplers":
+            return f"input_blocks.{down[level + 1] - 1}.0.op"
+        if part == "upsamplers":
+            return f"output_blocks.{up[level] + last[level]}.{1 + (f'up_blocks.{level}' in attends)}.conv"
+    raise UserError(f"{layer}: this layer of the U-Net has no name in the LDM format: export --to diffusers")
+
+
+def kohya(updates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Low-rank updates `LAYER.lora_A.weight`, `LAYER.lora_B.weight` -> `lora_unet_LAYER.lora_down.weight`,
+    `.lora_up.weight` and `.alpha`, which is the rank: unscaled."""
+    named = {}
+    for key, value in updates.items():
+        layer, which, _ = key.rsplit(".", 2)
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        named[f"{flat}.lora_{'down' if which == 'lora_A' else 'up'}.weight"] = value
+        if which == "lora_A":
+            named[f"{flat}.alpha"] = torch.tensor(float(len(value)))
+    return named
+
+
+def _write(path: Path, weights: dict[str, Tensor], told: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        # One note alone: safetensors writes several in random order, and the same weights shall give the same bytes.
+        save_file({k: v.detach().contiguous() for k, v in weights.items()}, temporary, {"codi": json.dumps(told)})
+        temporary.chmod(0o644)  # safetensors leaves them to their owner alone
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)

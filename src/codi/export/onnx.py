@@ -1,0 +1,169 @@
+"""For ONNX: the whole few-step sampler as one graph, from token ids, noise and a picture to a picture.
+
+model.onnx                            and model.onnx.data, where a file may not be as large
+config.json                           its inputs and output, size, steps, task
+tokenizer/                            the prompt's, for `CLIPTokenizer.from_pretrained`
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models import codec, text
+from ..models.student import Conditioning, Student
+from ..sampling.colour import match_colour
+from ..sampling.sampler import sample, time_grid
+from ..training.checkpoint import write_atomically
+from .source import Source
+
+OPSET = 18
+LARGEST = 1_900_000_000  # bytes in model.onnx: protocol buffers end at 2 GiB
+
+
+class Sampler(nn.Module):
+    """What `CoDiPipeline` does with its defaults, as one forward pass."""
+
+    def __init__(self, source: Source, steps: int) -> None:
+        super().__init__()
+        self.student, self.adapter = Student(source.merged_unet(), source.adapter), source.adapter
+        self.vae, self.text_encoder = source.backbone.vae, source.backbone.text_encoder
+        self.source, self.steps, self.schedule = source, steps, source.backbone.schedule
+        self.blank: Tensor
+        self.register_buffer("blank", text.tokenize(source.backbone.tokenizer, [""]))
+
+    def forward(
+        self, input_ids: Tensor, noise: Tensor, image: Tensor | None = None, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (B, L), noise (B, fields C, h, w), what the task is given (B, c, H, W) in [0, 1], guidance scales
+        (B, k) -> pictures (B, 3, H, W) in [0, 1]."""
+        source, task = self.source, self.source.task
+        # An adapter without condition looks at none, but wants one to be there.
+        condition = noise if image is None else self.adapter.read(task.condition(image), self.vae)
+        features = text.embed(self.text_encoder, input_ids)
+        told, blank = Conditioning(features, condition, guidance=guidance_scale), None
+        scale = source.guidance.second_pass
+        if scale != 1:
+            away = text.embed(self.text_encoder, self.blank).expand_as(features)
+            blank = Conditioning(away, condition, guidance=guidance_scale)
+        latent = sample(
+            self.student, self.schedule, noise, told, self.steps, scale, blank, jumps=source.jumps,
+            boundary=bool(source.info.get("boundary")), grid=time_grid(self.schedule.horizon, self.steps, source.shift),
+        )  # fmt: skip
+        picture = codec.decode(self.vae, latent)
+        if image is None:
+            return picture
+        if task.name == "upscale":
+            picture = match_colour(picture, task.condition(image))
+        return task.finish(picture, image)
+
+
+def export_onnx(source: Source, out: Path, steps: int, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Writes the folder `out`, whole or not at all; returns what its config.json says. `size` (H, W) of the pictures,
+    by default the backbone's own; the number of pictures is free.
+
+    Raises UserError for a size that does not fit, and where the packages for ONNX are missing.
+    """
+    require_packages()
+    if source.backbone.text_encoder_2 is not None:
+        raise UserError(f"{source.name}: is for XL, whose two text encoders the graph has no place for yet: "
+                        "export --to diffusers")  # fmt: skip
+    sampler, inputs = Sampler(source, steps).eval(), examples(source, steps, size)
+    config = describe(source, steps, inputs)
+
+    def fill(folder: Path) -> None:
+        parts = folder / "parts"
+        parts.mkdir()
+        axes = {name: {0: "batch"} for name in (*inputs, "picture")}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of every shape that becomes a constant, as all but the batch shall
+            # Tracing takes seconds where torch.export takes minutes for an unrolled sampler.
+            torch.onnx.export(
+                sampler, (), str(parts / "model.onnx"), kwargs=inputs, dynamo=False, opset_version=OPSET,
+                input_names=list(inputs), output_names=["picture"], dynamic_axes=axes,
+            )  # fmt: skip
+        gather(parts, folder / "model.onnx")
+        source.backbone.tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    write_atomically(out, fill)
+    return config
+
+
+def require_packages() -> None:
+    """Raises UserError unless everything is installed that exporting and checking need."""
+    for package in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package}: this package is missing, which ONNX needs: pip install codi[export]")
+
+
+def examples(source: Source, steps: int, size: tuple[int, int] | None) -> dict[str, Tensor]:
+    """The graph's inputs by name, for two pictures. Raises UserError for a size of no whole cells."""
+    backbone, task = source.backbone, source.task
+    f, channels = codec.downscale(backbone.vae), backbone.vae.config["latent_channels"]
+    height, width = size or (backbone.unet.config["sample_size"] * f,) * 2
+    if height % f or width % f or height % task.scale or width % task.scale or not height or not width:
+        multiple = max(f, task.scale)
+        raise UserError(f"size {width} x {height}: not what this adapter can make: use multiples of {multiple} px")
+    inputs = {
+        "input_ids": text.tokenize(backbone.tokenizer, ["", "a picture"]),
+        "noise": torch.zeros(2, channels * (steps if source.jumps else 1), height // f, width // f),
+    }
+    if source.task.name != "generate":
+        low = torch.zeros(2, task.condition_channels, height // task.scale, width // task.scale)
+        inputs["image"] = torch.zeros(2, task.bring(low).shape[1], *low.shape[-2:])
+    columns = source.guidance.columns(["", "a picture"])
+    if columns is not None:
+        inputs["guidance_scale"] = columns
+    return inputs
+
+
+def describe(source: Source, steps: int, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """config.json: what the graph takes and gives."""
+    given = " ".join((type(source.task).__doc__ or "").split())
+    meanings = {
+        "input_ids": "the prompt's tokens, padded to this length",
+        "noise": f"N(0, 1){', a field a step' if source.jumps else ''}",
+        "image": f"in [0, 1]: {given}",
+        "guidance_scale": f"{', '.join(source.guidance.scales)}; text is 1 where the prompt is empty",
+    }
+    f = codec.downscale(source.backbone.vae)
+    height, width = (side * f for side in inputs["noise"].shape[-2:])
+    return {
+        "task": source.task.name,
+        "task_options": source.task.config(),
+        "family": source.backbone.family,
+        "steps": steps,
+        "timesteps": source.timesteps(steps),
+        "size": {"height": height, "width": width},
+        "inputs": {
+            name: {
+                "shape": ["batch", *value.shape[1:]],
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "meaning": meanings[name],
+                **({"default": value[1].tolist()} if name == "guidance_scale" else {}),
+            }
+            for name, value in inputs.items()
+        },
+        "output": {"picture": {"shape": ["batch", 3, height, width], "dtype": "float32", "meaning": "in [0, 1]"}},
+    }
+
+
+def gather(parts: Path, target: Path) -> None:
+    """Moves the model in the folder `parts`, where torch leaves a file a weight of a large one, to `target`."""
+    import onnx
+
+    size = sum(part.stat().st_size for part in parts.iterdir())
+    model = onnx.load(str(parts / "model.onnx"))
+    data = f"{target.name}.data"
+    onnx.save_model(model, str(target), save_as_external_data=size > LARGEST, location=data)
+    for part in parts.iterdir():
+        part.unlink()
+    parts.rmdir()

@@ -1,0 +1,387 @@
+"""Export: what other programs make of an adapter is what codi makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from codi.errors import UserError
+from codi.export import onnx as export_to_onnx
+from codi.export.diffusers import export_diffusers
+from codi.export.ldm import export_ldm, rename
+from codi.export.onnx import export_onnx
+from codi.export.source import load_source
+from codi.models.adapter import FORMS, ControlNetAdapter
+from codi.models.student import Student
+from codi.models.text import tokenize
+from codi.sampling.pipeline import CoDiPipeline
+from codi.sampling.sampler import initial_noise
+from codi.tasks import get_task
+from codi.training.saving import save_adapter
+from tiny import influence, rand, randn, tiny_backbone, tiny_checkpoint, tiny_lora
+
+TOLERANCE = 1e-5  # of pictures in [0, 1], float32; 1e-6 measured
+
+
+def make(
+    folder: Path,
+    form: str,
+    task: str = "canny",
+    lora: bool = False,
+    full: bool = False,
+    downscale: int = 4,
+    **info: Any,
+) -> Path:
+    """An adapter of `tiny_checkpoint` as training leaves one: everything in it matters."""
+    backbone, made = tiny_backbone(), get_task(task)
+    told = len(info.get("guidance", ()))
+    jumps = info.get("jumps", False)
+    adapter = FORMS[form].from_backbone(backbone.unet, backbone.vae, made.condition_channels, told, jumps)
+    if downscale != 4:
+        adapter = ControlNetAdapter(dict(adapter.config["unet"]), made.condition_channels, downscale, told, jumps)
+    student = Student(backbone.unet, adapter)
+    if form != "lora":
+        influence(student)
+    with torch.no_grad():
+        for i, part in enumerate((adapter.guidance, adapter.jump)):
+            if part is not None:
+                part.projection.weight.copy_(0.3 * randn(*part.projection.weight.shape, seed=40 + i))
+        if full:
+            for i, p in enumerate(backbone.unet.parameters()):
+                p.add_(0.05 * randn(*p.shape, seed=i))
+    unet = tiny_lora(backbone.unet, task) if lora else backbone.unet
+    known = {"task": task, "task_options": made.config(), "family": backbone.family, "full": full}
+    adapter.register_to_config(info={**known, **info})
+    save_adapter(folder, adapter, unet, full, half=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    """The backbone, for adapters to be set on."""
+    pipe = CoDiPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ours(pipe: CoDiPipeline, adapter: Path, prompt: Any = "a red ball", steps: int = 4, **given: Any) -> Tensor:
+    """The picture of seed 0."""
+    pipe.set_adapters(pipe.load_adapter(adapter, as_=str(len(pipe.adapters))))
+    return pipe(prompt=prompt, steps=steps, output_type="pt", **given).images  # type: ignore[union-attr]
+
+
+def theirs(folder: Path, condition: Tensor | None) -> Tensor:
+    """The picture that the lines of the card make."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert code is not None
+    lines = code[1].replace('folder = "."', f"folder = {str(folder)!r}").replace("condition = ...", "")
+    lines = lines.replace(").images[0]", ", output_type='pt').images")
+    names: dict[str, Any] = {"condition": condition}
+    exec(lines, names)
+    return names["picture"]
+
+
+GUIDED = {"guidance": {"text": [1, 5]}, "guidance_scale": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "scheduler"),
+    [
+        ("controlnet", {}, "DDIMScheduler"),
+        ("controlnet", {"shift": 3.0}, "DPMSolverMultistepScheduler"),
+        ("controlnet", {"lora": True}, "DDIMScheduler"),
+        ("controlnet", {"lora": True, **GUIDED}, "DDIMScheduler"),
+        ("controlnet", {"full": True, **GUIDED, "shift": 3.0}, "DPMSolverMultistepScheduler"),
+        ("controlnet", {"jumps": True, "shift": 3.0}, "LCMScheduler"),
+        ("controlnet", {"guidance_scale": 2.0}, "DDIMScheduler"),
+        ("controlnet", {"task": "inpaint"}, "DDIMScheduler"),
+        ("lora", {"task": "generate", "lora": True, **GUIDED}, "DDIMScheduler"),
+        ("lora", {"task": "generate", "lora": True, "jumps": True, "guidance": {"text": [1, 5]}}, "LCMScheduler"),
+        ("lora", {"task": "generate", "full": True, "guidance": {"text": [1, 5]}}, "DDIMScheduler"),
+    ],
+)
+def test_stock_diffusers_makes_the_same_picture(tmp_path, model, pipe, form, options, scheduler):
+    adapter = make(tmp_path / "adapter", form, **options)
+    source = load_source(adapter, model)
+    assert export_diffusers(source, tmp_path / "out", steps=4)["scheduler"] == scheduler
+    given, condition = {}, None
+    if form != "lora":
+        given = {"image": rand(1, source.adapter.config["condition_channels"], 32, 32, seed=3)}
+        condition = source.task.condition(source.task.bring(given["image"]))
+    picture, other = ours(pipe, adapter, **given), theirs(tmp_path / "out", condition)
+    if given and source.task.takes_mask:  # what our pipeline puts back after sampling
+        other = source.task.finish(other, source.task.bring(given["image"]))
+    print((picture - other).abs().max())
+    assert (picture - other).abs().max() < TOLERANCE
+    assert picture.std() > 0.01
+
+
+@pytest.mark.parametrize("form", ["fused", "hint"])
+@pytest.mark.parametrize("export", [export_diffusers, export_ldm])
+def test_what_others_cannot_express_is_refused(tmp_path, model, form, export):
+    source = load_source(make(tmp_path / "adapter", form), model)
+    with pytest.raises(UserError, match="has no place: train with `adapter: controlnet`, or export --to onnx"):
+        export(source, tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("export", [export_diffusers, export_ldm])
+def test_samplers_that_others_do_not_have_are_refused(tmp_path, model, export):
+    source = load_source(make(tmp_path / "adapter", "controlnet", boundary=True), model)
+    with pytest.raises(UserError, match="boundary scaling"):
+        export(source, tmp_path / "out", 4)
+
+
+def test_guidance_as_a_low_rank_update_is_right_at_every_level():
+    """At the width of the embedded model; Stable Diffusion's is five times wider, and better."""
+    source = load_source("generate", "mini")
+    unet, told = source.backbone.unet, source.told()
+    weights = source.updates(steps=4)
+    levels = torch.arange(1000)
+    features = unet.get_time_embed(sample=torch.zeros(1000, 1), timestep=levels)
+    constant = features @ weights["time_embedding.linear_1.lora_A.weight"].T
+    added = constant @ weights["time_embedding.linear_1.lora_B.weight"].T
+    wanted = unet.time_embedding.linear_1.weight @ told
+    assert (added - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert len({len(value) for key, value in weights.items() if ".lora_A." in key}) == 1  # one rank, so one scale
+
+
+# --- LDM -------------------------------------------------------------------------------------------------------------
+
+
+def stable_diffusion(control: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of v1-inference.yaml's U-Net, or of cldm_v15.yaml's ControlNet, by the constructor of the
+    original code: model_channels 320, channel_mult 1 2 4 4, num_res_blocks 2, attention at the first three levels,
+    context_dim 768."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def layer(name: str, *shape: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    def resnet(name: str, before: int, after: int) -> None:
+        layer(f"{name}.in_layers.0", before)
+        layer(f"{name}.in_layers.2", after, before, 3, 3)
+        layer(f"{name}.emb_layers.1", after, 1280)
+        layer(f"{name}.out_layers.0", after)
+        layer(f"{name}.out_layers.3", after, after, 3, 3)
+        if before != after:
+            layer(f"{name}.skip_connection", after, before, 1, 1)
+
+    def transformer(name: str, width: int) -> None:
+        layer(f"{name}.norm", width)
+        layer(f"{name}.proj_in", width, width, 1, 1)
+        layer(f"{name}.proj_out", width, width, 1, 1)
+        inner = f"{name}.transformer_blocks.0"
+        for i, context in ((1, width), (2, 768)):
+            layer(f"{inner}.attn{i}.to_q", width, width, bias=False)
+            layer(f"{inner}.attn{i}.to_k", width, context, bias=False)
+            layer(f"{inner}.attn{i}.to_v", width, context, bias=False)
+            layer(f"{inner}.attn{i}.to_out.0", width, width)
+        layer(f"{inner}.ff.net.0.proj", 8 * width, width)
+        layer(f"{inner}.ff.net.2", width, 4 * width)
+        for i in (1, 2, 3):
+            layer(f"{inner}.norm{i}", width)
+
+    layer("time_embed.0", 1280, 320)
+    layer("time_embed.2", 1280, 1280)
+    layer("input_blocks.0.0", 320, 4, 3, 3)
+    width, kept, block = 320, [320], 1
+    for level, after in enumerate((320, 640, 1280, 1280)):
+        for _ in range(2):
+            resnet(f"input_blocks.{block}.0", width, after)
+            if level < 3:
+                transformer(f"input_blocks.{block}.1", after)
+            width, block = after, block + 1
+            kept.append(width)
+        if level < 3:
+            layer(f"input_blocks.{block}.0.op", width, width, 3, 3)
+            kept.append(width)
+            block += 1
+    resnet("middle_block.0", width, width)
+    transformer("middle_block.1", width)
+    resnet("middle_block.2", width, width)
+    if control:
+        for i, feature in enumerate(kept):
+            layer(f"zero_convs.{i}.0", feature, feature, 1, 1)
+        layer("middle_block_out.0", width, width, 1, 1)
+        hint = (3, 16, 16, 32, 32, 96, 96, 256, 320)
+        for i in range(8):
+            layer(f"input_hint_block.{2 * i}", hint[i + 1], hint[i], 3, 3)
+        return shapes
+    block = 0
+    for level, after in ((3, 1280), (2, 1280), (1, 640), (0, 320)):
+        for i in range(3):
+            resnet(f"output_blocks.{block}.0", width + kept.pop(), after)
+            if level < 3:
+                transformer(f"output_blocks.{block}.1", after)
+            if level and i == 2:
+                layer(f"output_blocks.{block}.{2 if level < 3 else 1}.conv", after, after, 3, 3)
+            width, block = after, block + 1
+    layer("out.0", 320)
+    layer("out.2", 4, 320, 3, 3)
+    return shapes
+
+
+@pytest.mark.parametrize(("control", "count"), [(False, 686), (True, 340)])
+def test_names_and_shapes_are_the_published_ones(control, count):
+    with torch.device("meta"):
+        built = ControlNetModel(cross_attention_dim=768) if control else UNet2DConditionModel(cross_attention_dim=768)
+    named = rename(built.state_dict(), built.config, "p.")
+    wanted = stable_diffusion(control)
+    assert len(wanted) == count
+    assert {key.removeprefix("p."): tuple(value.shape) for key, value in named.items()} == wanted
+
+
+def test_diffusers_reads_the_ldm_files_back(tmp_path, model):
+    adapter = make(tmp_path / "adapter", "controlnet", full=True, downscale=8, **GUIDED)
+    source = load_source(adapter, model)
+    out = tmp_path / "out.safetensors"
+    told = export_ldm(source, out, steps=4)
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {"out.safetensors", "out-unet.safetensors"}
+    with safe_open(out, "pt") as file:
+        notes = json.loads(file.metadata()["codi"])
+    assert notes == told and notes["timesteps"] == [999, 749, 499, 249] and notes["prediction"] == "v_prediction"
+    net, unet = source.control.net, source.full_unet()
+    for own, path in ((net, out), (unet, tmp_path / "out-unet.safetensors")):
+        own.save_config(tmp_path / type(own).__name__)
+        read = type(own).from_single_file(str(path), config=str(tmp_path / type(own).__name__))
+        state, other = own.state_dict(), read.state_dict()
+        assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+
+def test_low_rank_updates_come_back_from_kohya_s_names(tmp_path, model, pipe):
+    adapter = make(tmp_path / "adapter", "lora", "generate", lora=True, **GUIDED)
+    export_ldm(load_source(adapter, model), tmp_path / "out.safetensors", steps=4)
+    stock = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    stock.scheduler = DDIMScheduler.from_config(
+        stock.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    stock.load_lora_weights(tmp_path, weight_name="out.safetensors")
+    options: Any = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
+    other = stock("a red ball", generator=torch.manual_seed(0), **options).images
+    assert (ours(pipe, adapter) - other).abs().max() < TOLERANCE
+
+
+def test_a_controlnet_of_other_cells_has_no_ldm_form(tmp_path, model):
+    source = load_source(make(tmp_path / "adapter", "controlnet"), model)
+    with pytest.raises(UserError, match="reads 4 px a latent cell, the original one 8: export --to diffusers"):
+        export_ldm(source, tmp_path / "out.safetensors", 4)
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("fused", {"task": "upscale", "lora": True}),
+        ("fused", {"task": "edit", "guidance": {"text": [1, 5], "image": [1, 2]}, "guidance_scale": 3.0}),
+        ("fused", {"task": "inpaint", "jumps": True, "shift": 3.0}),
+        ("controlnet", {"task": "depth", "boundary": True}),
+        ("hint", {"task": "canny", "full": True}),
+        ("lora", {"task": "generate", "lora": True, "guidance_scale": 2.0}),
+    ],
+)
+def test_onnxruntime_makes_the_same_pictures(tmp_path, model, pipe, form, options):
+    adapter = make(tmp_path / "adapter", form, **options)
+    source = load_source(adapter, model)
+    steps = 2 if options.get("lora") or options.get("jumps") else 1
+    config = export_onnx(source, tmp_path / "out", steps, size=(32, 24))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.onnx", "config.json", "tokenizer"}
+    prompts = ["a red ball", "", "a blue box and a green cone"]
+    given, inputs = {}, {}
+    if "image" in config["inputs"]:
+        *_, h, w = config["inputs"]["image"]["shape"]
+        image = rand(3, max(3, config["inputs"]["image"]["shape"][1]), h, w, seed=3)
+        image = (image > 0.5).float() if options["task"] == "canny" else image
+        image[:, :3] = image[:, :1] if options["task"] == "depth" else image[:, :3]
+        given["image"], inputs["image"] = image, source.task.bring(image)
+    else:
+        given = {"height": 32, "width": 24}
+    if "guidance_scale" in config["inputs"]:
+        inputs["guidance_scale"] = torch.tensor([config["inputs"]["guidance_scale"]["default"]] * 3)
+        inputs["guidance_scale"][1, 0] = 1
+    fields = config["inputs"]["noise"]["shape"][1] // 4
+    inputs["noise"] = initial_noise((4, 8, 6), [0, 1, 2], fields)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    inputs["input_ids"] = tokenize(tokenizer, prompts)
+    pictures = ours(pipe, adapter, prompts, steps, **given)
+    difference = (pictures - run_onnx(tmp_path / "out", inputs)).abs().max()
+    print(difference)
+    assert difference < 1e-4 and pictures.std() > 0.01
+
+
+def test_onnx_refuses_a_size_of_no_whole_cells(tmp_path, model):
+    source = load_source(make(tmp_path / "adapter", "fused"), model)
+    with pytest.raises(UserError, match="size 30 x 32: .* multiples of 4 px"):
+        export_onnx(source, tmp_path / "out", 1, size=(32, 30))
+
+
+def test_large_models_keep_their_weights_beside(tmp_path, monkeypatch):
+    weight = onnx.numpy_helper.from_array(np.arange(1024, dtype=np.float32), "w")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1024])
+    node, other = onnx.helper.make_node("Add", ["x", "w"], ["y"]), onnx.helper.make_tensor_value_info("y", 1, [1024])
+    graph = onnx.helper.make_graph([node], "g", [value], [other], [weight])
+    (tmp_path / "parts").mkdir()
+    built = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save_model(
+        built, str(tmp_path / "parts" / "model.onnx"), save_as_external_data=True, all_tensors_to_one_file=False
+    )
+    monkeypatch.setattr(export_to_onnx, "LARGEST", 1000)
+    export_to_onnx.gather(tmp_path / "parts", tmp_path / "model.onnx")
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.ones(1024, np.float32)})[0][-1] == 1024
+
+
+def run_onnx(folder: Path, inputs: dict[str, Tensor]) -> Tensor:
+    """The picture."""
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["picture"], {name: value.numpy() for name, value in inputs.items()})[0])
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_tells_what_it_wrote(shell, tmp_path, model):
+    adapter, out = make(tmp_path / "adapter", "controlnet"), tmp_path / "new" / "out"
+    ran = shell("export", adapter, "--to", "diffusers", "-o", out, "--model", model, "--json")
+    assert ran.code == 0, ran
+    told = json.loads(ran.out)
+    assert told["to"] == "diffusers" and told["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
+    assert {row["path"] for row in told["files"]} == {str(p) for p in out.rglob("*") if p.is_file()}
+    shell("export", adapter, "--to", "diffusers", "-o", out, "--model", model).failed(1, str(out), "exists already")
+
+
+def test_bad_usage_is_one_line(shell, tmp_path, model, monkeypatch):
+    adapter = make(tmp_path / "adapter", "fused")
+    to = ("--model", model, "-o", tmp_path / "out")
+    shell("export", "nothing-there", "--to", "diffusers", *to).failed(1, "nothing-there", "no adapter there")
+    shell("export", adapter, "--to", "diffusers", *to).failed(1, "FusedAdapter", "--to onnx")
+    shell("export", adapter, "--to", "ldm", *to).failed(2, "writes a .safetensors file", "out.safetensors")
+    shell("export", adapter, "--to", "onnx", *to, "--steps", 1, "--size", "30x32").failed(1, "size 30 x 32")
+    shell("export", adapter, "--to", "ldm", *to, "--size", "32x32").failed(2, "only ONNX fixes the size")
+    shell("export", adapter, "--to", "diffusers", "-o", tmp_path / "a.safetensors").failed(2, "writes a folder")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    shell("export", adapter, "--to", "onnx", *to).failed(1, "onnx: this package is missing", "pip install codi[export]")
+    assert not (tmp_path / "out").exists()
