@@ -36,7 +36,7 @@ class Sampler(nn.Module):
         self.student = Student(source.merged_unet(), source.adapter)
         self.vae, self.text_encoder = source.backbone.vae, source.backbone.text_encoder
         self.source, self.steps, self.schedule = source, steps, source.backbone.schedule
-        self.register_buffer("blank", text.tokenize(source.backbone.tokenizer, [""]))
+        self.blank = nn.Buffer(text.tokenize(source.backbone.tokenizer, [""]))
 
     def forward(
         self, input_ids: Tensor, noise: Tensor, image: Tensor | None = None, guidance_scale: Tensor | None = None
@@ -45,7 +45,7 @@ class Sampler(nn.Module):
         (B, k) -> pictures (B, 3, H, W) in [0, 1]."""
         source, task = self.source, self.source.task
         # An adapter without condition looks at none, but wants one to be there.
-        condition = noise if image is None else self.student.adapter.read(task.condition(image), self.vae)
+        condition = noise if image is None else source.adapter.read(task.condition(image), self.vae)
         features = text.embed(self.text_encoder, input_ids)
         told, blank = Conditioning(features, condition, guidance=guidance_scale), None
         scale = source.guidance.second_pass
