@@ -45,9 +45,9 @@ def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
     these programs cannot express."""
     source.refuse_what_is_ours("the LDM format")
     control, unet, updates = source.control, source.full_unet(), source.updates(steps)
-    if control is not None and control.config["downscale"] != HINT_CELL:
-        raise UserError(f"{source.name}: its ControlNet reads {control.config['downscale']} px a latent cell, the "
-                        f"original one {HINT_CELL}: export --to diffusers")  # fmt: skip
+    if control is not None and (cell := control.config["downscale"]) != HINT_CELL:
+        raise UserError(f"{source.name}: its ControlNet reads {cell} px a latent cell, the original one {HINT_CELL}: "
+                        "export --to diffusers")  # fmt: skip
     told = {
         "task": source.task.name,
         "family": source.backbone.family,

@@ -33,11 +33,10 @@ class Sampler(nn.Module):
 
     def __init__(self, source: Source, steps: int) -> None:
         super().__init__()
-        self.student, self.adapter = Student(source.merged_unet(), source.adapter), source.adapter
+        self.student = Student(source.merged_unet(), source.adapter)
         self.vae, self.text_encoder = source.backbone.vae, source.backbone.text_encoder
         self.source, self.steps, self.schedule = source, steps, source.backbone.schedule
-        self.blank: Tensor
-        self.register_buffer("blank", text.tokenize(source.backbone.tokenizer, [""]))
+        self.blank = nn.Buffer(text.tokenize(source.backbone.tokenizer, [""]))
 
     def forward(
         self, input_ids: Tensor, noise: Tensor, image: Tensor | None = None, guidance_scale: Tensor | None = None
@@ -46,7 +45,7 @@ class Sampler(nn.Module):
         (B, k) -> pictures (B, 3, H, W) in [0, 1]."""
         source, task = self.source, self.source.task
         # An adapter without condition looks at none, but wants one to be there.
-        condition = noise if image is None else self.adapter.read(task.condition(image), self.vae)
+        condition = noise if image is None else source.adapter.read(task.condition(image), self.vae)
         features = text.embed(self.text_encoder, input_ids)
         told, blank = Conditioning(features, condition, guidance=guidance_scale), None
         scale = source.guidance.second_pass

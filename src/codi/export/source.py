@@ -108,10 +108,10 @@ class Source:
         return unet
 
     def updates(self, steps: int) -> dict[str, Tensor]:
-        """The low-rank updates that make the backbone the adapter's, all of one rank; {} for none, and for a full one.
+        """The low-rank updates that make the backbone the adapter's, all of one rank; {} for none, and for full ones.
 
-        Those of `lora`; and what the adapter adds to the time features x(t) as one more: a . x(t) = 1 for all t very
-        nearly, and for the timesteps of `steps` exactly, so W (x + c) = W x + (W c) (a . x). At 64 channels and more,
+        Those of `lora`, and one for what the adapter adds to the time features x(t): a . x(t) = 1 for all t very
+        nearly, and for the timesteps of `steps` exactly, so W (x + c) = W x + (W c) (a . x). From 64 channels up,
         a . x(t) is off by less than 1e-5 at any t.
         """
         weights, told = self.lora(), self.told()
