@@ -19,18 +19,18 @@ from transformers import CLIPTokenizer
 
 from codi.errors import UserError
 from codi.export import onnx as export_to_onnx
-from codi.export.diffusers import export_diffusers
+from codi.export.diffusers import export_diffusers, make_scheduler
 from codi.export.ldm import export_ldm, rename
 from codi.export.onnx import export_onnx
 from codi.export.source import load_source
 from codi.models.adapter import FORMS, ControlNetAdapter
-from codi.models.student import Student
+from codi.models.student import Conditioning, Student
 from codi.models.text import tokenize
 from codi.sampling.pipeline import CoDiPipeline
-from codi.sampling.sampler import initial_noise
+from codi.sampling.sampler import initial_noise, sample
 from codi.tasks import get_task
 from codi.training.saving import save_adapter
-from tiny import influence, rand, randn, tiny_backbone, tiny_checkpoint, tiny_lora
+from tiny import influence, rand, randn, tiny_backbone, tiny_checkpoint, tiny_lora, tiny_scheduler
 
 TOLERANCE = 1e-5  # of pictures in [0, 1], float32; 1e-6 measured
 
@@ -147,6 +147,21 @@ def test_samplers_that_others_do_not_have_are_refused(tmp_path, model, export):
     source = load_source(make(tmp_path / "adapter", "controlnet", boundary=True), model)
     with pytest.raises(UserError, match="boundary scaling"):
         export(source, tmp_path / "out", 4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_schedulers_start_at_pure_noise_where_the_model_does(tmp_path, model, shift):
+    source = load_source(make(tmp_path / "adapter", "controlnet", shift=shift), model)
+    source.backbone.scheduler = tiny_scheduler(rescale_betas_zero_snr=True)
+    student, text = Student(source.shelved.unet, source.adapter), randn(1, 5, 8, seed=1)
+    told, noise = Conditioning(text, rand(1, 3, 32, 32)), randn(1, 4, 8, 8, seed=2)
+    scheduler, call = make_scheduler(source, 4)
+    scheduler.set_timesteps(**{key: value for key, value in call.items() if key != "guidance_scale"})
+    z = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            z = scheduler.step(student(z, t[None], told), t, z, return_dict=False)[0]
+    assert (z - sample(student, source.backbone.schedule, noise, told, 4, shift=shift)).abs().max() < TOLERANCE
 
 
 def test_guidance_as_a_low_rank_update_is_right_at_every_level():
@@ -327,7 +342,6 @@ def test_onnxruntime_makes_the_same_pictures(tmp_path, model, pipe, form, option
     inputs["input_ids"] = tokenize(tokenizer, prompts)
     pictures = ours(pipe, adapter, prompts, steps, **given)
     difference = (pictures - run_onnx(tmp_path / "out", inputs)).abs().max()
-    print(difference)
     assert difference < 1e-4 and pictures.std() > 0.01
 
 

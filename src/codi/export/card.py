@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from ..models.backbone import find_model
 from ..models.lora import FILE
 from .source import Source
 
@@ -66,6 +67,7 @@ def _remarks(source: Source) -> list[str]:
         scales = ", ".join(f"{name} {scale:g}" for name, scale in source.guidance.scales.items())
         remarks.append(f"- Distilled guidance is built in at the adapter's own scale ({scales}), which is for prompts "
                        "that are not empty; the pipeline's `guidance_scale` has nothing to do with it.")  # fmt: skip
-    remarks.append("- Other numbers of steps: even steps for the adapter's time shift "
-                   f"{source.shift:g}, or export again with `--steps`.")  # fmt: skip
+    if find_model(source.model) != source.model:
+        remarks.append(f"- `{source.model}` lies inside codi: `codi models --json` says where.")
+    remarks.append("- For another number of steps export again with `--steps`.")  # fmt: skip
     return remarks

@@ -55,6 +55,7 @@ def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
         "timesteps": source.timesteps(steps),
         "cfg": source.guidance.second_pass,
         "prediction": source.backbone.schedule.prediction,
+        "zero_terminal_snr": bool(source.backbone.schedule.alphas[-1] == 0),
     }
     files = {}
     if control is not None:

@@ -84,7 +84,7 @@ class _Form(ModelMixin, ConfigMixin):
         with torch.no_grad():
             latent = codec.encode(vae, condition[:, :3])
             if condition.shape[1] == 3:
-                return latent
+                return latent.contiguous()  # a part of the posterior, which convolutions would take in another layout
             maps = nn.functional.avg_pool2d(condition[:, 3:], codec.downscale(vae))
             return torch.cat([latent, maps.to(latent)], dim=1)
 
