@@ -110,9 +110,9 @@ class Source:
     def updates(self, steps: int) -> dict[str, Tensor]:
         """The low-rank updates that make the backbone the adapter's, all of one rank; {} for none, and for full ones.
 
-        Those of `lora`, and one for what the adapter adds to the time features x(t): a . x(t) = 1 for all t very nearly and
-        for the timesteps of `steps` exactly, so W (x + c) = W x + (W c) (a . x). From 64 channels up, a . x(t) is off
-        by less than 1e-5 at any t.
+        Those of `lora`, and one for what the adapter adds to the time features x(t): a . x(t) = 1 very nearly for
+        all t, exactly for the timesteps of `steps`, so W (x + c) = W x + (W c) (a . x). From 64 channels up, a . x(t)
+        is off by less than 1e-5 at any t.
         """
         weights, told = self.lora(), self.told()
         if self.shelved.full or told is None:
