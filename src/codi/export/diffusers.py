@@ -65,7 +65,8 @@ def make_scheduler(source: Source, steps: int) -> tuple[Any, dict[str, Any]]:
         first = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
         if stored.get("rescale_betas_zero_snr"):
             # This class would then keep more signal in the last level (alpha 2^-12) than one sees past.
-            betas: Any = DDIMScheduler.from_config(stored).betas.clamp_max(1 - 2**-24)  # the float below 1
-            plain |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+            known: Any = DDIMScheduler.from_config(stored)
+            betas = known.betas.clamp_max(1 - 2**-24).tolist()  # the float below 1
+            plain |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
         scheduler, walk = DPMSolverMultistepScheduler.from_config(stored, **plain, **first), timed
     return scheduler, {**walk, "guidance_scale": source.guidance.second_pass}
