@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch: a thread a process, because processes share the cores (see `make test`) and models are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line sets it: libraries do not talk past it
 
 
 @pytest.fixture(autouse=True)

@@ -224,7 +224,7 @@ def test_the_sheet_shows_what_training_draws(rendered, tmp_path, name):
             super().__init__()
             self.online, self.average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
 
-        def batches(self, start):
+        def batches(self, start, stride):
             return batches(open_source(rendered, task.columns), 4, 32, seed=3, start=start)
 
         def forward(self, batch, generator):

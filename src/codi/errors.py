@@ -6,6 +6,9 @@ import difflib
 class UserError(ValueError):
     """An input that a user can mend. The message is one line: `<file or value>: <what is wrong>: <how to mend it>`."""
 
+    alone = False
+    """Of several processes that train together, whether it befell this one alone and the others do not know."""
+
 
 def nearest(word: str, options) -> str:
     """' (did you mean X?)' for the closest of `options`, or ''."""

@@ -13,7 +13,7 @@ import typer
 from .. import __version__
 from ..errors import UserError
 from . import benchmark, canny, data, demo, depth, edit, evaluate, export, generate, inpaint, models, train, upscale
-from .common import BadUsage, quiet_libraries, say_error
+from .common import BadUsage, leads, one_voice, quiet_libraries, say_error
 
 INTERRUPTED = 130
 
@@ -60,18 +60,20 @@ app.add_typer(data.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code. Every failure is one line on stderr."""
+    """Runs the command line; returns the exit code. Every failure is one line on stderr; one that befalls all processes
+    of a launcher alike is said once a machine."""
     try:
-        with quiet_libraries():
+        with quiet_libraries(), one_voice():
             code = app(None if arguments is None else list(arguments), prog_name="codi", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except UserError as error:
-        say_error(error)
+        if error.alone or leads(machine=True):
+            say_error(error)
         return 2 if isinstance(error, BadUsage) else 1
     except Exception as error:
         return _unforeseen(error)
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and leads(machine=True):
         say_error("interrupted")
     return code if isinstance(code, int) else 0
 

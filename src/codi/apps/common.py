@@ -92,6 +92,21 @@ def check_seed(seed: int, most: int) -> None:
         raise BadUsage(f"--seed {seed}: too large: use at most {most}")
 
 
+def leads(machine: bool = False) -> bool:
+    """Whether this is the first of the processes that a launcher started (of this `machine`), or the only one."""
+    return os.environ.get("LOCAL_RANK" if machine else "RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Of the processes that a launcher started, only the first has a stdout."""
+    if leads():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
 def say_error(error: object) -> None:
     """The one line of an error, on stderr."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -104,7 +119,7 @@ def print_json(value: Any) -> None:
 
 def watched() -> bool:
     """Whether somebody looks at stderr: progress is shown to people only."""
-    return sys.stderr.isatty()
+    return leads() and sys.stderr.isatty()
 
 
 @contextlib.contextmanager
@@ -116,6 +131,7 @@ def quiet_libraries() -> Iterator[None]:
         return
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read when they are imported
         os.environ.setdefault(name, "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as this
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning, module=r"codi\.")

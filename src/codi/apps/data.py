@@ -186,7 +186,7 @@ def rehearse(task: Task, spec: str, size: int, seed: int, count: int) -> Rehears
     from ..training.trainer import step_generator
 
     batch = next(batches(open_source(spec, task.columns), count, size, seed, max_corrupt=1.0))
-    given = task.given(batch, step_generator(seed, 0, 0, 0))
+    given = task.given(batch, step_generator(seed, 0, 0))
     condition, truth = task.condition(given).float(), task.truth(batch)
     for what, pixels, channels in (("condition", condition, task.condition_channels), ("truth", truth, 3)):
         wanted = (count, channels, size, size)

@@ -57,7 +57,7 @@ def distill(
     hide_loading_bars()
     if dry_run:
         return _show_dry_run(recipe, json_)
-    out = run(recipe, quiet=not watched(), minutes=minutes)
+    out = _run(run, recipe, minutes)
     images = _reached(out / "checkpoints")
     _report(out, images, recipe.images, minutes, json_, _metrics(out))
 
@@ -72,7 +72,7 @@ def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, j
         return _show_keys(PretrainRecipe)
     recipe = read(PretrainRecipe, words)
     hide_loading_bars()
-    out = run(recipe, quiet=not watched(), minutes=minutes)
+    out = _run(run, recipe, minutes)
     _report(out, _reached(out / "training" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
 
 
@@ -91,6 +91,15 @@ def distill_decoder(words: Words = None, minutes: Minutes = None, keys: Keys = F
     out = run(recipe, quiet=not watched(), minutes=minutes)
     record = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else {}
     _report(out, _reached(out / "checkpoints"), recipe.images, minutes, json_, record.get("metrics", {}))
+
+
+def _run(train: Callable[..., Path], recipe: Any, minutes: float | None) -> Path:
+    """Trains; processes that a launcher started part in the end."""
+    from ..training import processes
+
+    out = train(recipe, quiet=not watched(), minutes=minutes)
+    processes.part()
+    return out
 
 
 def read(cls: Callable[..., Any], words: list[str] | None) -> Any:

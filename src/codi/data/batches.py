@@ -46,12 +46,15 @@ def batches(
     report: str | Path | None = None,
     max_corrupt: float = 0.05,
     prefetch: bool = False,
+    stride: int | None = None,
 ) -> Generator[Batch, None, None]:
     """An endless stream of batches of `size` x `size` pixels.
 
     Position p (counted in images from 0) holds sample `permutation[p mod n]` of epoch `p div n`; both the permutation
     and the crop are drawn from streams keyed by (`seed`, epoch) and (`seed`, p). So `start=p` goes on exactly where a
-    run that had drawn p images stopped, whatever happened before, and whatever the batch size.
+    run that had drawn p images stopped, whatever happened before, and whatever the batch size. A batch begins `stride`
+    positions after the one before it (by default where that one ended): several processes share a stream if each draws
+    every other batch.
 
     A corrupt file is replaced by the next readable one in order. `report` names a JSON file that lists them:
     {"read": distinct files read, "skipped": ..., "files": [{"file", "why"}]}. `prefetch` prepares up to two batches in
@@ -63,20 +66,21 @@ def batches(
         ("size", size, 1),
         ("seed", seed, 0),
         ("start", start, 0),
+        ("stride", batch_size if stride is None else stride, 1),
     ):
         if value < least:
             raise UserError(f"{name} {value}: too small: give at least {least}")
     stream = _Stream(source, size, seed, None if report is None else Path(report), max_corrupt)
-    drawn = _draw(stream, batch_size, start)
+    drawn = _draw(stream, batch_size, start, stride or batch_size)
     return _prefetched(drawn) if prefetch else drawn
 
 
-def _draw(stream: _Stream, batch_size: int, start: int) -> Generator[Batch, None, None]:
+def _draw(stream: _Stream, batch_size: int, start: int, stride: int) -> Generator[Batch, None, None]:
     position = start
     try:
         while True:
             yield collate(stream.at(range(position, position + batch_size)))
-            position += batch_size
+            position += stride
     finally:
         stream.write_report()
 

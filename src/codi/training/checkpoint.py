@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import processes, sharding
 
 _TEMPORARY = ".writing-"
 
@@ -81,16 +82,20 @@ def save(
     scaler: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes `root/step-N`, then removes all but the newest `keep` checkpoints. Returns the folder."""
-    names = trainable(online)
+    """Writes `root/step-N`, then removes all but the newest `keep` checkpoints. Returns the folder. All processes call
+    it, and the first one writes."""
+    names, averages = trainable(online), dict(average.named_parameters())
     state = optimizer.state_dict()
+    moments = {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+    parts = {"weights": names, "average": {k: averages[k] for k in names}, "optimizer": moments}
+    parts = {file: sharding.gathered(tensors) for file, tensors in parts.items()}
+    folder = root / f"step-{progress.updates:08d}"
+    if processes.rank():
+        return folder
 
     def fill(folder: Path) -> None:
-        save_file(_contiguous(names), folder / "weights.safetensors")
-        averages = dict(average.named_parameters())
-        save_file(_contiguous({k: averages[k] for k in names}), folder / "average.safetensors")
-        moments = {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
-        save_file(_contiguous(moments), folder / "optimizer.safetensors")
+        for file, tensors in parts.items():
+            save_file(_contiguous(tensors), folder / f"{file}.safetensors")
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
@@ -100,7 +105,6 @@ def save(
         )
         (folder / "state.json").write_text(text)
 
-    folder = root / f"step-{progress.updates:08d}"
     write_atomically(folder, fill)
     for old in complete(root)[:-keep]:
         shutil.rmtree(old)
@@ -163,14 +167,18 @@ def load(
                 raise UserError(f"{folder}: made by a run that trains other weights ({odd}): give another --out")
             with torch.no_grad():
                 for name, value in values.items():
-                    parameters[name].copy_(value)
+                    parameters[name].copy_(sharding.split_like(value, parameters[name]))
         moments: dict[int, dict[str, Tensor]] = {}
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         for key, value in load_file(folder / "optimizer.safetensors").items():
             index, name = key.split(".", 1)
-            moments.setdefault(int(index), {})[name] = value
+            like = trained[int(index)]
+            moments.setdefault(int(index), {})[name] = (
+                sharding.split_like(value, like) if value.shape == like.shape else value
+            )
         optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
         random = load_file(folder / "random.safetensors")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:160]

@@ -34,9 +34,9 @@ class CodecJob(Job):
         self.textures = dead_leaves(512, recipe.size, generator)
         self.held_out, _ = first_pictures(held_out, 64, recipe.size)
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        recipe = self.recipe
-        return batches(self.source, recipe.vae_batch, recipe.size, recipe.seed, start, max_corrupt=recipe.max_corrupt)
+    def batches(self, start: int, stride: int) -> Iterator[Batch]:
+        r = self.recipe
+        return batches(self.source, r.vae_batch, r.size, r.seed, start, max_corrupt=r.max_corrupt, stride=stride)
 
     def crops(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Random crops of pictures and textures, (B, 3, crop, crop) in [-1, 1]."""

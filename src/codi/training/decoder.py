@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..models import codec
 from ..models.backbone import load_backbone, load_vae
 from ..models.tiny import new_tiny
-from . import ema
+from . import ema, processes
 from .checkpoint import Progress, edit_json, require_same_run
 from .codec import psnr
 from .latents import shuffled
@@ -81,8 +81,9 @@ class DecoderRecipe(RunSettings):
         """Raises UserError for a value that no run can have."""
         super().validate()
         self._at_least_1("size", "width", "sample_steps", "pairs")
-        if self.gradient_checkpointing:
-            raise UserError("gradient_checkpointing: so small a network needs none: leave it out")
+        for key in ("gradient_checkpointing", "shard"):
+            if getattr(self, key):
+                raise UserError(f"{key}: so small a network needs none: leave it out")
         if self.crop is not None and not 1 <= self.crop <= self.size:
             raise UserError(f"crop {self.crop}: must lie between 1 and size {self.size}: change it")
         for name in ("noise", "encoder_weight", "textures"):
@@ -120,7 +121,7 @@ class TinyJob(Job):
         self.online = tiny.to(memory_format=torch.channels_last)
         self.average = ema.average_copy(self.online)
 
-    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, start: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
         r, count, cell = self.recipe, len(self.pairs.latents), self.cell
         crop, places = (r.crop or r.size) // cell, (r.size - (r.crop or r.size)) // cell + 1
         while True:
@@ -129,7 +130,7 @@ class TinyJob(Job):
             z, picture = self.pairs.at(index)
             corners = [np.random.default_rng([r.seed, i, 1]).integers(places, size=2).tolist() for i in numbers]
             yield cut(z, corners, crop), cut(picture, [(cell * i, cell * j) for i, j in corners], crop * cell)
-            start += r.batch_size
+            start += stride
 
     def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         z, picture = (x.to(self.online.device, memory_format=torch.channels_last) for x in batch)
@@ -192,6 +193,8 @@ def distill_decoder(recipe: DecoderRecipe, quiet: bool = False, minutes: float |
     require_same_run(out / "checkpoints", recipe, _FREE)
     deadline = time.monotonic() + 60 * minutes if minutes else None
     device = make_accelerator(recipe).device
+    if processes.count() > 1:
+        raise UserError(f"{processes.count()} processes: a tiny decoder is trained in one: start it without a launcher")
     vae: Any = load_vae(recipe.model).requires_grad_(False).eval().to(device)
     for name, side in (("size", r.size), ("crop", r.crop or r.size)):
         if side % (cell := codec.downscale(vae)):

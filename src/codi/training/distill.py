@@ -27,7 +27,7 @@ from ..objectives.batch import Guidance, LatentBatch
 from ..sampling.sampler import initial_noise, sample, time_grid
 from ..tasks import Task, get_task
 from ..tasks.base import means
-from . import ema
+from . import ema, processes
 from .checkpoint import Progress, require_same_run
 from .distill_recipe import SCALES, DistillRecipe, configure_objective
 from .saving import save_adapter, shareable
@@ -45,6 +45,7 @@ _FREE = {
     "half",
     "shift",
     "max_corrupt",
+    "shard",
 }
 _FREE |= {"guidance_scale", "image_guidance_scale"}
 PREVIEW_STEPS = (1, 2, 4)
@@ -144,7 +145,7 @@ class DistillJob(Job):
         groups = [{"params": slow, "lr": learning_rate}]
         return [*groups, {"params": quick, "lr": learning_rate * self.recipe.mu_rate}] if quick else groups
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int, stride: int) -> Iterator[Batch]:
         r = self.recipe
         return batches(
             self.source,
@@ -155,6 +156,7 @@ class DistillJob(Job):
             report=self.report,
             max_corrupt=r.max_corrupt,
             prefetch=True,
+            stride=stride,
         )
 
     def conditioning(self, given: Tensor, prompts: list[str]) -> Conditioning:
@@ -255,16 +257,19 @@ class DistillJob(Job):
 def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
     """Runs or resumes `recipe`; returns its folder. `minutes` stops early, with a checkpoint, to go on later."""
     recipe.validate()
-    out = Path(recipe.out)
-    require_same_run(out / "checkpoints", recipe, _FREE)
-    torch.manual_seed(recipe.seed)
+    out, accelerator = Path(recipe.out), make_accelerator(recipe)
     deadline = time.monotonic() + 60 * minutes if minutes else None
-    columns = recipe_task(recipe).columns
-    source, held_out = open_source(recipe.data, columns), open_source(recipe.held_out, columns)
-    if isinstance(source, SceneSource):
-        source.device = str(make_accelerator(recipe).device)
-    job = DistillJob(recipe, load_backbone(recipe.model, loras=recipe.loras), source, held_out, out / "corrupt.json")
-    progress = train(job, recipe, out, asdict(recipe), quiet=quiet, deadline=deadline)
-    if 0 < progress.images < recipe.images:  # stopped early: what there is by now can be used and looked at
-        job.finish(out, progress)
+    with processes.together():
+        require_same_run(out / "checkpoints", recipe, _FREE)
+        torch.manual_seed(recipe.seed)
+        columns = recipe_task(recipe).columns
+        source, held_out = open_source(recipe.data, columns), open_source(recipe.held_out, columns)
+        if isinstance(source, SceneSource):
+            source.device = str(accelerator.device)
+        report = out / (f"corrupt-{rank}.json" if (rank := processes.rank()) else "corrupt.json")  # of what each reads
+        job = DistillJob(recipe, load_backbone(recipe.model, loras=recipe.loras), source, held_out, report)
+    progress = train(job, recipe, out, asdict(recipe), accelerator, quiet, deadline)
+    with processes.together():  # stopped early: what there is by now can be used and looked at
+        if 0 < progress.images < recipe.images and accelerator.is_main_process:
+            job.finish(out, progress)
     return out

@@ -7,6 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .sharding import whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,4 +29,8 @@ def warmed_decay(decay: float, updates: int) -> float:
 def update(average: nn.Module, online: nn.Module, decay: float) -> None:
     """theta- <- decay theta- + (1 - decay) theta, over the parameters that train."""
     pairs = [(a, p) for a, p in zip(average.parameters(), online.parameters(), strict=True) if p.requires_grad]
-    torch._foreach_lerp_([a for a, _ in pairs], [p.to(a.dtype) for a, p in pairs], 1 - decay)
+    if any(isinstance(p, DTensor) for _, p in pairs):
+        for a, p in pairs:  # one whole parameter at a time
+            a.lerp_(whole(p).to(a.dtype), 1 - decay)
+    else:
+        torch._foreach_lerp_([a for a, _ in pairs], [p.to(a.dtype) for a, p in pairs], 1 - decay)

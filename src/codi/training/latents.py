@@ -61,17 +61,17 @@ class LatentsJob(Job):
         self.tokens = text.tokenize(tokenizer, captions)
         self.empty = text.tokenize(tokenizer, [""])
 
-    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, start: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
         size, count = self.recipe.ldm_batch, len(self.latents)
         while True:
             index = [shuffled(self.recipe.seed, i // count, count)[i % count] for i in range(start, start + size)]
             yield torch.from_numpy(self.latents[index]).float(), self.tokens[index]
-            start += size
+            start += stride
 
     def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         x, tokens = batch
         drop = torch.rand(len(x), generator=generator) < self.recipe.prompt_dropout
-        tokens = torch.where(drop[:, None], self.empty, tokens)
+        tokens = torch.where(drop[:, None], self.empty, tokens.cpu())  # which DDP may have moved to a GPU
         share = (torch.arange(len(x)) + torch.rand(len(x), generator=generator)) / len(x)
         t = 1 + (share * self.schedule.horizon).long().clamp_max(int(self.schedule.horizon) - 1)
         return {"velocity": self._loss(self.online, x, tokens, t, generator)}

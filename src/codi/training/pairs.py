@@ -54,13 +54,13 @@ def of_pictures(vae: Any, source: Source, count: int, size: int, noise: float, s
     deviation drawn from [0, noise] in it: samplers' latents are not clean either."""
 
     def grain(i: int, shape: Sequence[int]) -> Tensor:
-        generator = step_generator(seed, i, 1, 0)
+        generator = step_generator(seed, i, 1)
         return noise * torch.rand(1, generator=generator) * torch.randn(*shape, generator=generator)
 
     def origin(numbers: Sequence[int]) -> tuple[Tensor, list[CorruptSample]]:
         images, _, corrupt = read_pictures(source, [i for i in numbers if i < count], size)
         for i in (i for i in numbers if i >= count):
-            images.append(dead_leaves(1, size, step_generator(seed, i, 0, 0))[0].float() / 255)
+            images.append(dead_leaves(1, size, step_generator(seed, i, 0))[0].float() / 255)
         if not images:
             return torch.empty(0), corrupt
         z = codec.encode(vae, torch.stack(images).to(vae.device)).float()

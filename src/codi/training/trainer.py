@@ -14,19 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import checkpoint, ema
+from . import checkpoint, ema, processes
 from .checkpoint import Progress
 from .events import Events
+from .sharding import Sharded, whole
 
 
 @dataclass(kw_only=True)
 class SharedSettings:
     """What all stages of a run have in common. Counts are in training images: batch size changes nothing else."""
 
+    accumulate: int = 1
+    """Batches summed into one update. Several processes share them: a multiple of their number, and the result is the
+    same on any number."""
     warmup: int = 1_000
     """Images over which the learning rate rises from 0."""
     decay_to: float = 0.1
@@ -46,7 +51,7 @@ class SharedSettings:
 
     def validate(self) -> None:
         """Raises UserError for a value that no run can have."""
-        self._at_least_1("log_every", "preview_every", "checkpoint_every", "keep")
+        self._at_least_1("accumulate", "log_every", "preview_every", "checkpoint_every", "keep")
         for name, allowed in (("device", ("auto", "cpu", "cuda")), ("precision", ("no", "bf16", "fp16"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r}: not known: use one of {', '.join(allowed)}")
@@ -70,20 +75,23 @@ class RunSettings(SharedSettings):
     images: int = 20_000
     """Training images in all (an image seen twice counts twice)."""
     batch_size: int = 16
-    """Images of one update, per process, before accumulation."""
-    accumulate: int = 1
-    """Batches summed into one update."""
+    """Images of one batch: a process works on one at a time."""
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest gradient norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    shard: bool = False
+    """Split the weights that train, their gradients and the optimiser's state over the processes (FSDP): less memory on
+    each, more messages between them. It changes nothing else; one process has nothing to split."""
 
     def validate(self) -> None:
         """Raises UserError for a value that no run can have."""
         super().validate()
-        self._at_least_1("images", "batch_size", "accumulate")
+        self._at_least_1("images", "batch_size")
+        if self.shard and self.precision == "fp16":
+            raise UserError("shard: does not go with precision fp16, whose loss scale needs whole gradients: use bf16")
 
 
 class Job(nn.Module, ABC):
@@ -95,8 +103,9 @@ class Job(nn.Module, ABC):
     """The share of the training that is over, for what changes on the way."""
 
     @abstractmethod
-    def batches(self, start: int) -> Iterator[Any]:
-        """Endless batches from training image number `start` on: a pure function of the position."""
+    def batches(self, start: int, stride: int) -> Iterator[Any]:
+        """Endless batches, the first from training image number `start` on, each `stride` images after the one before
+        it: a pure function of the position."""
 
     @abstractmethod
     def forward(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
@@ -121,9 +130,10 @@ def learning_rate_factor(settings: RunSettings, images: int) -> float:
     return rise * (settings.decay_to + (1 - settings.decay_to) * fall)
 
 
-def step_generator(seed: int, update: int, part: int, rank: int) -> torch.Generator:
-    """The random stream of one batch. Keyed by position, so a resumed run draws what the unbroken one would."""
-    key = np.random.SeedSequence([seed, update, part, rank]).generate_state(1, np.uint64)[0]
+def step_generator(seed: int, update: int, part: int) -> torch.Generator:
+    """The random stream of one batch. Keyed by position alone, so that a resumed run draws what the unbroken one would,
+    and any number of processes what one would."""
+    key = np.random.SeedSequence([seed, update, part, 0]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(key >> 1))
 
 
@@ -151,12 +161,26 @@ class Stop:
 
 
 def make_accelerator(settings: RunSettings) -> Accelerator:
-    """The device and precision asked for."""
+    """The device and precision asked for; where a launcher started several processes, they meet here. Raises UserError
+    for batches that so many cannot share."""
     # accelerate keeps the first run's device and precision for the whole process; a second run may want others.
-    if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate)
+    count = PartialState(cpu=on_cpu).num_processes
+    if settings.accumulate % count:
+        raise UserError(
+            f"accumulate {settings.accumulate}: cannot be shared by {count} processes: set it to a multiple of {count}"
+        )
+    # Batches without guidance leave its input without a gradient; the frozen have none anyway.
+    parallel = DistributedDataParallelKwargs(
+        find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulate // count,
+        kwargs_handlers=[parallel],
+    )
 
 
 def _not_finite(losses: dict[str, Tensor], progress: Progress, root: Path) -> str:
@@ -181,55 +205,52 @@ def train(
     """Trains `job` until `settings.images`, from the newest checkpoint below `out/checkpoints` if there is one.
 
     `deadline`: time.monotonic() after which the run stops with a checkpoint, as it does on SIGTERM or Ctrl-C.
+    Several processes share the batches of each update; one's error, signal or deadline ends all.
     Raises UserError when a loss is not finite; the last checkpoint is from before and stays.
     """
     settings.validate()
     accelerator = accelerator or make_accelerator(settings)
-    if accelerator.num_processes > 1:
-        raise UserError(f"{accelerator.num_processes} processes: training runs in one: start it without a launcher")
+    rank, count = accelerator.process_index, accelerator.num_processes
     job.to(accelerator.device)
+    sharded = Sharded(job, job.online, accelerator.device) if settings.shard and count > 1 else None
     groups = job.groups(settings.learning_rate)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
     peaks = [g["lr"] for g in optimizer.param_groups]
     root, progress = out / "checkpoints", Progress()
-    if accelerator.is_main_process:
-        checkpoint.clean(root)
-    accelerator.wait_for_everyone()
-    if found := checkpoint.complete(root):
-        progress, state = checkpoint.load(found[-1], job.online, job.average, optimizer)
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-    elif checkpoint.trainable(job.online) == {}:
-        raise UserError("this run has nothing to train: let the backbone or the adapter train")
-    prepared, optimizer = accelerator.prepare(job, optimizer)
+    with processes.together():
+        if accelerator.is_main_process:
+            checkpoint.clean(root)
+    with processes.together():
+        if found := checkpoint.complete(root):
+            progress, state = checkpoint.load(found[-1], job.online, job.average, optimizer)
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        elif checkpoint.trainable(job.online) == {}:
+            raise UserError("this run has nothing to train: let the backbone or the adapter train")
+    # What is split averages its gradients itself: it wants accelerate's precision, but no second wrapper.
+    prepared = accelerator.prepare_model(job, device_placement=False, evaluation_mode=sharded is not None)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     events = Events(out, settings.images, progress, quiet) if accelerator.is_main_process else None
-    per_update = settings.batch_size * settings.accumulate * accelerator.num_processes
+    per_update = settings.batch_size * settings.accumulate
     totals: dict[str, float] = {}
     counted = 0
-    batches = job.batches(progress.images)
+    # Process r of n computes the batches r, r + n, r + 2n, ... of each update.
+    batches = job.batches(progress.images + rank * settings.batch_size, count * settings.batch_size)
 
     def save() -> None:
-        if accelerator.is_main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            checkpoint.save(
-                root,
-                progress,
-                job.online,
-                job.average,
-                optimizer.optimizer,
-                recipe or asdict(settings),
-                scaler,
-                settings.keep,
-            )
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        kept = recipe or asdict(settings)
+        with processes.together():
+            checkpoint.save(root, progress, job.online, job.average, optimizer.optimizer, kept, scaler, settings.keep)
 
     def passed(every: int) -> bool:
         return progress.images // every != (progress.images - per_update) // every
 
     try:
         with Stop() as stop:
-            while (
-                progress.images < settings.images and not stop.asked and not (deadline and time.monotonic() > deadline)
-            ):
+            while progress.images < settings.images:
+                if processes.in_any(stop.asked or bool(deadline and time.monotonic() > deadline)):
+                    break
                 began = time.monotonic()
                 factor = learning_rate_factor(settings, progress.images)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -238,21 +259,28 @@ def train(
                 job.progress = progress.images / settings.images
 
                 # ---- one update ----
-                for part in range(settings.accumulate):
-                    generator = step_generator(settings.seed, progress.updates, part, accelerator.process_index)
+                for part in range(rank, settings.accumulate, count):
+                    generator = step_generator(settings.seed, progress.updates, part)
+                    with processes.together():
+                        batch = next(batches)
                     with accelerator.accumulate(prepared):
-                        losses = prepared(next(batches), generator)
+                        with processes.alone():
+                            losses = prepared(batch, generator)
                         loss = torch.stack(list(losses.values())).sum()
-                        if not torch.isfinite(loss):
-                            raise UserError(_not_finite(losses, progress, root))
-                        accelerator.backward(loss)
+                        with processes.together():
+                            if not torch.isfinite(loss):
+                                raise UserError(_not_finite(losses, progress, root))
+                        accelerator.backward(sharded.reach_all(loss) if sharded else loss)
                         if accelerator.sync_gradients:
+                            if sharded:
+                                sharded.forget_unused()
                             trained: Any = checkpoint.trainable(job.online).values()
-                            norm: Any = accelerator.clip_grad_norm_(trained, settings.clip)
-                            if math.isfinite(float(norm)):
-                                totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm)
-                            elif accelerator.scaler is None:  # with a loss scale, an overflow is skipped and rescaled
-                                raise UserError(_not_finite({**losses, "gradient norm": norm}, progress, root))
+                            norm: Any = whole(accelerator.clip_grad_norm_(trained, settings.clip))  # type: ignore[arg-type]
+                            with processes.together():
+                                if math.isfinite(float(norm)):
+                                    totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm) / count
+                                elif accelerator.scaler is None:  # with a loss scale, an overflow is skipped, rescaled
+                                    raise UserError(_not_finite({**losses, "gradient norm": norm}, progress, root))
                         optimizer.step()
                         optimizer.zero_grad()
                     for name, value in losses.items():
@@ -264,20 +292,21 @@ def train(
                 progress.images += per_update
                 progress.seconds += time.monotonic() - began
                 counted += 1
-                if events and passed(settings.log_every):
-                    events.scalars(
-                        progress, {**{k: v / counted for k, v in totals.items()}, "learning_rate": peaks[0] * factor}
-                    )
+                if passed(settings.log_every):
+                    values = {k: v / counted for k, v in processes.total(totals).items()}
+                    if events:
+                        events.scalars(progress, {**values, "learning_rate": peaks[0] * factor})
                     totals, counted = {}, 0
                 if passed(settings.checkpoint_every):
                     save()
-                if events and passed(settings.preview_every):
-                    figures = job.preview(out, progress)
-                    if figures:
-                        events.scalars(progress, figures)
+                if passed(settings.preview_every):
+                    with processes.together():
+                        if events and (figures := job.preview(out, progress)):
+                            events.scalars(progress, figures)
             save()
-        if accelerator.is_main_process and progress.images >= settings.images:
-            job.finish(out, progress)
+        with processes.together():
+            if accelerator.is_main_process and progress.images >= settings.images:
+                job.finish(out, progress)
     finally:
         close = getattr(batches, "close", None)
         if close:
