@@ -35,12 +35,13 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 def recipe(tmp_path_factory) -> DistillRecipe:
     """Four updates of four batches of two pictures, guidance in some of them: full CoDi."""
     folder = tmp_path_factory.mktemp("scale")
-    model, pictures = tiny_checkpoint(folder / "model"), folder / "pictures"
-    pictures.mkdir()
-    for i in range(16):
-        noise(40, 40, i).save(pictures / f"{i}.png")
+    model, pictures, held_out = tiny_checkpoint(folder / "model"), folder / "pictures", folder / "held-out"
+    for part, count in ((pictures, 16), (held_out, 2)):
+        part.mkdir()
+        for i in range(count):
+            noise(40, 40, i).save(part / f"{i}.png")
     return DistillRecipe(
-        out=str(folder / "one"), model=str(model), data=str(pictures), held_out=str(pictures), size=32, images=32,
+        out=str(folder / "one"), model=str(model), data=str(pictures), held_out=str(held_out), size=32, images=32,
         batch_size=2, accumulate=4, warmup=8, learning_rate=1e-3, log_every=8, preview_every=32, checkpoint_every=16,
         device="cpu", degradation="bicubic", half=False, guidance={"text": [1.0, 4.0]}, guidance_scale=2.0,
     )  # fmt: skip
@@ -102,7 +103,7 @@ def test_two_processes_train_what_one_does(one, two):
     assert json.loads(ended.out[0])["finished"] and ended.out[1] == "" and ended.err == ["", ""]
     # What each of them read, in a file of its own.
     read = [json.loads((out / name).read_text())["read"] for name in ("corrupt.json", "corrupt-1.json")]
-    assert read == [16, 16] or (all(n >= 8 for n in read) and sum(read) >= 16)
+    assert all(8 <= number <= 16 for number in read) and sum(read) >= 16
 
 
 def test_one_goes_on_where_two_stopped(recipe, one, two, tmp_path):
@@ -237,7 +238,4 @@ def test_torchrun_starts_it(recipe, one, tmp_path):
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.count("finished after 8 images") == 1
-    assert (
-        json.loads((checkpoint.complete(out / "checkpoints")[-1] / "state.json").read_text())["progress"]["updates"]
-        == 1
-    )
+    assert [p.name for p in checkpoint.complete(out / "checkpoints")] == ["step-00000001"]
