@@ -276,11 +276,10 @@ def train(
                                 sharded.forget_unused()
                             trained: Any = checkpoint.trainable(job.online).values()
                             norm: Any = whole(accelerator.clip_grad_norm_(trained, settings.clip))  # type: ignore[arg-type]
-                            with processes.together():
-                                if math.isfinite(float(norm)):
-                                    totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm) / count
-                                elif accelerator.scaler is None:  # with a loss scale, an overflow is skipped, rescaled
-                                    raise UserError(_not_finite({**losses, "gradient norm": norm}, progress, root))
+                            if math.isfinite(float(norm)):
+                                totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm) / count
+                            elif accelerator.scaler is None:  # with a loss scale, an overflow is skipped and rescaled
+                                raise UserError(_not_finite({**losses, "gradient norm": norm}, progress, root))
                         optimizer.step()
                         optimizer.zero_grad()
                     for name, value in losses.items():
