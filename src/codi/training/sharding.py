@@ -65,8 +65,8 @@ def _leaves(loss: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
         todo.extend(following for following, _ in node.next_functions)
     return found
 

@@ -214,7 +214,7 @@ def train(
     job.to(accelerator.device)
     sharded = Sharded(job, job.online, accelerator.device) if settings.shard and count > 1 else None
     groups = job.groups(settings.learning_rate)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+    optimizer: Any = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
     peaks = [g["lr"] for g in optimizer.param_groups]
     root, progress = out / "checkpoints", Progress()
     with processes.together():
