@@ -23,8 +23,7 @@ from ..models.lora import add_lora
 from ..models.student import Conditioning, Student
 from ..objectives.batch import Guidance, LatentBatch
 from . import ema
-from .distill import recipe_task
-from .distill_recipe import DistillRecipe, configure_objective
+from .distill_recipe import DistillRecipe, configure_objective, recipe_task
 
 GB = 1e9
 TOKENS = 77  # of a prompt, in CLIP's tokenizers
