@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.batches import Batch, collate, judge
-from ..data.samples import CorruptSample, Sample
+from ..data.samples import CorruptSample, Sample, order
 from ..data.sources import SceneSource, Source, open_source
 from ..errors import UserError
 from ..models import codec
@@ -230,6 +230,9 @@ class CachedSource:
 
     def describe(self) -> str:
         return f"{self.source.describe()}, cached in {self.folder}"
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return order(self.source, seed, epoch)
 
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
