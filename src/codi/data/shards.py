@@ -10,6 +10,7 @@ first start.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -28,7 +29,7 @@ from typing import Any, BinaryIO
 from ..errors import UserError
 
 Members = dict[str, dict[str, tuple[int, int]]]  # key -> extension -> offset and length in the tar
-TRIES = 3  # of a download, one second apart, then two
+TRIES = 5  # of a download, over half a minute
 SECONDS = 60  # without a byte, after which a connection is given up
 
 
@@ -136,19 +137,20 @@ class RemoteShard(Shard):
         with self._lock:
             if self._failed:
                 raise self._failed
-            for attempt in range(TRIES):
+            failures = 0
+            while True:
                 try:
                     file = self._file()
                     with contextlib.suppress(FileNotFoundError):
                         os.utime(file)  # it is not the one used longest ago
                         return file.open("rb")
-                    time.sleep(attempt)
                     self._fetch(file)
-                    return file.open("rb")
                 except OSError as error:
-                    failed = error
-            self._failed = failed  # pyright: ignore[reportPossiblyUnbound]
-            raise failed  # pyright: ignore[reportPossiblyUnbound]
+                    failures += 1
+                    if failures == TRIES or isinstance(error, FileNotFoundError):
+                        self._failed = error
+                        raise
+                    time.sleep(failures**2)
 
     def _state(self) -> tuple[int | None, str | None]:
         with self._lock:
@@ -172,7 +174,8 @@ class RemoteShard(Shard):
         except urllib.error.HTTPError as error:
             if error.code in (403, 405, 501):  # signed addresses, and servers that know GET alone
                 return {}
-            raise OSError(error.code, f"{error.code} {error.reason}") from error
+            missing = error.code in (404, 410)
+            raise OSError(errno.ENOENT if missing else errno.EIO, f"{error.code} {error.reason}") from error
 
     def _fetch(self, file: Path) -> None:
         size, _ = self._state()
@@ -181,7 +184,7 @@ class RemoteShard(Shard):
         def fill(partial: Path) -> None:
             self._get(self.name if self._http else self._path, partial)
             if size is not None and partial.stat().st_size != size:
-                raise OSError(5, f"{partial.stat().st_size:,} of {size:,} bytes arrived")
+                raise OSError(errno.EIO, f"{partial.stat().st_size:,} of {size:,} bytes arrived")
 
         _replace(file, fill)
 
@@ -278,4 +281,4 @@ def _one_kind() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(5, " ".join(str(error).split()) or type(error).__name__) from error
+        raise OSError(errno.EIO, " ".join(str(error).split()) or type(error).__name__) from error

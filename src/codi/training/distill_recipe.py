@@ -64,7 +64,8 @@ class DistillRecipe(RunSettings):
     """LoRA files made part of the backbone before training, each with its weight, e.g. {style.safetensors: 0.8}. Users
     of the adapter name the same ones, unless it brings its own backbone (train_backbone)."""
     data: str = "scenes:train:20000"
-    """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
+    """Training pictures: a folder, WebDataset tars (a glob, or paths or URLs with braces, https://host/{000..999}.tar),
+    datasets:NAME, or scenes:SPLIT:COUNT."""
     cache: str | None = None
     """A folder that `codi data cache` made of this recipe: latents and text features are read from it, so that neither
     the text encoders nor, unless the adapter reads latents, the VAE's encoder take memory or time. A picture then has
