@@ -212,7 +212,7 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
     refused(lambda: open_source(empty), empty, "no pictures")
     refused(lambda: open_source(file), file, "neither a folder nor a .tar")
     refused(lambda: open_source("scene:train"), "unknown scheme 'scene'", "'scenes'")
-    refused(lambda: open_source("s3://bucket/x"), "unknown scheme 's3'")
+    refused(lambda: open_source("s3://bucket/x"), "s3://bucket/x: not a .tar")
     refused(lambda: open_source(broken, ("mask",)), "no metadata.jsonl", "mask")
 
     def listed(text):

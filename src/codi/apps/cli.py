@@ -12,7 +12,22 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import benchmark, canny, data, demo, depth, edit, evaluate, export, generate, inpaint, models, train, upscale
+from . import (
+    benchmark,
+    cache,
+    canny,
+    data,
+    demo,
+    depth,
+    edit,
+    evaluate,
+    export,
+    generate,
+    inpaint,
+    models,
+    train,
+    upscale,
+)
 from .common import BadUsage, leads, one_voice, quiet_libraries, say_error
 
 INTERRUPTED = 130
@@ -56,6 +71,7 @@ app.command("evaluate", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("benchmark", epilog=benchmark.EXAMPLE)(benchmark.benchmark)
 app.command("export", epilog=export.EXAMPLE)(export.export)
 app.command("models", epilog=models.EXAMPLE)(models.models)
+data.app.command("cache", epilog=cache.EXAMPLE, context_settings=train.FREE_KEYS)(cache.cache)
 app.add_typer(data.app)
 
 

@@ -152,6 +152,8 @@ def _show_dry_run(recipe: Any, json_: bool) -> None:
     print(f"parameters {count['trained'] / 1e6:,.1f}M that train, {count['frozen'] / 1e6:,.1f}M that do not")
     parts = ", ".join(f"{name} {memory[name]:.1f}" for name in ("weights", "training", "activations"))
     print(f"memory     about {memory['total']:.1f} GB: {parts}; a tenth more for workspaces")
+    if told["cache_saves_gb"]:
+        print(f"cache      {told['cache_saves_gb']:.1f} GB less, and less to compute, after `codi data cache`")
     print(f"updates    {told['updates']:,} of {told['images_an_update']} images, {told['passes']:,.0f} network passes")
     print(f"data       {data['source']}: {data['pictures']:,} pictures, {data['epochs']:.1f} times over")
 

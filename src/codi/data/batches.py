@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .samples import CorruptSample, Sample, Source
+from .samples import CorruptSample, Sample, Source, order
 
 MIN_READ = 20  # distinct files read before the share of corrupt ones is judged
 
@@ -50,7 +50,7 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """An endless stream of batches of `size` x `size` pixels.
 
-    Position p (counted in images from 0) holds sample `permutation[p mod n]` of epoch `p div n`; both the permutation
+    Position p (counted in images from 0) holds sample `order[p mod n]` of epoch `p div n`; both the order
     and the crop are drawn from streams keyed by (`seed`, epoch) and (`seed`, p). So `start=p` goes on exactly where a
     run that had drawn p images stopped, whatever happened before, and whatever the batch size. A batch begins `stride`
     positions after the one before it (by default where that one ended): several processes share a stream if each draws
@@ -116,7 +116,7 @@ class _Stream:
     def item(self, position: int) -> int:
         epoch, at = divmod(position, len(self.source))
         if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.source))
+            self._order = epoch, order(self.source, self.seed, epoch)
         return int(self._order[1][at])
 
     def at(self, positions: range) -> list[Sample]:

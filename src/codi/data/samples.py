@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UserError
 from .crops import cut, draw_square, load_picture, why_unreadable
 
 
@@ -62,6 +63,22 @@ class Row:
     text: str = ""
     instruction: str = ""
     pictures: dict[str, bytes] = field(default_factory=dict)
+
+
+def words(row: dict[str, Any], key: str, where: str) -> str:
+    """A text of a line of metadata, "" for none. Raises UserError, naming `where`, for anything but a string."""
+    value = row.get(key)
+    if not isinstance(value, str | None):
+        raise UserError(f"{where}: {key} is {value!r}, not a string: put it in quotes")
+    return value or ""
+
+
+def order(source: Source, seed: int, epoch: int) -> np.ndarray:
+    """In which order an epoch has the samples: that of the source's own `order`, if it asks for one, else a permutation
+    of all of them."""
+    own = getattr(source, "order", None)
+    found = None if own is None else own(seed, epoch)
+    return np.random.default_rng([seed, epoch, 0]).permutation(len(source)) if found is None else found
 
 
 class PictureSource(ABC):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import json
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,10 @@ import numpy as np
 from ..errors import UserError, nearest
 from .crops import SUFFIXES
 from .render import COLUMNS, check_size, chunk, render_chunk
-from .samples import CorruptSample, PictureSource, Row, Sample, Source
+from .samples import CorruptSample, PictureSource, Row, Sample, Source, words
 from .scenes import SPLITS
+from .shards import expand
+from .tars import TarSource
 
 SCHEMES = ("scenes", "datasets")
 ALIASES = {  # what columns are also called on the hub, in `datasets:` alone: InstructPix2Pix's names, mostly
@@ -37,8 +38,9 @@ def open_source(spec: str | Path, columns: Sequence[str] = (), optional: Sequenc
     """Opens training data.
 
     `spec` is one of: a folder (Hugging Face imagefolder: pictures, in sub-folders too, and optionally metadata.jsonl
-    with `file_name`, `text`, `instruction` and columns that name further pictures); WebDataset shards (a .tar, a glob
-    or a folder of them); `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of a `datasets` data set).
+    with `file_name`, `text`, `instruction` and columns that name further pictures); WebDataset shards (a .tar, a glob,
+    a folder of them, or paths or URLs with braces, `https://host/train-{0000..0999}.tar`);
+    `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of a `datasets` data set).
     `columns` names the picture columns to read into `extras`, e.g. `("mask",)`; every sample must have them, those in
     `optional` it may lack. In a tar, column `mask` is member KEY.mask.png.
     Raises UserError for data that is missing, empty or malformed.
@@ -46,6 +48,9 @@ def open_source(spec: str | Path, columns: Sequence[str] = (), optional: Sequenc
     spec = str(spec)
     path = Path(spec)
     if not path.exists():
+        names = expand(spec)
+        if "://" in spec or len(names) > 1:
+            return _open_shards(spec, names, columns, optional)
         scheme, colon, rest = spec.partition(":")
         if colon and scheme == "scenes":
             return _open_scenes(spec, rest, [*columns, *(c for c in optional if c in COLUMNS)])
@@ -70,11 +75,13 @@ def open_source(spec: str | Path, columns: Sequence[str] = (), optional: Sequenc
     return FolderSource(path, columns, optional)
 
 
-def _words(row: dict[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str | None):
-        raise UserError(f"{where}: {key} is {value!r}, not a string: put it in quotes")
-    return value or ""
+def _open_shards(spec: str, names: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> TarSource:
+    for name in names:
+        if not name.partition("?")[0].endswith(".tar"):
+            raise UserError(f"{name}: not a .tar: name WebDataset shards, as in train-{{0000..0999}}.tar")
+        if "://" not in name and not Path(name).is_file():
+            raise UserError(f"{name}: no such file: restore it, or name those there are in {spec}")
+    return TarSource(spec, names, columns, optional)
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -123,7 +130,7 @@ class FolderSource(PictureSource):
                 if isinstance(row.get(column), str) and (metadata.parent / row[column]).is_file():
                     files[column] = metadata.parent / row[column]
             image = files.pop("file_name")
-            yield image, _words(row, "text", where), _words(row, "instruction", where), files
+            yield image, words(row, "text", where), words(row, "instruction", where), files
 
     def unused(self) -> list[str]:
         rows = [
@@ -149,76 +156,6 @@ class FolderSource(PictureSource):
     def row(self, index: int) -> Row:
         image, text, instruction, files = self._rows[index]
         return Row(image.read_bytes(), text, instruction, {c: p.read_bytes() for c, p in files.items()})
-
-
-class TarSource(PictureSource):
-    """WebDataset shards: KEY.jpg (.png, .webp, ...) with KEY.json (`text`, `instruction`) or KEY.txt beside it and
-    KEY.<column>.png for further pictures. Each tar is walked once for its offsets; nothing is unpacked."""
-
-    def __init__(
-        self, spec: str, shards: Sequence[Path], columns: Sequence[str] = (), optional: Sequence[str] = ()
-    ) -> None:
-        self.spec, self.shards, self.columns = spec, list(shards), (*columns, *optional)
-        self._groups: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []  # shard, key, extension -> offset, bytes
-        self._strays: list[str] = []
-        suffixes = [s[1:] for s in SUFFIXES]
-        for shard in self.shards:
-            for key, members in self._index(shard).items():
-                named = {c: next((f"{c}.{s}" for s in suffixes if f"{c}.{s}" in members), "") for c in self.columns}
-                image = next((s for s in suffixes if s in members), None)
-                if image is None:
-                    self._strays.append(f"{shard.name}: {key}")
-                    continue
-                for column in columns:
-                    if not named[column]:
-                        raise UserError(f"{shard}: {key} has no {column}: add a member {key}.{column}.png")
-                found = {"image": members[image]} | {c: members[e] for c, e in named.items() if e}
-                self._groups.append((shard, key, found | {e: members[e] for e in ("json", "txt") if e in members}))
-        if not self._groups:
-            raise UserError(f"{spec}: no pictures in it: name members KEY.jpg or KEY.png, with KEY.json or KEY.txt")
-
-    @staticmethod
-    def _index(shard: Path) -> dict[str, dict[str, tuple[int, int]]]:
-        groups: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, dot, extension = base.partition(".")
-                    if member.isreg() and stem and dot:
-                        key = f"{folder}/{stem}" if folder else stem
-                        groups.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-        except tarfile.TarError as error:
-            raise UserError(f"{shard}: not a whole, uncompressed tar ({error}): pack or copy it again") from None
-        except OSError as error:
-            raise UserError(f"{shard}: cannot be read ({error.strerror}): check its permissions") from None
-        return groups
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def unused(self) -> list[str]:
-        return list(self._strays)
-
-    def describe(self) -> str:
-        return f"{self.spec}: {len(self):,} pictures in {len(self.shards)} tar file{'s' * (len(self.shards) > 1)}"
-
-    def name(self, index: int) -> str:
-        shard, key, _ = self._groups[index]
-        return f"{shard}/{key}"
-
-    def row(self, index: int) -> Row:
-        shard, _, members = self._groups[index]
-        data = {}
-        with shard.open("rb") as file:  # opened anew each time: a shared file position would not be thread-safe
-            for name, (offset, length) in members.items():
-                file.seek(offset)
-                data[name] = file.read(length)
-        text, instruction = data.get("txt", b"").decode().strip(), ""
-        if "json" in data:
-            fields = json.loads(data["json"])
-            text, instruction = _words(fields, "text", "its json") or text, _words(fields, "instruction", "its json")
-        return Row(data["image"], text, instruction, {c: data[c] for c in self.columns if c in data})
 
 
 class DatasetsSource(PictureSource):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 
@@ -18,7 +19,17 @@ def encode(vae: AutoencoderKL, image: Tensor, generator: torch.Generator | None 
 
     Without a generator the posterior's mean (conditions, evaluation); with one, a sample of it (training targets).
     """
-    posterior = vae.encode(image.to(vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
+    return draw(vae, moments(vae, image), generator)
+
+
+def moments(vae: AutoencoderKL, image: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> means and log-variances of the posterior, unscaled, (B, 2C, H/f, W/f)."""
+    return vae.encode(image.to(vae.dtype) * 2 - 1).latent_dist.parameters  # type: ignore[union-attr]
+
+
+def draw(vae: AutoencoderKL, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The scaled latent of those `moments`, (B, C, H/f, W/f): the posterior's mean, or with a generator a sample."""
+    posterior = DiagonalGaussianDistribution(moments)
     latent = posterior.mean
     if generator is not None:
         noise = torch.randn(latent.shape, generator=generator).to(latent)

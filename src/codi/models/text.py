@@ -36,14 +36,12 @@ def embed(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed_prompts(
-    text: TextEncoders, prompts: Sequence[str], size: tuple[int, int] = (0, 0)
-) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Prompts -> features (B, L, D) and what else the U-Net is told, without gradient. Equal prompts are computed once.
+def encode_prompts(text: TextEncoders, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """Prompts -> features (B, L, D) and, with two encoders, the second's pooled ones (B, P), without gradient. Equal
+    prompts are computed once.
 
-    With one encoder, its last layer after the final norm, and None. With two, the last layer but one of both, side by
-    side, and XL's extra conditions: "text_embeds" (B, P), the second's pooled features, and "time_ids" (B, 6), the
-    picture's own `size` (height, width), the corner it was cut out at, here (0, 0), and the size wanted, all in pixels.
+    With one encoder the features are its last layer after the final norm; with two, the last layer but one of both,
+    side by side.
     """
     unique = list(dict.fromkeys(prompts))
     rows = [unique.index(p) for p in prompts]
@@ -57,5 +55,21 @@ def embed_prompts(
     if text.zero_empty:
         spoken = torch.tensor([bool(prompt) for prompt in unique], device=pooled.device)[:, None]
         features, pooled = features * spoken[..., None], pooled * spoken
-    sizes = pooled.new_tensor([*size, 0, 0, *size]).expand(len(rows), 6)
-    return features[rows], {"text_embeds": pooled[rows], "time_ids": sizes}
+    return features[rows], pooled[rows]
+
+
+def added_conditions(pooled: Tensor | None, size: tuple[int, int]) -> dict[str, Tensor] | None:
+    """What XL's U-Net is told beside the features: "text_embeds", the `pooled` ones (B, P), and "time_ids" (B, 6), the
+    picture's own `size` (height, width), the corner it was cut out at, here (0, 0), and the size wanted, all in pixels.
+    None for None, of checkpoints with one text encoder."""
+    if pooled is None:
+        return None
+    return {"text_embeds": pooled, "time_ids": pooled.new_tensor([*size, 0, 0, *size]).expand(len(pooled), 6)}
+
+
+def embed_prompts(
+    text: TextEncoders, prompts: Sequence[str], size: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Prompts -> what the U-Net attends to and is told of them: `encode_prompts` and `added_conditions`."""
+    features, pooled = encode_prompts(text, prompts)
+    return features, added_conditions(pooled, size)

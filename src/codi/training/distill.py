@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batches import Batch, batches, collate
 from ..data.check import contact_sheet
@@ -22,14 +23,13 @@ from ..models.adapter_files import load_adapter
 from ..models.backbone import Backbone, digest, load_backbone
 from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
-from ..models.text import embed_prompts
+from ..models.text import added_conditions, encode_prompts
 from ..objectives.batch import Guidance, LatentBatch
 from ..sampling.sampler import initial_noise, sample, time_grid
-from ..tasks import Task, get_task
 from ..tasks.base import means
-from . import ema, processes
+from . import cache, ema, processes
 from .checkpoint import Progress, require_same_run
-from .distill_recipe import SCALES, DistillRecipe, configure_objective
+from .distill_recipe import SCALES, DistillRecipe, configure_objective, recipe_task
 from .saving import save_adapter, shareable
 from .trainer import Job, make_accelerator, train
 
@@ -51,14 +51,6 @@ _FREE |= {"guidance_scale", "image_guidance_scale"}
 PREVIEW_STEPS = (1, 2, 4)
 
 
-def recipe_task(recipe: DistillRecipe) -> Task:
-    """The task with the recipe's options. Raises UserError for an unknown task or option."""
-    options = dict(recipe.task_options)
-    if recipe.degradation is not None:
-        options["degradation"] = recipe.degradation
-    return get_task(recipe.task, **options)
-
-
 class DistillJob(Job):
     """The student (online), its average (target network and result), and what turns samples into latents."""
 
@@ -68,7 +60,7 @@ class DistillJob(Job):
         super().__init__()
         self.recipe, self.source, self.report = recipe, source, report
         self.task = recipe_task(recipe)
-        self.vae, self.text = backbone.vae, backbone.text
+        self.vae = backbone.vae
         self.schedule, self.family = backbone.schedule, backbone.family
         cell = codec.downscale(self.vae)
         if recipe.size % cell:
@@ -119,6 +111,17 @@ class DistillJob(Job):
         if not samples:
             raise UserError(f"{recipe.held_out}: no picture could be read: check the data set")
         self.held = collate(samples)
+        self._bring_encoders(backbone)
+
+    def _bring_encoders(self, backbone: Backbone) -> None:
+        """What computes text features and latents; with a cache of these, as little as is left to compute."""
+        if not self.recipe.cache:
+            self.encoders = nn.ModuleList(backbone.text.encoders)
+            self.embed: Any = functools.partial(encode_prompts, backbone.text)
+            return
+        self.embed = cache.Phrasebook(backbone.text, ["", *self.task.prompts(self.held)])
+        if not self.recipe.encodes:
+            self.vae.encoder = self.vae.quant_conv = None  # type: ignore[assignment]
 
     def _teacher(self, student: Student, backbone: Backbone) -> Student | None:
         if not self.recipe.taught:
@@ -159,14 +162,15 @@ class DistillJob(Job):
             stride=stride,
         )
 
-    def conditioning(self, given: Tensor, prompts: list[str]) -> Conditioning:
-        """What the student may look at, from what a user brings."""
-        text, added = self._embedded(prompts)
-        condition = self.task.condition(given).to(text.device)
-        return Conditioning(text, self.online.adapter.read(condition, self.vae), added=added)
+    def conditioning(self, given: Tensor, text: tuple[Tensor, Tensor | None]) -> Conditioning:
+        """What the student may look at, from what a user brings and features of the prompts, as `encode_prompts`."""
+        features, added = self._told(text)
+        condition = self.task.condition(given).to(features.device)
+        return Conditioning(features, self.online.adapter.read(condition, self.vae), added=added)
 
-    def _embedded(self, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        return embed_prompts(self.text, prompts, (self.recipe.size, self.recipe.size))
+    def _told(self, text: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        features, pooled = (None if part is None else part.to(self.vae.device) for part in text)
+        return features, added_conditions(pooled, (self.recipe.size, self.recipe.size))  # type: ignore[return-value]
 
     def guidance(self, conditioning: Conditioning, dropped: Tensor, generator: torch.Generator) -> Guidance | None:
         """Scales for this batch, drawn uniformly from their ranges, or None for a batch without guidance."""
@@ -177,7 +181,7 @@ class DistillJob(Job):
         low, high = (torch.tensor([float(spans[name][k]) for name in chosen]) for k in (0, 1))
         scales = low + (high - low) * torch.rand(len(dropped), len(chosen), generator=generator)
         scales[dropped, 0] = 1.0  # without a prompt there is nothing to be guided towards
-        blank, added = self._embedded([""] * len(dropped))
+        blank, added = self._told(self.embed([""] * len(dropped)))
         without = replace(conditioning, text=blank, added=added)
         ladder = [conditioning, without, replace(without, condition=None)]  # nothing at all: the backbone as it was
         return Guidance(scales, ladder[: len(chosen) + 1])
@@ -185,11 +189,18 @@ class DistillJob(Job):
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         given = self.task.given(batch, generator)
         drop = torch.rand(len(batch.text), generator=generator) < self.recipe.prompt_dropout
-        prompts = ["" if d else p for d, p in zip(drop.tolist(), self.task.prompts(batch), strict=True)]
         with torch.no_grad():
             image = self.task.truth(batch).to(self.vae.device)
-            x = codec.encode(self.vae, image, generator).float()
-            conditioning = self.conditioning(given, prompts)
+            if self.recipe.cache:
+                moments, text = cache.stored(batch, drop, self.embed([""]))
+                moments = moments.to(image)
+            else:
+                moments = codec.moments(self.vae, image)
+                text = self.embed(
+                    ["" if d else p for d, p in zip(drop.tolist(), self.task.prompts(batch), strict=True)]
+                )
+            x = codec.draw(self.vae, moments, generator).float()
+            conditioning = self.conditioning(given, text)
         guidance = self.guidance(conditioning, drop, generator)
         if guidance is not None:
             conditioning = replace(conditioning, guidance=guidance.scales.to(x.device))
@@ -220,7 +231,7 @@ class DistillJob(Job):
     def _samples(self, batch: Batch, start: int) -> tuple[Tensor, dict[int, Tensor]]:
         """What is given and what the average makes of it at each step count, for one batch of held-out samples."""
         given = self.task.measured().given(batch, torch.Generator().manual_seed(start))
-        conditioning = self.conditioning(given, self.task.prompts(batch))
+        conditioning = self.conditioning(given, self.embed(self.task.prompts(batch)))
         if self.recipe.guidance:
             scales = {"text": self.recipe.guidance_scale, "image": self.recipe.image_guidance_scale}
             row = torch.tensor([[scales[name] for name in SCALES if name in self.recipe.guidance]])
@@ -266,8 +277,11 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
         source, held_out = open_source(recipe.data, columns), open_source(recipe.held_out, columns)
         if isinstance(source, SceneSource):
             source.device = str(accelerator.device)
+        backbone = load_backbone(recipe.model, loras=recipe.loras)
+        if recipe.cache:
+            source = cache.open_cache(recipe, backbone, source)
         report = out / (f"corrupt-{rank}.json" if (rank := processes.rank()) else "corrupt.json")  # of what each reads
-        job = DistillJob(recipe, load_backbone(recipe.model, loras=recipe.loras), source, held_out, report)
+        job = DistillJob(recipe, backbone, source, held_out, report)
     progress = train(job, recipe, out, asdict(recipe), accelerator, quiet, deadline)
     with processes.together():  # stopped early: what there is by now can be used and looked at
         if 0 < progress.images < recipe.images and accelerator.is_main_process:

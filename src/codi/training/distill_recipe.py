@@ -21,6 +21,7 @@ from ..objectives.consistency import consistency
 from ..objectives.decoupled import decoupled
 from ..objectives.finetune import finetune
 from ..objectives.guided import guided
+from ..tasks import Task, get_task
 from .trainer import RunSettings
 
 # `paper`: every choice of it. `codi`: the same loss for a short training, with three of the choices changed: a time of
@@ -63,7 +64,13 @@ class DistillRecipe(RunSettings):
     """LoRA files made part of the backbone before training, each with its weight, e.g. {style.safetensors: 0.8}. Users
     of the adapter name the same ones, unless it brings its own backbone (train_backbone)."""
     data: str = "scenes:train:20000"
-    """Training pictures: a folder, WebDataset tars, or scenes:SPLIT:COUNT."""
+    """Training pictures: a folder, WebDataset tars (a glob, or paths or URLs with braces, https://host/{000..999}.tar),
+    datasets:NAME, or scenes:SPLIT:COUNT."""
+    cache: str | None = None
+    """A folder that `codi data cache` made of this recipe: latents and text features are read from it, so that neither
+    the text encoders nor, unless the adapter reads latents, the VAE's encoder take memory or time. A picture then has
+    the crops that were cached, `--variants` of them, instead of a new one every time. Depth, canny and inpaint can
+    share one."""
     held_out: str = "scenes:held-out:64"
     """Pictures for previews and the obedience curve; never trained on."""
     size: int = 64
@@ -129,6 +136,12 @@ class DistillRecipe(RunSettings):
     def taught(self) -> bool:
         """Whether the objective has a frozen teacher."""
         return self.objective in ("guided", "consistency") or self.objective_options.get("ode") == "teacher"
+
+    @property
+    def encodes(self) -> bool:
+        """Whether training needs the VAE's encoder for more than the latents of the true pictures."""
+        reads_latents = self.adapter == "hint" or (self.adapter == "fused" and self.reads == "latent")
+        return reads_latents or self.objective_options.get("d_x") == "features"
 
     @property
     def passes(self) -> float:
@@ -216,6 +229,14 @@ class DistillRecipe(RunSettings):
                 raise UserError(
                     f"{key} {value:g}: not within the range that is trained, {low:g} to {high:g}: change one"
                 )
+
+
+def recipe_task(recipe: DistillRecipe) -> Task:
+    """The task with the recipe's options. Raises UserError for an unknown task or option."""
+    options = dict(recipe.task_options)
+    if recipe.degradation is not None:
+        options["degradation"] = recipe.degradation
+    return get_task(recipe.task, **options)
 
 
 def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None) -> Callable[..., dict[str, Tensor]]:

@@ -23,8 +23,7 @@ from ..models.lora import add_lora
 from ..models.student import Conditioning, Student
 from ..objectives.batch import Guidance, LatentBatch
 from . import ema
-from .distill import recipe_task
-from .distill_recipe import DistillRecipe, configure_objective
+from .distill_recipe import DistillRecipe, configure_objective, recipe_task
 
 GB = 1e9
 TOKENS = 77  # of a prompt, in CLIP's tokenizers
@@ -35,8 +34,9 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
 
     `memory`: weights; gradients, Adam's two moments and the moving average of what trains; activations kept by one
     forward pass of the objective (halved under autocast, of which most are). The largest operation's workspace and the
-    allocator's losses come on top: about a tenth. Raises UserError as the run itself would for a wrong recipe, data
-    that cannot be opened, or a model without configurations (a single file has none).
+    allocator's losses come on top: about a tenth. `cache_saves_gb`: weights that a `cache` would spare. Raises
+    UserError as the run itself would for a wrong recipe, data that cannot be opened, or a model without configurations
+    (a single file has none).
     """
     recipe.validate()
     task = recipe_task(recipe)
@@ -57,8 +57,10 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
             if network is not None:
                 network.enable_gradient_checkpointing()
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    cacheable = [*backbone.text.encoders, *([] if recipe.encodes else [backbone.vae.encoder, backbone.vae.quant_conv])]
+    saved = sum(p.numel() for part in cacheable if part is not None for p in part.parameters())
     frozen = sum(p.numel() for part in (student, backbone.vae, *backbone.text.encoders) for p in part.parameters())
-    frozen -= trained
+    frozen -= trained + (saved if recipe.cache else 0)
     kept = _kept(recipe, backbone, student) * (1 if recipe.precision == "no" else 0.5)
     memory = {
         "weights": 4 * (trained + frozen) / GB,
@@ -71,6 +73,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
         "family": backbone.family,
         "parameters": {"trained": trained, "frozen": frozen},
         "memory_gb": {**memory, "total": sum(memory.values())},
+        "cache_saves_gb": 0.0 if recipe.cache else 4 * saved / GB,
         "updates": -(-recipe.images // images),
         "images_an_update": images,
         "passes": recipe.passes * recipe.images,

@@ -1,0 +1,223 @@
+"""A cache of latents and text features trains as computing them does; it survives every interruption, and knows what
+it was made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codi.data.batches import batches
+from codi.data.samples import CorruptSample, Sample
+from codi.data.sources import open_source
+from codi.models import codec
+from codi.models.backbone import load_backbone
+from codi.models.text import encode_prompts
+from codi.training import cache
+from codi.training.cache import make_cache, open_cache
+from codi.training.checkpoint import Progress
+from codi.training.distill import DistillJob, DistillRecipe, distill, recipe_task
+from codi.training.trainer import step_generator
+from folders import noise, refused, same
+from tiny import tiny_checkpoint, tiny_xl
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_xl().pipeline().save_pretrained(folder / "xl")
+    return {"sd": tiny_checkpoint(folder / "sd"), "xl": folder / "xl"}
+
+
+@pytest.fixture
+def recipe(models, photos, tmp_path) -> DistillRecipe:
+    return DistillRecipe(
+        out=str(tmp_path / "out"), task="canny", model=str(models["sd"]), data=str(photos), held_out=str(photos),
+        size=32, images=8, batch_size=4, train_backbone=False, prompt_dropout=0.5, preview_every=8, device="cpu",
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch):
+    """Twelve samples in shards of five, and cut off at any of three moments."""
+    whole = make_cache(recipe, tmp_path / "whole", variants=2, shard_size=5)
+    assert whole["samples"] == 12 and whole["unread"] == 0
+    assert [len(load_file(file)["row"]) for file in sorted((tmp_path / "whole").glob("*.safetensors"))] == [5, 5, 2]
+
+    save, calls = cache.save_file, []
+
+    def dies(tensors, path):
+        calls.append(path)
+        if len(calls) in (1, 3):
+            path.write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        save(tensors, path)
+
+    monkeypatch.setattr(cache, "save_file", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            make_cache(recipe, tmp_path / "parts", variants=2, shard_size=5)
+    assert make_cache(recipe, tmp_path / "parts", variants=2, shard_size=5) == whole
+    assert len(calls) == 5  # no shard is made twice
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_cut_shard_is_named_and_made_again(recipe, tmp_path):
+    folder = tmp_path / "cached"
+    make_cache(recipe, folder, shard_size=5)
+    whole, shard = contents(folder), folder / "shard-00001.safetensors"
+    shard.write_bytes(whole[shard.name][:-100])
+    told = replace(recipe, cache=str(folder))
+    refused(lambda: distill(told, quiet=True), shard, "truncated or damaged", "codi data cache")
+    shard.unlink()
+    refused(lambda: distill(told, quiet=True), shard, "missing", "codi data cache")
+    make_cache(recipe, folder, shard_size=5)
+    assert contents(folder) == whole
+
+
+def begun(recipe: DistillRecipe, source: Any = None) -> DistillJob:
+    """A training of it, before the first update."""
+    backbone, columns = load_backbone(recipe.model), recipe_task(recipe).columns
+    source = source or open_source(recipe.data, columns)
+    if recipe.cache:
+        source = open_cache(recipe, backbone, source)
+    torch.manual_seed(0)
+    return DistillJob(
+        recipe, backbone, source, open_source(recipe.held_out, columns), Path(recipe.out) / "corrupt.json"
+    )
+
+
+def figures(job: DistillJob) -> dict[str, Any]:
+    """The losses of the batch at position 4, and those of a preview."""
+    batch = next(batches(job.source, 4, 32, 0, 4))
+    return {**job(batch, step_generator(0, 1, 0, 0)), **job.preview(Path(job.recipe.out), Progress())}
+
+
+class SameCrops:
+    """A source that cuts the crops that a cache of one variant holds."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices, size, crops=None):
+        return self.source.read(indices, size, [cache._crop(0, i, 0) for i in indices])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("sd", {"guidance": {"text": [1, 4]}, "guidance_share": 1.0}),
+        ("xl", {"guidance": {"text": [1, 4]}, "guidance_share": 1.0, "reads": "pixels"}),
+        ("sd", {"task": "upscale", "degradation": "real", "objective": "paper", "objective_options": {"d_x": "pixel"}}),
+    ],
+    ids=["latents", "xl-pixels", "upscale"],
+)
+def test_the_loss_is_that_of_training_without(recipe, models, tmp_path, kind, changes):
+    told = replace(recipe, model=str(models[kind]), **changes)
+    plain = figures(begun(told, SameCrops(open_source(told.data))))
+    for exact, tolerance in ((True, 1e-5), (False, 2e-3)):
+        folder = tmp_path / f"cached-{exact}"
+        make_cache(told, folder, exact=exact, shard_size=5)
+        cached = figures(begun(replace(told, cache=str(folder))))
+        assert cached.keys() == plain.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(torch.as_tensor(cached[name]), torch.as_tensor(value), rtol=tolerance, atol=1e-5)
+
+
+def test_what_is_cached_is_not_kept_in_memory(recipe, tmp_path):
+    make_cache(recipe, tmp_path / "cached")
+    told = replace(recipe, cache=str(tmp_path / "cached"))
+    plain, latents, pixels = begun(recipe), begun(told), begun(replace(told, reads="pixels"))
+    parts = {"encoders", "vae.encoder", "vae.decoder"}
+
+    def held(job: DistillJob) -> set[str]:
+        return {part for part in parts if any(name.startswith(part) for name, _ in job.named_parameters())}
+
+    assert (held(plain), held(latents), held(pixels)) == (parts, parts - {"encoders"}, {"vae.decoder"})
+
+
+def test_batches_are_still_a_function_of_the_position(recipe, tmp_path):
+    """And a crop's latent is the crop's: of the three of each picture all are drawn."""
+    make_cache(recipe, tmp_path / "cached", variants=3, exact=True, shard_size=5)
+    backbone = load_backbone(recipe.model)
+    source = open_cache(replace(recipe, cache=str(tmp_path / "cached")), backbone, open_source(recipe.data))
+    run = list(islice(batches(source, 4, 32, seed=7), 9))
+    again = list(islice(batches(source, 4, 32, seed=7, start=12), 6))
+    assert all(map(same, run[3:], again)) and [b.index for b in run[3:]] == [b.index for b in again]
+    crops: dict[int, set[float]] = {}
+    for batch in run:
+        torch.testing.assert_close(batch.extras["latent"], codec.moments(backbone.vae, batch.image))
+        torch.testing.assert_close(batch.extras["text"], encode_prompts(backbone.text, batch.text)[0])
+        for i, image in zip(batch.index, batch.image, strict=True):
+            crops.setdefault(i, set()).add(image.sum().item())
+    assert max(map(len, crops.values())) == 3
+
+
+def test_a_cache_of_something_else_is_refused(recipe, models, photos, tmp_path):
+    folder = tmp_path / "cached"
+    told = replace(recipe, cache=str(folder))
+    refused(lambda: begun(told), folder, "no cache there", "codi data cache")
+    make_cache(recipe, folder)
+    begun(replace(told, task="inpaint"))  # wants the same picture and prompts
+    refused(lambda: begun(replace(told, size=64)), folder, "a cache of size 32, not 64")
+    refused(lambda: begun(replace(told, task="upscale")), folder, "a cache of prompts 'text', not ''")
+    refused(lambda: begun(replace(told, data="scenes:train:12")), folder, "a cache of data 'photos'")
+    refused(lambda: begun(replace(told, model=str(tiny_checkpoint(tmp_path / "other", seed=1)))), folder, "of vae")
+    refused(lambda: make_cache(recipe, folder, variants=2), folder, "a cache of variants 1, not 2")
+    refused(lambda: make_cache(replace(recipe, seed=1), folder), folder, "a cache of seed 0, not 1")
+
+    metadata = photos / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("picture 7", "picture seven"))
+    refused(lambda: [*islice(begun(told).batches(0), 3)], "07.png", "another name or prompt", folder)
+    noise(40, 40).save(photos / "more.png")
+    metadata.write_text(metadata.read_text() + json.dumps({"file_name": "more.png"}))
+    refused(lambda: begun(told), folder, "a cache of samples 12, not 13")
+    (folder / "index.json").write_text("{}")
+    refused(lambda: begun(told), folder / "index.json", "cannot be read")
+
+
+def test_unreadable_pictures_are_left_out(recipe, photos, tmp_path):
+    good = (photos / "06.png").read_bytes()
+    (photos / "06.png").write_bytes(b"damaged")
+    told = replace(recipe, cache=str(tmp_path / "cached"), max_corrupt=0.2)
+    assert make_cache(told, tmp_path / "cached", shard_size=5)["unread"] == 1
+    (photos / "06.png").write_bytes(good)
+    source = open_cache(told, load_backbone(recipe.model), open_source(recipe.data))
+    lost, kept = source.read([0, 1], 32)
+    assert isinstance(lost, CorruptSample) and "unreadable when" in lost.why
+    assert isinstance(kept, Sample) and kept.extras["latent"].any()
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"damaged")
+    refused(lambda: make_cache(recipe, tmp_path / "none"), "no other file is readable")
+
+
+def test_the_commands(shell, models, photos, tmp_path):
+    words = ("canny", "--model", models["sd"], "--data", photos, "--held-out", photos, "--size", 32, "--device", "cpu")
+    ran = shell("data", "cache", *words, "-o", tmp_path / "cached", "--json")
+    assert ran.code == 0 and json.loads(ran.out)["samples"] == 12 and json.loads(ran.out)["bytes"] > 0
+    again = shell("data", "cache", *words, "-o", tmp_path / "cached")
+    assert "12 samples of 32 px" in again.out
+    run = ("--images", 4, "--batch-size", 2, "--out", tmp_path / "run", "--cache", tmp_path / "cached")
+    assert shell("distill", *words, *run).code == 0
+    assert (tmp_path / "run" / "config.json").is_file()
+    shell("data", "cache", *words, "-o", tmp_path / "cached", "--seed", 4).failed(1, "a cache of seed 0, not 4")
+    shell("data", "cache", "-o", tmp_path / "cached").failed(2, "RECIPE")
+    full, less = (
+        json.loads(shell("distill", *words, *run[:4], *changes, "--out", tmp_path, "--dry-run", "--json").out)
+        for changes in ((), run[6:])
+    )
+    saved = sum(p.numel() for encoder in load_backbone(models["sd"]).text.encoders for p in encoder.parameters())
+    assert full["parameters"]["frozen"] - less["parameters"]["frozen"] == saved
+    assert full["cache_saves_gb"] == pytest.approx(4e-9 * saved) and less["cache_saves_gb"] == 0
