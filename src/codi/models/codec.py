@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
@@ -18,18 +21,34 @@ def encode(vae: AutoencoderKL, image: Tensor, generator: torch.Generator | None 
 
     Without a generator the posterior's mean (conditions, evaluation); with one, a sample of it (training targets).
     """
-    posterior = vae.encode(image.to(vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
+    with _in_range(vae) as dtype:
+        posterior = vae.encode(image.to(vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
     latent = posterior.mean
     if generator is not None:
         noise = torch.randn(latent.shape, generator=generator).to(latent)
         latent = latent + posterior.std * noise
     shift = vae.config.get("shift_factor") or 0.0
-    return (latent - shift) * vae.config["scaling_factor"]
+    return ((latent - shift) * vae.config["scaling_factor"]).to(dtype)
 
 
 def decode(vae: AutoencoderKL | AutoencoderTiny, latent: Tensor, clamp: bool = True) -> Tensor:
     """Latent -> (B, 3, H, W) in [0, 1], by a VAE or by a tiny one that is made for its latents, whose own scaling
     factor is 1; without `clamp` the gradient survives out of range."""
     shift = vae.config.get("shift_factor") or 0.0
-    image = vae.decode(latent.to(vae.dtype) / vae.config["scaling_factor"] + shift).sample / 2 + 0.5  # type: ignore[union-attr]
-    return image.clamp(0, 1) if clamp else image
+    with _in_range(vae) as dtype:
+        image = vae.decode(latent.to(vae.dtype) / vae.config["scaling_factor"] + shift).sample / 2 + 0.5  # type: ignore[union-attr]
+    return (image.clamp(0, 1) if clamp else image).to(dtype)
+
+
+@contextlib.contextmanager
+def _in_range(vae: AutoencoderKL | AutoencoderTiny) -> Iterator[torch.dtype]:
+    """Within it a VAE that overflows in float16, as its config says of XL's, computes in float32. Gives its dtype."""
+    dtype = vae.dtype
+    overflows = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if overflows:
+        vae.to(dtype=torch.float32)
+    try:
+        yield dtype
+    finally:
+        if overflows:
+            vae.to(dtype=dtype)
