@@ -18,6 +18,8 @@ from .common import (
     Adapter,
     BadUsage,
     Batch,
+    ChannelsLast,
+    Compile,
     Count,
     Decoder,
     Device,
@@ -63,6 +65,8 @@ class Settings:
     batch: Batch = 4
     device: Device = "auto"
     dtype: DType = "float32"
+    channels_last: ChannelsLast = False
+    compile: Compile = False
     overwrite: Overwrite = False
     json_: Json = False
 
@@ -189,7 +193,9 @@ def _pictures(path: Path) -> list[Path]:
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
     s = settings
-    pipe = load_pipeline(s.model, task, s.adapter, s.device, s.dtype, parse_loras(s.lora), s.decoder)
+    pipe = load_pipeline(
+        s.model, task, s.adapter, s.device, s.dtype, parse_loras(s.lora), s.decoder, s.channels_last, s.compile
+    )
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
         raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -43,12 +44,13 @@ def decode(vae: AutoencoderKL | AutoencoderTiny, latent: Tensor, clamp: bool = T
 @contextlib.contextmanager
 def _in_range(vae: AutoencoderKL | AutoencoderTiny) -> Iterator[torch.dtype]:
     """Within it a VAE that overflows in float16, as its config says of XL's, computes in float32. Gives its dtype."""
-    dtype = vae.dtype
+    module: Any = vae
+    dtype = module.dtype
     overflows = dtype == torch.float16 and vae.config.get("force_upcast", False)
     if overflows:
-        vae.to(dtype=torch.float32)
+        module.to(torch.float32)
     try:
         yield dtype
     finally:
         if overflows:
-            vae.to(dtype=dtype)
+            module.to(dtype)

@@ -46,7 +46,7 @@ class CoDiPipeline(DiffusionPipeline):
     Adapters with low-rank updates have a U-Net of their own modules on the backbone's weights: attention processors and
     slicing that are set on `unet`, or by the pipeline's `enable_...`, do not reach it. Set them on `student.unet`, the
     U-Net of the adapters that are set. No U-Net is called as a whole, since adapters work between its halves: so
-    `torch.compile(unet)` changes nothing, and offloading of whole models is not supported.
+    `torch.compile(unet)` changes nothing, `compile` does, and offloading of whole models is not supported.
     """
 
     _optional_components = ["text_encoder_2", "tokenizer_2", "tiny_vae"]
@@ -171,10 +171,25 @@ class CoDiPipeline(DiffusionPipeline):
         """The backbone's noise levels."""
         return DiscreteSchedule.from_config(self.scheduler.config)
 
-    def to(self, *args: Any, **kwargs: Any) -> CoDiPipeline:
-        """Moves or casts everything, as any diffusers pipeline."""
+    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> CoDiPipeline:
+        """Moves or casts everything, as any diffusers pipeline. `memory_format`: torch.channels_last lays weights out
+        as convolutions like them best."""
         super().to(*args, **kwargs)
+        if memory_format is not None:
+            self._shelf.layout = memory_format
+            parts: Any = filter(None, (self.vae, self.unet, self.tiny_vae))
+            for part in parts:
+                part.to(memory_format=memory_format)
         self._shelf.follow()
+        return self
+
+    def compile(self, **options: Any) -> CoDiPipeline:
+        """Has the networks compiled by torch.compile with these options, e.g. mode="max-autotune", when they are first
+        used and for each new size of picture: that takes a minute or more. What an adapter and the U-Net do together
+        is one graph, with mode="reduce-overhead" one CUDA graph."""
+        self._shelf.compile(**options)
+        for part in filter(None, (self.vae.encoder, self.vae.decoder, getattr(self.tiny_vae, "decoder", None))):
+            part.compile(**options)
         return self
 
     def guidance(self, text: float | None = None, image: float | None = None, strength: float = 1.0) -> Guidance:
