@@ -219,9 +219,7 @@ def load_pipeline(
         hide_loading_bars()
         where = choose_device(device)
         kind = getattr(torch, dtype)
-        pipe = CoDiPipeline.from_pretrained(
-            model, task=task, adapter=adapter, torch_dtype=kind, loras=loras, decoder=decoder
-        )
+        pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, dtype=kind, loras=loras, decoder=decoder)
         pipe.to(where, memory_format=torch.channels_last if channels_last else None)
         if compiled:
             pipe.compile()

@@ -210,7 +210,7 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
         with safe_open(source, "pt") as file:
             two = any(key.startswith("conditioner.") for key in file.keys())  # noqa: SIM118 # no mapping
         kind: Any = StableDiffusionXLPipeline if two else StableDiffusionPipeline
-        return kind.from_single_file(source, torch_dtype=dtype, **fetching)
+        return kind.from_single_file(source, dtype=dtype, **fetching)
     options = {key: value for key, value in hub.items() if key != "config"}
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         if not (path / "model_index.json").is_file():
@@ -230,7 +230,7 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
     two = (parts.get("text_encoder_2") or [None])[0]
     kind = StableDiffusionXLPipeline if two else StableDiffusionPipeline
     extra = {} if two else {"safety_checker": None, "requires_safety_checker": False}
-    return kind.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **extra, **options)
+    return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra, **options)
 
 
 def _require_usable(backbone: Backbone, name: str) -> None:
@@ -314,7 +314,7 @@ def with_unet(model: str | Path, unet: Path, out: Path) -> Path:
     Diffusion folder. Returns `out`; what is there already stays."""
     if not (out / "model_index.json").is_file():
         b = load_backbone(model)
-        b.unet = UNet2DConditionModel.from_pretrained(unet, torch_dtype=b.unet.dtype)  # type: ignore[assignment]
+        b.unet = UNet2DConditionModel.from_pretrained(unet, dtype=b.unet.dtype)  # type: ignore[assignment]
         temporary = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         b.pipeline().save_pretrained(temporary)

@@ -85,25 +85,27 @@ class CoDiPipeline(DiffusionPipeline):
         model: str | Path,
         task: str | None = None,
         adapter: str | Path | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         loras: Mapping[str, float] | None = None,
         decoder: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
         **hub: Unpack[Hub],
     ) -> CoDiPipeline:
         """Loads a Stable Diffusion checkpoint (1, 2 or XL) or a saved CoDiPipeline, and sets an adapter.
 
         `model`: "mini", a diffusers folder, a single .safetensors file or a hub id, which may end in "@revision".
         `adapter`: the name of an embedded adapter or a folder; None takes the one of `task` that was saved with the
-        model, else the embedded one. `loras`: low-rank updates made part of the backbone, with weights. `decoder`:
-        "full", "tiny", the one in the model's folder, or an AutoencoderTiny folder or hub id; None: as the pipeline was
-        saved, else the full one. `hub`: revision, variant, token, cache_dir, local_files_only and config of the model,
-        as diffusers knows them.
+        model, else the embedded one. `dtype`: float32 by default; `torch_dtype` is its older name. `loras`: low-rank
+        updates made part of the backbone, with weights. `decoder`: "full", "tiny", the one in the model's folder, or an
+        AutoencoderTiny folder or hub id; None: as the pipeline was saved, else the full one. `hub`: revision, variant,
+        token, cache_dir, local_files_only and config of the model, as diffusers knows them.
         Raises UserError for a missing or broken model, adapter or decoder, or one made for another backbone or task.
         """
         if task is not None:
             get_task(task)
-        backbone, folder = load_backbone(model, torch_dtype, loras, **hub), Path(find_model(model))
-        tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, torch_dtype, **hub)
+        dtype = dtype or torch_dtype or torch.float32
+        backbone, folder = load_backbone(model, dtype, loras, **hub), Path(find_model(model))
+        tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, dtype, **hub)
         pipe = cls(**vars(backbone), tiny_vae=tiny)
         shelf = pipe._shelf
         if (folder / FOLDER).is_dir():
