@@ -153,6 +153,18 @@ def test_tiles_are_for_upscaling(pipe):
 # ---- guidance
 
 
+def test_bands_are_the_whole_picture(pipe):
+    pipe.set_adapters("upscale")
+    asked = {"image": rand(2, 3, 45, 38), "tile": 16, "seed": 5}
+    whole = run(pipe, **asked)
+    for picture, bands in zip(whole, run(pipe, **asked, output_type="bands"), strict=True):
+        parts = list(bands)
+        assert len(parts) > 2 and torch.equal(torch.cat(parts, dim=2)[0], picture)
+    for wrong in ({"tile": 0}, {"colour": "adain"}):
+        with pytest.raises(UserError, match="'bands'"):
+            run(pipe, **{**asked, **wrong}, output_type="bands")
+
+
 def test_distilled_guidance_is_one_pass_and_kept_within_its_range(pipe):
     pipe.set_adapters("edit")
     calls: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,14 @@ from ..models.text import TextEncoders, embed_prompts
 from ..models.tiny import mark_saved, open_decoder, saved_decoder
 from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
-from .colour import match_colour
+from .colour import match_bands, match_colour, require_method
 from .guidance import Guidance, resolve
 from .inputs import ImageInput, brought, one_for_each, output_size, require_possible, to_output
 from .sampler import StepCallback, initial_noise, sample, time_grid
 from .shelf import FOLDER, Shelf
 from .solvers import own_grid, solve
 from .tiles import Tiles
-from .tiling import mirror_pad
+from .tiling import join, mirror_pad
 
 LARGE = 3  # times the size that the backbone was trained at: beyond it users are warned, but for tiled upscaling
 
@@ -232,6 +232,8 @@ class CoDiPipeline(DiffusionPipeline):
         """Makes pictures; `.images` is a list of PIL images, or with output_type "pt" a tensor (B, 3, H, W) in [0, 1],
         "np" an array (B, H, W, 3), "latent" latents.
 
+            "bands", of upscaling in tiles: iterators, one a picture, that make it row by row from the top when asked,
+            (1, 3, rows, W) at a time, so that no picture need be held whole.
         image: what the task needs, in [0, 1] (see inputs.to_tensor); {name: image} where several adapters are set.
             None for text-to-image, whose size is `height` x `width`, by default the backbone's own.
         mask: for inpainting, 1 (white) = make new. prompt: one, or one an image. steps: 1 and up; adapters are
@@ -266,7 +268,7 @@ class CoDiPipeline(DiffusionPipeline):
             raise UserError(f"size {width} x {height}: the picture given makes {wide} x {high} px: leave the size out")
         tiles = None
         if [task.name for task in tasks.values()] == ["upscale"]:
-            tiles = Tiles.choose(tile, one, tasks[name].scale, f, max(own))
+            tiles = self.tiles(one, tile)
         elif tile:
             raise UserError(f"tile {tile}: tiles are for upscaling alone: leave it out")
         elif tasks and max(high, wide) > LARGE * max(own):
@@ -274,6 +276,9 @@ class CoDiPipeline(DiffusionPipeline):
                           "hold together, and takes long: make the picture smaller first", stacklevel=1)  # fmt: skip
         if tiles and output_type == "latent":
             raise UserError("output_type 'latent': tiles have none in common: pass tile=0, or another type")
+        if output_type == "bands" and (not tiles or colour == "adain"):
+            raise UserError("output_type 'bands': of pictures that are upscaled in tiles, without adain: use pt")
+        require_method(colour)
 
         def step(index: int, t: int, z: Tensor, x: Tensor) -> Tensor | None:
             bar.update()
@@ -286,28 +291,50 @@ class CoDiPipeline(DiffusionPipeline):
         walk = partial(self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step)
         channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
         fields = steps if self._all(strength, "jumps") else 1
-        with progress_bar(total=steps * (-(-tiles.count(one) // batch_size) * len(one) if tiles else 1)) as bar:
-            if tiles:
+        bar = progress_bar(total=steps * (tiles.batches(one, batch_size) * len(one) if tiles else 1))
+        if tiles:
+            enlarge, late = tasks[name].condition, colour == "adain"  # which needs the whole picture
 
-                def make(noise: Tensor, low: Tensor, texts: list[str]) -> Tensor:
-                    return self._decode(walk(noise, {name: tasks[name].condition(low)}, texts))
+            def make(noise: Tensor, low: Tensor, texts: list[str]) -> Tensor:
+                return self._decode(walk(noise, {name: enlarge(low)}, texts))
 
-                result = tiles.upscale(make, one, prompts, seeds, channels, batch_size, fields)
-            else:
-                cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
-                covered = (cells[0] * f, cells[1] * f)
-                conditions = {key: mirror_pad(task.condition(given[key]), covered) for key, task in tasks.items()}
+            pictures = [
+                match_bands(
+                    tiles.bands(make, low, text, number, channels, batch_size, fields),
+                    partial(tiles.enlarged, enlarge, low), high, "none" if late else colour,
+                )
+                for low, text, number in zip(one.split(1), prompts, seeds, strict=True)
+            ]  # fmt: skip
+            if output_type == "bands":
+                return self._handed([closing(bar, bands) for bands in pictures], return_dict)
+            with bar:
+                result = torch.cat([join(bands, high) for bands in pictures])
+            if late:
+                result = match_colour(result, enlarge(one), colour)
+        else:
+            cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
+            covered = (cells[0] * f, cells[1] * f)
+            conditions = {key: mirror_pad(task.condition(given[key]), covered) for key, task in tasks.items()}
+            with bar:
                 latent = walk(initial_noise((channels, *cells), seeds, fields), conditions, prompts)
-                result = latent if output_type == "latent" else self._decode(latent)[:, :, :high, :wide].cpu()
-        if output_type != "latent":
+            if output_type == "latent":
+                return self._handed(latent, return_dict)
+            result = self._decode(latent)[:, :, :high, :wide].cpu()
             for key, task in tasks.items():
                 if task.name == "upscale":
-                    result = match_colour(result, task.condition(given[key]).float(), method=colour)
+                    result = match_colour(result, task.condition(given[key]).float(), colour)
             for key, task in tasks.items():  # last: what a task puts back exactly, nothing may touch again
                 result = task.finish(result, given[key])
+        return self._handed(to_output(result, output_type), return_dict)
+
+    def _handed(self, images: Any, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
         self.maybe_free_model_hooks()
-        images = to_output(result, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def tiles(self, given: Tensor, side: int | None = None) -> Tiles | None:
+        """The tiles that a picture (B, C, h, w) is upscaled in, of `side` input pixels (0: none; None: as needed)."""
+        scale, f = self.task.scale, codec.downscale(self.vae)  # type: ignore[union-attr]
+        return Tiles.choose(side, given, scale, f, max(self._size(None, None)))
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of text-to-image. Raises UserError for sides that are no whole latent cells."""
@@ -365,3 +392,9 @@ class CoDiPipeline(DiffusionPipeline):
 
     def _decode(self, latent: Tensor) -> Tensor:
         return codec.decode(self.vae if self.tiny_vae is None else self.tiny_vae, latent).float()
+
+
+def closing(bar: Any, bands: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same; the progress bar ends with them."""
+    with bar:
+        yield from bands
