@@ -1,15 +1,20 @@
-"""Seconds a picture at full size, random weights: diffusers' ControlNet pipeline and ours, in turns in one process.
+"""Seconds a batch at full size, random weights: diffusers' ControlNet pipeline and ours, in turns in one process.
 
-    python benchmarks/latency.py --kind sd15 --size 256 --repeats 3 --out benchmarks/results/latency-cpu.json
-    python benchmarks/latency.py --device cuda --dtype bfloat16 --size 512 --repeats 20 --out latency-cuda.json
+    python benchmarks/latency.py --size 256 --repeats 3 --out benchmarks/results/latency-cpu.json
+    python benchmarks/latency.py --device cuda --dtype bfloat16 --size 512 --repeats 20 --variants eager compile graph \
+        --out latency-cuda.json
 
 `lcm`: StableDiffusionControlNetPipeline with the LCM scheduler, 4 steps, no second pass. `ddim`: the same with 50 DDIM
 steps and guidance in two passes. `codi`: ours in 4 steps, an adapter that reads pixels (`--reads latent`: latents, by
 the VAE's encoder). `...-loop`: up to the latent, prompt and condition included. `codi-tiny`: decoded by a tiny decoder
 (AutoencoderTiny as it stands in diffusers, TAESD's). `bare`: the bare modules of `codi` in a row, nothing around them.
 
-A round runs every one of them once, in an order of its own; the first round is not measured. Ratios are medians of the
-rounds' ratios.
+Variants, `NAME/VARIANT`, of theirs as of ours: `channels-last` lays the weights out so, `compile` is torch.compile,
+`graph` its mode "reduce-overhead", which on a GPU is CUDA graphs.
+
+A round runs every one of them once, in an order of its own; the first two rounds are not measured. Ratios are medians
+of the rounds' ratios. `rates`: what the machine does at best in this precision, a large product of matrices and a large
+copy; `share`: the arithmetic of `codi` over its time, as a share of that rate.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from command import command_line
 from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, LCMScheduler, StableDiffusionControlNetPipeline
 from fullsize import PROMPTS, build
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
@@ -41,18 +47,29 @@ from codi.sampling.shelf import Shelved
 from codi.tasks import get_task
 
 STEPS = 4
+WARM = 2  # rounds: compiled networks settle in the second
 # (faster, slower, what is owed)
 GOALS = (
     ("codi-loop", "lcm-loop", 1.22), ("codi", "lcm", 1.12), ("codi-tiny", "lcm", 1.8), ("codi", "ddim", 18),
     ("codi-tiny", "ddim", 30), ("bare", "codi", 1.02),
 )  # fmt: skip
+COMPILED: dict[str, dict[str, Any]] = {"compile": {}, "graph": {"mode": "reduce-overhead"}}
+VARIANTS = ("eager", "channels-last", *COMPILED)
+Run = Callable[..., Any]
 
 
-def theirs(backbone: Backbone, size: int, picture: Tensor) -> dict[str, Callable[[], Any]]:
+def theirs(backbone: Backbone, picture: Tensor, variant: str) -> dict[str, Run]:
     """diffusers' ControlNet pipeline on the backbone's parts."""
     parts = {key: getattr(backbone, key) for key in ("vae", "unet", "text_encoder", "tokenizer")}
     net = ControlNetModel.from_unet(backbone.unet).to(backbone.unet.device, backbone.unet.dtype).eval()
-    runs: dict[str, Callable[[], Any]] = {}
+    networks: Any = (backbone.unet, net, backbone.vae.decoder)
+    for network in networks:
+        if variant == "channels-last":
+            network.to(memory_format=torch.channels_last)
+        elif variant in COMPILED:
+            network.compile(**COMPILED[variant])
+    prompts, size = PROMPTS[:1] * len(picture), picture.shape[-1]
+    runs: dict[str, Run] = {}
     for name, scheduler, steps, guidance in (("lcm", LCMScheduler, STEPS, 1.0), ("ddim", DDIMScheduler, 50, 7.5)):
         pipe: Any = StableDiffusionControlNetPipeline(
             **parts, controlnet=net, scheduler=scheduler.from_config(backbone.scheduler.config), safety_checker=None,
@@ -62,7 +79,7 @@ def theirs(backbone: Backbone, size: int, picture: Tensor) -> dict[str, Callable
 
         def run(output: str = "pt", pipe: Any = pipe, steps: int = steps, guidance: float = guidance) -> Any:
             return pipe(
-                PROMPTS[0], image=picture, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance,
+                prompts, image=picture, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance,
                 output_type=output,
             )  # fmt: skip
 
@@ -71,34 +88,40 @@ def theirs(backbone: Backbone, size: int, picture: Tensor) -> dict[str, Callable
     return runs
 
 
-def ours(backbone: Backbone, size: int, picture: Tensor, reads: str) -> dict[str, Callable[[], Any]]:
+def ours(backbone: Backbone, picture: Tensor, reads: str, variant: str) -> dict[str, Run]:
     """Our pipeline with an adapter of CoDi's form, with the VAE's decoder and with a tiny one; and its bare modules."""
     form: Any = FORMS["fused"]
     adapter = form.from_backbone(backbone.unet, backbone.vae, reads=reads).to(backbone.unet.dtype).eval()
     adapter.requires_grad_(False)
     tiny = AutoencoderTiny().to(backbone.unet.device, backbone.unet.dtype).eval()
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Run] = {}
     for name, decoder in (("codi", None), ("codi-tiny", tiny)):
         pipe: Any = CoDiPipeline(**vars(backbone), tiny_vae=decoder)
         pipe.set_progress_bar_config(disable=True)
         pipe._shelf.loaded["canny"] = Shelved(adapter, backbone.unet, get_task("canny"), Path())
         pipe.set_adapters("canny")
+        if variant == "channels-last":
+            pipe.to(memory_format=torch.channels_last)
+        elif variant in COMPILED:
+            pipe.compile(**COMPILED[variant])
 
         def run(output: str = "pt", pipe: Any = pipe) -> Any:
-            return pipe(image=picture[:, :1], prompt=PROMPTS[0], steps=STEPS, output_type=output)
+            prompts = PROMPTS[:1] * len(picture)
+            return pipe(image=picture[:, :1], prompt=prompts, steps=STEPS, output_type=output)
 
         runs[name] = run
-    runs["codi-loop"] = lambda: runs["codi"]("latent")  # type: ignore[call-arg]
-    runs["bare"] = bare(backbone, adapter, size, picture)
+    runs["codi-loop"] = lambda: runs["codi"]("latent")
+    if variant == "eager":
+        runs["bare"] = bare(backbone, adapter, picture)
     return runs
 
 
-def bare(backbone: Backbone, adapter: Any, size: int, picture: Tensor) -> Callable[[], Any]:
+def bare(backbone: Backbone, adapter: Any, picture: Tensor) -> Run:
     """What cannot be left out: text encoder, condition once, U-Net and fusion at each step, decoder."""
-    student = Student(backbone.unet, adapter).eval()
-    noise = initial_noise((4, size // 8, size // 8), [0]).to(backbone.unet.device, backbone.unet.dtype)
-    tokens = tokenize(backbone.tokenizer, PROMPTS[:1]).to(backbone.unet.device)
-    levels = (time_grid(1000, STEPS)[:-1] - 1).to(backbone.unet.device)
+    student, cells = Student(backbone.unet, adapter).eval(), picture.shape[-1] // 8
+    noise = initial_noise((4, cells, cells), range(len(picture))).to(picture)
+    tokens = tokenize(backbone.tokenizer, PROMPTS[:1] * len(picture)).to(picture.device)
+    levels = (time_grid(1000, STEPS)[:-1] - 1).to(picture.device)
 
     @torch.no_grad()
     def run() -> Any:
@@ -111,48 +134,75 @@ def bare(backbone: Backbone, adapter: Any, size: int, picture: Tensor) -> Callab
     return run
 
 
+def seconds_of(run: Run, device: str) -> float:
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine does at best: arithmetic in a product of matrices, and bytes read and written in a copy."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out, large = torch.empty_like(a), torch.empty(2**28, device=device, dtype=torch.uint8)
+    copy = torch.empty_like(large)
+    product = min(seconds_of(lambda: torch.mm(a, b, out=out), device) for _ in range(10))
+    copied = min(seconds_of(lambda: copy.copy_(large), device) for _ in range(10))
+    return {"flop_per_second": 2 * side**3 / product, "bytes_per_second": 2 * large.numel() / copied}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default="sd15", choices=["sd15", "sd21"])
     parser.add_argument("--size", type=int, default=256, help="pixels")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--reads", default="pixels", choices=["pixels", "latent"])
+    parser.add_argument("--variants", nargs="+", default=["eager"], choices=VARIANTS)
     parser.add_argument("--skip", nargs="*", default=[], help="contestants to leave out, e.g. ddim ddim-loop")
-    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    backbone = build(args.kind, getattr(torch, args.dtype)).to(args.device)
-    if args.channels_last:
-        for part in (backbone.unet, backbone.vae):
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    picture = torch.rand(1, 3, args.size, args.size, generator=torch.Generator().manual_seed(0)).round()
-    picture = picture[:, :1].expand(-1, 3, -1, -1).to(args.device, getattr(torch, args.dtype))
-    runs = {**theirs(backbone, args.size, picture), **ours(backbone, args.size, picture, args.reads)}
-    runs = {name: run for name, run in runs.items() if name not in args.skip}
+    dtype = getattr(torch, args.dtype)
+    picture = torch.rand(args.batch, 1, args.size, args.size, generator=torch.Generator().manual_seed(0)).round()
+    picture = picture.expand(-1, 3, -1, -1).to(args.device, dtype)
+    runs: dict[str, Run] = {}
+    for variant in args.variants:
+        backbone = build(args.kind, dtype).to(args.device)
+        made = theirs(backbone, picture, variant)
+        if variant != "eager":  # networks of its own, as these are changed in place
+            backbone = build(args.kind, dtype).to(args.device)
+        made |= ours(backbone, picture, args.reads, variant)
+        ending = "" if variant == "eager" else f"/{variant}"
+        runs |= {f"{name}{ending}": run for name, run in made.items() if name not in args.skip}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.repeats + 1):
+    for number in range(WARM + args.repeats):
         for name in random.Random(number).sample(list(runs), len(runs)):
-            started = time.perf_counter()
-            runs[name]()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    ratios = [
-        {
-            "faster": fast, "slower": slow, "goal": goal,
-            "ratio": statistics.median(s / f for f, s in zip(seconds[fast], seconds[slow], strict=True)),
-        }
-        for fast, slow, goal in GOALS
-        if fast in runs and slow in runs
-    ]  # fmt: skip
-    told = {key: value for key, value in vars(args).items() if key not in ("out", "skip")}
+            taken = seconds_of(runs[name], args.device)
+            if number >= WARM:
+                seconds[name].append(taken)
+
+    def ratio(fast: str, slow: str) -> float:
+        return statistics.median(s / f for f, s in zip(seconds[fast], seconds[slow], strict=True))
+
+    pairs = [pair for pair in GOALS if pair[0] in runs and pair[1] in runs]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    result = {"command": command_line(), **told, "seconds": medians, "ratios": ratios, "machine": describe_machine()}
-    write_json(result, args.out)
-    print(medians, ratios, sep="\n")
+    told = {key: value for key, value in vars(args).items() if key not in ("out", "skip", "variants")}
+    result: dict[str, Any] = {"command": command_line(), **told, "steps": STEPS, "seconds": medians}
+    result["ratios"] = [{"faster": f, "slower": s, "goal": goal, "ratio": ratio(f, s)} for f, s, goal in pairs]
+    plain = [(name, name.split("/")[0]) for name in runs if "/" in name]
+    result["variants"] = {name: ratio(name, eager) for name, eager in plain if eager in runs}
+    if "bare" in runs:
+        with FlopCounterMode(display=False) as counter:
+            runs["bare"]()
+        result["flop"], result["rates"] = counter.get_total_flops(), rates(args.device, dtype)
+        best = result["flop"] / result["rates"]["flop_per_second"]
+        result["share"] = {name: best / medians[name] for name in medians if name.split("/")[0] in ("codi", "bare")}
+    write_json({**result, "machine": describe_machine()}, args.out)
+    print({key: result[key] for key in ("seconds", "ratios", "variants", "share") if key in result})
 
 
 if __name__ == "__main__":

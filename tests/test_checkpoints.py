@@ -1,5 +1,6 @@
 """Users' checkpoints: Stable Diffusion 1, 2 and XL in diffusers' layouts, sampled as diffusers samples them."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from codi.apps.common import parse_loras
 from codi.errors import UserError
+from codi.models import codec
 from codi.models.adapter import FORMS, FusedAdapter
 from codi.models.adapter_files import load_adapter
 from codi.models.backbone import load_backbone
@@ -21,7 +23,19 @@ from codi.models.text import embed_prompts
 from codi.sampling.pipeline import CoDiPipeline
 from codi.sampling.sampler import initial_noise
 from codi.training.distill import DistillRecipe, distill
-from tiny import CAPTIONS, LATENT_CHANNELS, influence, rand, randn, tiny_backbone, tiny_lora, tiny_scheduler, tiny_xl
+from originals import save_original
+from tiny import (
+    CAPTIONS,
+    LATENT_CHANNELS,
+    influence,
+    rand,
+    randn,
+    tiny_backbone,
+    tiny_checkpoint,
+    tiny_lora,
+    tiny_scheduler,
+    tiny_xl,
+)
 
 XL = tiny_xl().freeze()
 
@@ -74,6 +88,37 @@ def test_an_empty_prompt_is_zeros_for_xl_alone():
     assert not features[0].any() and not added["text_embeds"][0].any() and features[1].any()
     spoken = dataclasses.replace(XL, force_zeros_for_empty_prompt=False)
     assert embed_prompts(spoken.text, [""])[0].any()
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "xl"])
+def test_a_single_file_is_its_folder_bit_for_bit(kind, tmp_path):
+    """By the original code's names; configurations and tokenizers come from a folder, since no hub can be asked."""
+    backbone = {"sd1": tiny_backbone("epsilon"), "sd2": tiny_backbone("v_prediction"), "xl": XL}[kind]
+    backbone.pipeline().save_pretrained(tmp_path / kind)
+    file = save_original(backbone, tmp_path / f"{kind}.safetensors", open_clip=kind == "sd2")
+    loaded = load_backbone(file, config=tmp_path / kind)
+    assert loaded.family == backbone.family
+    for ours, theirs in zip(loaded.modules, backbone.modules, strict=True):
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+@torch.no_grad()
+def test_xls_vae_computes_in_float32_where_halves_would_overflow(xl_folder):
+    vae, z, picture = (
+        load_backbone(xl_folder, torch.float16).vae,
+        randn(1, LATENT_CHANNELS, 8, 8).half(),
+        rand(1, 3, 32, 32),
+    )
+    made, read = codec.decode(vae, z), codec.encode(vae, picture)
+    assert vae.dtype == made.dtype == read.dtype == torch.float16
+    wide = copy.deepcopy(vae).float()
+    assert torch.equal(made, codec.decode(wide, z).half()) and torch.equal(read, codec.encode(wide, picture).half())
+
+
+def test_other_vaes_stay_in_halves(tmp_path):
+    vae = load_backbone(tiny_checkpoint(tmp_path), torch.float16).vae
+    assert not vae.config["force_upcast"]
 
 
 def test_xl_loads_from_its_folder_and_has_a_family_of_its_own(xl_folder):

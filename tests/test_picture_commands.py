@@ -79,6 +79,22 @@ def test_large_pictures_are_cut_into_tiles_and_smaller_scales_are_reached(shell,
     assert Image.open(tmp_path / "out.png").size == (42, 26)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_picture_written_row_by_row_is_the_one_made_whole(shell, tiny, tmp_path, monkeypatch, mode):
+    source = picture(tmp_path / "in.png", 33, 45, mode=mode)
+    options = (*tiny.options, "--tile", 16, "--steps", 1)
+    assert shell("upscale", source, "-o", tmp_path / "whole.png", *options).code == 0
+    monkeypatch.setattr("codi.apps.upscale.TOGETHER", 0)
+    monkeypatch.setattr("codi.data.writing.write_image", None)
+    ran = shell("upscale", source, "-o", tmp_path / "rows.png", *options, "--json")
+    assert ran.code == 0, ran.err
+    row = json.loads(ran.out)[0]
+    whole, rows = (Image.open(tmp_path / f"{name}.png") for name in ("whole", "rows"))
+    assert whole.mode == rows.mode == mode and rows.size == (row["width"], row["height"]) == (132, 180)
+    assert np.abs(np.asarray(whole, int) - np.asarray(rows, int)).max() <= (1 if mode == "RGBA" else 0)
+    assert whole.text == rows.text  # type: ignore[attr-defined]
+
+
 def test_the_scale_is_the_adapter_s_own(shell, tmp_path):
     tiny, source = make_models(tmp_path, scale=8), picture(tmp_path / "in.png")
     for scale, size in (((), (56, 40)), (("--scale", 8), (56, 40)), (("--scale", 6), (42, 30))):

@@ -153,6 +153,18 @@ def test_tiles_are_for_upscaling(pipe):
 # ---- guidance
 
 
+def test_bands_are_the_whole_picture(pipe):
+    pipe.set_adapters("upscale")
+    asked = {"image": rand(2, 3, 45, 38), "tile": 16, "seed": 5}
+    whole = run(pipe, **asked)
+    for picture, bands in zip(whole, run(pipe, **asked, output_type="bands"), strict=True):
+        parts = list(bands)
+        assert len(parts) > 2 and torch.equal(torch.cat(parts, dim=2)[0], picture)
+    for wrong in ({"tile": 0}, {"colour": "adain"}):
+        with pytest.raises(UserError, match="'bands'"):
+            run(pipe, **{**asked, **wrong}, output_type="bands")
+
+
 def test_distilled_guidance_is_one_pass_and_kept_within_its_range(pipe):
     pipe.set_adapters("edit")
     calls: list[int] = []
@@ -326,3 +338,27 @@ def test_a_picture_much_larger_than_the_model_s_own_is_warned_of(pipe):
         pipe(image=rand(3, 96, 96), prompt="make it blue", steps=1)
         pipe.set_adapters("upscale")
         pipe(image=rand(3, 40, 48), steps=1)
+
+
+def test_a_compiled_pipeline_makes_the_same_pictures(folder):
+    """One graph without a break, and of adapters that are set later."""
+    pipe = CoDiPipeline.from_pretrained(folder / "model", "edit", folder / "edit")
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"steps": 1, "seed": 3, "image": given("edit")["image"]}
+    plain = run(pipe, **asked)
+    pipe.set_adapters([])
+    assert pipe.compile(backend="eager", fullgraph=True) is pipe
+    pipe.set_adapters("edit")
+    assert torch.equal(run(pipe, **asked), plain)
+
+
+def test_memory_format(folder):
+    plain, laid_out = (CoDiPipeline.from_pretrained(folder / "model", "depth", folder / "depth") for _ in range(2))
+    laid_out.to(torch.float32, memory_format=torch.channels_last)
+    laid_out.load_adapter(folder / "edit")
+    for weights in (laid_out.unet, laid_out.vae, *(adapter.unet for adapter in laid_out._shelf.loaded.values())):
+        convolutions = [p for p in weights.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+        assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+    for pipe in (plain, laid_out):
+        pipe.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(run(laid_out, **given("depth")), run(plain, **given("depth")), rtol=0, atol=1e-5)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from codi.errors import UserError
-from codi.sampling.colour import low_frequencies, match_colour, wavelet_levels
-from codi.sampling.tiling import covered_size, cut, feather, mirror_pad, starts, upscale_tiled
+from codi.sampling.colour import low_frequencies, match_bands, match_colour, wavelet_levels
+from codi.sampling.tiles import noise_rows
+from codi.sampling.tiling import covered_size, cut, feather, join, mirror_pad, starts, upscaled_bands
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -16,6 +17,10 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def enlarge(low: torch.Tensor, scale: int = 4) -> torch.Tensor:
     return low.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def upscale_tiled(run, low: torch.Tensor, scale: int = 4, *options: int, **named) -> torch.Tensor:
+    return join(upscaled_bands(run, low, scale, *options, **named), low.shape[-2] * scale)
 
 
 # --- tiling --------------------------------------------------------------------------------------------------------
@@ -104,7 +109,7 @@ def test_progress_counts_tiles_and_scale_may_be_one():
     out = upscale_tiled(
         lambda t, _: t, low, 1, 16, 4, batch=3, progress=lambda done, total: heard.append((done, total))
     )
-    assert heard == [(3, 4), (4, 4)] and torch.allclose(out, low, atol=1e-6)
+    assert heard == [(2, 4), (4, 4)] and torch.allclose(out, low, atol=1e-6)
 
 
 def test_run_may_work_in_half_precision():
@@ -198,6 +203,22 @@ def test_flat_pictures_and_results_within_range():
         assert torch.allclose(match_colour(flat, flat + 0.3, method), flat + 0.3, atol=1e-5)
         assert match_colour(noise(1, 3, 16, 16), flat * 0, method).aminmax().min >= 0
     assert match_colour(flat, flat + 0.3, "none") is flat
+
+
+@pytest.mark.parametrize("method", ["wavelet", "none"])
+@pytest.mark.parametrize("rows", [[200], [1] * 200, [7, 93, 40, 60], [90, 100, 10]])
+def test_colours_of_a_picture_in_bands_are_those_of_the_whole(method: str, rows: list[int]):
+    picture, reference = noise(1, 3, 200, 150), noise(1, 3, 200, 150, seed=1)
+    bands = match_bands(iter(picture.split(rows, dim=2)), lambda a, b: reference[:, :, a:b], 200, method)
+    torch.testing.assert_close(join(bands, 200), match_colour(picture, reference, method), rtol=0, atol=1e-6)
+
+
+def test_any_rows_of_a_noise_field_can_be_drawn_alone():
+    whole = noise_rows((4, 50), 7, 0, 200, fields=2)
+    assert whole.shape == (1, 8, 200, 50) and abs(whole.mean()) < 0.02 and abs(whole.std() - 1) < 0.02
+    for first, count in ((0, 1), (15, 2), (16, 16), (33, 100)):
+        assert torch.equal(noise_rows((4, 50), 7, first, count, fields=2), whole[:, :, first : first + count])
+    assert not torch.equal(noise_rows((4, 50), 8, 0, 16), noise_rows((4, 50), 7, 0, 16))
 
 
 def test_unknown_method():

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from codi.data.images import check_writable, read_image, write_image, write_png
+from codi.data.writing import write_png_bands
 from codi.errors import UserError
 from pixels import DEEP, fault, gradient, levels
+from tiny import rand
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -37,6 +39,31 @@ def test_grey_is_written_grey(tmp_path: Path, bits: int):
     picture = read_image(tmp_path / "a.png")
     assert picture.grey and picture.bits == bits
     assert torch.allclose(picture.rgb, gradient(), atol=0.51 / (2**bits - 1))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("kind", ["rgb", "alpha", "grey"])
+def test_a_picture_in_bands_is_the_picture(tmp_path: Path, kind: str, bits: int):
+    rgb, alpha = rand(3, 50, 33), rand(1, 50, 33, seed=1) if kind == "alpha" else None
+    metadata, grey = {"codi": "a", "prompt": "a café 紅"}, kind == "grey"
+    write_png(tmp_path / "whole.png", rgb.clone(), alpha, metadata, bits, grey)
+    parts = [(rgb[None, :, a:b], None if alpha is None else alpha[:, a:b]) for a, b in ((0, 20), (20, 21), (21, 50))]
+    write_png_bands(tmp_path / "bands.png", iter(parts), 50, 33, metadata, bits, grey)
+    whole, banded = (read_image(tmp_path / f"{name}.png") for name in ("whole", "bands"))
+    assert torch.equal(whole.rgb, banded.rgb) and (whole.grey, whole.bits) == (banded.grey, banded.bits) == (grey, bits)
+    assert alpha is None or torch.equal(whole.alpha, banded.alpha)
+    with Image.open(tmp_path / "bands.png") as image:
+        assert image.size == (33, 50) and getattr(image, "text") == metadata  # noqa: B009 (PNG's own attribute)
+
+
+def test_bands_that_fail_leave_nothing_behind(tmp_path: Path):
+    def bands():
+        yield rand(1, 3, 20, 33), None
+        raise UserError("tile 1: failed: try again")
+
+    with pytest.raises(UserError, match="tile 1"):
+        write_png_bands(tmp_path / "a.png", bands(), 50, 33)
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_are_clamped_and_rounded_to_nearest(tmp_path: Path):

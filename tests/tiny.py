@@ -128,7 +128,7 @@ def tiny_xl(seed: int = 0) -> Backbone:
     tokenizer: Any = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
+        hidden_size=12,  # another width than the first's, by which diffusers tells them apart
         intermediate_size=16,
         projection_dim=6,
         num_hidden_layers=2,
@@ -140,7 +140,7 @@ def tiny_xl(seed: int = 0) -> Backbone:
     )
     unet = tiny_unet(
         seed,
-        cross_attention_dim=2 * TEXT_WIDTH,
+        cross_attention_dim=TEXT_WIDTH + 12,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 + 6 * 4,

@@ -27,7 +27,9 @@ _MODEL, _SAMPLING, _OUTPUT = "Model", "Sampling", "Output"
 
 Model = Annotated[
     str,
-    typer.Option(help="mini, a diffusers folder, a .safetensors file or a hub id[@revision].", rich_help_panel=_MODEL),
+    typer.Option(
+        help="mini, a diffusers folder, a .safetensors file or a hub id\\[@revision].", rich_help_panel=_MODEL
+    ),
 ]
 Adapter = Annotated[
     str | None,
@@ -49,6 +51,15 @@ Decoder = Annotated[
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=_MODEL)]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision of the model.", rich_help_panel=_MODEL)
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="torch.compile the networks: a slow start, then faster on a GPU.", rich_help_panel=_MODEL
+    ),
+]
+ChannelsLast = Annotated[
+    bool, typer.Option("--channels-last", help="Weights laid out for convolutions.", rich_help_panel=_MODEL)
 ]
 Steps = Annotated[
     int, typer.Option(min=1, max=1000, help="Sampling steps; adapters are made for 1 to 4.", rich_help_panel=_SAMPLING)
@@ -212,6 +223,8 @@ def load_pipeline(
     dtype: str = "float32",
     loras: Mapping[str, float] | None = None,
     decoder: str | None = None,
+    channels_last: bool = False,
+    compiled: bool = False,
 ) -> CoDiPipeline:
     """The pipeline of a model, adapter and decoder, on its device. Raises UserError as CoDiPipeline does."""
     with working(f"loading {model}"):
@@ -222,9 +235,9 @@ def load_pipeline(
         hide_loading_bars()
         where = choose_device(device)
         kind = getattr(torch, dtype)
-        pipe = CoDiPipeline.from_pretrained(
-            model, task=task, adapter=adapter, torch_dtype=kind, loras=loras, decoder=decoder
-        )
-        pipe.to(where)
+        pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, dtype=kind, loras=loras, decoder=decoder)
+        pipe.to(where, memory_format=torch.channels_last if channels_last else None)
+        if compiled:
+            pipe.compile()
     pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)
     return pipe

@@ -49,7 +49,7 @@ def demo(
         from ..sampling.pipeline import CoDiPipeline
 
         hide_loading_bars()
-        pipe = CoDiPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(choose_device(device))
+        pipe = CoDiPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(choose_device(device))
     pipe.set_progress_bar_config(disable=True)
     say = (lambda line: None) if json_ else print
     told = tour(

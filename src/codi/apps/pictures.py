@@ -18,6 +18,8 @@ from .common import (
     Adapter,
     BadUsage,
     Batch,
+    ChannelsLast,
+    Compile,
     Count,
     Decoder,
     Device,
@@ -63,6 +65,8 @@ class Settings:
     batch: Batch = 4
     device: Device = "auto"
     dtype: DType = "float32"
+    channels_last: ChannelsLast = False
+    compile: Compile = False
     overwrite: Overwrite = False
     json_: Json = False
 
@@ -115,12 +119,14 @@ class Item:
 @dataclass(frozen=True)
 class Order:
     """What all pictures of one command share: the pipeline's further arguments, notes for the files' metadata, and
-    `fit`, which brings a result (C, H, W) to the size of its file."""
+    `fit`, which brings a result (C, H, W) to the size of its file; `rows`, for an item that is made and written row by
+    row what gives rows a to b of its alpha, (1, b - a, W) or None."""
 
     task: str
     arguments: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     fit: Callable[[Tensor, Item], Tensor] = lambda image, item: image
+    rows: Callable[[Item], Callable[[int, int], Tensor | None] | None] = lambda item: None
 
 
 def plan(
@@ -189,7 +195,9 @@ def _pictures(path: Path) -> list[Path]:
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
     s = settings
-    pipe = load_pipeline(s.model, task, s.adapter, s.device, s.dtype, parse_loras(s.lora), s.decoder)
+    pipe = load_pipeline(
+        s.model, task, s.adapter, s.device, s.dtype, parse_loras(s.lora), s.decoder, s.channels_last, s.compile
+    )
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
         raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")
@@ -234,7 +242,7 @@ def make(
     items, goes to `report`, and the others follow. A picture depends on its seed, not on what else is in the run."""
     import torch
 
-    from ..data.writing import write_image
+    from ..data.writing import write_image, write_png_bands
 
     scales = _scales(pipe, order, settings)
     arguments = {**order.arguments, "guidance_scale": scales["text"], "image_guidance_scale": scales.get("image")}
@@ -255,44 +263,58 @@ def make(
     for group in _groups(items, settings.batch, report):
         began = time.perf_counter()
         pipe.set_progress_bar_config(**{**bar, "desc": group[0].target.name})
+        rows = order.rows(group[0])
         try:
-            made: Tensor = pipe(
+            made: Any = pipe(
                 **{name: torch.stack([item.given[name] for item in group]) for name in group[0].given},
                 steps=settings.steps,
                 strength=settings.strength,
                 seed=[item.seed for item in group],
                 batch_size=settings.batch,
-                output_type="pt",
+                output_type="bands" if rows else "pt",
                 **arguments,
             ).images  # type: ignore[union-attr]
         except UserError as error:
             report(UserError(f"{group[0].source}: {error}") if group[0].source else error)
             continue
         seconds = (time.perf_counter() - began) / len(group)
-        for item, rgb in zip(group, made, strict=True):
-            rgb = order.fit(rgb, item)
+        for item, one in zip(group, made, strict=True):
+            kept: dict[str, Any] = {
+                "metadata": {**notes, "codi seed": str(item.seed)},
+                "bits": item.like.bits if item.like else 8,
+                "grey": item.like is not None and item.like.grey,
+                "overwrite": settings.overwrite,
+            }
             try:
-                write_image(
-                    item.target,
-                    rgb,
-                    None if item.alpha is None else order.fit(item.alpha, item),
-                    metadata={**notes, "codi seed": str(item.seed)},
-                    bits=item.like.bits if item.like else 8,
-                    grey=item.like is not None and item.like.grey,
-                    overwrite=settings.overwrite,
-                )
+                if rows:
+                    height, width = (pipe.task.scale * side for side in item.given["image"].shape[-2:])  # type: ignore[union-attr]
+                    write_png_bands(item.target, _with_alpha(one, rows), height, width, **kept)
+                    seconds = time.perf_counter() - began
+                else:
+                    rgb = order.fit(one, item)
+                    height, width = rgb.shape[-2:]
+                    write_image(item.target, rgb, None if item.alpha is None else order.fit(item.alpha, item), **kept)
             except UserError as error:
                 report(error)
                 continue
             yield {
                 "input": item.source,
                 "output": str(item.target),
-                "width": rgb.shape[-1],
-                "height": rgb.shape[-2],
+                "width": width,
+                "height": height,
                 "seconds": round(seconds, 4),
                 "seed": item.seed,
                 "steps": settings.steps,
             }
+
+
+def _with_alpha(
+    bands: Iterator[Tensor], alpha: Callable[[int, int], Tensor | None]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    done = 0
+    for band in bands:
+        first, done = done, done + band.shape[2]
+        yield band, alpha(first, done)
 
 
 def _scales(pipe: CoDiPipeline, order: Order, settings: Settings) -> dict[str, float]:

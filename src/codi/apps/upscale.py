@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -60,8 +60,14 @@ def upscale(
         height, width = (max(1, round(side * enlargement)) for side in item.given["image"].shape[-2:])
         return _resized(image, height, width)
 
+    def rows(item: Item) -> Callable[[int, int], Tensor | None] | None:
+        plain = item.target.suffix.lower() == ".png" and colour != "adain"  # which needs the whole picture
+        if not (item.alone and plain and enlargement == pipe.task.scale):  # type: ignore[union-attr]
+            return None
+        return alpha_rows(pipe, tile, item)
+
     arguments = {"prompt": prompt, "tile": tile, "colour": colour}
-    order = Order("upscale", arguments, {"prompt": prompt, "scale": f"{enlargement:g}"}, fit)
+    order = Order("upscale", arguments, {"prompt": prompt, "scale": f"{enlargement:g}"}, fit, rows)
     deliver(pipe, _items(jobs, settings), order, settings)
 
 
@@ -81,6 +87,21 @@ def check(pipe: CoDiPipeline, scale: float | None, tile: int | None) -> None:
         raise BadUsage(
             f"--tile {tile}: not a multiple of {align} from {2 * align} up: use {max(2, tile // align) * align}"
         )
+
+
+def alpha_rows(pipe: CoDiPipeline, tile: int | None, item: Item) -> Callable[[int, int], Tensor | None] | None:
+    """What gives rows of the alpha of a picture that is made in tiles; None where it is made as a whole."""
+    tiles = pipe.tiles(item.given["image"][None], tile)
+    if tiles is None:
+        return None
+
+    def enlarge(part: Tensor) -> Tensor:
+        return _resized(part[0], *(tiles.scale * side for side in part.shape[-2:]))[None]
+
+    def rows(first: int, end: int) -> Tensor | None:
+        return None if item.alpha is None else tiles.enlarged(enlarge, item.alpha[None], first, end)[0]
+
+    return rows
 
 
 def _items(jobs: Sequence[Job], settings: Settings) -> Iterator[Item | UserError]:

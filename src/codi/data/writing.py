@@ -9,6 +9,7 @@ import os
 import secrets
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -44,10 +45,50 @@ def write_png(
     ok, png = cv2.imencode(".png", pixels)
     if not ok:
         raise UserError(f"{path}: OpenCV cannot encode {tuple(pixels.shape)} as PNG: write a smaller picture")
-    text = PngImagePlugin.PngInfo()
-    for key, value in (metadata or {}).items():
-        text.add_text(key, value)
-    _write_bytes(path, _with_chunks(png.tobytes(), text))
+    header = 8 + 25  # signature, IHDR
+    # OpenCV writes 16 bits but no text, Pillow text but not 16-bit RGB.
+    data = png.tobytes()
+    _write(path, [data[:header], _text(metadata), data[header:]])
+
+
+def write_png_bands(
+    path: str | os.PathLike[str],
+    bands: Iterable[tuple[Tensor, Tensor | None]],
+    height: int,
+    width: int,
+    metadata: dict[str, str] | None = None,
+    bits: int = 8,
+    grey: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """As write_png, of a picture (height, width) that comes from the top in bands: `rgb` (1, 3, rows, width) and
+    `alpha` (1, rows, width), in all of them or none. No more than a band is held. What goes wrong in making them leaves
+    no file behind either."""
+    path = Path(path)
+    check_writable(path, overwrite, extensions=(".png",))
+
+    def parts() -> Iterator[bytes]:
+        packer, above = zlib.compressobj(4), None
+        for rgb, alpha in bands:
+            pixels = _quantised(path, rgb, alpha, bits, grey)
+            pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+            count = pixels.shape[2]
+            if above is None:
+                kind = {1: 0, 3: 2, 4: 6}[count]  # grey, RGB, RGBA
+                yield b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">2I5B", width, height, bits, kind, 0, 0, 0))
+                yield _text(metadata)
+                above = np.zeros((1, width * count * bits // 8), np.uint8)
+            order = [2, 1, 0, 3][:count] if count > 1 else [0]  # from OpenCV's
+            rows = np.ascontiguousarray(pixels[..., order], dtype=">u2" if bits == 16 else "u1")
+            rows = rows.view(np.uint8).reshape(len(rows), -1)
+            filtered = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
+            filtered[:, 0] = 2  # each byte less the one above it
+            np.subtract(rows, np.concatenate([above, rows[:-1]]), out=filtered[:, 1:])
+            above = rows[-1:].copy()
+            yield _chunk(b"IDAT", packer.compress(filtered.tobytes()))
+        yield _chunk(b"IDAT", packer.flush()) + _chunk(b"IEND", b"")
+
+    _write(path, parts())
 
 
 def write_image(
@@ -83,7 +124,7 @@ def write_image(
         Image.fromarray(pixels).save(buffer, "JPEG" if jpeg else "WEBP", quality=quality, exif=exif)
     except (OSError, ValueError) as error:  # sides above 65,535 (JPEG) or 16,383 px (WebP)
         raise UserError(f"{path}: {' '.join(str(error).split())}: write it as .png") from error
-    _write_bytes(path, buffer.getvalue())
+    _write(path, [buffer.getvalue()])
 
 
 def check_writable(
@@ -133,24 +174,26 @@ def _quantised(path: Path, rgb: Tensor, alpha: Tensor | None, bits: int, grey: b
     return levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
 
 
-def _with_chunks(png: bytes, text: PngImagePlugin.PngInfo) -> bytes:
-    """`png` with text chunks after its header: OpenCV writes 16 bits but no text, Pillow text but not 16-bit RGB."""
-    header = 8 + 25  # signature, IHDR
-    chunks = b""
-    for chunk in text.chunks:
-        kind, data = chunk[0], chunk[1]
-        chunks += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return png[:header] + chunks + png[header:]
+def _text(metadata: dict[str, str] | None) -> bytes:
+    """Chunks of text."""
+    text = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        text.add_text(key, value)
+    return b"".join(_chunk(chunk[0], chunk[1]) for chunk in text.chunks)
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    """All of `data` at `path`, or nothing: written beside it under a temporary name, then renamed."""
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> None:
+    """All of `parts` at `path`, or nothing: written beside it under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as stream:
-                stream.write(data)
+                stream.writelines(parts)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -83,7 +83,7 @@ def _short(error: Exception) -> str:
 def _weights(cls: Any, folder: Path) -> Any:
     try:
         module, report = cls.from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, output_loading_info=True
+            folder, use_safetensors=True, low_cpu_mem_usage=False, dtype=torch.float32, output_loading_info=True
         )
         if report["missing_keys"]:  # diffusers would leave them random
             raise ValueError(f"weight {sorted(report['missing_keys'])[0]!r} is missing")

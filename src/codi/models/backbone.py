@@ -157,7 +157,10 @@ def load_backbone(
     except UserError:
         raise
     except Exception as error:  # diffusers raises many kinds; the user needs one line
-        raise UserError(f"{name}: the model could not be loaded ({_short(error)}): check the path or id") from error
+        mend = "check the path or id"
+        if Path(source).is_file() and not hub.get("config"):
+            mend = "its configs are fetched from the hub: connect, or pass config, a folder or id of its kind"
+        raise UserError(f"{name}: the model could not be loaded ({_short(error)}): {mend}") from error
     for lora, weight in (loras or {}).items():
         try:
             pipe.load_lora_weights(str(lora), use_safetensors=True)
@@ -168,6 +171,9 @@ def load_backbone(
         except Exception as error:
             raise UserError(f"{lora}: not a LoRA for {name} ({_short(error)}): check the file and the model") from error
     second = {key: getattr(pipe, key, None) for key in ("text_encoder_2", "tokenizer_2")}
+    if second["text_encoder_2"] is None:
+        # diffusers' default says so of 1 and 2 as well, but heeds it for XL alone: their VAEs stay in range.
+        pipe.vae.register_to_config(force_upcast=False)
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt", True))
     scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     backbone = Backbone(
@@ -199,10 +205,12 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
             raise UserError(f"{source}: not a .safetensors file, and others may run code: convert it first")
         # Only its configs are fetched: they have neither the model's revision nor its variants.
         fetching = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
+        if fetching.get("config"):
+            fetching["config"] = str(fetching["config"])
         with safe_open(source, "pt") as file:
             two = any(key.startswith("conditioner.") for key in file.keys())  # noqa: SIM118 # no mapping
         kind: Any = StableDiffusionXLPipeline if two else StableDiffusionPipeline
-        return kind.from_single_file(source, torch_dtype=dtype, **fetching)
+        return kind.from_single_file(source, dtype=dtype, **fetching)
     options = {key: value for key, value in hub.items() if key != "config"}
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         if not (path / "model_index.json").is_file():
@@ -222,7 +230,7 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
     two = (parts.get("text_encoder_2") or [None])[0]
     kind = StableDiffusionXLPipeline if two else StableDiffusionPipeline
     extra = {} if two else {"safety_checker": None, "requires_safety_checker": False}
-    return kind.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **extra, **options)
+    return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra, **options)
 
 
 def _require_usable(backbone: Backbone, name: str) -> None:
@@ -306,7 +314,7 @@ def with_unet(model: str | Path, unet: Path, out: Path) -> Path:
     Diffusion folder. Returns `out`; what is there already stays."""
     if not (out / "model_index.json").is_file():
         b = load_backbone(model)
-        b.unet = UNet2DConditionModel.from_pretrained(unet, torch_dtype=b.unet.dtype)  # type: ignore[assignment]
+        b.unet = UNet2DConditionModel.from_pretrained(unet, dtype=b.unet.dtype)  # type: ignore[assignment]
         temporary = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         b.pipeline().save_pretrained(temporary)

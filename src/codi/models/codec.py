@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -19,12 +23,13 @@ def encode(vae: AutoencoderKL, image: Tensor, generator: torch.Generator | None 
 
     Without a generator the posterior's mean (conditions, evaluation); with one, a sample of it (training targets).
     """
-    return draw(vae, moments(vae, image), generator)
+    return draw(vae, moments(vae, image), generator).to(vae.dtype)
 
 
 def moments(vae: AutoencoderKL, image: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> means and log-variances of the posterior, unscaled, (B, 2C, H/f, W/f)."""
-    return vae.encode(image.to(vae.dtype) * 2 - 1).latent_dist.parameters  # type: ignore[union-attr]
+    with _in_range(vae):
+        return vae.encode(image.to(vae.dtype) * 2 - 1).latent_dist.parameters  # type: ignore[union-attr]
 
 
 def draw(vae: AutoencoderKL, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -42,5 +47,21 @@ def decode(vae: AutoencoderKL | AutoencoderTiny, latent: Tensor, clamp: bool = T
     """Latent -> (B, 3, H, W) in [0, 1], by a VAE or by a tiny one that is made for its latents, whose own scaling
     factor is 1; without `clamp` the gradient survives out of range."""
     shift = vae.config.get("shift_factor") or 0.0
-    image = vae.decode(latent.to(vae.dtype) / vae.config["scaling_factor"] + shift).sample / 2 + 0.5  # type: ignore[union-attr]
-    return image.clamp(0, 1) if clamp else image
+    with _in_range(vae) as dtype:
+        image = vae.decode(latent.to(vae.dtype) / vae.config["scaling_factor"] + shift).sample / 2 + 0.5  # type: ignore[union-attr]
+    return (image.clamp(0, 1) if clamp else image).to(dtype)
+
+
+@contextlib.contextmanager
+def _in_range(vae: AutoencoderKL | AutoencoderTiny) -> Iterator[torch.dtype]:
+    """Within it a VAE that overflows in float16, as its config says of XL's, computes in float32. Gives its dtype."""
+    module: Any = vae
+    dtype = module.dtype
+    overflows = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if overflows:
+        module.to(torch.float32)
+    try:
+        yield dtype
+    finally:
+        if overflows:
+            module.to(dtype)

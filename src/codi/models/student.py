@@ -56,10 +56,20 @@ class Student(nn.Module):
     def forward(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float = 1.0) -> Tensor:
         """The network's prediction (B, C, h, w) at z_t. `timestep` (B,) or (1,), the checkpoint's own numbering;
         `strength` scales the adapter's influence (0: exactly the backbone)."""
+        if conditioning.condition is None:
+            strength = 0.0
+        self._scale(strength if self.adapter is not None else 0.0)
+        return self._predict(z, timestep, conditioning, strength)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """By `torch.compile`, in place, with its arguments: all but the setting of low-rank updates' weights."""
+        self._predict = torch.compile(self._predict, *args, **kwargs)  # type: ignore[method-assign]
+        self.prepare = torch.compile(self.prepare, *args, **kwargs)  # type: ignore[method-assign]
+
+    def _predict(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float) -> Tensor:
         text, added = conditioning.text, conditioning.added
-        adapter = self.adapter if conditioning.condition is not None and strength != 0 else None
-        self._scale(strength if adapter is not None else 0.0)
-        if adapter is None:
+        adapter = self.adapter
+        if adapter is None or strength == 0:
             return unet_up(self.unet, *unet_down(self.unet, z, timestep, text, added), text)
         told = adapter.timestep_cond(conditioning.guidance, conditioning.jump)
         told = None if told is None else strength * told

@@ -91,7 +91,7 @@ def open_decoder(
         if kind != "AutoencoderTiny":
             raise UserError(f"decoder {decoder}: is of class {kind}: give full, tiny or an AutoencoderTiny folder")
         tiny = AutoencoderTiny.from_pretrained(
-            source.as_posix(), torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, **fetching
+            source.as_posix(), dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, **fetching
         )
     except UserError:
         raise

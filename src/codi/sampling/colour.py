@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,7 @@ def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet") -> 
 
     The result is clamped to [0, 1]. Raises UserError for another method.
     """
-    if method not in METHODS:
-        raise UserError(f"{method}: unknown colour correction{nearest(method, METHODS)}: use {', '.join(METHODS)}")
+    require_method(method)
     if method == "none":
         return output
     result = torch.empty_like(output)
@@ -40,6 +40,40 @@ def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet") -> 
             matched = low_frequencies(other - own, levels).add_(own)
         result[:, c : c + 1] = matched.clamp_(0, 1)
     return result
+
+
+def require_method(method: str) -> None:
+    """Raises UserError for a method of colour correction that there is not."""
+    if method not in METHODS:
+        raise UserError(f"{method}: unknown colour correction{nearest(method, METHODS)}: use {', '.join(METHODS)}")
+
+
+def match_bands(
+    bands: Iterator[Tensor], reference: Callable[[int, int], Tensor], height: int, method: str = "wavelet"
+) -> Iterator[Tensor]:
+    """match_colour by "wavelet" or "none" of a picture of `height` rows that comes in bands (1, 3, rows, W) from the
+    top; `reference(a, b)` gives rows a to b of its reference, (1, 3, b - a, W). Bands again, of other rows."""
+    if method == "none":
+        yield from bands
+        return
+    done = end = 0
+    kept = torch.empty(0)  # rows that are not done, and above them what the blur of the first of them sees
+    for band in bands:
+        kept = torch.cat([kept, band], dim=2) if end else band
+        end += band.shape[2]
+        levels = wavelet_levels(height, band.shape[-1])
+        reach = 2**levels - 1  # rows above and below that the blur sees: 1 + 2 + 4 + ...
+        ready, first = end if end == height else end - reach, end - kept.shape[2]
+        if ready <= done:
+            continue
+        other, result = reference(first, end), torch.empty_like(kept[:, :, done - first : ready - first])
+        for c in range(result.shape[1]):
+            own, low = kept[:, c : c + 1], other[:, c : c + 1].to(kept)
+            matched = low_frequencies(low - own, levels).add_(own)
+            result[:, c : c + 1] = matched[:, :, done - first : ready - first].clamp_(0, 1)
+        yield result
+        done = ready
+        kept = kept[:, :, max(0, done - reach) - first :].clone()
 
 
 def wavelet_levels(height: int, width: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..tasks import Task
 
-OUTPUTS = ("pil", "np", "pt", "latent")
+OUTPUTS = ("pil", "np", "pt", "latent", "bands")
 ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,14 @@ from ..models.text import TextEncoders, embed_prompts
 from ..models.tiny import mark_saved, open_decoder, saved_decoder
 from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
-from .colour import match_colour
+from .colour import match_bands, match_colour, require_method
 from .guidance import Guidance, resolve
 from .inputs import ImageInput, brought, one_for_each, output_size, require_possible, to_output
 from .sampler import StepCallback, initial_noise, sample, time_grid
 from .shelf import FOLDER, Shelf
 from .solvers import own_grid, solve
 from .tiles import Tiles
-from .tiling import mirror_pad
+from .tiling import join, mirror_pad
 
 LARGE = 3  # times the size that the backbone was trained at: beyond it users are warned, but for tiled upscaling
 
@@ -46,7 +46,7 @@ class CoDiPipeline(DiffusionPipeline):
     Adapters with low-rank updates have a U-Net of their own modules on the backbone's weights: attention processors and
     slicing that are set on `unet`, or by the pipeline's `enable_...`, do not reach it. Set them on `student.unet`, the
     U-Net of the adapters that are set. No U-Net is called as a whole, since adapters work between its halves: so
-    `torch.compile(unet)` changes nothing, and offloading of whole models is not supported.
+    `torch.compile(unet)` changes nothing, `compile` does, and offloading of whole models is not supported.
     """
 
     _optional_components = ["text_encoder_2", "tokenizer_2", "tiny_vae"]
@@ -85,25 +85,27 @@ class CoDiPipeline(DiffusionPipeline):
         model: str | Path,
         task: str | None = None,
         adapter: str | Path | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         loras: Mapping[str, float] | None = None,
         decoder: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
         **hub: Unpack[Hub],
     ) -> CoDiPipeline:
         """Loads a Stable Diffusion checkpoint (1, 2 or XL) or a saved CoDiPipeline, and sets an adapter.
 
         `model`: "mini", a diffusers folder, a single .safetensors file or a hub id, which may end in "@revision".
         `adapter`: the name of an embedded adapter or a folder; None takes the one of `task` that was saved with the
-        model, else the embedded one. `loras`: low-rank updates made part of the backbone, with weights. `decoder`:
-        "full", "tiny", the one in the model's folder, or an AutoencoderTiny folder or hub id; None: as the pipeline was
-        saved, else the full one. `hub`: revision, variant, token, cache_dir, local_files_only and config of the model,
-        as diffusers knows them.
+        model, else the embedded one. `dtype`: float32 by default; `torch_dtype` is its older name. `loras`: low-rank
+        updates made part of the backbone, with weights. `decoder`: "full", "tiny", the one in the model's folder, or an
+        AutoencoderTiny folder or hub id; None: as the pipeline was saved, else the full one. `hub`: revision, variant,
+        token, cache_dir, local_files_only and config of the model, as diffusers knows them.
         Raises UserError for a missing or broken model, adapter or decoder, or one made for another backbone or task.
         """
         if task is not None:
             get_task(task)
-        backbone, folder = load_backbone(model, torch_dtype, loras, **hub), Path(find_model(model))
-        tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, torch_dtype, **hub)
+        dtype = dtype or torch_dtype or torch.float32
+        backbone, folder = load_backbone(model, dtype, loras, **hub), Path(find_model(model))
+        tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, dtype, **hub)
         pipe = cls(**vars(backbone), tiny_vae=tiny)
         shelf = pipe._shelf
         if (folder / FOLDER).is_dir():
@@ -171,10 +173,25 @@ class CoDiPipeline(DiffusionPipeline):
         """The backbone's noise levels."""
         return DiscreteSchedule.from_config(self.scheduler.config)
 
-    def to(self, *args: Any, **kwargs: Any) -> CoDiPipeline:
-        """Moves or casts everything, as any diffusers pipeline."""
+    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> CoDiPipeline:
+        """Moves or casts everything, as any diffusers pipeline. `memory_format`: torch.channels_last lays weights out
+        as convolutions like them best."""
         super().to(*args, **kwargs)
+        if memory_format is not None:
+            self._shelf.layout = memory_format
+            parts: Any = filter(None, (self.vae, self.unet, self.tiny_vae))
+            for part in parts:
+                part.to(memory_format=memory_format)
         self._shelf.follow()
+        return self
+
+    def compile(self, **options: Any) -> CoDiPipeline:
+        """Has the networks compiled by torch.compile with these options, e.g. mode="max-autotune", when they are first
+        used and for each new size of picture: that takes a minute or more. What an adapter and the U-Net do together
+        is one graph, with mode="reduce-overhead" one CUDA graph."""
+        self._shelf.compile(**options)
+        for part in filter(None, (self.vae.encoder, self.vae.decoder, getattr(self.tiny_vae, "decoder", None))):
+            part.compile(**options)
         return self
 
     def guidance(self, text: float | None = None, image: float | None = None, strength: float = 1.0) -> Guidance:
@@ -215,6 +232,8 @@ class CoDiPipeline(DiffusionPipeline):
         """Makes pictures; `.images` is a list of PIL images, or with output_type "pt" a tensor (B, 3, H, W) in [0, 1],
         "np" an array (B, H, W, 3), "latent" latents.
 
+            "bands", of upscaling in tiles: iterators, one a picture, that make it row by row from the top when asked,
+            (1, 3, rows, W) at a time, so that no picture need be held whole.
         image: what the task needs, in [0, 1] (see inputs.to_tensor); {name: image} where several adapters are set.
             None for text-to-image, whose size is `height` x `width`, by default the backbone's own.
         mask: for inpainting, 1 (white) = make new. prompt: one, or one an image. steps: 1 and up; adapters are
@@ -249,7 +268,7 @@ class CoDiPipeline(DiffusionPipeline):
             raise UserError(f"size {width} x {height}: the picture given makes {wide} x {high} px: leave the size out")
         tiles = None
         if [task.name for task in tasks.values()] == ["upscale"]:
-            tiles = Tiles.choose(tile, one, tasks[name].scale, f, max(own))
+            tiles = self.tiles(one, tile)
         elif tile:
             raise UserError(f"tile {tile}: tiles are for upscaling alone: leave it out")
         elif tasks and max(high, wide) > LARGE * max(own):
@@ -257,6 +276,9 @@ class CoDiPipeline(DiffusionPipeline):
                           "hold together, and takes long: make the picture smaller first", stacklevel=1)  # fmt: skip
         if tiles and output_type == "latent":
             raise UserError("output_type 'latent': tiles have none in common: pass tile=0, or another type")
+        if output_type == "bands" and (not tiles or colour == "adain"):
+            raise UserError("output_type 'bands': of pictures that are upscaled in tiles, without adain: use pt")
+        require_method(colour)
 
         def step(index: int, t: int, z: Tensor, x: Tensor) -> Tensor | None:
             bar.update()
@@ -269,28 +291,50 @@ class CoDiPipeline(DiffusionPipeline):
         walk = partial(self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step)
         channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
         fields = steps if self._all(strength, "jumps") else 1
-        with progress_bar(total=steps * (-(-tiles.count(one) // batch_size) * len(one) if tiles else 1)) as bar:
-            if tiles:
+        bar = progress_bar(total=steps * (tiles.batches(one, batch_size) * len(one) if tiles else 1))
+        if tiles:
+            enlarge, late = tasks[name].condition, colour == "adain"  # which needs the whole picture
 
-                def make(noise: Tensor, low: Tensor, texts: list[str]) -> Tensor:
-                    return self._decode(walk(noise, {name: tasks[name].condition(low)}, texts))
+            def make(noise: Tensor, low: Tensor, texts: list[str]) -> Tensor:
+                return self._decode(walk(noise, {name: enlarge(low)}, texts))
 
-                result = tiles.upscale(make, one, prompts, seeds, channels, batch_size, fields)
-            else:
-                cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
-                covered = (cells[0] * f, cells[1] * f)
-                conditions = {key: mirror_pad(task.condition(given[key]), covered) for key, task in tasks.items()}
+            pictures = [
+                match_bands(
+                    tiles.bands(make, low, text, number, channels, batch_size, fields),
+                    partial(tiles.enlarged, enlarge, low), high, "none" if late else colour,
+                )
+                for low, text, number in zip(one.split(1), prompts, seeds, strict=True)
+            ]  # fmt: skip
+            if output_type == "bands":
+                return self._handed([closing(bar, bands) for bands in pictures], return_dict)
+            with bar:
+                result = torch.cat([join(bands, high) for bands in pictures])
+            if late:
+                result = match_colour(result, enlarge(one), colour)
+        else:
+            cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
+            covered = (cells[0] * f, cells[1] * f)
+            conditions = {key: mirror_pad(task.condition(given[key]), covered) for key, task in tasks.items()}
+            with bar:
                 latent = walk(initial_noise((channels, *cells), seeds, fields), conditions, prompts)
-                result = latent if output_type == "latent" else self._decode(latent)[:, :, :high, :wide].cpu()
-        if output_type != "latent":
+            if output_type == "latent":
+                return self._handed(latent, return_dict)
+            result = self._decode(latent)[:, :, :high, :wide].cpu()
             for key, task in tasks.items():
                 if task.name == "upscale":
-                    result = match_colour(result, task.condition(given[key]).float(), method=colour)
+                    result = match_colour(result, task.condition(given[key]).float(), colour)
             for key, task in tasks.items():  # last: what a task puts back exactly, nothing may touch again
                 result = task.finish(result, given[key])
+        return self._handed(to_output(result, output_type), return_dict)
+
+    def _handed(self, images: Any, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
         self.maybe_free_model_hooks()
-        images = to_output(result, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def tiles(self, given: Tensor, side: int | None = None) -> Tiles | None:
+        """The tiles that a picture (B, C, h, w) is upscaled in, of `side` input pixels (0: none; None: as needed)."""
+        scale, f = self.task.scale, codec.downscale(self.vae)  # type: ignore[union-attr]
+        return Tiles.choose(side, given, scale, f, max(self._size(None, None)))
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of text-to-image. Raises UserError for sides that are no whole latent cells."""
@@ -348,3 +392,9 @@ class CoDiPipeline(DiffusionPipeline):
 
     def _decode(self, latent: Tensor) -> Tensor:
         return codec.decode(self.vae if self.tiny_vae is None else self.tiny_vae, latent).float()
+
+
+def closing(bar: Any, bands: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same; the progress bar ends with them."""
+    with bar:
+        yield from bands

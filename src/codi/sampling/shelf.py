@@ -12,6 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -53,7 +54,9 @@ class Shelf:
         self.unet, self.family = unet, family
         self.loaded: dict[str, Shelved] = {}
         self.weights: dict[str, float] = {}
-        self._composed: dict[tuple[str, ...], Student] = {}
+        self._students: dict[tuple[str, ...], Student] = {}
+        self._compiling: dict[str, Any] | None = None
+        self.layout = torch.preserve_format
 
     def load(self, source: str | Path, name: str | None = None, task: str | None = None) -> str:
         """Loads an embedded adapter or a folder; returns the name it has from now on, by default the folder's.
@@ -95,10 +98,8 @@ class Shelf:
         chosen = {name: float(weight) for name, weight in zip(names, values, strict=True)}
         for name, weight in chosen.items():
             self._require_whole(name, "weight", weight)
-        if len(chosen) > 1 and tuple(chosen) not in self._composed:
-            adapters = {name: self.loaded[name].adapter for name in chosen}
-            unets = {name: self.loaded[name].unet for name in chosen}
-            self._composed[tuple(chosen)] = self._place(compose(self.unet, adapters, unets, chosen)).eval()
+        if len(chosen) > 1:
+            self._student(tuple(chosen))  # which may be refused
         self.weights = chosen
 
     @property
@@ -124,25 +125,44 @@ class Shelf:
     def student(self, strength: float = 1.0) -> tuple[Student, float]:
         """(the student to sample with, the strength to give it): without influence the backbone alone."""
         if not self.infos(strength):
-            return Student(self.unet).eval(), 1.0
+            return self._student(()), 1.0
+        student = self._student(tuple(self.weights))
         if len(self.weights) == 1:
-            name, weight = next(iter(self.weights.items()))
-            return Student(self.loaded[name].unet, self.loaded[name].adapter).eval(), strength * weight
-        student = self._composed[tuple(self.weights)]
+            return student, strength * next(iter(self.weights.values()))
         student.adapter.weights = dict(self.weights)  # type: ignore[union-attr]
         return student, strength
+
+    def _student(self, names: tuple[str, ...]) -> Student:
+        if names not in self._students:
+            adapters = {name: self.loaded[name].adapter for name in names}
+            unets = {name: self.loaded[name].unet for name in names}
+            if len(names) > 1:
+                student = compose(self.unet, adapters, unets, dict.fromkeys(names, 1.0))
+            else:
+                student = Student(unets[names[0]], adapters[names[0]]) if names else Student(self.unet)
+            self._students[names] = self._place(student).eval()
+            if self._compiling is not None:
+                student.compile(**self._compiling)
+        return self._students[names]
+
+    def compile(self, **options: Any) -> None:
+        """Has what is loaded, and will be, compiled by torch.compile when first used."""
+        self._compiling = options
+        for student in self._students.values():
+            student.compile(**options)
 
     def follow(self) -> None:
         """Moves everything to where the backbone went."""
         for shelved in self.loaded.values():
             self._place(shelved.adapter)
             self._place(shelved.unet)
-        for student in self._composed.values():
+        for student in self._students.values():
             self._place(student)
 
     def _place(self, module: Any) -> Any:
         """Past diffusers' own `to`, which warns of every cast. Parameters shared with the backbone stay shared."""
-        return nn.Module.to(module, device=self.unet.device, dtype=self.unet.dtype)
+        where: Any = {"device": self.unet.device, "dtype": self.unet.dtype, "memory_format": self.layout}
+        return nn.Module.to(module, **where)
 
     def save(self, folder: Path) -> None:
         """Copies the adapters' files to `folder`/adapters, whole or not at all."""

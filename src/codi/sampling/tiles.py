@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .sampler import initial_noise
-from .tiling import covered_size, cut, starts, upscale_tiled
+from .tiling import covered_size, cut, starts, upscaled_bands
 
 # Tiles of a small backbone's own size see too little: 256 px crops of two photographs, enlarged x4 by a backbone of
 # 16 px, gained 0.2 and 1.4 dB of PSNR with tiles of 64 px instead (two steps, seed 0).
 LEAST = 64
+STRIP = 16  # rows of noise that are drawn together
 OVERLAP = 4  # a tile overlaps its neighbours by side / OVERLAP
 
 
@@ -56,32 +58,50 @@ class Tiles:
         """With the neighbours, in input pixels."""
         return max(self.align, self.side // OVERLAP // self.align * self.align)
 
-    def count(self, given: Tensor) -> int:
-        """How many cover one picture of `given`."""
+    def batches(self, given: Tensor, batch: int) -> int:
+        """How many of at most `batch` tiles, of one row each, cover one picture of `given`."""
         covered = covered_size(given.shape[-2], given.shape[-1], self.side, self.align)
-        return math.prod(len(starts(length, self.side, self.overlap, self.align)) for length in covered)
+        rows, columns = (len(starts(length, self.side, self.overlap, self.align)) for length in covered)
+        return rows * math.ceil(columns / batch)
 
-    def upscale(
+    def bands(
         self,
         make: Callable[[Tensor, Tensor, list[str]], Tensor],
         given: Tensor,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompt: str,
+        seed: int,
         channels: int,
         batch: int,
         fields: int = 1,
-    ) -> Tensor:
-        """Pictures (B, C, h, w) one by one -> (B, 3, scale h, scale w), by `make(noise, tiles, prompts)` on at most
-        `batch` tiles at a time; noise has `channels`, in so many `fields`."""
-        outputs = []
-        for one, text, seed in zip(given.split(1), prompts, seeds, strict=True):
-            size = covered_size(one.shape[-2], one.shape[-1], self.side, self.align)
+    ) -> Iterator[Tensor]:
+        """A picture (1, C, h, w) -> bands (1, 3, rows, scale w) of its enlargement, from the top, by
+        `make(noise, tiles, prompts)` on at most `batch` tiles at a time; noise has `channels`, in so many `fields`."""
+        width = covered_size(given.shape[-2], given.shape[-1], self.side, self.align)[1]
+        ratio = self.scale / self.downscale
+
+        def run(low: Tensor, corners: list[tuple[int, int]]) -> Tensor:
             # One noise field for the whole picture, so that neighbouring tiles agree where they overlap.
-            latent = [length * self.scale // self.downscale for length in size]
-            field = initial_noise((channels, *latent), [seed], fields)
+            first = corners[0][0]
+            field = noise_rows(
+                (channels, round(width * ratio)), seed, round(first * ratio), round(self.side * ratio), fields
+            )
+            noise = cut(field, [(y - first, x) for y, x in corners], self.side, ratio)
+            return make(noise, low, [prompt] * len(low))
 
-            def run(low: Tensor, corners: list[tuple[int, int]], field=field, text=text) -> Tensor:
-                return make(cut(field, corners, self.side, self.scale / self.downscale), low, [text] * len(low))
+        return upscaled_bands(run, given, self.scale, self.side, self.overlap, batch, self.align)
 
-            outputs.append(upscale_tiled(run, one, self.scale, self.side, self.overlap, batch, self.align))
-        return torch.cat(outputs)
+    def enlarged(self, enlarge: Callable[[Tensor], Tensor], given: Tensor, first: int, end: int) -> Tensor:
+        """Rows `first` to `end` of `enlarge(given)`, (1, 3, end - first, scale w), where no row depends on others that
+        are further off than two of `given`."""
+        above, below = max(0, first // self.scale - 2), -(-end // self.scale) + 2
+        return enlarge(given[:, :, above:below])[:, :, first - above * self.scale : end - above * self.scale]
+
+
+def noise_rows(shape: tuple[int, int], seed: int, first: int, count: int, fields: int = 1) -> Tensor:
+    """(1, fields C, count, w): rows from `first` on of a field of N(0, I), `shape` (C, w), that has no end below: any
+    part of it can be drawn alone."""
+    channels, width = shape
+    strips = range(first // STRIP, -(-(first + count) // STRIP))
+    keys = [np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1 for number in strips]
+    drawn = torch.cat([initial_noise((channels, STRIP, width), [key], fields) for key in keys], dim=2)
+    return drawn[:, :, first - strips[0] * STRIP :][:, :, :count]

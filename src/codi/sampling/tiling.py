@@ -3,19 +3,19 @@
 Tiles form a grid, so that the weight of a tile is the product of a weight along y and one along x; making each axis sum
 to one makes the whole sum to one, exactly, without a second picture of weights.
 
-Diffusion starts from noise, and tiles that start from unlike noise disagree where they overlap. Draw the noise once,
+Diffusion starts from noise, and tiles that start from unlike noise disagree where they overlap. Have one noise field
 for the whole picture, and cut it as the tiles are cut:
 
     size = covered_size(h, w, tile, align=2)                      # low-resolution pixels, a bit more than (h, w)
     field = torch.randn(1, 4, size[0] * 4 // 8, size[1] * 4 // 8, generator=generator)         # x4, latents of f = 8
     run = lambda low, corners: sample(low, noise=cut(field, corners, tile, 4 / 8))
-    picture = upscale_tiled(run, low, tile=tile, align=2)         # align: corners stay on whole latent cells
+    picture = join(upscaled_bands(run, low, tile=tile, align=2), 4 * h)     # align: corners stay on whole latent cells
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ Run = Callable[[Tensor, list[Corner]], Tensor]
 
 
 @torch.no_grad()
-def upscale_tiled(
+def upscaled_bands(
     run: Run,
     low: Tensor,
     scale: int = 4,
@@ -37,12 +37,13 @@ def upscale_tiled(
     batch: int = 4,
     align: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """`low` (1, C, h, w) -> (1, C', scale h, scale w) float32 on the CPU, by `run` on at most `batch` tiles at a time.
+) -> Iterator[Tensor]:
+    """`low` (1, C, h, w) -> its enlargement (1, C', scale h, scale w) from the top, in bands (1, C', rows, scale w) of
+    float32 on the CPU, by `run` on at most `batch` tiles of one row at a time.
 
     Tiles are `tile` low-resolution pixels wide, overlap by at least `overlap`, and start at multiples of `align`. A
     side shorter than a tile, or that aligned tiles do not fill, is continued by its mirror image, later cut off again.
-    `progress(done, total)` hears of finished tiles. Memory: the float32 result (201 MB for 4096 x 4096 px) and a batch.
+    `progress(done, total)` hears of finished tiles. Memory: one row of tiles, and a batch; it grows with the width.
 
     Raises UserError if the numbers do not go together.
     """
@@ -51,23 +52,38 @@ def upscale_tiled(
     padded = mirror_pad(low, covered_size(height, width, tile, align))
     rows, columns = (starts(side, tile, overlap, align) for side in padded.shape[-2:])
     weights_y, weights_x = feather(rows, tile, scale), feather(columns, tile, scale)
-    corners = [(y, x) for y in rows for x in columns]
-    weights = [(wy, wx) for wy in weights_y for wx in weights_x]
-    out: Tensor | None = None
-    for first in range(0, len(corners), batch):
-        part = corners[first : first + batch]
-        tiles = run(cut(padded, part, tile), part).float().cpu()
-        if tiles.shape[0] != len(part) or tuple(tiles.shape[-2:]) != (tile * scale, tile * scale):
-            raise ValueError(f"run gave {tuple(tiles.shape)} for {len(part)} tiles of {tile} px at scale {scale}")
-        if out is None:
-            out = torch.zeros(1, tiles.shape[1], height * scale, width * scale)
-        for (y, x), (wy, wx), piece in zip(part, weights[first : first + batch], tiles, strict=True):
-            window = out[0, :, y * scale : (y + tile) * scale, x * scale : (x + tile) * scale]  # less, where mirrored
-            h, w = window.shape[-2:]
-            window += piece[:, :h, :w] * (wy[:h, None] * wx[:w])
-        if progress is not None:
-            progress(first + len(part), len(corners))
-    assert out is not None  # there is always a tile
+    sums: Tensor | None = None
+    for number, (y, wy) in enumerate(zip(rows, weights_y, strict=True)):
+        for first in range(0, len(columns), batch):
+            part = [(y, x) for x in columns[first : first + batch]]
+            tiles = run(cut(padded, part, tile), part).float().cpu()
+            if tiles.shape[0] != len(part) or tuple(tiles.shape[-2:]) != (tile * scale, tile * scale):
+                raise ValueError(f"run gave {tuple(tiles.shape)} for {len(part)} tiles of {tile} px at scale {scale}")
+            if sums is None:
+                sums = torch.zeros(1, tiles.shape[1], tile * scale, width * scale)
+            for (_, x), wx, piece in zip(part, weights_x[first : first + batch], tiles, strict=True):
+                window = sums[0, :, :, x * scale : (x + tile) * scale]  # less, where mirrored
+                w = window.shape[-1]
+                window += piece[:, :, :w] * (wy[:, None] * wx[:w])
+            if progress is not None:
+                progress(number * len(columns) + first + len(part), len(rows) * len(columns))
+        assert sums is not None  # there is always a tile
+        below = rows[number + 1] if number + 1 < len(rows) else height
+        finished = (below - y) * scale
+        yield sums[:, :, :finished].clone()
+        # What the next row of tiles adds to moves to the top; below it there is nothing yet.
+        sums[:, :, : tile * scale - finished] = sums[:, :, finished:].clone()
+        sums[:, :, tile * scale - finished :] = 0
+
+
+def join(bands: Iterator[Tensor], height: int) -> Tensor:
+    """The whole picture of `height` rows: (1, C, height, W). Memory: the picture and a band."""
+    out, done = torch.empty(0), 0
+    for band in bands:
+        if not done:
+            out = band.new_empty(*band.shape[:2], height, band.shape[-1])
+        out[:, :, done : done + band.shape[2]] = band
+        done += band.shape[2]
     return out
 
 
