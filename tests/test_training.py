@@ -24,9 +24,10 @@ from codi.models.student import Conditioning, Student
 from codi.tasks import TASKS, get_task
 from codi.training import checkpoint
 from codi.training import recipe as recipes
+from codi.training.checkpoint import Progress
 from codi.training.distill import DistillRecipe, distill, recipe_task
-from codi.training.trainer import RunSettings, learning_rate_factor
-from tiny import tiny_checkpoint
+from codi.training.trainer import RunSettings, learning_rate_factor, make_optimizer
+from tiny import randn, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 SHARED = {"train_backbone": False, "lora_rank": 2, "guidance": {"text": [1, 4]}, "guidance_scale": 2.0}
 
 
-@pytest.mark.parametrize("changes", [{}, SHARED], ids=["full", "shared"])
+@pytest.mark.parametrize("changes", [{}, SHARED, {"optimizer": "adamw8bit"}], ids=["full", "shared", "8bit"])
 def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch, changes):
     tiny_run = replace(tiny_run, **changes)
     whole = distill(replace(tiny_run, out=str(tmp_path / "whole")), quiet=True)
@@ -93,6 +94,27 @@ def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch, 
     assert not same(weights(whole), {k: torch.zeros_like(v) for k, v in weights(whole).items()})
     for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (resumed / file.name).read_bytes()
+
+
+def test_state_in_8_bits_is_restored_bit_for_bit(tmp_path):
+    settings = RunSettings(optimizer="adamw8bit")
+    online, other = torch.nn.Linear(256, 64), torch.nn.Linear(256, 64)
+    optimizers = [make_optimizer(settings, [{"params": list(net.parameters())}]) for net in (online, other)]
+
+    def update(net, optimizer, seed):
+        net(randn(8, 256, seed=seed)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for seed in range(3):
+        update(online, optimizers[0], seed)
+    folder = checkpoint.save(tmp_path, Progress(), online, online, optimizers[0], {})
+    checkpoint.load(folder, other, other, optimizers[1])
+    state = optimizers[1].state[other.weight]
+    assert state["state1"].dtype == torch.uint8 and state["step"] == 3
+    for net, optimizer in zip((online, other), optimizers, strict=True):
+        update(net, optimizer, 3)
+    assert torch.equal(online.weight, other.weight) and torch.equal(online.bias, other.bias)
 
 
 def test_kill_in_the_middle_of_a_checkpoint_loses_nothing(tiny_run, finished, tmp_path):

@@ -86,7 +86,7 @@ def save(
     it, and the first one writes."""
     names, averages = trainable(online), dict(average.named_parameters())
     state = optimizer.state_dict()
-    moments = {f"{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+    moments = flatten(state["state"])
     parts = {"weights": names, "average": {k: averages[k] for k in names}, "optimizer": moments}
     parts = {file: sharding.gathered(tensors) for file, tensors in parts.items()}
     folder = root / f"step-{progress.updates:08d}"
@@ -109,6 +109,17 @@ def save(
     for old in complete(root)[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Nested dicts of tensors and whole numbers -> tensors by dotted names."""
+    flat: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = torch.as_tensor(value)
+    return flat
 
 
 def complete(root: Path) -> list[Path]:
@@ -168,14 +179,16 @@ def load(
             with torch.no_grad():
                 for name, value in values.items():
                     parameters[name].copy_(sharding.split_like(value, parameters[name]))
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Any]] = {}
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         for key, value in load_file(folder / "optimizer.safetensors").items():
-            index, name = key.split(".", 1)
-            like = trained[int(index)]
-            moments.setdefault(int(index), {})[name] = (
-                sharding.split_like(value, like) if value.shape == like.shape else value
-            )
+            index, *names, last = key.split(".")
+            entry, like = moments.setdefault(int(index), {}), trained[int(index)]
+            for name in names:
+                entry = entry.setdefault(name, {})
+            counts = value.ndim == 0 and value.dtype == torch.int64  # steps, which bitsandbytes wants as a number
+            split = sharding.split_like(value, like) if value.shape == like.shape else value
+            entry[last] = int(value) if counts else split
         optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
         random = load_file(folder / "random.safetensors")
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:

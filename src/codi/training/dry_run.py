@@ -64,7 +64,8 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     kept = _kept(recipe, backbone, student) * (1 if recipe.precision == "no" else 0.5)
     memory = {
         "weights": 4 * (trained + frozen) / GB,
-        "training": 16 * trained / GB,  # gradient, two moments, average: 4 bytes each
+        # Gradient, average, two moments: 4 bytes each, or the moments one.
+        "training": (10 if recipe.optimizer == "adamw8bit" else 16) * trained / GB,
         "activations": kept / GB,
     }
     images = recipe.batch_size * recipe.accumulate

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class RunSettings(SharedSettings):
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest gradient norm."""
+    optimizer: str = "adamw"
+    """adamw, or adamw8bit: both moments in 8 bits, a quarter of the memory (bitsandbytes, extra `8bit`)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shard: bool = False
@@ -90,6 +93,12 @@ class RunSettings(SharedSettings):
         """Raises UserError for a value that no run can have."""
         super().validate()
         self._at_least_1("images", "batch_size")
+        if self.optimizer not in ("adamw", "adamw8bit"):
+            raise UserError(f"optimizer {self.optimizer!r}: not known: use one of adamw, adamw8bit")
+        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+            raise UserError("optimizer adamw8bit: needs bitsandbytes: pip install 'codi[8bit]', or use adamw")
+        if self.shard and self.optimizer != "adamw":
+            raise UserError(f"shard: does not go with optimizer {self.optimizer}: use adamw, whose state it splits")
         if self.shard and self.precision == "fp16":
             raise UserError("shard: does not go with precision fp16, whose loss scale needs whole gradients: use bf16")
 
@@ -183,6 +192,14 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
     )
 
 
+def make_optimizer(settings: RunSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW of these parameter groups, as the settings ask."""
+    kind = torch.optim.AdamW
+    if settings.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit as kind  # type: ignore[no-redef] # an extra
+    return kind(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+
+
 def _not_finite(losses: dict[str, Tensor], progress: Progress, root: Path) -> str:
     kept = checkpoint.complete(root)
     where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
@@ -214,7 +231,7 @@ def train(
     job.to(accelerator.device)
     sharded = Sharded(job, job.online, accelerator.device) if settings.shard and count > 1 else None
     groups = job.groups(settings.learning_rate)
-    optimizer: Any = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+    optimizer: Any = make_optimizer(settings, groups)
     peaks = [g["lr"] for g in optimizer.param_groups]
     root, progress = out / "checkpoints", Progress()
     with processes.together():
