@@ -99,7 +99,7 @@ def begun(recipe: DistillRecipe, source: Any = None) -> DistillJob:
 def figures(job: DistillJob) -> dict[str, Any]:
     """The losses of the batch at position 4, and those of a preview."""
     batch = next(batches(job.source, 4, 32, 0, 4))
-    return {**job(batch, step_generator(0, 1, 0, 0)), **job.preview(Path(job.recipe.out), Progress())}
+    return {**job(batch, step_generator(0, 1, 0)), **job.preview(Path(job.recipe.out), Progress())}
 
 
 class SameCrops:
@@ -180,7 +180,7 @@ def test_a_cache_of_something_else_is_refused(recipe, models, photos, tmp_path):
 
     metadata = photos / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("picture 7", "picture seven"))
-    refused(lambda: [*islice(begun(told).batches(0), 3)], "07.png", "another name or prompt", folder)
+    refused(lambda: [*islice(begun(told).batches(0, told.batch_size), 3)], "07.png", "another name or prompt", folder)
     noise(40, 40).save(photos / "more.png")
     metadata.write_text(metadata.read_text() + json.dumps({"file_name": "more.png"}))
     refused(lambda: begun(told), folder, "a cache of samples 12, not 13")

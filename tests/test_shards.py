@@ -171,7 +171,7 @@ def test_a_download_that_breaks_off_is_tried_again(remote, monkeypatch):
     def cut(self, path, to):
         calls.append(path)
         get(self, path, to)
-        if path.endswith(".tar") and (len(calls) % 3 or "003" in path):
+        if path.endswith(".tar") and (calls.count(path) < 3 or "003" in path):
             to.write_bytes(to.read_bytes()[:-1])
 
     monkeypatch.setattr(module.RemoteShard, "_get", cut)

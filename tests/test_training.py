@@ -67,7 +67,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 SHARED = {"train_backbone": False, "lora_rank": 2, "guidance": {"text": [1, 4]}, "guidance_scale": 2.0}
 
 
-@pytest.mark.parametrize("changes", [{}, SHARED, {"optimizer": "adamw8bit"}], ids=["full", "shared", "8bit"])
+@pytest.mark.parametrize("changes", [{}, SHARED], ids=["full", "shared"])
 def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch, changes):
     tiny_run = replace(tiny_run, **changes)
     whole = distill(replace(tiny_run, out=str(tmp_path / "whole")), quiet=True)
@@ -97,6 +97,7 @@ def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch, 
 
 
 def test_state_in_8_bits_is_restored_bit_for_bit(tmp_path):
+    pytest.importorskip("bitsandbytes")
     settings = RunSettings(optimizer="adamw8bit")
     online, other = torch.nn.Linear(256, 64), torch.nn.Linear(256, 64)
     optimizers = [make_optimizer(settings, [{"params": list(net.parameters())}]) for net in (online, other)]
@@ -115,6 +116,19 @@ def test_state_in_8_bits_is_restored_bit_for_bit(tmp_path):
     for net, optimizer in zip((online, other), optimizers, strict=True):
         update(net, optimizer, 3)
     assert torch.equal(online.weight, other.weight) and torch.equal(online.bias, other.bias)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optimizer": "sgd"}, "optimizer 'sgd': not known"),
+        ({"optimizer": "adamw8bit"}, "needs bitsandbytes: pip install"),
+    ],
+)
+def test_optimizers_that_there_are_not(changes, said, monkeypatch):
+    monkeypatch.setattr("codi.training.trainer.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=said):
+        RunSettings(**changes).validate()
 
 
 def test_kill_in_the_middle_of_a_checkpoint_loses_nothing(tiny_run, finished, tmp_path):
