@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from codi.apps.benchmark import remembering
 from codi.errors import UserError
+from codi.evaluation import Method
 from codi.evaluation.suite import load_suite
 from codi.evaluation.tables import ratio_rows, report, task_table
 from codi.training.distill import DistillRecipe
 from codi.training.recipe import build
+from tiny import rand
 
 MINI = load_suite("mini")
 
@@ -111,6 +115,25 @@ def test_out_of_time_is_gone_on_with(tiny_suite, shell, tmp_path):
     assert stopped.code == 0 and "still to run" in stopped.err
     done = shell(*words, "--json")
     assert done.code == 0 and {row["method"] for row in json.loads(done.out)["rows"]} == {"cm-ii"}
+
+
+def test_pictures_that_were_made_once_are_read(tmp_path):
+    """So that many steps are gone on with; single ones, whose time is taken, are made."""
+    asked = []
+
+    def run(given, prompts, steps, seeds):
+        asked.append((steps, seeds))
+        return given * steps + torch.tensor(seeds).view(-1, 1, 1, 1)
+
+    given, told = rand(3, 3, 4, 4), (["a"] * 3, 2, [5, 6, 7])
+    first = remembering(Method("m", run, (2,)), tmp_path / "made").run(given, *told)
+    again = remembering(Method("m", run, (2,)), tmp_path / "made")
+    assert torch.equal(again.run(given, *told), first) and len(asked) == 1
+    for other in ((["a"] * 3, 4, [5, 6, 7]), (["a"] * 3, 2, [8, 9, 10])):
+        assert not torch.equal(again.run(given, *other), first)
+    again.run(given[:1], ["a"], 2, [5])
+    again.run(given[:1], ["a"], 2, [5])
+    assert len(asked) == 5
 
 
 def test_steps_are_measured_one_by_one_and_seeds_when_asked_for(tiny_suite, shell, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -79,7 +80,7 @@ def benchmark(
             folders = _trained(plan, out, device, deadline)
             if folders is None:  # out of time, with a checkpoint
                 break
-            results.add(plan, _measured(plan, steps_left, chosen, folders, device))
+            results.add(plan, _measured(plan, steps_left, chosen, folders, out, device))
         except UserError as error:  # of this row alone, e.g. a loss that is no longer finite
             failed.append(f"{plan.task}, {plan.method}, seed {plan.seed}: {error}")
     missing = [plan for plan in plans if results.missing(plan)]
@@ -175,7 +176,7 @@ def _finished(folder: Path) -> bool:
 
 
 def _measured(
-    plan: Plan, steps: tuple[int, ...], suite: Suite, folders: list[Path], device: str
+    plan: Plan, steps: tuple[int, ...], suite: Suite, folders: list[Path], out: Path, device: str
 ) -> list[dict[str, Any]]:
     """A row for each of `steps`."""
     from ..data.sources import open_source
@@ -186,16 +187,21 @@ def _measured(
 
     recipe = suite.base | suite.tasks[plan.task] | {"task": plan.task, "out": ""}
     task = recipe_task(build(DistillRecipe, recipe, plan.task)).measured()
+    method = _method(plan, steps, suite.base["model"], folders, device)
+    made = out / "measuring" / f"{plan.task}-{plan.method.replace('/', '-')}-{plan.key()}"
+    if folders:
+        method = remembering(method, made)
     with progress("pictures") as bar:
         line = bar.add_task(f"{plan.task}, {plan.method}", total=None)
         results = evaluate(
-            [_method(plan, steps, suite.base["model"], folders, device)],
+            [method],
             task,
             open_source(suite.held_out, task.columns),
             suite.count,
             size=suite.base["size"],
             progress=lambda done, total: bar.update(line, completed=done, total=total),
         )
+    shutil.rmtree(made, ignore_errors=True)
     infos = [json.loads((folder / "config.json").read_text())["info"] for folder in folders]
     cost = {key: sum(info[key] for info in infos) for key in ("images", "seconds")}
     recipes = [build(DistillRecipe, {**stage.recipe, "out": ""}, plan.method) for stage in plan.stages]
@@ -211,6 +217,25 @@ def _measured(
     }
     rows = [asdict(row) | told for row in results.rows if row.method == plan.method]
     return [{"task": row.pop("task"), "method": row.pop("method"), **row} for row in rows]
+
+
+def remembering(method: Method, folder: Path) -> Method:
+    """The same, but batches of pictures that were made once are read from `folder`: many steps take hours, and a run
+    that was cut off goes on where it was. Single pictures, whose time is taken, are always made."""
+    from safetensors.torch import load_file, save_file
+
+    def run(given: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
+        file = folder / f"{steps}-{seeds[0]}-{len(seeds)}.safetensors"
+        if len(seeds) == 1:
+            return method.run(given, prompts, steps, seeds)
+        if not file.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            save_file({"pictures": method.run(given, prompts, steps, seeds).cpu().contiguous()}, partial)
+            partial.replace(file)
+        return load_file(file)["pictures"]
+
+    return replace(method, run=run)
 
 
 def _method(plan: Plan, steps: tuple[int, ...], model: str, folders: list[Path], device: str) -> Method:
