@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import inspect
 import time
@@ -315,6 +317,13 @@ def _with_alpha(
     for band in bands:
         first, done = done, done + band.shape[2]
         yield band, alpha(first, done)
+        _give_back_memory()
+
+
+def _give_back_memory() -> None:
+    """To the system what glibc keeps of freed tensors in pieces: over thousands of tiles it would add up."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems' libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _scales(pipe: CoDiPipeline, order: Order, settings: Settings) -> dict[str, float]:
