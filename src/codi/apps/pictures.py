@@ -268,7 +268,7 @@ def make(
         rows = order.rows(group[0])
         try:
             made: Any = pipe(
-                **{name: torch.stack([item.given[name] for item in group]) for name in group[0].given},
+                **{name: _stacked([item.given[name] for item in group]) for name in group[0].given},
                 steps=settings.steps,
                 strength=settings.strength,
                 seed=[item.seed for item in group],
@@ -308,6 +308,13 @@ def make(
                 "seed": item.seed,
                 "steps": settings.steps,
             }
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """(n, ...); a single one, which may be large, is not copied."""
+    import torch
+
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
 def _with_alpha(

@@ -148,10 +148,10 @@ def _scaled(array: np.ndarray) -> np.ndarray:
 
 
 def _in_range(tensor: Tensor, what: str, mend: str) -> Tensor:
-    bad = not bool(torch.isfinite(tensor).all()) or (tensor.numel() and (tensor.min() < -1e-3 or tensor.max() > 1.001))
-    if bad:
+    least, most = map(float, tensor.aminmax()) if tensor.numel() else (0.0, 1.0)
+    if not (-1e-3 <= least and most <= 1.001):  # nor where one is NaN
         raise UserError(f"{what}: values outside [0, 1]: {mend}")
-    return tensor.clamp(0, 1)
+    return tensor if least >= 0 and most <= 1 else tensor.clamp(0, 1)  # large pictures are not copied in vain
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
+BAND = 2**19  # pixels of a band at most: what follows works on copies of bands, and should not grow with the width
 Corner = tuple[int, int]
 Run = Callable[[Tensor, list[Corner]], Tensor]
 """(low tiles (n, C, tile, tile), their (y, x) in low-resolution pixels) -> (n, C', scale * tile, scale * tile)."""
@@ -70,7 +71,8 @@ def upscaled_bands(
         assert sums is not None  # there is always a tile
         below = rows[number + 1] if number + 1 < len(rows) else height
         finished = (below - y) * scale
-        yield sums[:, :, :finished].clone()
+        for band in sums[:, :, :finished].split(max(1, BAND // sums.shape[-1]), dim=2):
+            yield band.clone()
         # What the next row of tiles adds to moves to the top; below it there is nothing yet.
         sums[:, :, : tile * scale - finished] = sums[:, :, finished:].clone()
         sums[:, :, tile * scale - finished :] = 0
