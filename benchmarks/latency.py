@@ -12,7 +12,8 @@ the VAE's encoder). `...-loop`: up to the latent, prompt and condition included.
 Variants, `NAME/VARIANT`, of theirs as of ours: `channels-last` lays the weights out so, `compile` is torch.compile,
 `graph` its mode "reduce-overhead", which on a GPU is CUDA graphs.
 
-A round runs every one of them once, in an order of its own; the first two rounds are not measured. Ratios are medians
+A round runs every one of them once, in an order of its own; the first `--warm` are not measured (compiled networks
+settle in the second). Ratios are medians
 of the rounds' ratios. `rates`: what the machine does at best in this precision, a large product of matrices and a large
 copy; `share`: the arithmetic of `codi` over its time, as a share of that rate.
 """
@@ -47,7 +48,6 @@ from codi.sampling.shelf import Shelved
 from codi.tasks import get_task
 
 STEPS = 4
-WARM = 2  # rounds: compiled networks settle in the second
 # (faster, slower, what is owed)
 GOALS = (
     ("codi-loop", "lcm-loop", 1.22), ("codi", "lcm", 1.12), ("codi-tiny", "lcm", 1.8), ("codi", "ddim", 18),
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels")
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=2, help="rounds before that")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--reads", default="pixels", choices=["pixels", "latent"])
@@ -179,10 +180,10 @@ def main() -> None:
         ending = "" if variant == "eager" else f"/{variant}"
         runs |= {f"{name}{ending}": run for name, run in made.items() if name not in args.skip}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(WARM + args.repeats):
+    for number in range(args.warm + args.repeats):
         for name in random.Random(number).sample(list(runs), len(runs)):
             taken = seconds_of(runs[name], args.device)
-            if number >= WARM:
+            if number >= args.warm:
                 seconds[name].append(taken)
 
     def ratio(fast: str, slow: str) -> float:

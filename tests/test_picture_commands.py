@@ -8,11 +8,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 import codi
 from codi.apps import common, generate
-from codi.apps.pictures import plan
+from codi.apps.planning import plan
 from codi.errors import UserError
 from shell import Models, make_adapter, make_models, picture
 
@@ -70,6 +72,17 @@ def test_variants_have_their_own_seeds_whatever_the_batch(shell, tiny, tmp_path)
     alone = np.asarray(Image.open(tmp_path / "b.png"), float)
     assert np.abs(variants[1] - alone).max() <= 1  # batched convolutions may round another way
     assert np.abs(variants[1] - variants[0]).max() > 1
+
+
+def test_networks_are_laid_out_and_work_in_tiles_when_asked_to(shell, tiny, tmp_path, monkeypatch):
+    def last(weight: torch.Tensor) -> bool:
+        return weight.is_contiguous(memory_format=torch.channels_last)
+
+    told: list[bool] = []
+    monkeypatch.setattr(AutoencoderKL, "enable_tiling", lambda vae: told.append(last(vae.encoder.conv_in.weight)))
+    options = (*tiny.options, "--steps", 1, "--channels-last", "--vae-tiling")
+    assert shell("upscale", picture(tmp_path / "in.png"), "-o", tmp_path / "out.png", *options).code == 0
+    assert told == [True]
 
 
 def test_large_pictures_are_cut_into_tiles_and_smaller_scales_are_reached(shell, tiny, tmp_path):

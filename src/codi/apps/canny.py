@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from .common import BadUsage, Prompt, usage, working
-from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, plan_one, shared, variants
+from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .planning import plan_one
 
 EXAMPLE = 'Example: codi canny house.jpg --prompt "a green house at dusk" -o painted.png'
 
@@ -34,7 +35,7 @@ def canny(
 
         if edges and (low is not None or high is not None):
             raise BadUsage("--edges: finds no edges, so --low and --high say nothing: leave them out")
-        job = plan_one(image, out, settings)
+        job = plan_one(image, out, settings.count, settings.overwrite)
         picture = read_image(image)
     pipe = open_pipeline("canny", settings)
     given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}

@@ -61,6 +61,14 @@ Compile = Annotated[
 ChannelsLast = Annotated[
     bool, typer.Option("--channels-last", help="Weights laid out for convolutions.", rich_help_panel=_MODEL)
 ]
+VaeTiling = Annotated[
+    bool,
+    typer.Option(
+        "--vae-tiling",
+        help="Encode and decode in tiles of the VAE's size: less memory for large pictures.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Steps = Annotated[
     int, typer.Option(min=1, max=1000, help="Sampling steps; adapters are made for 1 to 4.", rich_help_panel=_SAMPLING)
 ]

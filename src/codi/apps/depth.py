@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from .common import BadUsage, Prompt, choose_device, working
-from .pictures import Order, Out, Settings, deliver, open_pipeline, plan_one, shared, variants
+from .pictures import Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .planning import plan_one
 
 EXAMPLE = 'Example: codi depth room-depth.png --near bright --prompt "a red ball in a hall" -o room.png'
 
@@ -43,7 +44,7 @@ def depth(
 
         if from_image and near != "guess":
             raise BadUsage(f"--near {near}: the model of --from-image says itself what is near: leave one out")
-        job = plan_one(depthmap, out, settings)
+        job = plan_one(depthmap, out, settings.count, settings.overwrite)
         if from_image:
             found = estimate_depth(read_image(depthmap).rgb, from_image, choose_device(settings.device))
         else:

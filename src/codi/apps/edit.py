@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from .common import working
-from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, plan_one, shared, variants
+from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .planning import plan_one
 
 EXAMPLE = 'Example: codi edit room.png --instruction "make the ball blue" -o edited.png'
 
@@ -27,7 +28,7 @@ def edit(
     with working("starting"):
         from ..data.images import read_image
 
-        job = plan_one(image, out, settings)
+        job = plan_one(image, out, settings.count, settings.overwrite)
         picture = read_image(image)
     pipe = open_pipeline("edit", settings)
     like = replace(picture, grey=False)  # an instruction may ask for colour

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from .common import BadUsage, Prompt, working
-from .pictures import Order, Settings, deliver, open_pipeline, plan_new, shared, variants
+from .pictures import Order, Settings, deliver, open_pipeline, shared, variants
+from .planning import plan_new
 
 EXAMPLE = 'Example: codi generate --prompt "a red ball and a blue box" -o scene.png'
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from .common import Prompt, working
-from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, plan_one, shared, variants
+from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .planning import plan_one
 
 EXAMPLE = 'Example: codi inpaint room.png --mask hole.png --prompt "a red ball" -o filled.png'
 
@@ -36,7 +37,7 @@ def inpaint(
         from ..data.images import read_image
         from ..tasks.masks import read_mask
 
-        job = plan_one(image, out, settings, beside=[mask])
+        job = plan_one(image, out, settings.count, settings.overwrite, [mask])
         picture = read_image(image)
         height, width = picture.rgb.shape[-2:]
         hole = read_mask(mask, (height, width))

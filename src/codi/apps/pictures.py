@@ -1,4 +1,4 @@
-"""What the commands that make pictures share: their options, planning of files, batches, writing, rows of figures."""
+"""What the commands that make pictures share: their options, batches, writing, rows of figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -34,12 +34,14 @@ from .common import (
     Seed,
     Steps,
     Strength,
+    VaeTiling,
     check_seed,
     load_pipeline,
     parse_loras,
     print_json,
     say_error,
 )
+from .planning import Job
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +70,7 @@ class Settings:
     device: Device = "auto"
     dtype: DType = "float32"
     channels_last: ChannelsLast = False
+    vae_tiling: VaeTiling = False
     compile: Compile = False
     overwrite: Overwrite = False
     json_: Json = False
@@ -98,14 +101,6 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One input, None where there is none, and where its variants go."""
-
-    source: Path | None
-    targets: list[Path]
-
-
-@dataclass(frozen=True)
 class Item:
     """One picture to make: its own arguments for the pipeline, tensors without a batch, and what the file is like."""
 
@@ -131,75 +126,15 @@ class Order:
     rows: Callable[[Item], Callable[[int, int], Tensor | None] | None] = lambda item: None
 
 
-def plan(
-    inputs: Sequence[Path], out: Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
-) -> list[Job]:
-    """Which file becomes which: `out` itself for one picture file, else `out`/NAME.png; variants are
-    NAME-0.png, ... `beside` are further files that are read.
-
-    Every target is checked before anything is computed. Raises UserError for one that cannot be written, that is an
-    input, or that two inputs share, and for a folder without pictures.
-    """
-    from ..data.writing import WRITABLE
-
-    sources = [file for path in inputs for file in _pictures(path)]
-    into = len(sources) > 1 or inputs[0].is_dir() or out.is_dir()
-    if into and out.suffix.lower() in WRITABLE and not out.is_dir():
-        raise BadUsage(f"{out}: is one file for {len(sources)} pictures: name a folder after -o")
-    jobs, taken = [], {path.resolve(): path for path in (*sources, *beside)}
-    for source in sources:
-        targets = _variants(out / f"{source.stem}.png" if into else out, count, overwrite)
-        for one in targets:
-            owner = taken.setdefault(one.resolve(), source)
-            if owner.resolve() == one.resolve():
-                raise UserError(f"{one}: is an input: name another file or folder")
-            if owner is not source:
-                raise UserError(f"{one}: {owner} is written there too: rename one of the pictures")
-        jobs.append(Job(source, targets))
-    return jobs
-
-
-def plan_one(source: Path, out: Path, settings: Settings, beside: Sequence[Path] = ()) -> Job:
-    """`plan` for a command that takes one file."""
-    if source.is_dir():
-        raise UserError(f"{source}: is a folder: name one file in it")
-    return plan([source], out, settings.count, settings.overwrite, beside)[0]
-
-
-def plan_new(out: Path, name: str, count: int = 1, overwrite: bool = False) -> Job:
-    """Where pictures that have no input go: `out`, or `name`.png in it if it is a folder."""
-    return Job(None, _variants(out / f"{name}.png" if out.is_dir() else out, count, overwrite))
-
-
-def _variants(target: Path, count: int, overwrite: bool) -> list[Path]:
-    from ..data.writing import check_writable
-
-    targets = [target] if count == 1 else [target.with_stem(f"{target.stem}-{k}") for k in range(count)]
-    for one in targets:
-        check_writable(one, overwrite)
-    return targets
-
-
-def _pictures(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    from ..data.crops import SUFFIXES
-
-    try:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
-    if not found:
-        raise UserError(f"{path}: no pictures in this folder: name one that holds {', '.join(SUFFIXES)} files")
-    return found
-
-
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
     s = settings
     pipe = load_pipeline(
         s.model, task, s.adapter, s.device, s.dtype, parse_loras(s.lora), s.decoder, s.channels_last, s.compile
     )
+    if s.vae_tiling:
+        for vae in filter(None, (pipe.vae, pipe.tiny_vae)):
+            vae.enable_tiling()
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
         raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")
@@ -242,8 +177,6 @@ def make(
 ) -> Iterator[dict[str, Any]]:
     """Makes and writes; yields a row for each picture written. What is wrong with one, or stands in its place among the
     items, goes to `report`, and the others follow. A picture depends on its seed, not on what else is in the run."""
-    import torch
-
     from ..data.writing import write_image, write_png_bands
 
     scales = _scales(pipe, order, settings)

@@ -10,7 +10,8 @@ import typer
 
 from ..errors import UserError
 from .common import BadUsage, Prompt, working
-from .pictures import Item, Job, Order, Settings, deliver, open_pipeline, plan, shared, variants
+from .pictures import Item, Order, Settings, deliver, open_pipeline, shared, variants
+from .planning import Job, plan
 
 if TYPE_CHECKING:
     from torch import Tensor

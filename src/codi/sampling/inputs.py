@@ -149,7 +149,7 @@ def _scaled(array: np.ndarray) -> np.ndarray:
 
 def _in_range(tensor: Tensor, what: str, mend: str) -> Tensor:
     least, most = map(float, tensor.aminmax()) if tensor.numel() else (0.0, 1.0)
-    if not (-1e-3 <= least and most <= 1.001):  # nor where one is NaN
+    if not (least >= -1e-3 and most <= 1.001):  # nor where one is NaN
         raise UserError(f"{what}: values outside [0, 1]: {mend}")
     return tensor if least >= 0 and most <= 1 else tensor.clamp(0, 1)  # large pictures are not copied in vain
 
