@@ -47,6 +47,14 @@ def test_frequent_words_are_one_token_and_any_latin_text_has_tokens(tmp_path):
     assert {"vocab.json", "merges.txt", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}
 
 
+def test_the_same_texts_make_the_same_vocabulary(tmp_path):
+    """Ties included: pretraining again trains the same model."""
+    texts = [f"a {colour} {shape} at dusk" for colour in ("red", "blue", "green") for shape in ("ball", "cone", "cube")]
+    first, again = (train_tokenizer(texts, tmp_path / name, vocabulary=560) for name in ("first", "again"))
+    assert first.get_vocab() == again.get_vocab() and len(first) <= 560
+    assert (tmp_path / "first/merges.txt").read_text() == (tmp_path / "again/merges.txt").read_text()
+
+
 def test_the_noisiest_level_has_no_signal():
     scheduler = new_scheduler()
     assert scheduler.alphas_cumprod[-1] == 0 and scheduler.config["prediction_type"] == "v_prediction"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -14,13 +16,18 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 1024) -> CLIPTokenizer:
-    """Learns at most `vocabulary` tokens from `texts`; writes the tokenizer to `folder` and loads it from there."""
+    """Learns at most `vocabulary` tokens from `texts`, the same of the same texts; writes the tokenizer to `folder` and
+    loads it from there."""
     letters = list(bytes_to_unicode().values())
-    alphabet = [*letters, *(letter + "</w>" for letter in letters), START, END]
-    blank = CLIPTokenizer(vocab={token: i for i, token in enumerate(alphabet)}, merges=[])
-    # Every Latin letter once as a word of its own, so that each also exists as the end of a word.
-    spelled = [chr(code) for code in range(33, 384)]
-    tokenizer = blank.train_new_from_iterator([*texts, *spelled], vocab_size=vocabulary)
+    # As in CLIP's own, each letter also as the end of a word. The trainer would number those it meets as it meets them,
+    # in an order of its own each time, and break ties by their numbers: so it is told of all of them first.
+    alphabet = [START, END, *letters, *(letter + "</w>" for letter in letters)]
+    learner: Any = CLIPTokenizer(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]).backend_tokenizer
+    trainer = BpeTrainer(vocab_size=vocabulary, special_tokens=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
+    tokenizer = CLIPTokenizer(vocab=learnt["vocab"], merges=merges)
     tokenizer.model_max_length = MODEL_LENGTH
     tokenizer.save_pretrained(folder)
     write_classic_files(folder)
