@@ -2,8 +2,9 @@
 
     python benchmarks/big.py --sides 1024 4096 8192 --out benchmarks/results/big.json
 
-Each side, in output pixels, is a process of its own: a picture of noise and stripes a quarter as large, `mini`, one
-step. `peak_mib` is the process' largest resident set; `ratio` that to the first side's, at most 1.15 by intention.
+Each side, in output pixels, is a process of its own: a picture of noise and stripes a quarter as large, one step, of
+`mini` or of a full-size checkpoint with random weights (`--kind sd15`). `peak_mib` is the process' largest resident
+set; `ratio` that to the first side's, at most 1.15 by intention.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from command import command_line
+from fullsize import build
 from PIL import Image
 
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
+from codi.models.adapter import FORMS
+from codi.tasks import get_task
+from codi.training.saving import save_adapter
 
 GOAL = 1.15
 
@@ -32,6 +38,18 @@ def picture(side: int, file: Path) -> Path:
     noise = np.random.default_rng(0).normal(0, 10, (side, side, 3))
     Image.fromarray((stripes[..., None] + noise).clip(0, 255).astype(np.uint8)).save(file)
     return file
+
+
+def full_size(kind: str, folder: Path) -> list[str]:
+    """The options that name a checkpoint of that kind and an untrained upscaler for it, which it leaves in `folder`."""
+    backbone, task = build(kind), get_task("upscale")
+    form: Any = FORMS["fused"]
+    backbone.pipeline().save_pretrained(folder / "model")
+    adapter = form.from_backbone(backbone.unet, backbone.vae, reads="pixels")
+    told = {"task": task.name, "task_options": task.config(), "steps": [1, 4], "family": backbone.family}
+    adapter.register_to_config(info=told)
+    save_adapter(folder / "adapter", adapter, backbone.unet, full=False, half=False)
+    return ["--model", str(folder / "model"), "--adapter", str(folder / "adapter")]
 
 
 def measure(side: int, words: list[str]) -> dict[str, float]:
@@ -52,15 +70,20 @@ def measure(side: int, words: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[1024, 4096, 8192], help="output pixels")
-    parser.add_argument("--words", default="", help="further words for codi upscale, e.g. '--model FOLDER'")
+    parser.add_argument("--kind", choices=["mini", "sd15", "sd21"], default="mini")
+    parser.add_argument("--words", default="", help="further words for codi upscale, e.g. '--device cuda'")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    rows = []
-    for side in args.sides:
-        rows.append(measure(side, args.words.split()))
-        rows[-1]["ratio"] = rows[-1]["peak_mib"] / rows[0]["peak_mib"]
-        print(rows[-1], flush=True)
-    write_json({"command": command_line(), "goal": GOAL, "rows": rows, "machine": describe_machine()}, args.out)
+    rows: list[dict[str, float]] = []
+    told = {"command": command_line(), "kind": args.kind, "goal": GOAL, "rows": rows, "machine": describe_machine()}
+    with tempfile.TemporaryDirectory() as folder:
+        words = args.words.split()
+        words += full_size(args.kind, Path(folder)) if args.kind != "mini" else []
+        for side in args.sides:
+            rows.append(measure(side, words))
+            rows[-1]["ratio"] = rows[-1]["peak_mib"] / rows[0]["peak_mib"]
+            print(rows[-1], flush=True)
+            write_json(told, args.out)
 
 
 if __name__ == "__main__":
