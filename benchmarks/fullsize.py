@@ -11,8 +11,10 @@ the parts survive their folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,21 @@ def vae(kind: str) -> AutoencoderKL:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def built_in(dtype: torch.dtype) -> Iterator[None]:
+    """What is built within it is built as it is needed: XL in float32 would not fit where it fits in halves."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Backbone:
     """The whole checkpoint, frozen. Its tokenizer knows few words; the text encoders have CLIP's size all the same."""
     torch.manual_seed(seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # built as they are needed: XL in float32 would not fit where it fits in halves
-    try:
+    with built_in(dtype):
         encoders = []
         for number, config in enumerate(TEXTS[kind]):
             cls: Any = CLIPTextModelWithProjection if number else CLIPTextModel
@@ -82,8 +93,6 @@ def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Backb
             )
             encoders.append(cls(told))
         parts = vae(kind), UNet2DConditionModel(**UNETS[kind])
-    finally:
-        torch.set_default_dtype(before)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer: Any = train_tokenizer(PROMPTS, Path(folder), vocabulary=900)
     scheduler = DDIMScheduler(
@@ -119,7 +128,8 @@ def check(kind: str, dtype: torch.dtype, size: int, forms: list[str]) -> dict[st
     plain = backbone.unet(z, level, text, added_cond_kwargs=added).sample
     row["adapters"] = {}
     for form in forms:
-        adapter: Any = FORMS[form].from_backbone(backbone.unet, backbone.vae).to(dtype)
+        with built_in(dtype):
+            adapter: Any = FORMS[form].from_backbone(backbone.unet, backbone.vae)
         condition = adapter.read(torch.rand(1, 3, size, size).to(dtype), backbone.vae)
         answer = Student(backbone.unet, adapter)(z, level, Conditioning(text, condition, added=added))
         row["adapters"][form] = {"parameters": count(adapter), "equals_backbone": bool(torch.equal(answer, plain))}
