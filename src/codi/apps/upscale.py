@@ -46,6 +46,9 @@ def upscale(
     """Make pictures 4 times larger, or 8 times with --adapter upscale-x8, in 1 to 4 steps.
 
     Alpha, grey and 16 bits are kept.
+
+    A large PNG is made and written row by row, in little memory. The whole
+    picture is held for other formats, a smaller --scale and --colour adain.
     """
     with working("starting"):
         from ..data.images import read_image
