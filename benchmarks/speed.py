@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {
     "lcm": "diffusers' ControlNet pipeline, 4 LCM steps",
-    "lcm-loop": "the same, up to the latent",
+    "lcm-loop": "diffusers, 4 LCM steps, up to the latent",
     "ddim": "diffusers' ControlNet pipeline, 50 DDIM steps, guidance",
     "codi": "codi, 4 steps",
-    "codi-loop": "the same, up to the latent",
+    "codi-loop": "codi, 4 steps, up to the latent",
     "codi-tiny": "codi, 4 steps, tiny decoder",
     "bare": "the bare modules of codi, nothing around them",
 }
