@@ -28,4 +28,8 @@ def test_the_page_is_that_of_the_results():
     page = speed.page(speed.RESULTS)
     assert page == (speed.ROOT / "docs" / "speed.md").read_text()
     assert page.count("## ") == len([1 for _, pattern, _ in speed.PARTS if list(speed.RESULTS.glob(pattern))])
-    assert (speed.met(1.2, 1.22), speed.met(1.22, 1.22), speed.met(1.03, 1.02, most=True)) == ("missed", "met", "missed")
+    assert (speed.met(1.2, 1.22), speed.met(1.22, 1.22), speed.met(1.03, 1.02, most=True)) == (
+        "missed",
+        "met",
+        "missed",
+    )

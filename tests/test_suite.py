@@ -1,6 +1,7 @@
 """`codi benchmark`: what a suite asks for, and a tiny one trained, measured, resumed and reported."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_equal_trainings_have_equal_keys():
     gd, cm, lcm = (plans[name, "depth", 0] for name in ("gd-ii", "cm-ii", "lcm"))
     assert ldm.key() == solver.key() and gd.key(1) == lcm.key(1) != cm.key(1)
     assert len({plans[key].key() for key in plans if key[0] in ("ldm", "codi", "decoupled")}) == 3 * 3 * len(MINI.tasks)
+
+
+def test_what_tells_pictures_apart():
+    """The codec's row has no training; its task does change what is measured. Samplers do, with the same training."""
+    bounds = {plan.key() for plan in MINI.plans(rows=["autoencoder"])}
+    assert len(bounds) == 3
+    plans = [p for p in MINI.plans(["depth"], ["ldm", "ldm/dpm-solver", "ldm/dpm-solver++"]) if p.seed == 0]
+    assert len({plan.measure(MINI, n) for plan in plans for n in (4, 8)}) == 6
+    other = replace(MINI, held_out="scenes:held-out:7")
+    assert plans[0].measure(MINI, 4) != plans[0].measure(other, 4)
 
 
 def test_rows_tasks_and_quick():
@@ -107,6 +118,13 @@ def test_a_suite_from_scratch_resumes_and_reports(tiny_suite, shell, tmp_path):
     assert before <= after and {row[0] for row in after} - {row[0] for row in before} == {"ldm/dpm-solver++"}
     report = (out / "benchmark.md").read_text()
     assert "## upscale" in report and "| ldm/dpm-solver++ | 2 |" in report and (out / "benchmark-upscale.png").is_file()
+    assert "- upscale: autoencoder 0, cm-ii 1/2, codi 1/2\n" in report  # not measured
+    timed = shell(*words, "--time")
+    assert timed.code == 0, timed.err
+    told = json.loads(timed.out)
+    assert told["rows"] == back
+    times = {(time["method"], time["steps"]): time["ms"] for time in told["times"]["upscale"]}
+    assert times.keys() == {(row["method"], row["steps"]) for row in back} and min(times.values()) > 0
 
 
 def test_out_of_time_is_gone_on_with(tiny_suite, shell, tmp_path):
@@ -126,8 +144,9 @@ def test_pictures_that_were_made_once_are_read(tmp_path):
         return given * steps + torch.tensor(seeds).view(-1, 1, 1, 1)
 
     given, told = rand(3, 3, 4, 4), (["a"] * 3, 2, [5, 6, 7])
-    first = remembering(Method("m", run, (2,)), tmp_path / "made").run(given, *told)
-    again = remembering(Method("m", run, (2,)), tmp_path / "made")
+    folders = {n: tmp_path / f"made-{n}" for n in (2, 4)}
+    first = remembering(Method("m", run, (2,)), folders).run(given, *told)
+    again = remembering(Method("m", run, (2,)), folders)
     assert torch.equal(again.run(given, *told), first) and len(asked) == 1
     for other in ((["a"] * 3, 4, [5, 6, 7]), (["a"] * 3, 2, [8, 9, 10])):
         assert not torch.equal(again.run(given, *other), first)
@@ -160,6 +179,8 @@ def test_steps_are_measured_one_by_one_and_seeds_when_asked_for(tiny_suite, shel
 def test_unknown_names_are_bad_usage(shell, tmp_path):
     shell("benchmark", "--out", tmp_path, "--rows", "cody").failed(2, "cody", "codi")
     shell("benchmark", "--out", tmp_path, "--suite", "maxi").failed(2, "maxi", "mini")
+    (tmp_path / "results.json").write_text('{"rows": [], "backbone": "another"}')
+    shell("benchmark", "--out", tmp_path, "--report").failed(1, "results.json", "backbone another", "another --out")
     (tmp_path / "results.json").write_text('{"rows": [], "count": 24}')
     shell("benchmark", "--out", tmp_path, "--report").failed(1, "results.json", "count 24, not 2000", "another --out")
     (tmp_path / "results.json").write_text("{")
@@ -176,22 +197,24 @@ def test_ratios_are_medians_over_the_seeds_that_both_have():
     told = {name: cells for _, name, *cells in ratio_rows(rows)}
     assert told["fd of codi 4 / ldm 250"] == ["1.500", "0.500", "1.023", "1.00"]
     assert told["fd of codi 4 / ldm 4"] == ["0.250", "0.125", "0.671", "0.60"]
+    assert told["fd of codi/paper 4 / ldm 4"] == ["not measured", "0.125", "0.671", "0.60"]
 
 
 def test_tables_tell_shares_beside_the_paper_s():
-    row = {"task": "upscale", "seed": 0, "distance": 0.1, "psnr": 30.0, "obedience": None, "latency_ms": 5.0,
+    row = {"task": "upscale", "seed": 0, "distance": 0.1, "psnr": 30.0, "obedience": None,
            "images": 4000, "passes": 16000, "seconds": 60}  # fmt: skip
     rows = [row | {"method": m, "steps": n, "fd": fd} for m, n, fd in (("ldm", 250, 20.0), ("codi", 4, 22.0))]
-    line = next(line for line in task_table(rows, "upscale").splitlines() if line.startswith("| codi"))
+    times = [{"method": "codi", "steps": 4, "ms": 5.0}]
+    line = next(line for line in task_table(rows, "upscale", times).splitlines() if line.startswith("| codi"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["codi", "4", "22.00", "0.1000", "30.00", "-", "5", "1.100", "1.023", "4,000", "16,000", "60"]
+    assert cells == ["codi", "4", "22.00", "0.1000", "30.00", "-", "1.100", "1.023", "5", "4,000", "16,000", "60"]
     assert "paper" not in task_table([row | {"task": "canny", "method": "ldm", "steps": 4, "fd": 2.0}], "canny")
 
 
 def test_the_committed_page_is_made_of_the_committed_results():
     docs = Path(__file__).parents[1] / "docs"
     told = json.loads((docs / "results.json").read_text())
-    assert report(told) == (docs / "benchmark.md").read_text()
+    assert report(told, load_suite(told["suite"])) == (docs / "benchmark.md").read_text()
 
 
 def test_every_stage_warms_up_in_the_same_share_of_its_images():

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,11 +31,12 @@ from .common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..evaluation import Method
+    from ..evaluation import Method, Results
     from ..evaluation.suite import Plan, Suite
 
 EXAMPLE = "Example: codi benchmark --suite mini --out runs/benchmark --rows codi,ldm --tasks depth"
 RESULTS = "results.json"
+TIMED = 5  # pictures, of --time
 
 
 def benchmark(
@@ -50,6 +52,9 @@ def benchmark(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Every row, small: does it run?")] = False,
     report: Annotated[bool, typer.Option("--report", help="Run nothing: tables and plots of what is there.")] = False,
+    time_: Annotated[
+        bool, typer.Option("--time", help="Train nothing: time what is there, all rows of a task in turns.")
+    ] = False,
     minutes: Minutes = None,
     device: Device = "auto",
     json_: Json = False,
@@ -70,7 +75,10 @@ def benchmark(
     deadline = time.monotonic() + 60 * minutes if minutes else None
     results = _Results(out / RESULTS, chosen)
     failed: list[str] = []
-    for number, plan in enumerate([] if report else plans):
+    if time_:
+        for task in dict.fromkeys(plan.task for plan in plans):
+            results.time(task, _timed([plan for plan in plans if plan.task == task], results, chosen, out, device))
+    for number, plan in enumerate([] if report or time_ else plans):
         steps_left = results.missing(plan)
         if not steps_left or (deadline and time.monotonic() > deadline):
             continue
@@ -84,7 +92,7 @@ def benchmark(
         except UserError as error:  # of this row alone, e.g. a loss that is no longer finite
             failed.append(f"{plan.task}, {plan.method}, seed {plan.seed}: {error}")
     missing = [plan for plan in plans if results.missing(plan)]
-    write_report(results.told, out)
+    write_report(results.told, chosen, out)
     if missing:
         print(f"{len(missing)} of {len(plans)} rows are still to run: the same command goes on", file=sys.stderr)
     if json_:
@@ -101,8 +109,12 @@ class _Results:
     """results.json, read and written anew after each plan."""
 
     def __init__(self, path: Path, suite: Suite) -> None:
+        from ..models.backbone import digest, load_backbone
+
         self.path = path
-        self.of = {"suite": suite.name, "images": suite.images, "count": suite.count, "held_out": suite.held_out}
+        self.of = {key: getattr(suite, key) for key in ("images", "count", "held_out")}
+        self.of |= {"suite": suite.name, "size": suite.base["size"]}
+        self.of["backbone"] = digest(load_backbone(suite.base["model"]).unet)
         self.places = {name: place for names in (suite.tasks, suite.methods) for place, name in enumerate(names)}
         self.told = self._read()
 
@@ -133,6 +145,14 @@ class _Results:
         self.told["rows"] = sorted(kept + rows, key=self._place)
         write_json(self.told, self.path)
 
+    def time(self, task: str, times: list[dict[str, Any]]) -> None:
+        """Puts in the times of the rows of a task, in place of those that were there."""
+        from ..evaluation.report import write_json
+
+        self.told = self._read()
+        self.told.setdefault("times", {})[task] = times
+        write_json(self.told, self.path)
+
     def _place(self, row: dict[str, Any]) -> tuple[int, ...]:
         """Where in the suite's order; what a suite no longer has comes last."""
         last = len(self.places)
@@ -153,8 +173,7 @@ def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list
     from ..training.recipe import build
 
     folders: list[Path] = []
-    for number, stage in enumerate(plan.stages, 1):
-        folder = out / "runs" / f"{stage.recipe['task']}-{stage.recipe['objective']}-{plan.key(number)}"
+    for stage, folder in zip(plan.stages, _folders(plan, out), strict=True):
         if not _finished(folder):
             made = {key: str(folders[-1]) for key in stage.refers}
             if "model" in made:
@@ -170,6 +189,14 @@ def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list
     return folders
 
 
+def _folders(plan: Plan, out: Path) -> list[Path]:
+    """Where each of its stages is trained."""
+    return [
+        out / "runs" / f"{stage.recipe['task']}-{stage.recipe['objective']}-{plan.key(number)}"
+        for number, stage in enumerate(plan.stages, 1)
+    ]
+
+
 def _finished(folder: Path) -> bool:
     config = folder / "config.json"
     return config.is_file() and json.loads(config.read_text())["info"]["finished"]
@@ -179,29 +206,22 @@ def _measured(
     plan: Plan, steps: tuple[int, ...], suite: Suite, folders: list[Path], out: Path, device: str
 ) -> list[dict[str, Any]]:
     """A row for each of `steps`."""
-    from ..data.sources import open_source
-    from ..evaluation import evaluate
-    from ..training.distill import recipe_task
     from ..training.distill_recipe import DistillRecipe
     from ..training.recipe import build
 
-    recipe = suite.base | suite.tasks[plan.task] | {"task": plan.task, "out": ""}
-    task = recipe_task(build(DistillRecipe, recipe, plan.task)).measured()
     method = _method(plan, steps, suite.base["model"], folders, device)
-    made = out / "measuring" / f"{plan.task}-{plan.method.replace('/', '-')}-{plan.key()}"
+    made = {
+        n: out / "measuring" / f"{plan.task}-{plan.method.replace('/', '-')}-{plan.measure(suite, n)}" for n in steps
+    }
     if folders:
         method = remembering(method, made)
     with progress("pictures") as bar:
         line = bar.add_task(f"{plan.task}, {plan.method}", total=None)
-        results = evaluate(
-            [method],
-            task,
-            open_source(suite.held_out, task.columns),
-            suite.count,
-            size=suite.base["size"],
-            progress=lambda done, total: bar.update(line, completed=done, total=total),
+        results = _evaluated(
+            [method], suite, plan.task, suite.count, lambda *at: bar.update(line, completed=at[0], total=at[1])
         )
-    shutil.rmtree(made, ignore_errors=True)
+    for folder in made.values():
+        shutil.rmtree(folder, ignore_errors=True)
     infos = [json.loads((folder / "config.json").read_text())["info"] for folder in folders]
     cost = {key: sum(info[key] for info in infos) for key in ("images", "seconds")}
     recipes = [build(DistillRecipe, {**stage.recipe, "out": ""}, plan.method) for stage in plan.stages]
@@ -219,17 +239,50 @@ def _measured(
     return [{"task": row.pop("task"), "method": row.pop("method"), **row} for row in rows]
 
 
-def remembering(method: Method, folder: Path) -> Method:
-    """The same, but batches of pictures that were made once are read from `folder`: many steps take hours, and a run
-    that was cut off goes on where it was. Single pictures, whose time is taken, are always made."""
+def _evaluated(methods: list[Method], suite: Suite, name: str, count: int, progress: Any = None) -> Results:
+    """`methods` on the first `count` held-out pictures of the suite's task `name`."""
+    from ..data.sources import open_source
+    from ..evaluation import evaluate
+    from ..training.distill import recipe_task
+    from ..training.distill_recipe import DistillRecipe
+    from ..training.recipe import build
+
+    recipe = suite.base | suite.tasks[name] | {"task": name, "out": ""}
+    task = recipe_task(build(DistillRecipe, recipe, name)).measured()
+    source = open_source(suite.held_out, task.columns)
+    return evaluate(methods, task, source, count, size=suite.base["size"], progress=progress)
+
+
+def _timed(plans: list[Plan], results: _Results, suite: Suite, out: Path, device: str) -> list[dict[str, Any]]:
+    """What one picture takes with each of `plans`, all of one task, at the step counts that were measured."""
+    methods = {}
+    for plan in plans:
+        steps = tuple(n for n in plan.steps if n not in results.missing(plan))
+        folders = _folders(plan, out)
+        if steps and plan.method not in methods and all(map(_finished, folders)):  # of its first seed
+            methods[plan.method] = _method(plan, steps, suite.base["model"], folders, device)
+    if not methods:
+        return []
+    found = _evaluated(list(methods.values()), suite, plans[0].task, TIMED)
+    return [
+        {"method": row.method, "steps": row.steps, "ms": row.latency_ms, "machine": found.machine}
+        for row in found.rows
+        if row.method in methods
+    ]
+
+
+def remembering(method: Method, folders: Mapping[int, Path]) -> Method:
+    """The same, but batches of pictures that were made once are read from the folder of their number of steps: many
+    steps take hours, and a run that was cut off goes on where it was. Single pictures, whose time is taken, are always
+    made."""
     from safetensors.torch import load_file, save_file
 
     def run(given: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
-        file = folder / f"{steps}-{seeds[0]}-{len(seeds)}.safetensors"
+        file = folders[steps] / f"{seeds[0]}-{len(seeds)}.safetensors"
         if len(seeds) == 1:
             return method.run(given, prompts, steps, seeds)
         if not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             save_file({"pictures": method.run(given, prompts, steps, seeds).cpu().contiguous()}, partial)
             partial.replace(file)

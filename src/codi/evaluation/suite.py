@@ -38,11 +38,15 @@ class Plan:
     steps: tuple[int, ...]
     solver: str | None = None
     shift: float = 1.0  # of the time grid
+    setting: dict[str, Any] = field(default_factory=dict)  # of the task, for all methods
 
     def key(self, upto: int | None = None) -> str:
         """Tells trainings apart: equal for equal chains of stages, `upto` how many of them (None: all)."""
-        chain = [[stage.recipe, stage.refers] for stage in self.stages[:upto]]
-        return hashlib.sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:10]
+        return _hash([[stage.recipe, stage.refers] for stage in self.stages[:upto]] or self.setting)
+
+    def measure(self, suite: Suite, steps: int) -> str:
+        """Tells apart pictures for measuring: equal for equal trainings, samplers and held-out pictures."""
+        return _hash([self.key(), self.setting, self.solver, self.shift, suite.held_out, steps])
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Suite:
     tasks: dict[str, dict[str, Any]]
     methods: dict[str, dict[str, Any]]
     quick: dict[str, Any] = field(default_factory=dict)
+    about: str = ""  # what readers of its tables must know
 
     def quickly(self) -> Suite:
         """The same at the size that `quick` names: fewer images, pictures, seeds, steps and tasks."""
@@ -92,7 +97,8 @@ class Suite:
                     measured = tuple(n for n in method.get("steps", (1, 2, 4)) if not steps or n in steps)
                     if measured:
                         sampler = {key: method[key] for key in ("solver", "shift") if key in method}
-                        yield Plan(task, name, seed, stages, measured, **sampler)
+                        setting = self.base | self.tasks[task]
+                        yield Plan(task, name, seed, stages, measured, **sampler, setting=setting)
 
     def _stage(self, task: str, number: int, stage: dict[str, Any], seed: int) -> Stage:
         changes = dict(stage)
@@ -106,6 +112,10 @@ class Suite:
             recipe["warmup"] = round(share * self.base.get("warmup", WARMUP))
         own = self.tasks[task] if named.get("task", task) == task else {}  # of another task: the same for all of ours
         return Stage(recipe | own | named, refers)
+
+
+def _hash(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def load_suite(name: str | Path) -> Suite:
