@@ -193,7 +193,7 @@ def plots(rows: Rows, times: Rows, task: str, out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     seen: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -212,9 +212,10 @@ def plots(rows: Rows, times: Rows, task: str, out: Path) -> None:
             middle.plot(*zip(*timed, strict=True), "o-", markersize=4, color=line.get_color()) if timed else None
     for axis, label in ((left, "steps"), (middle, "latency, ms")):
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="FD-ENLite0")
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_formatter("{x:g}")
-            scale.set_minor_formatter("{x:g}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())  # too near one another
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     left.set_xticks(sorted({row["steps"] for row in rows if row["steps"]}), minor=False)
     left.xaxis.set_minor_locator(NullLocator())
     left.legend(fontsize=7)
