@@ -19,6 +19,7 @@ from codi.models.lora import (
     join_lora,
     load_lora,
     lora_names,
+    merge_lora,
     save_lora,
     scale_lora,
     shared_copy,
@@ -203,3 +204,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(form):
     for name, gradient in found[0].items():
         assert gradient is not None and gradient.any(), name
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_merged_updates_compute_the_same_beside_the_backbone():
+    joined = join_lora(UNET, {"a": tiny_lora(UNET, "depth"), "b": tiny_lora(UNET, "x", seed=1)})
+    scale_lora(joined, {"a": 0.5, "b": 2.0})
+    merged = merge_lora(joined)
+    torch.testing.assert_close(predicted(merged), predicted(joined))
+    assert torch.equal(predicted(UNET), EXPECTED) and lora_names(merged) == [] != lora_names(joined)
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in UNET.named_parameters()}
+    shared, own = {id(p) for p in UNET.parameters()}, {name for name, _ in joined.named_modules() if "lora_A" in name}
+    updated = {name.split(".lora_A")[0] + ".weight" for name in own}
+    assert {name for name, p in merged.named_parameters() if id(p) not in shared} >= updated
+    assert merged.conv_in.weight is UNET.conv_in.weight

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
 from codi.errors import UserError
+from codi.models.lora import lora_names
 from codi.sampling.pipeline import CoDiPipeline
 from codi.tasks import TASKS, get_task
 from pipelines import given, hole, make_folder, open_pipeline, run
@@ -57,6 +58,22 @@ def test_two_adapters_at_once(pipe):
     pipe.set_adapters(["canny", "upscale"], [0.5, 1])
     edges = (rand(1, 1, 32, 32) > 0.9).float()
     assert run(pipe, image={"canny": edges, "upscale": rand(1, 3, 8, 8)}).shape == (1, 3, 32, 32)
+
+
+def test_fused_updates_make_the_same_pictures_until_unfused(pipe):
+    image = rand(1, 1, 16, 24, seed=2)
+    both = {"depth": image, "inpaint": rand(1, 3, 16, 24, seed=3)}
+    for names, brought in (("depth", {"image": image}), (["depth", "inpaint"], {"image": both, "mask": hole(16, 24)})):
+        pipe.set_adapters(names)
+        backbone = run(pipe, **brought, strength=0)
+        plain = {strength: run(pipe, **brought, strength=strength) for strength in (1.0, 0.5)}
+        pipe.fuse_lora()
+        for strength, expected in plain.items():
+            torch.testing.assert_close(run(pipe, **brought, strength=strength), expected, rtol=0, atol=1e-4)
+        assert lora_names(pipe.student.unet) == []
+        assert torch.equal(run(pipe, **brought, strength=0), backbone)
+        pipe.unfuse_lora()
+        assert torch.equal(run(pipe, **brought), plain[1.0]) and lora_names(pipe.student.unet) != []
 
 
 def test_known_pixels_are_exact_whatever_else_is_set(pipe):

@@ -244,7 +244,7 @@ def load_pipeline(
         where = choose_device(device)
         kind = getattr(torch, dtype)
         pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, dtype=kind, loras=loras, decoder=decoder)
-        pipe.to(where, memory_format=torch.channels_last if channels_last else None)
+        pipe.to(where, memory_format=torch.channels_last if channels_last else None).fuse_lora()
         if compiled:
             pipe.compile()
     pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)

@@ -18,6 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -81,6 +82,22 @@ def save_lora(unet: UNet2DConditionModel, folder: Path, name: str, half: bool = 
     weights = load_file(folder / FILE)
     weights = {k: v.to(torch.float16 if half else v.dtype, copy=True) for k, v in weights.items()}
     save_file(weights, folder / FILE, notes)
+
+
+def merge_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A shared copy of `unet` without updates that computes the same: W + weight B A, at the weights that are set, in
+    place of W. The layers updated have weights of their own, all others share those of `unet`."""
+    merged = shared_copy(unet)
+    for name, layer in list(merged.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            plain: Any = copy.deepcopy(layer.get_base_layer())
+            for update in layer.active_adapters:
+                plain.weight.data += layer.get_delta_weight(update)  # type: ignore[operator]
+            merged.set_submodule(name, plain)
+    if lora_names(merged):
+        del merged.peft_config
+        merged._hf_peft_config_loaded = False
+    return merged
 
 
 def lora_names(unet: UNet2DConditionModel) -> list[str]:

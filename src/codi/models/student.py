@@ -58,7 +58,7 @@ class Student(nn.Module):
         `strength` scales the adapter's influence (0: exactly the backbone)."""
         if conditioning.condition is None:
             strength = 0.0
-        self._scale(strength if self.adapter is not None else 0.0)
+        self.scale(strength if self.adapter is not None else 0.0)
         return self._predict(z, timestep, conditioning, strength)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +79,8 @@ class Student(nn.Module):
         features = adapter.fuse(features, adapter.look(prepared, z, timestep, text, added), strength)
         return unet_up(self.unet, features, embedding, text)
 
-    def _scale(self, strength: float) -> None:
+    def scale(self, strength: float) -> None:
+        """Sets the weights of the low-rank updates."""
         weights = getattr(self.adapter, "lora_weights", {})  # of an AdapterSet
         scale_lora(self.unet, {name: strength * weights.get(name, 1.0) for name in lora_names(self.unet)})
 

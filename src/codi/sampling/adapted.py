@@ -169,6 +169,16 @@ class AdaptedPipeline(DiffusionPipeline):
             part.compile(**options)
         return self
 
+    def fuse_lora(self, fused: bool = True) -> Self:
+        """Makes the adapters' low-rank updates part of the weights they update: faster, for the memory of a second copy
+        of these weights. The backbone's own stay as they are; after a change of weights or strength it is done anew."""
+        self._shelf.fused = fused
+        return self
+
+    def unfuse_lora(self) -> Self:
+        """Undoes `fuse_lora`, exactly."""
+        return self.fuse_lora(False)
+
     def guidance(self, text: float | None = None, image: float | None = None, strength: float = 1.0) -> Guidance:
         """The guidance that scales asked for lead to with the adapters that are set; None is the adapter's own.
 

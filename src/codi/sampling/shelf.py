@@ -20,6 +20,7 @@ from ..errors import UserError, nearest
 from ..models.adapter import Adapter
 from ..models.adapter_files import find_adapter, load_adapter
 from ..models.composition import compose
+from ..models.lora import lora_names, merge_lora
 from ..models.student import Student
 from ..tasks import Task, get_task
 
@@ -55,7 +56,9 @@ class Shelf:
         self.loaded: dict[str, Shelved] = {}
         self.weights: dict[str, float] = {}
         self._students: dict[tuple[str, ...], Student] = {}
+        self._merged: tuple[Any, Student] | None = None  # what for, and the student
         self._compiling: dict[str, Any] | None = None
+        self.fused = False
         self.layout = torch.preserve_format
 
     def load(self, source: str | Path, name: str | None = None, task: str | None = None) -> str:
@@ -128,9 +131,23 @@ class Shelf:
             return self._student(()), 1.0
         student = self._student(tuple(self.weights))
         if len(self.weights) == 1:
-            return student, strength * next(iter(self.weights.values()))
-        student.adapter.weights = dict(self.weights)  # type: ignore[union-attr]
-        return student, strength
+            strength *= next(iter(self.weights.values()))
+        else:
+            student.adapter.weights = dict(self.weights)  # type: ignore[union-attr]
+        return (self._merge(student, strength) if self.fused else student), strength
+
+    def _merge(self, student: Student, strength: float) -> Student:
+        """The same, its low-rank updates part of the weights; kept for the next call alike."""
+        if not lora_names(student.unet):
+            return student
+        like = (tuple(self.weights.items()), strength)
+        if self._merged is None or self._merged[0] != like:
+            student.scale(strength)
+            merged = Student(merge_lora(student.unet), student.adapter).eval()
+            self._merged = like, self._place(merged)
+            if self._compiling is not None:
+                merged.compile(**self._compiling)
+        return self._merged[1]
 
     def _student(self, names: tuple[str, ...]) -> Student:
         if names not in self._students:
@@ -147,12 +164,13 @@ class Shelf:
 
     def compile(self, **options: Any) -> None:
         """Has what is loaded, and will be, compiled by torch.compile when first used."""
-        self._compiling = options
+        self._compiling, self._merged = options, None
         for student in self._students.values():
             student.compile(**options)
 
     def follow(self) -> None:
         """Moves everything to where the backbone went."""
+        self._merged = None
         for shelved in self.loaded.values():
             self._place(shelved.adapter)
             self._place(shelved.unet)
