@@ -147,6 +147,13 @@ def test_training_goes_on_from_a_checkpoint(recipe, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(start.vae.parameters(), more.vae.parameters(), strict=True))
     moved = [not torch.equal(a, b) for a, b in zip(start.unet.parameters(), more.unet.parameters(), strict=True)]
     assert any(moved) and more.family == start.family
+    tuned = replace(again, out=str(tmp_path / "tuned"), tune_codec=True, vae_images=8)
+    codec_too = load_backbone(pretrain(tuned, quiet=True)).vae
+    before, after = start.vae.state_dict(), codec_too.state_dict()
+    assert not any(torch.equal(before[f"{part}.conv_in.weight"], after[f"{part}.conv_in.weight"]) for part in
+                   ("encoder", "decoder"))  # fmt: skip
+    with pytest.raises(UserError, match="tune_codec"):
+        replace(tuned, start=None).validate()
 
 
 def test_the_embedded_checkpoint_is_stock_and_small():

@@ -51,13 +51,14 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
         torch.manual_seed(recipe.seed)
         begin = load_backbone(recipe.start) if recipe.start else None
 
-    if begin is None:
+    if begin is None or recipe.tune_codec:
         if not (work / "codec" / "vae" / "config.json").is_file():
             settings = replace(
                 shared, images=recipe.vae_images, batch_size=recipe.vae_batch, learning_rate=recipe.vae_learning_rate
             )
             with processes.together():
-                job = CodecJob(new_vae(recipe), recipe, source, held_out)
+                fresh = begin.vae.requires_grad_(True) if begin else new_vae(recipe)
+                job = CodecJob(fresh, recipe, source, held_out)
             progress = train(job, settings, work / "codec", vars(recipe), accelerator, quiet, deadline)
             if progress.images < recipe.vae_images:
                 return out

@@ -32,6 +32,8 @@ class PretrainRecipe(SharedSettings):
     """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
     start: str | None = None
     """A checkpoint in the same layout whose weights are the starting point."""
+    tune_codec: bool = False
+    """Train the codec of `start` too, as long as a new one: `vae_images`. Otherwise it stays as it is."""
     vae_images: int = 120_000
     vae_crop: int = 32
     """Side of the codec's training crops: it is convolutional, so crops train it as well as whole pictures."""
@@ -73,6 +75,8 @@ class PretrainRecipe(SharedSettings):
         for name in ("size", "vae_crop"):
             if getattr(self, name) % cell or getattr(self, name) < cell:
                 raise UserError(f"{name} {getattr(self, name)}: not a multiple of {cell}, a latent cell: change it")
+        if self.tune_codec and self.start is None:
+            raise UserError("tune_codec: without `start` there is none yet: name a checkpoint, or leave it out")
         if self.vae_crop > self.size:
             raise UserError(f"vae_crop {self.vae_crop}: larger than size {self.size}: lower it")
         for name, unit in (("vae_widths", 8), ("unet_widths", 16), ("text_width", 32)):
