@@ -121,8 +121,24 @@ def full_lines(result: dict[str, Any]) -> list[str]:
             *table(heads, rows)]  # fmt: skip
 
 
+WAYS = {
+    "plain": "as `from_pretrained` gives it", "fused": "`fuse_lora()` (the commands do so)",
+    "channels-last": "`--channels-last`", "bfloat16": "`--dtype bfloat16`", "tiny-decoder": "`--decoder tiny`",
+    "plain-attention": "diffusers' classic attention in place of torch's", "compiled": "`--compile`",
+}  # fmt: skip
+
+
+def flag_lines(result: dict[str, Any]) -> list[str]:
+    """What each way of running is worth."""
+    about = f"`{result['model']}`, adapter `{result['adapter']}`, one picture of {result['size']} px in "
+    about += f"{result['steps']} steps on {where(result)}, medians of {result['repeats']}; one change at a time:"
+    rows = [[WAYS[way], f"{s:.2f}", f"{result['ratios'][way]:.2f}"] for way, s in result["seconds"].items()]
+    return [about, "", *table(["way", "seconds", "share of the first"], rows)]
+
+
 PARTS: tuple[tuple[str, str, Callable[[dict[str, Any]], list[str]]], ...] = (
     ("Sampling", "latency-*.json", latency_lines),
+    ("Flags", "flags-*.json", flag_lines),
     ("Training", "train_step-*.json", step_lines),
     ("Big pictures", "big-*.json", big_lines),
     ("Starting", "lightness.json", light_lines),

@@ -1,16 +1,20 @@
 """What measures speed and memory: full-size models for the command, and the page of figures."""
 
+import json
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # scripts that import one another
 
 import big  # noqa: E402
+import flags  # noqa: E402
 import speed  # noqa: E402
 
-from tiny import tiny_backbone  # noqa: E402
+from shell import make_adapter  # noqa: E402
+from tiny import tiny_backbone, tiny_checkpoint  # noqa: E402
 
 
 def test_the_models_that_it_makes_upscale_its_picture(shell, tmp_path, monkeypatch):
@@ -21,6 +25,18 @@ def test_the_models_that_it_makes_upscale_its_picture(shell, tmp_path, monkeypat
     assert (ran.code, ran.err) == (0, "")
     with Image.open(tmp_path / "out.png") as made:
         assert made.size == (96, 96)
+
+
+def test_every_way_of_running_is_timed(tmp_path, monkeypatch):
+    model, out = tiny_checkpoint(tmp_path / "model"), tmp_path / "flags.json"
+    ways = ["plain", "fused", "channels-last", "bfloat16", "plain-attention"]
+    words = ["flags.py", "--model", model, "--adapter", make_adapter(tmp_path / "adapter", "upscale"), "--size", 32]
+    words += ["--steps", 1, "--threads", torch.get_num_threads(), "--repeats", 1, "--warm", 0, "--out", out, "--ways"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, *ways]])
+    flags.main()
+    told = json.loads(out.read_text())
+    assert list(told["ratios"]) == ways and told["ratios"]["plain"] == 1 and min(told["seconds"].values()) > 0
+    assert "`fuse_lora()`" in "\n".join(speed.flag_lines(told))
 
 
 def test_the_page_is_that_of_the_results():
