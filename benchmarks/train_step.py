@@ -50,8 +50,7 @@ def optimiser(parameters: Any) -> torch.optim.AdamW:
 def lcm(backbone: Backbone, checkpointing: bool) -> Step:
     """The reference. Its U-Net gets the guidance scale as an embedding, as theirs (`time_cond_proj_dim` 256)."""
     teacher = backbone.unet
-    config = {**teacher.config, "time_cond_proj_dim": 256}
-    online: Any = type(teacher).from_config(config)
+    online: Any = type(teacher).from_config(teacher.config, time_cond_proj_dim=256)
     online.load_state_dict(teacher.state_dict(), strict=False)
     online = online.to(device=teacher.device, dtype=teacher.dtype).train()
     target = copy.deepcopy(online).requires_grad_(False)
@@ -166,8 +165,9 @@ def main() -> None:
     for group in [[name] for name in args.contestants] if args.alone else [args.contestants]:
         pipes = {name: context.Pipe() for name in group}
         workers = [context.Process(target=work, args=(name, args, pipes[name][1]), daemon=True) for name in group]
-        for worker in workers:
+        for name, worker in zip(group, workers, strict=True):
             worker.start()
+            pipes[name][1].close()  # the worker's alone now: where that fails, recv does too, and does not wait
         for _ in range(args.steps + 1):
             for name in group:
                 pipes[name][0].send(True)

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -12,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # s
 import big  # noqa: E402
 import flags  # noqa: E402
 import speed  # noqa: E402
+import train_step  # noqa: E402
 
 from shell import make_adapter  # noqa: E402
-from tiny import tiny_backbone, tiny_checkpoint  # noqa: E402
+from tiny import LATENT_CHANNELS, tiny_backbone, tiny_checkpoint  # noqa: E402
 
 
 def test_the_models_that_it_makes_upscale_its_picture(shell, tmp_path, monkeypatch):
@@ -37,6 +39,19 @@ def test_every_way_of_running_is_timed(tmp_path, monkeypatch):
     told = json.loads(out.read_text())
     assert list(told["ratios"]) == ways and told["ratios"]["plain"] == 1 and min(told["seconds"].values()) > 0
     assert "`fuse_lora()`" in "\n".join(speed.flag_lines(told))
+
+
+@pytest.mark.parametrize("name", train_step.CONTESTANTS)
+def test_every_contestant_takes_its_step(name):
+    """With a condition of the guidance scale, LCM's network is another than its teacher."""
+    backbone = tiny_backbone()
+    before = {key: value.clone() for key, value in backbone.unet.state_dict().items()}
+    step = train_step.CONTESTANTS[name](backbone, False)
+    text = torch.randn(2, 3, backbone.unet.config["cross_attention_dim"])
+    step(torch.randn(2, LATENT_CHANNELS, 8, 8), {"text": text, "added": None}, torch.zeros_like(text))
+    after = backbone.unet.state_dict()
+    moved = any(not torch.equal(before[key], after[key]) for key in before)
+    assert moved == (name == "codi")
 
 
 def test_the_page_is_that_of_the_results():
