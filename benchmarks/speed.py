@@ -34,6 +34,11 @@ def where(result: dict[str, Any]) -> str:
     return machine["gpu"] if result.get("device") == "cuda" else cores
 
 
+def of_rounds(count: int) -> str:
+    """What the seconds are."""
+    return "one round" if count == 1 else f"medians of {count} rounds"
+
+
 def named(contestant: str) -> str:
     """In words."""
     name, _, variant = contestant.partition("/")
@@ -49,7 +54,7 @@ def latency_lines(result: dict[str, Any]) -> list[str]:
     """Seconds, then the ratios that are owed."""
     batch = "one picture" if result["batch"] == 1 else f"{result['batch']} pictures"
     lines = [f"Seconds for {batch} of {result['size']} px, Stable Diffusion 1.5's size, {result['dtype']}, on "
-             f"{where(result)}, medians of {result['repeats']} rounds:", ""]  # fmt: skip
+             f"{where(result)}, {of_rounds(result['repeats'])}:", ""]  # fmt: skip
     lines += table(["what", "seconds"], [[named(name), f"{s:.2f}"] for name, s in result["seconds"].items()])
     if result["ratios"]:
         rows = []
@@ -150,7 +155,7 @@ def page(folder: Path) -> str:
     """The whole page; what was not measured is not in it."""
     lines = ["# Speed and memory", "", "Written by `benchmarks/speed.py` from the results beside it."]
     for title, pattern, told in PARTS:
-        files = sorted(folder.glob(pattern))
+        files = sorted(folder.glob(pattern), key=lambda path: path.stem)
         if files:
             lines += ["", f"## {title}"]
         for file in files:
