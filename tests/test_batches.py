@@ -47,6 +47,22 @@ def test_a_batch_carries_texts_columns_and_numbers(rendered):
     assert batch.instruction == [rows[i]["instruction"] for i in batch.index]
 
 
+def test_zoom_cuts_details_at_the_file_s_own_pixels(tmp_path):
+    noise(90, 70, 3).save(tmp_path / "a.png")
+    whole = torch.from_numpy(np.asarray(noise(90, 70, 3)).copy()).permute(2, 0, 1)
+    windows = whole.unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 55, 75, 16, 16)
+    found = set()
+    for batch in islice(batches(open_source(tmp_path, zoom=(9, 9)), 1, 16, seed=0), 4):
+        crop = (batch.image[0] * 255).round().byte()
+        places = (windows == crop[:, None, None]).flatten(3).all(3).all(0).nonzero()
+        assert len(places) == 1
+        found.add(tuple(places[0].tolist()))
+    assert len(found) == 4
+    (centre,) = open_source(tmp_path, zoom=(2, 3)).read([0], 16)
+    assert torch.allclose(centre.image.mean(), whole[:, 17:52, 27:62].float().mean() / 255, atol=0.02)
+    refused(lambda: open_source("scenes:held-out:4", zoom=(4, 8)), "zoom", "scenes:held-out:4")
+
+
 def test_prefetching_changes_nothing_and_ends(photos):
     source = open_source(photos)
     plain = list(islice(batches(source, 4, 32, seed=5), 6))

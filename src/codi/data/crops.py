@@ -12,6 +12,7 @@ from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 NUMBERS = ("conditioning_image", "mask")  # columns whose 16 bits are distances or ids; elsewhere they are brightness
+ZOOM = (1.0, 2.0)  # of random crops: times their size that the shorter side of the whole picture has; see draw_square
 MAX_PIXELS = 89_000_000  # a header that promises more is taken for a decompression bomb; Pillow warns above this
 
 
@@ -66,14 +67,19 @@ class Square:
         return left, top, min(left + self.side_x * width, width), min(top + self.side_y * height, height)
 
 
-def draw_square(width: int, height: int, size: int, rng: np.random.Generator | None) -> Square:
-    """The centred square, or a random one such that the shorter side is scaled to between `size` and twice it."""
+def draw_square(
+    width: int, height: int, size: int, rng: np.random.Generator | None, zoom: tuple[float, float] = ZOOM
+) -> Square:
+    """A random square such that the shorter side is scaled to between zoom[0] and zoom[1] times `size`, but not
+    enlarged; without `rng` the centred one of the least zoom."""
     shorter = min(width, height)
-    side, across, down = float(shorter), 0.5, 0.5
-    if rng is not None:
-        scale, across, down = rng.random(3)
-        side = shorter * size / max(size, size + scale * (min(2 * size, shorter) - size))
-    return Square(across * (width - side) / width, down * (height - side) / height, side / width, side / height)
+    least, most = (min(z * size, shorter) for z in zoom)
+    scale, across, down = (0.0, 0.5, 0.5) if rng is None else rng.random(3)
+    side = shorter * size / max(size, least + scale * (most - least))
+    left, top = across * (width - side), down * (height - side)
+    if side == size and rng is not None:  # at its own pixels: on whole ones, for nothing is resampled then
+        left, top = round(left), round(top)
+    return Square(left / width, top / height, side / width, side / height)
 
 
 def cut(picture: Image.Image, square: Square, size: int, column: str | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .crops import cut, draw_square, load_picture, why_unreadable
+from .crops import ZOOM, cut, draw_square, load_picture, why_unreadable
 
 
 @dataclass
@@ -82,7 +83,10 @@ def order(source: Source, seed: int, epoch: int) -> np.ndarray:
 
 
 class PictureSource(ABC):
-    """What all sources of picture files share: decoding, cropping, and turning failures into `CorruptSample`."""
+    """What all sources of picture files share: decoding, cropping, and turning failures into `CorruptSample`. `zoom` is
+    that of crops (see crops.draw_square)."""
+
+    zoom: tuple[float, float] = ZOOM
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -123,8 +127,8 @@ class PictureSource(ABC):
 
     def _read(self, index: int, size: int, rng: np.random.Generator | None) -> Sample | CorruptSample:
         try:
-            row, picture, others = self.decode(index, least=2 * size)
-            square = draw_square(picture.width, picture.height, size, rng)
+            row, picture, others = self.decode(index, least=math.ceil(self.zoom[1] * size))
+            square = draw_square(picture.width, picture.height, size, rng, self.zoom)
             extras = {column: cut(other, square, size, column) for column, other in others.items()}
             return Sample(index, self.name(index), cut(picture, square, size), row.text, row.instruction, extras)
         except Exception as error:  # Pillow's decoders raise nearly every type there is on damaged bytes

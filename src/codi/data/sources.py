@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, nearest
-from .crops import SUFFIXES
+from .crops import SUFFIXES, ZOOM
 from .render import COLUMNS, check_size, chunk, render_chunk
 from .samples import CorruptSample, PictureSource, Row, Sample, Source, words
 from .scenes import SPLITS
@@ -34,7 +34,12 @@ ALIASES = {  # what columns are also called on the hub, in `datasets:` alone: In
 SCENE_COUNTS = {"train": 20_000, "held-out": 500, "composition": 500}
 
 
-def open_source(spec: str | Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Source:
+def open_source(
+    spec: str | Path,
+    columns: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    zoom: tuple[float, float] | None = None,
+) -> Source:
     """Opens training data.
 
     `spec` is one of: a folder (Hugging Face imagefolder: pictures, in sub-folders too, and optionally metadata.jsonl
@@ -42,10 +47,19 @@ def open_source(spec: str | Path, columns: Sequence[str] = (), optional: Sequenc
     a folder of them, or paths or URLs with braces, `https://host/train-{0000..0999}.tar`);
     `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of a `datasets` data set).
     `columns` names the picture columns to read into `extras`, e.g. `("mask",)`; every sample must have them, those in
-    `optional` it may lack. In a tar, column `mask` is member KEY.mask.png.
-    Raises UserError for data that is missing, empty or malformed.
+    `optional` it may lack. In a tar, column `mask` is member KEY.mask.png. `zoom` of random crops, as crops.draw_square
+    has it; None: 1 to 2.
+    Raises UserError for data that is missing, empty or malformed, and for a zoom into scenes.
     """
-    spec = str(spec)
+    source = _open(str(spec), columns, optional)
+    if zoom is not None and tuple(zoom) != ZOOM:
+        if not isinstance(source, PictureSource):
+            raise UserError(f"zoom {zoom[0]:g} to {zoom[1]:g}: {spec} is rendered to fit, whole: leave zoom out")
+        source.zoom = (zoom[0], zoom[1])
+    return source
+
+
+def _open(spec: str, columns: Sequence[str], optional: Sequence[str]) -> Source:
     path = Path(spec)
     if not path.exists():
         names = expand(spec)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from .base import CAP, Task
-from .degradations import bicubic, second_order
+from .degradations import RealWorld, bicubic, second_order
 
 if TYPE_CHECKING:
     from ..data.batches import Batch
@@ -27,6 +27,9 @@ class Upscale(Task):
     """Output pixels per input pixel along a side."""
     degradation: str = "real"
     """How training makes the input: "real" (blur, noise, JPEG; see degradations) or "bicubic" (classical)."""
+    full_side: int = 256
+    """"real": side in pixels from which pictures are blurred in full, smaller ones less. The size of training itself,
+    where that cuts details at their files' own pixels (a recipe's zoom)."""
 
     name: ClassVar[str] = "upscale"
     prompted: ClassVar[bool] = False
@@ -35,6 +38,8 @@ class Upscale(Task):
     def __post_init__(self) -> None:
         if not isinstance(self.scale, int) or not 1 <= self.scale <= 16:
             raise UserError(f"scale={self.scale}: not an upscaling factor: use a whole number from 1 to 16")
+        if not isinstance(self.full_side, int) or self.full_side < 1:
+            raise UserError(f"full_side={self.full_side}: not a side in pixels: use for example 256")
         if self.degradation not in DEGRADATIONS:
             hint = nearest(str(self.degradation), DEGRADATIONS)
             raise UserError(f"degradation={self.degradation}: unknown{hint}: use one of {', '.join(DEGRADATIONS)}")
@@ -47,7 +52,7 @@ class Upscale(Task):
                             f"train at a size that is")  # fmt: skip
         if self.degradation == "bicubic":
             return bicubic(batch.image, self.scale)
-        return second_order(batch.image, self.scale, generator)
+        return second_order(batch.image, self.scale, generator, RealWorld(full_side=self.full_side))
 
     def condition(self, given: Tensor) -> Tensor:
         """`given` bicubically enlarged to output size, (B, 3, scale h, scale w) in [0, 1]."""

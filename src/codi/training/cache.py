@@ -49,6 +49,7 @@ def _index(recipe: DistillRecipe, task: Task, backbone: Backbone, source: Source
         "data": Path(recipe.data).name,  # a folder may move, `mark` tells whether it is the same
         "samples": len(source),
         "size": recipe.size,
+        "zoom": list(recipe.zoom),
         "truth": type(task).truth.__qualname__,  # tasks that want the same picture share a cache
         "prompts": task.prompt_column if task.prompted else "",
         "model": recipe.model,
@@ -120,7 +121,7 @@ def make_cache(
     """
     recipe.validate()
     task, accelerator = recipe_task(recipe), make_accelerator(recipe)
-    source = open_source(recipe.data, task.columns)
+    source = open_source(recipe.data, task.columns, zoom=recipe.zoom)
     if isinstance(source, SceneSource):
         source.device = str(accelerator.device)
     backbone = load_backbone(recipe.model, loras=recipe.loras).freeze()

@@ -274,7 +274,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
         require_same_run(out / "checkpoints", recipe, _FREE)
         torch.manual_seed(recipe.seed)
         columns = recipe_task(recipe).columns
-        source, held_out = open_source(recipe.data, columns), open_source(recipe.held_out, columns)
+        source, held_out = (open_source(spec, columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))
         if isinstance(source, SceneSource):
             source.device = str(accelerator.device)
         backbone = load_backbone(recipe.model, loras=recipe.loras)

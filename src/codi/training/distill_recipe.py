@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.crops import ZOOM
 from ..errors import UserError, nearest
 from ..models import codec
 from ..models.adapter import FORMS, READS
@@ -75,6 +76,10 @@ class DistillRecipe(RunSettings):
     """Pictures for previews and the obedience curve; never trained on."""
     size: int = 64
     """Side of training pictures in pixels."""
+    zoom: tuple = ZOOM
+    """Of random crops from files: their picture's shorter side is scaled to between so many times `size`, never
+    enlarged. [1, 2] shows most of each picture; high values, such as [4, 8], cut details at the file's own pixels,
+    which upscaling is about."""
     max_corrupt: float = 0.05
     """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
     objective: str = "codi"
@@ -164,6 +169,9 @@ class DistillRecipe(RunSettings):
         for key in ("prompt_dropout", "guidance_share"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key} {getattr(self, key)}: must lie in [0, 1]: use for example 0.5")
+        numbers = [z for z in self.zoom if isinstance(z, int | float)]
+        if len(self.zoom) != 2 or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] < math.inf:
+            raise UserError(f"zoom {list(self.zoom)}: not a range from 1 up: use for example [1, 2] or [4, 8]")
         if not 0 < self.shift < math.inf:
             raise UserError(f"shift {self.shift}: must be above 0: 1 spaces the steps evenly, 3 favours noise")
         if self.lora_rank < 0 or (self.lora_rank and self.train_backbone):

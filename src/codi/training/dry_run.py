@@ -40,7 +40,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     """
     recipe.validate()
     task = recipe_task(recipe)
-    source = open_source(recipe.data, task.columns)
+    source = open_source(recipe.data, task.columns, zoom=recipe.zoom)
     backbone = blank_backbone(recipe.model).freeze()
     form: Any = FORMS[recipe.adapter]
     told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
