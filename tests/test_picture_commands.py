@@ -52,7 +52,8 @@ def test_kinds_of_pictures_are_kept(shell, tiny, tmp_path):
     ran = shell("upscale", folder, "-o", tmp_path / "out", *tiny.options, "--steps", 1, "--json")
     assert (ran.code, ran.err) == (0, "")
     rows = json.loads(ran.out)
-    assert [set(row) for row in rows] == [{"input", "output", "width", "height", "seconds", "seed", "steps"}] * 4
+    columns = {"input", "output", "width", "height", "seconds", "seed", "steps", "model", "adapter"}
+    assert [set(row) for row in rows] == [columns] * 4
     made = {p.name: cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in (tmp_path / "out").iterdir()}
     shapes = {name: (pixels.shape, str(pixels.dtype)) for name, pixels in made.items()}
     assert shapes == {
@@ -207,7 +208,8 @@ def test_each_task_from_file_to_file(shell, adapters, tmp_path, monkeypatch, tas
     rows = json.loads(ran.out)
     assert [{**row, "seconds": 0} for row in rows] == [
         {"input": None if task == "generate" else "in.png", "output": f"new/out-{k}.png", "width": size[0],
-         "height": size[1], "seconds": 0, "seed": 3 + k, "steps": 2}
+         "height": size[1], "seconds": 0, "seed": 3 + k, "steps": 2,
+         "model": adapters[task][1], "adapter": adapters[task][3]}
         for k in range(2)
     ]  # fmt: skip
     made = [Image.open(tmp_path / "new" / f"out-{k}.png") for k in range(2)]

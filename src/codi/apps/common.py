@@ -28,7 +28,16 @@ _MODEL, _SAMPLING, _OUTPUT = "Model", "Sampling", "Output"
 Model = Annotated[
     str,
     typer.Option(
-        help="mini, a diffusers folder, a .safetensors file or a hub id\\[@revision].", rich_help_panel=_MODEL
+        help="mini, photo, a diffusers folder, a .safetensors file or a hub id\\[@revision].", rich_help_panel=_MODEL
+    ),
+]
+ModelOrDefault = Annotated[
+    str | None,
+    typer.Option(
+        help="mini, photo, a diffusers folder, a .safetensors file or a hub id\\[@revision]; by default photo for "
+        "upscale and inpaint, mini for others and for its adapters.",
+        rich_help_panel=_MODEL,
+        show_default=False,
     ),
 ]
 Adapter = Annotated[

@@ -29,38 +29,50 @@ def models(json_: Json = False) -> None:
     for row in rows:
         steps = ", ".join(str(n) for n in row["steps"] or [])
         size = f"{row['bytes'] / 1e6:.1f}"
-        table.add_row(row["name"], row["kind"], row["task"] or "", steps, size, row["licence"], row["origin"])
+        name = row["name"] if row["model"] in (row["name"], "mini") else f"{row['model']}/{row['name']}"
+        table.add_row(name, row["kind"], row["task"] or "", steps, size, row["licence"], row["origin"])
     Console(emoji=False, markup=False).print(table)  # names of folders are no markup
 
 
 def embedded(weights: Path = WEIGHTS) -> list[dict[str, Any]]:
-    """A row for each model, tiny decoder and adapter below `weights`: name, kind ("model", "decoder" or "adapter"),
-    path, licence, bytes, task, steps it was distilled for, backbone family and origin (None where that is not known).
+    """A row for each model, tiny decoder and adapter below `weights`: name, kind ("model", "decoder" or "adapter"), the
+    model it is for, path, licence, bytes, task, steps it was distilled for, backbone family and origin (None where that
+    is not known).
     """
     rows = [_model(path.parent) for path in sorted(weights.glob("*/model_index.json"))]
     rows += [_decoder(path.parent) for path in sorted(weights.glob("*/tiny_vae/config.json"))]
-    return rows + [_adapter(path.parent) for path in sorted(weights.glob("adapters/*/config.json"))]
+    rows += [_adapter(path.parent, "mini") for path in sorted(weights.glob("adapters/*/config.json"))]
+    own = sorted(weights.glob("*/adapters/*/config.json"))
+    return rows + [_adapter(path.parent, path.parents[2].name) for path in own]
 
 
 def _model(folder: Path) -> dict[str, Any]:
     record = _read(folder / "training.json")
     images = record.get("images")
-    origin = f"trained by codi on {images:,} rendered scenes" if images else "trained by codi on rendered scenes"
-    return _row(folder, "model", record, origin)
+    pictures = record.get("pictures", "rendered scenes")
+    origin = f"trained by codi on {images:,} {pictures}" if images else f"trained by codi on {pictures}"
+    row = _row(folder, "model", record, origin)
+    return row | {"model": folder.name, "bytes": row["bytes"] - _size(folder / "adapters")}  # which have their rows
 
 
 def _decoder(folder: Path) -> dict[str, Any]:
     record = _read(folder / "training.json")
     told = [f"{record['images']:,} crops" if "images" in record else None, record.get("recipe", {}).get("data")]
     origin = ", ".join(str(part) for part in (f"distilled for {folder.parent.name}", *told) if part)
-    return _row(folder, "decoder", {}, origin) | {"name": "tiny"}  # as --decoder takes it
+    return _row(folder, "decoder", {}, origin) | {"name": "tiny", "model": folder.parent.name}  # as --decoder takes it
 
 
-def _adapter(folder: Path) -> dict[str, Any]:
+def _adapter(folder: Path, model: str) -> dict[str, Any]:
     info = _read(folder / "config.json").get("info") or {}
     recipe = info.get("recipe") or {}
     told = [recipe.get("objective"), f"{info['images']:,} images" if info.get("images") else None, recipe.get("data")]
-    return _row(folder, "adapter", info, ", ".join(str(part) for part in told if part) or "trained by codi")
+    origin = ", ".join(str(part) for part in told if part) or "trained by codi"
+    return _row(folder, "adapter", info, origin) | {"model": model}
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in it."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def _row(folder: Path, kind: str, record: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -69,7 +81,7 @@ def _row(folder: Path, kind: str, record: dict[str, Any], origin: str) -> dict[s
         "kind": kind,
         "path": str(folder),
         "licence": record.get("licence", LICENCE),
-        "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        "bytes": _size(folder),
         "task": record.get("task"),
         "steps": record.get("steps"),
         "family": record.get("family"),

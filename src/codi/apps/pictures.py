@@ -29,7 +29,7 @@ from .common import (
     Guidance,
     Json,
     Lora,
-    Model,
+    ModelOrDefault,
     Overwrite,
     Seed,
     Steps,
@@ -57,7 +57,7 @@ ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file
 class Settings:
     """The options that every command which makes pictures has; `shared` adds them to one."""
 
-    model: Model = "mini"
+    model: ModelOrDefault = None
     adapter: Adapter = None
     lora: Lora = None
     decoder: Decoder = None
@@ -77,6 +77,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, 2**63 - 1 - self.count)
+
+    def model_for(self, task: str) -> str:
+        """The model that is named, else the task's default."""
+        if self.model is not None:
+            return self.model
+        from ..models.adapter_files import default_model
+
+        return default_model(task, self.adapter)
 
 
 def shared(command: Callable[..., None]) -> Callable[..., None]:
@@ -130,7 +138,15 @@ def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
     s = settings
     pipe = load_pipeline(
-        s.model, task, s.adapter, s.device, s.dtype, parse_loras(s.lora), s.decoder, s.channels_last, s.compile
+        s.model_for(task),
+        task,
+        s.adapter,
+        s.device,
+        s.dtype,
+        parse_loras(s.lora),
+        s.decoder,
+        s.channels_last,
+        s.compile,
     )
     if s.vae_tiling:
         for vae in filter(None, (pipe.vae, pipe.tiny_vae)):
@@ -161,7 +177,8 @@ def deliver(pipe: CoDiPipeline, items: Iterable[Item | UserError], order: Order,
         rows.append(row)
         if not settings.json_:
             arrow = f"{row['input']} -> " if row["input"] else ""
-            print(f"{arrow}{row['output']}  {row['width']} x {row['height']} px, {row['seconds']:.2f} s")
+            told = f"{row['width']} x {row['height']} px, {row['seconds']:.2f} s, by {_public(row['model'])}"
+            print(f"{arrow}{row['output']}  {told}")
     if settings.json_:
         print_json(rows)
     if faults:
@@ -179,11 +196,11 @@ def make(
     items, goes to `report`, and the others follow. A picture depends on its seed, not on what else is in the run."""
     from ..data.writing import write_image, write_png_bands
 
-    scales = _scales(pipe, order, settings)
+    scales, model = _scales(pipe, order, settings), settings.model_for(order.task)
     arguments = {**order.arguments, "guidance_scale": scales["text"], "image_guidance_scale": scales.get("image")}
     notes = {
         "Software": f"codi {__version__}",
-        "codi model": _public(settings.model),
+        "codi model": _public(model),
         **{f"codi lora {i}": _public(word) for i, word in enumerate(settings.lora or [])},
         "codi adapter": _public(settings.adapter or order.task),
         **({"codi decoder": _public(settings.decoder or "tiny")} if pipe.tiny_vae is not None else {}),
@@ -240,6 +257,8 @@ def make(
                 "seconds": round(seconds, 4),
                 "seed": item.seed,
                 "steps": settings.steps,
+                "model": model,
+                "adapter": settings.adapter or order.task,
             }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.samples import Sample
 from ..errors import UserError
 from ..models import codec
-from ..models.backbone import EMBEDDED
+from ..models.adapter_files import find_adapter
 from ..sampling.pipeline import CoDiPipeline
 from ..tasks import TASKS
 from .common import progress
@@ -60,9 +60,8 @@ class Show:
         self.side = max(32, min(512, pipe.unet.config["sample_size"] * codec.downscale(pipe.vae)))
         self.adapters: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
-        shipped = EMBEDDED / "adapters"
         for task in TASKS:
-            source = (folder or shipped) / task
+            source = folder / task if folder else find_adapter(task, model)
             try:
                 if not (source / "config.json").is_file():
                     raise UserError(f"no adapter of this task is here: `codi distill {task} --out "
@@ -75,13 +74,14 @@ class Show:
             keys = ("full", "steps", "guidance", "guidance_scale", "images")
             size = sum(p.stat().st_size for p in source.glob("**/*.safetensors") if "checkpoints" not in p.parts)
             self.adapters[task] = {**{key: told.get(key) for key in keys}, "bytes": size}
-            many = (finetuned or shipped) / f"{task}-finetuned"
+            name = f"{task}-finetuned"
+            many = finetuned / name if finetuned else find_adapter(name, model)
             try:
                 if (many / "config.json").is_file():
-                    pipe.load_adapter(many, as_=f"{task}-finetuned", task=task)
+                    pipe.load_adapter(many, as_=name, task=task)
             except UserError as error:
                 if finetuned:  # the embedded ones fit the embedded backbone alone
-                    self.skipped[f"{task}-finetuned"] = str(error)
+                    self.skipped[name] = str(error)
         if not self.adapters:
             raise UserError(f"{folder or 'the embedded adapters'}: {next(iter(self.skipped.values()))}")
 

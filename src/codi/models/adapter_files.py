@@ -7,6 +7,7 @@ unet/                                               the backbone trained with it
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,30 +17,58 @@ from diffusers import UNet2DConditionModel
 
 from ..errors import UserError
 from .adapter import FORMS, Adapter
-from .backbone import EMBEDDED, require_finite
+from .backbone import EMBEDDED, find_model, require_finite
 from .lora import FILE, load_lora
 
+ADAPTERS = "adapters"  # of a model's folder: its own ones, a folder each
+PHOTO_TASKS = ("upscale", "inpaint")  # what people do to photographs of their own
 
-def find_adapter(name: str | Path) -> Path:
-    """An embedded adapter's name, or a folder -> the folder."""
-    embedded = EMBEDDED / "adapters" / str(name)
-    return embedded if (embedded / "config.json").is_file() else Path(name)
+
+def libraries(model: str | Path = "mini") -> list[Path]:
+    """The folders whose adapters go by their names with `model`: its own, and mini's, which fine-tunes of it take too,
+    unless it is another embedded model."""
+    own, minis = Path(find_model(model)) / ADAPTERS, EMBEDDED / ADAPTERS
+    return [own] if own.parent.parent == EMBEDDED and own.is_dir() else [own, minis]
+
+
+def find_adapter(name: str | Path, model: str | Path = "mini") -> Path:
+    """The name of an adapter that `model` has (see libraries), or a folder -> the folder."""
+    named = (library / str(name) for library in libraries(model))
+    return next((folder for folder in named if (folder / "config.json").is_file()), Path(name))
+
+
+def default_model(task: str, adapter: str | Path | None = None) -> str:
+    """The embedded model for a task and, if one is named, an adapter: "photo" for pictures that users bring, unless the
+    adapter is not among its own; "mini" otherwise. An adapter's folder may say which of them it was trained on."""
+    config = Path(adapter or "") / "config.json"
+    if adapter is not None and config.is_file():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # load_adapter says what is wrong
+            told = json.loads(config.read_text())["info"]["recipe"]["model"]
+            return "photo" if told == "photo" else "mini"
+        return "mini"
+    own = EMBEDDED / "photo" / ADAPTERS / str(adapter or task) / "config.json"
+    return "photo" if task in PHOTO_TASKS and own.is_file() else "mini"
 
 
 def load_adapter(
-    name: str | Path, task: str | None, family: str | None, unet: UNet2DConditionModel
+    name: str | Path,
+    task: str | None,
+    family: str | None,
+    unet: UNet2DConditionModel,
+    model: str | Path = "mini",
 ) -> tuple[Adapter, UNet2DConditionModel]:
-    """Loads an adapter folder (config.json + safetensors), in float32 -> (adapter, the U-Net it works with).
+    """Loads an adapter folder (config.json + safetensors), or one that `model` has, in float32 -> (adapter, the U-Net
+    it works with).
 
     A full adapter brings its own trained U-Net in `unet/`; one with low-rank updates a copy of `unet` that shares its
     weights and carries them under the task's name; otherwise the second answer is `unet` itself, which never changes.
     Raises UserError where it is missing, broken, made for another `task`, or for another backbone `family`
     (None: not checked).
     """
-    folder = find_adapter(name)
+    folder = find_adapter(name, model)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        shipped = sorted(p.parent.name for p in (EMBEDDED / "adapters").glob("*/config.json"))
+        shipped = sorted({p.parent.name for library in libraries(model) for p in library.glob("*/config.json")})
         raise UserError(
             f"{name}: no adapter there (no config.json): give a folder or one of {', '.join(shipped) or '(none)'}"
         )

@@ -18,7 +18,7 @@ from ..models.tiny import mark_saved, open_decoder, saved_decoder
 from ..schedule import DiscreteSchedule
 from ..tasks import Task, get_task
 from .guidance import Guidance, resolve
-from .shelf import FOLDER, Shelf
+from .shelf import Shelf
 
 
 class AdaptedPipeline(DiffusionPipeline):
@@ -68,9 +68,9 @@ class AdaptedPipeline(DiffusionPipeline):
     ) -> Self:
         """Loads a Stable Diffusion checkpoint (1, 2 or XL) or a saved CoDiPipeline, and sets an adapter.
 
-        `model`: "mini", a diffusers folder, a single .safetensors file or a hub id, which may end in "@revision".
-        `adapter`: the name of an embedded adapter or a folder; None takes the one of `task` that was saved with the
-        model, else the embedded one. `dtype`: float32 by default; `torch_dtype` is its older name. `loras`: low-rank
+        `model`: "mini", "photo", a diffusers folder, a single .safetensors file or a hub id, which may end in
+        "@revision". `adapter`: the name of one in the model's folder `adapters` or of an embedded one, or a folder;
+        None takes that of `task`. `dtype`: float32 by default; `torch_dtype` is its older name. `loras`: low-rank
         updates made part of the backbone, with weights. `decoder`: "full", "tiny", the one in the model's folder, or an
         AutoencoderTiny folder or hub id; None: as the pipeline was saved, else the full one. `hub`: revision, variant,
         token, cache_dir, local_files_only and config of the model, as diffusers knows them.
@@ -83,8 +83,8 @@ class AdaptedPipeline(DiffusionPipeline):
         tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, dtype, **hub)
         pipe = cls(**vars(backbone), tiny_vae=tiny)
         shelf = pipe._shelf
-        if (folder / FOLDER).is_dir():
-            shelf.load_saved(folder)
+        shelf.model = model
+        shelf.load_saved(folder)
         of_task = [name for name, shelved in shelf.loaded.items() if shelved.task.name == task]
         if adapter is not None:
             shelf.set(shelf.load(adapter, task=task))

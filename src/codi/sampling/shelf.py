@@ -18,14 +18,13 @@ from torch import nn
 
 from ..errors import UserError, nearest
 from ..models.adapter import Adapter
-from ..models.adapter_files import find_adapter, load_adapter
+from ..models.adapter_files import ADAPTERS, find_adapter, load_adapter
 from ..models.composition import compose
 from ..models.lora import lora_names, merge_lora
 from ..models.student import Student
 from ..tasks import Task, get_task
 
-FOLDER = "adapters"  # of a saved pipeline: one folder an adapter, and SET
-SET = "set.json"  # {name: weight} of those that were set
+SET = "set.json"  # among the adapters of a saved pipeline: {name: weight} of those that were set
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,11 @@ class Shelved:
 
 
 class Shelf:
-    """Adapters by name for `unet`, the backbone's own, of `family`; `weights` are those of the ones that are set."""
+    """Adapters by name for `unet`, the backbone's own, of `family`; `weights` are those of the ones that are set.
+    `model` is where the backbone came from, which may have adapters of its own."""
 
-    def __init__(self, unet: UNet2DConditionModel, family: str) -> None:
-        self.unet, self.family = unet, family
+    def __init__(self, unet: UNet2DConditionModel, family: str, model: str | Path = "mini") -> None:
+        self.unet, self.family, self.model = unet, family, model
         self.loaded: dict[str, Shelved] = {}
         self.weights: dict[str, float] = {}
         self._students: dict[tuple[str, ...], Student] = {}
@@ -66,7 +66,7 @@ class Shelf:
 
         Raises UserError for an adapter that does not fit or is not of `task`, and for a name that is taken.
         """
-        folder = find_adapter(source).resolve()
+        folder = find_adapter(source, self.model).resolve()
         name = (name or folder.name).replace(".", "-")  # dots would part the names of modules
         if not name or "/" in name or "\\" in name:
             raise UserError(f"{name!r}: not a name for an adapter: it becomes a folder's, so leave slashes out")
@@ -74,7 +74,7 @@ class Shelf:
             if self.loaded[name].folder == folder:
                 return name
             raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
-        adapter, unet = load_adapter(source, task, self.family, self.unet)
+        adapter, unet = load_adapter(source, task, self.family, self.unet, self.model)
         info = adapter.config["info"] or {}
         kind = info.get("task", task)
         if kind is None:
@@ -184,8 +184,8 @@ class Shelf:
 
     def save(self, folder: Path) -> None:
         """Copies the adapters' files to `folder`/adapters, whole or not at all."""
-        target = folder / FOLDER
-        temporary = folder / f".{FOLDER}.{secrets.token_hex(4)}.tmp"
+        target = folder / ADAPTERS
+        temporary = folder / f".{ADAPTERS}.{secrets.token_hex(4)}.tmp"
         try:
             temporary.mkdir(parents=True)
             for name, shelved in self.loaded.items():
@@ -201,13 +201,15 @@ class Shelf:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def load_saved(self, folder: Path) -> None:
-        """Loads and sets what `save` left in `folder`/adapters. Raises UserError where that is broken."""
+        """Loads and sets what `save` left in `folder`/adapters, if it did. Raises UserError where that is broken."""
+        if not (folder / ADAPTERS / SET).is_file():
+            return
         try:
-            weights = json.loads((folder / FOLDER / SET).read_text())
+            weights = json.loads((folder / ADAPTERS / SET).read_text())
             names, values = list(weights), [float(w) for w in weights.values()]
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / FOLDER / SET}: not a saved pipeline's list of adapters ({error}): "
+            raise UserError(f"{folder / ADAPTERS / SET}: not a saved pipeline's list of adapters ({error}): "
                             "save it again") from error  # fmt: skip
-        for path in sorted((folder / FOLDER).glob("*/config.json")):
+        for path in sorted((folder / ADAPTERS).glob("*/config.json")):
             self.load(path.parent, path.parent.name)
         self.set(names, values)
