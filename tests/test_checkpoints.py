@@ -58,12 +58,13 @@ def theirs(backbone: Any, noise: torch.Tensor, steps: int, guidance: float, prom
     ).images  # fmt: skip
 
 
+@pytest.mark.parametrize("to_one", [True, False])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_text_to_image_is_what_diffusers_makes(kind, spacing, prediction):
-    """Spacing and prediction type of the scheduler's configuration, prompts, guidance, sizes: all as there."""
-    changes = {"timestep_spacing": spacing, "set_alpha_to_one": True}
+def test_text_to_image_is_what_diffusers_makes(kind, spacing, prediction, to_one):
+    """Spacing, end and prediction type of the scheduler's configuration, prompts, guidance, sizes: all as there."""
+    changes = {"timestep_spacing": spacing, "set_alpha_to_one": to_one}
     backbone = dataclasses.replace(
         tiny_xl() if kind == "xl" else tiny_backbone(), scheduler=tiny_scheduler(prediction, **changes)
     )

@@ -133,6 +133,14 @@ def test_sizes_of_text_to_image(pipe):
     assert run(pipe, **given("canny"), height=16, width=24).shape == (1, 3, 16, 24)
 
 
+def test_tiles_of_one_prompt_have_it_read_once(pipe):
+    calls = []
+    hook = pipe.text_encoder.register_forward_hook(lambda *args: calls.append(1))
+    run(pipe, image=rand(1, 3, 16, 16), prompt="a ball", tile=8, steps=1, batch_size=1)
+    hook.remove()
+    assert len(calls) == 1
+
+
 def test_tiles_are_for_upscaling(pipe):
     pipe.set_adapters("upscale")
     image = rand(1, 3, 9, 21)

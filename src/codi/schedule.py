@@ -11,10 +11,11 @@ noise levels; level k of the checkpoint (0-based) is t = k + 1 here, so that t =
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class Schedule(ABC):
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
         """What the network is told instead of `t`."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same for times on `device`: a sampler's steps then wait for no copy."""
+        return self
 
     def draw(self, count: int, dt: float, shared: bool, generator: torch.Generator | None) -> Tensor:
         """Times uniform on [dt, horizon]: (count,), or (1,) where one time serves the whole batch."""
@@ -135,8 +140,13 @@ class DiscreteSchedule(Schedule):
         scheduler: Any = DDIMScheduler.from_config(dict(config))
         return cls(scheduler.alphas_cumprod, scheduler.config["prediction_type"])
 
+    def to(self, device: torch.device) -> Self:
+        moved = copy.copy(self)
+        moved.alphas, moved.sigmas = self.alphas.to(device), self.sigmas.to(device)
+        return moved
+
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        index = t.long().cpu()
+        index = t.long().to(self.alphas.device)
         return self.alphas[index], self.sigmas[index]
 
     def draw(self, count: int, dt: float, shared: bool, generator: torch.Generator | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..models import codec
 from ..models.student import Conditioning
 from ..models.text import embed_prompts
+from ..schedule import Schedule
 from .adapted import AdaptedPipeline
 from .colour import match_bands, match_colour, require_method
 from .guidance import Guidance
@@ -122,7 +123,10 @@ class CoDiPipeline(AdaptedPipeline):
             return (callback_on_step_end(self, index, t, named) or {}).get("latents")
 
         away = negative_prompt or ""
-        walk = partial(self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step)
+        walk = partial(
+            self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step,
+            schedule=self.schedule, embed=cache(partial(embed_prompts, self.text)),
+        )  # fmt: skip
         channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
         fields = steps if self._all(strength, "jumps") else 1
         bar = progress_bar(total=steps * (tiles.batches(one, batch_size) * len(one) if tiles else 1))
@@ -190,8 +194,11 @@ class CoDiPipeline(AdaptedPipeline):
         guide: Guidance,
         negative_prompt: str,
         callback: StepCallback,
+        schedule: Schedule,
+        embed: Callable[..., tuple[Tensor, dict[str, Tensor] | None]],
     ) -> Tensor:
-        """From noise (B, C, h, w) and what each task makes of its input, at output size, to the latent."""
+        """From noise (B, C, h, w) and what each task makes of its input, at output size, to the latent. `embed` is
+        embed_prompts of the pipeline's text encoders, and may remember: tiles have one prompt."""
         infos = self._shelf.infos(strength)
         jumps, boundary = (self._all(strength, key) for key in ("jumps", "boundary"))
         student, strength = self._shelf.student(strength)
@@ -200,21 +207,19 @@ class CoDiPipeline(AdaptedPipeline):
             read = {name: c.to(self.device) for name, c in conditions.items()}
             condition = student.adapter.read(read if len(read) > 1 else next(iter(read.values())), self.vae)
         size = (codec.downscale(self.vae) * noise.shape[-2], codec.downscale(self.vae) * noise.shape[-1])
-        text, added = embed_prompts(self.text, prompts, size)
+        text, added = embed(tuple(prompts), size)
         conditioning = Conditioning(text, condition, added=added, guidance=guide.columns(prompts))
         blank = None
         if guide.second_pass != 1:
-            negative, added = embed_prompts(self.text, [negative_prompt] * len(prompts), size)
+            negative, added = embed((negative_prompt,) * len(prompts), size)
             blank = replace(conditioning, text=negative, added=added)
         shift = self.shift or next((info["shift"] for info in infos if info.get("shift")), 1.0)
-        grid = (
-            time_grid(self.schedule.horizon, steps, shift) if infos or self.shift else own_grid(self.scheduler, steps)
-        )
+        grid = time_grid(schedule.horizon, steps, shift) if infos or self.shift else own_grid(self.scheduler, steps)
         noise = noise.to(device=self.device, dtype=self.unet.dtype)
         if self.solver is not None:
             return solve(student, self.solver, noise, conditioning, steps)
         return sample(
-            student, self.schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, grid,
+            student, schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, grid,
             jumps, boundary,
         )  # fmt: skip
 

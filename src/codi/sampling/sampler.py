@@ -103,6 +103,9 @@ def sample(
         unconditional = replace(unconditional, jump=conditioning.jump)
         unconditional = student.prepare(unconditional) if guidance_scale != 1.0 else None
     grid = time_grid(schedule.horizon, steps) if grid is None else grid
+    times = grid.tolist()
+    if noise.is_cuda:
+        schedule, grid = schedule.to(noise.device), grid.to(noise.device)
     fields = noise.chunk(steps, dim=1) if jumps else [noise]
     z = x = fields[0]
     for i in range(steps):
@@ -110,6 +113,6 @@ def sample(
         x, eps = predict(student, schedule, z, t, conditioning, guidance_scale, unconditional, strength, boundary)
         z = schedule.mix(x, fields[i + 1] if jumps and i + 1 < steps else eps, s)
         if callback is not None:
-            replaced = callback(i, int(t), z, x)
+            replaced = callback(i, int(times[i]), z, x)
             z = z if replaced is None else replaced
     return z

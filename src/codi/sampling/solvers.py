@@ -20,10 +20,12 @@ SOLVERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def own_grid(scheduler: Any, steps: int) -> Tensor:
-    """The times at which a checkpoint's scheduler looks, as its configuration spaces them, then 0: `steps` + 1 of them.
-    Not the evenly spaced ones of adapters, which are trained from the noisiest level on."""
+    """The times at which a checkpoint's scheduler looks, as its configuration spaces them, then where it ends:
+    `steps` + 1 of them. Not the evenly spaced ones of adapters, which are trained from the noisiest level on. The end
+    is 0, or without `set_alpha_to_one`, as Stable Diffusion 1.5 has it, the least noise that the checkpoint knows."""
     scheduler.set_timesteps(steps)
-    return torch.cat([scheduler.timesteps.cpu() + 1, torch.zeros(1, dtype=torch.long)])
+    end = torch.tensor([0 if scheduler.config.get("set_alpha_to_one", True) else 1])
+    return torch.cat([scheduler.timesteps.cpu() + 1, end])
 
 
 @torch.no_grad()
