@@ -134,6 +134,7 @@ def test_sizes_of_text_to_image(pipe):
 
 
 def test_tiles_of_one_prompt_have_it_read_once(pipe):
+    pipe.set_adapters("upscale")
     calls = []
     hook = pipe.text_encoder.register_forward_hook(lambda *args: calls.append(1))
     run(pipe, image=rand(1, 3, 16, 16), prompt="a ball", tile=8, steps=1, batch_size=1)
