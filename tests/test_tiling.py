@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from codi.errors import UserError
 from codi.sampling.colour import low_frequencies, match_bands, match_colour, wavelet_levels
@@ -205,7 +206,26 @@ def test_flat_pictures_and_results_within_range():
     assert match_colour(flat, flat + 0.3, "none") is flat
 
 
-@pytest.mark.parametrize("method", ["wavelet", "none"])
+def test_back_projection_makes_the_result_agree_with_its_input():
+    """What lies beyond the small picture stays as it is made, and what agrees already stays as it is."""
+    small = low_frequencies(noise(1, 3, 20, 24), 1)
+    enlarged = F.interpolate(small, scale_factor=4, mode="bicubic")
+    made = enlarged + 0.1 + texture(96)[..., :80, :]
+
+    def apart(picture):
+        return (F.interpolate(picture, scale_factor=0.25, mode="bicubic", antialias=True) - small).abs().mean()
+
+    out = match_colour(made, enlarged, "back-projection")
+    assert apart(out) < 0.2 * apart(made) and apart(out) < 0.5 * apart(match_colour(made, enlarged))
+    inner = (..., slice(8, -8), slice(8, -8))
+    high = out - F.interpolate(F.interpolate(out, scale_factor=0.25, mode="bicubic", antialias=True), scale_factor=4)
+    assert high[inner].std() > 0.8 * texture(96).std()
+    flat = torch.full((1, 3, 16, 16), 0.4)
+    assert torch.allclose(match_colour(flat, flat, "back-projection"), flat, atol=1e-6)
+    assert torch.allclose(match_colour(flat - 0.2, flat, "back-projection"), flat, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["wavelet", "back-projection", "none"])
 @pytest.mark.parametrize("rows", [[200], [1] * 200, [7, 93, 40, 60], [90, 100, 10]])
 def test_colours_of_a_picture_in_bands_are_those_of_the_whole(method: str, rows: list[int]):
     picture, reference = noise(1, 3, 200, 150), noise(1, 3, 200, 150, seed=1)

@@ -40,8 +40,9 @@ def upscale(
     ] = None,
     prompt: Prompt = "",
     colour: Annotated[
-        Literal["wavelet", "adain", "none"], typer.Option(help="How the input's colours are kept.")
-    ] = "wavelet",
+        Literal["wavelet", "back-projection", "adain", "none"] | None,
+        typer.Option(help="How the input's colours are kept; by default as the adapter has it."),
+    ] = None,
 ) -> None:
     """Make pictures 4 times larger, or 8 times with --adapter upscale-x8, in 1 to 4 steps.
 

@@ -60,7 +60,8 @@ class Sampler(nn.Module):
         if image is None:
             return picture
         if task.name == "upscale":
-            picture = match_colour(picture, task.condition(image))
+            colour = source.info.get("colour") or "wavelet"
+            picture = match_colour(picture, task.condition(image), colour, task.scale)
         return task.finish(picture, image)
 
 

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 
-METHODS = ("wavelet", "adain", "none")
+METHODS = ("wavelet", "back-projection", "adain", "none")
 
 
-def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet") -> Tensor:
+def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet", scale: int = 4) -> Tensor:
     """`output` (B, 3, H, W) in [0, 1] with the colours of `reference`, which is brought to its size if it has another.
 
     - "wavelet": the low frequencies of the reference replace the output's; details stay the output's own.
+    - "back-projection": what the small picture resolves is the reference's, what lies beyond it the output's own:
+      x + up(low - down(x)) (Irani and Peleg, 1991). For small pictures without noise or blocks, enlarged `scale` times.
     - "adain": each channel gets the reference's mean and standard deviation: one global change.
     - "none": nothing.
 
@@ -36,8 +38,10 @@ def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet") -> 
             std, target = (x.std((2, 3), keepdim=True, correction=0) for x in (own, other))
             means = own.mean((2, 3), keepdim=True), other.mean((2, 3), keepdim=True)
             matched = (own - means[0]) * (target / std.clamp_min(1e-5)) + means[1]
-        else:  # output - low(output) + low(reference), and low() is linear: one blur instead of two
-            matched = low_frequencies(other - own, levels).add_(own)
+        elif method == "back-projection":
+            matched = back_projected(own, other, scale)
+        else:
+            matched = with_low_frequencies(own, other, levels)
         result[:, c : c + 1] = matched.clamp_(0, 1)
     return result
 
@@ -49,31 +53,53 @@ def require_method(method: str) -> None:
 
 
 def match_bands(
-    bands: Iterator[Tensor], reference: Callable[[int, int], Tensor], height: int, method: str = "wavelet"
+    bands: Iterator[Tensor],
+    reference: Callable[[int, int], Tensor],
+    height: int,
+    method: str = "wavelet",
+    scale: int = 4,
 ) -> Iterator[Tensor]:
-    """match_colour by "wavelet" or "none" of a picture of `height` rows that comes in bands (1, 3, rows, W) from the
-    top; `reference(a, b)` gives rows a to b of its reference, (1, 3, b - a, W). Bands again, of other rows."""
+    """match_colour, but for "adain", of a picture of `height` rows that comes in bands (1, 3, rows, W) from the top;
+    `reference(a, b)` gives rows a to b of its reference, (1, 3, b - a, W). Bands again, of other rows."""
     if method == "none":
         yield from bands
         return
+    projects = method == "back-projection"
     done = end = 0
     kept = torch.empty(0)  # rows that are not done, and above them what the blur of the first of them sees
     for band in bands:
         kept = torch.cat([kept, band], dim=2) if end else band
         end += band.shape[2]
         levels = wavelet_levels(height, band.shape[-1])
-        reach = 2**levels - 1  # rows above and below that the blur sees: 1 + 2 + 4 + ...
+        # Rows above and below that the blur sees, 1 + 2 + 4 + ..., or the cubics of making small and large again.
+        reach = 6 * scale if projects else 2**levels - 1
         ready, first = end if end == height else end - reach, end - kept.shape[2]
         if ready <= done:
             continue
         other, result = reference(first, end), torch.empty_like(kept[:, :, done - first : ready - first])
         for c in range(result.shape[1]):
             own, low = kept[:, c : c + 1], other[:, c : c + 1].to(kept)
-            matched = low_frequencies(low - own, levels).add_(own)
+            matched = back_projected(own, low, scale) if projects else with_low_frequencies(own, low, levels)
             result[:, c : c + 1] = matched[:, :, done - first : ready - first].clamp_(0, 1)
         yield result
         done = ready
-        kept = kept[:, :, max(0, done - reach) - first :].clone()
+        above = max(0, done - reach)
+        kept = kept[:, :, above - above % (scale if projects else 1) - first :].clone()
+
+
+def back_projected(own: Tensor, enlarged: Tensor, scale: int) -> Tensor:
+    """`own` - up(down(own)) + `enlarged` for (B, C, H, W) whose first row and column are those of a small pixel."""
+    height, width = (-(-side // scale) for side in own.shape[-2:])
+    # At the bottom of a part of a picture a small pixel may be cut: what depends on it is not used.
+    whole = F.pad(own, (0, width * scale - own.shape[-1], 0, height * scale - own.shape[-2]), mode="replicate")
+    small = F.interpolate(whole, size=(height, width), mode="bicubic", antialias=True)
+    large = F.interpolate(small, size=whole.shape[-2:], mode="bicubic")
+    return own + enlarged - large[..., : own.shape[-2], : own.shape[-1]]
+
+
+def with_low_frequencies(own: Tensor, other: Tensor, levels: int) -> Tensor:
+    """`own` with the low frequencies of `other`: own - low(own) + low(other), and low() is linear."""
+    return low_frequencies(other - own, levels).add_(own)
 
 
 def wavelet_levels(height: int, width: int) -> int:

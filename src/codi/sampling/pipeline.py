@@ -57,7 +57,7 @@ class CoDiPipeline(AdaptedPipeline):
         height: int | None = None,
         width: int | None = None,
         tile: int | None = None,
-        colour: str = "wavelet",
+        colour: str | None = None,
         batch_size: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -81,7 +81,8 @@ class CoDiPipeline(AdaptedPipeline):
             else is in the batch.
         tile: upscaling only: side of tiles in input pixels; 0 never tiles, None tiles what is larger than 1.5 times the
             backbone's own size (tiles.LEAST at least) in tiles of that size. batch_size: tiles at a time.
-        colour: "wavelet", "adain" or "none": correction of the result's colours to the input's (upscaling).
+        colour: "wavelet", "back-projection", "adain" or "none": correction of the result to the input (upscaling; see
+            colour.match_colour). None is the adapter's own.
         Raises UserError for arguments that no picture can be made from.
         """
         tasks, f = self.tasks, codec.downscale(self.vae)
@@ -111,6 +112,8 @@ class CoDiPipeline(AdaptedPipeline):
                           "hold together, and takes long: make the picture smaller first", stacklevel=1)  # fmt: skip
         if tiles and output_type == "latent":
             raise UserError("output_type 'latent': tiles have none in common: pass tile=0, or another type")
+        shelved = self._shelf.infos(strength)
+        colour = colour or next((info["colour"] for info in shelved if info.get("colour")), "wavelet")
         if output_type == "bands" and (not tiles or colour == "adain"):
             raise UserError("output_type 'bands': of pictures that are upscaled in tiles, without adain: use pt")
         require_method(colour)
@@ -139,7 +142,7 @@ class CoDiPipeline(AdaptedPipeline):
             pictures = [
                 match_bands(
                     tiles.bands(make, low, text, number, channels, batch_size, fields),
-                    partial(tiles.enlarged, enlarge, low), high, "none" if late else colour,
+                    partial(tiles.enlarged, enlarge, low), high, "none" if late else colour, tiles.scale,
                 )
                 for low, text, number in zip(one.split(1), prompts, seeds, strict=True)
             ]  # fmt: skip
@@ -160,7 +163,7 @@ class CoDiPipeline(AdaptedPipeline):
             result = self._decode(latent)[:, :, :high, :wide].cpu()
             for key, task in tasks.items():
                 if task.name == "upscale":
-                    result = match_colour(result, task.condition(given[key]).float(), colour)
+                    result = match_colour(result, task.condition(given[key]).float(), colour, task.scale)
             for key, task in tasks.items():  # last: what a task puts back exactly, nothing may touch again
                 result = task.finish(result, given[key])
         return self._handed(to_output(result, output_type), return_dict)

@@ -47,7 +47,7 @@ _FREE = {
     "max_corrupt",
     "shard",
 }
-_FREE |= {"guidance_scale", "image_guidance_scale"}
+_FREE |= {"guidance_scale", "image_guidance_scale", "colour"}
 PREVIEW_STEPS = (1, 2, 4)
 
 
@@ -252,7 +252,7 @@ class DistillJob(Job):
         figures = self.preview(out, progress)
         recipe = shareable(self.recipe)
         adapter = copy.deepcopy(self.average.adapter)
-        told = {key: recipe[key] for key in ("guidance", "guidance_scale", "image_guidance_scale", "shift")}
+        told = {key: recipe[key] for key in ("guidance", "guidance_scale", "image_guidance_scale", "shift", "colour")}
         adapter.register_to_config(
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),

@@ -22,6 +22,7 @@ from ..objectives.consistency import consistency
 from ..objectives.decoupled import decoupled
 from ..objectives.finetune import finetune
 from ..objectives.guided import guided
+from ..sampling.colour import METHODS
 from ..tasks import Task, get_task
 from .trainer import RunSettings
 
@@ -114,6 +115,9 @@ class DistillRecipe(RunSettings):
     shift: float = 1.0
     """Time grid of the sampler, kept with the adapter: above 1, more steps lie where noise is high, below 1 where it
     is low, which suits adapters that jump."""
+    colour: str = "wavelet"
+    """Of upscaling, the default for users of the adapter: how results are corrected to their inputs (see
+    sampling.colour); back-projection where these are small but clean."""
     prompt_dropout: float = 0.5
     """Share of prompts replaced by the empty one."""
     mu_rate: float = 30.0
@@ -162,7 +166,7 @@ class DistillRecipe(RunSettings):
     def validate(self) -> None:
         """Raises UserError for values that no run can have."""
         super().validate()
-        for key, known in (("objective", OBJECTIVES), ("adapter", FORMS), ("reads", READS)):
+        for key, known in (("objective", OBJECTIVES), ("adapter", FORMS), ("reads", READS), ("colour", METHODS)):
             if getattr(self, key) not in known:
                 value = getattr(self, key)
                 raise UserError(f"{key} {value!r}: not known{nearest(value, known)}: use one of {', '.join(known)}")
