@@ -236,6 +236,7 @@ def make(
                 "bits": item.like.bits if item.like else 8,
                 "grey": item.like is not None and item.like.grey,
                 "overwrite": settings.overwrite,
+                "exif": item.like.exif if item.like else None,
             }
             try:
                 if rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: codi upscale photos/ holiday.jpg -o larger/ --steps 4"
 TOGETHER = 256 * 256  # input pixels up to which pictures of one size share a batch
+JUDGED, LEAST_JUDGED = 512, 64  # pixels: the middle that tells whether a picture is soft, and the least that does
+# Of 160 photographs the lowest share is 0.15; enlarged twofold, 95 % fall below 0.12.
+SOFT = 0.12
 
 
 @shared
@@ -43,10 +47,11 @@ def upscale(
         Literal["wavelet", "back-projection", "adain", "none"] | None,
         typer.Option(help="How the input's colours are kept; by default as the adapter has it."),
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave pictures that are there, make the others.")] = False,
 ) -> None:
     """Make pictures 4 times larger, or 8 times with --adapter upscale-x8, in 1 to 4 steps.
 
-    Alpha, grey and 16 bits are kept.
+    Alpha, grey, 16 bits and EXIF are kept; colours of an ICC profile are turned into sRGB.
 
     A large PNG is made and written row by row, in little memory. The whole
     picture is held for other formats, a smaller --scale and --colour adain.
@@ -54,7 +59,11 @@ def upscale(
     with working("starting"):
         from ..data.images import read_image
 
-        jobs = plan(inputs, out, settings.count, settings.overwrite)
+        if resume and settings.overwrite:
+            raise BadUsage("--resume --overwrite: contradict each other: give one of them")
+        jobs = plan(inputs, out, settings.count, settings.overwrite or resume)
+        if resume:
+            jobs = [job for job in jobs if not all(target.is_file() for target in job.targets)]
         if len(jobs) == 1 and jobs[0].source:
             read_image(jobs[0].source)  # a bad one should not cost the loading of a model
     pipe = open_pipeline("upscale", settings)
@@ -73,7 +82,7 @@ def upscale(
 
     arguments = {"prompt": prompt, "tile": tile, "colour": colour}
     order = Order("upscale", arguments, {"prompt": prompt, "scale": f"{enlargement:g}"}, fit, rows)
-    deliver(pipe, _items(jobs, settings), order, settings)
+    deliver(pipe, _items(jobs, settings, resume), order, settings)
 
 
 def check(pipe: CoDiPipeline, scale: float | None, tile: int | None) -> None:
@@ -109,7 +118,7 @@ def alpha_rows(pipe: CoDiPipeline, tile: int | None, item: Item) -> Callable[[in
     return rows
 
 
-def _items(jobs: Sequence[Job], settings: Settings) -> Iterator[Item | UserError]:
+def _items(jobs: Sequence[Job], settings: Settings, resume: bool) -> Iterator[Item | UserError]:
     """Read one after the other. Large pictures, which are cut into tiles, are made one by one."""
     from ..data.images import read_image
 
@@ -120,8 +129,30 @@ def _items(jobs: Sequence[Job], settings: Settings) -> Iterator[Item | UserError
         except UserError as error:
             yield error
             continue
+        if enlarged_already(picture.rgb):
+            warnings.warn(f"{job.source}: is soft, as if enlarged before, and would stay so: "
+                          "make it smaller first, or take the original", stacklevel=1)  # fmt: skip
         alone = picture.rgb[0].numel() > TOGETHER
-        yield from variants(job, settings, {"image": picture.rgb}, like=picture, alpha=picture.alpha, alone=alone)
+        made = variants(job, settings, {"image": picture.rgb}, like=picture, alpha=picture.alpha, alone=alone)
+        yield from (item for item in made if not (resume and item.target.is_file()))
+
+
+def enlarged_already(rgb: Tensor) -> bool:
+    """Whether (3, H, W) in [0, 1] has next to no detail of its finest octave, compared with the next: the model, which
+    adds what is finer than the input's pixels, then enlarges blur."""
+    import torch.nn.functional as F
+
+    def octave(image: Tensor) -> tuple[Tensor, Tensor]:
+        small = F.interpolate(image, scale_factor=0.5, mode="bicubic", antialias=True)
+        lost = F.interpolate(small, size=image.shape[-2:], mode="bicubic") - image
+        return small, lost[..., 4:-4, 4:-4].square().mean()
+
+    top, left = (max(0, (side - JUDGED) // 2) for side in rgb.shape[-2:])
+    part = rgb[None, :, top : top + JUDGED, left : left + JUDGED]
+    if min(part.shape[-2:]) < LEAST_JUDGED:
+        return False
+    half, finest = octave(part)
+    return bool(finest < SOFT * octave(half)[1])
 
 
 def _resized(image: Tensor, height: int, width: int) -> Tensor:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import torch
 from cv2.utils import logging
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ..data import profiles
@@ -49,6 +49,8 @@ class Picture:
     """8 or 16: the depth that keeps what the file held."""
     icc: bytes | None = None
     """The embedded profile, already applied to `rgb`."""
+    exif: bytes | None = None
+    """What camera and editor noted, as EXIF without the orientation, which is applied, and the thumbnail."""
     path: str = ""
 
 
@@ -75,7 +77,7 @@ def read_image(path: str | os.PathLike[str]) -> Picture:
                 image.load()
                 # Pillow and OpenCV both turn a TIFF upright while decoding it; Pillow then drops the tag.
                 orientation = _orientation(image)
-            icc = image.info.get("icc_profile") or None
+            icc, exif = image.info.get("icc_profile") or None, _exif(image)
             if deep or image.mode in ("F", "I") or image.mode.startswith("I;16"):
                 colour, alpha, bits = _split(_decode_deep(path) if deep else np.asarray(image), path)
                 if "LA;16" in stored:  # OpenCV repeats the grey
@@ -87,7 +89,7 @@ def read_image(path: str | os.PathLike[str]) -> Picture:
             raise
         except (*_DAMAGE, Image.DecompressionBombError, MemoryError) as error:
             raise _damaged(path, error) from error
-    return _picture(path, colour, alpha, bits, orientation, icc)
+    return _picture(path, colour, alpha, bits, orientation, icc, exif)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -238,6 +240,17 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _exif(image: Image.Image) -> bytes | None:
+    try:
+        kept = image.getexif()
+        for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            kept.get_ifd(part)  # or tobytes would leave it out
+        kept.pop(_ORIENTATION, None)
+        return kept.tobytes() if len(kept) else None
+    except Exception:  # as in _orientation
+        return None
+
+
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
     """Undo EXIF orientation 1..8 of (H, W, ...)."""
     if orientation in (5, 6, 7, 8):
@@ -256,6 +269,7 @@ def _picture(
     bits: int,
     orientation: int = 1,
     icc: bytes | None = None,
+    exif: bytes | None = None,
 ) -> Picture:
     """Channels as _split gives them, in sRGB -> the upright Picture."""
 
@@ -269,6 +283,7 @@ def _picture(
         grey=rgb.shape[0] == 1,
         bits=bits,
         icc=icc,
+        exif=exif,
         path=str(path),
     )
 

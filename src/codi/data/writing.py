@@ -32,12 +32,14 @@ def write_png(
     bits: int = 8,
     grey: bool = False,
     overwrite: bool = False,
+    exif: bytes | None = None,
 ) -> None:
     """Write `rgb` (3, H, W) in [0, 1] (clamped) and `alpha` (1, H, W) as a PNG of 8 or 16 bits a channel.
 
-    `metadata` becomes text chunks (tEXt, or iTXt where Latin-1 does not do). `grey` writes the luma alone, if there is
-    no alpha. The file appears complete or not at all; missing folders are made. Raises UserError if the target exists
-    (without `overwrite`), cannot be written, the disk is full, or the picture is not finite.
+    `metadata` becomes text chunks (tEXt, or iTXt where Latin-1 does not do), `exif` (see images.Picture) an eXIf one.
+    `grey` writes the luma alone, if there is no alpha. The file appears complete or not at all; missing folders are
+    made. Raises UserError if the target exists (without `overwrite`), cannot be written, the disk is full, or the
+    picture is not finite.
     """
     path = Path(path)
     check_writable(path, overwrite, extensions=(".png",))
@@ -48,7 +50,7 @@ def write_png(
     header = 8 + 25  # signature, IHDR
     # OpenCV writes 16 bits but no text, Pillow text but not 16-bit RGB.
     data = png.tobytes()
-    _write(path, [data[:header], _text(metadata), data[header:]])
+    _write(path, [data[:header], _text(metadata) + _noted(exif), data[header:]])
 
 
 def write_png_bands(
@@ -60,6 +62,7 @@ def write_png_bands(
     bits: int = 8,
     grey: bool = False,
     overwrite: bool = False,
+    exif: bytes | None = None,
 ) -> None:
     """As write_png, of a picture (height, width) that comes from the top in bands: `rgb` (1, 3, rows, width) and
     `alpha` (1, rows, width), in all of them or none. No more than a band is held. What goes wrong in making them leaves
@@ -76,7 +79,7 @@ def write_png_bands(
             if above is None:
                 kind = {1: 0, 3: 2, 4: 6}[count]  # grey, RGB, RGBA
                 yield b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">2I5B", width, height, bits, kind, 0, 0, 0))
-                yield _text(metadata)
+                yield _text(metadata) + _noted(exif)
                 above = np.zeros((1, width * count * bits // 8), np.uint8)
             order = [2, 1, 0, 3][:count] if count > 1 else [0]  # from OpenCV's
             rows = np.ascontiguousarray(pixels[..., order], dtype=">u2" if bits == 16 else "u1")
@@ -100,6 +103,7 @@ def write_image(
     grey: bool = False,
     overwrite: bool = False,
     quality: int = 95,
+    exif: bytes | None = None,
 ) -> None:
     """As write_png, in the format that the extension names: .png, .jpg, .jpeg or .webp.
 
@@ -109,19 +113,21 @@ def write_image(
     path = Path(path)
     check_writable(path, overwrite)
     if path.suffix.lower() == ".png":
-        return write_png(path, rgb, alpha, metadata, bits, grey, overwrite)
+        return write_png(path, rgb, alpha, metadata, bits, grey, overwrite, exif)
     jpeg = path.suffix.lower() != ".webp"
     if jpeg and alpha is not None:
         rgb, alpha = rgb * alpha + (1 - alpha), None
     pixels = _quantised(path, rgb, alpha, 8, grey)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
-    exif = Image.Exif()
+    notes = Image.Exif()
+    if exif:
+        notes.load(exif)
     if metadata:
-        exif[_DESCRIPTION] = json.dumps(metadata)
+        notes[_DESCRIPTION] = json.dumps(metadata)
     buffer = io.BytesIO()
     try:
-        Image.fromarray(pixels).save(buffer, "JPEG" if jpeg else "WEBP", quality=quality, exif=exif)
+        Image.fromarray(pixels).save(buffer, "JPEG" if jpeg else "WEBP", quality=quality, exif=notes)
     except (OSError, ValueError) as error:  # sides above 65,535 (JPEG) or 16,383 px (WebP)
         raise UserError(f"{path}: {' '.join(str(error).split())}: write it as .png") from error
     _write(path, [buffer.getvalue()])
@@ -172,6 +178,10 @@ def _quantised(path: Path, rgb: Tensor, alpha: Tensor | None, bits: int, grey: b
     scaled = planes.clamp_(0, 1).mul_(2**bits - 1).add_(0.5).numpy()
     levels = scaled.astype(np.uint8 if bits == 8 else np.uint16)
     return levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
+
+
+def _noted(exif: bytes | None) -> bytes:
+    return _chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")) if exif else b""
 
 
 def _text(metadata: dict[str, str] | None) -> bytes:

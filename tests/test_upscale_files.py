@@ -1,0 +1,50 @@
+"""`codi upscale` on files of people: what is kept, what is there already, what is not worth it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from codi.apps.upscale import enlarged_already
+from folders import smooth
+from shell import picture
+from tiny import rand
+
+
+def test_resume_makes_what_is_missing_and_no_more(tiny, shell, tmp_path):
+    for name in "ab":
+        picture(tmp_path / "in" / f"{name}.png", seed=ord(name))
+    words = ("upscale", tmp_path / "in", "-o", tmp_path / "out", *tiny.options, "--steps", 1)
+    assert shell(*words).code == 0
+    first = (tmp_path / "out/a.png").read_bytes()
+    (tmp_path / "out/a.png").write_bytes(b"kept")
+    (tmp_path / "out/b.png").unlink()
+    ran = shell(*words, "--resume")
+    assert ran.code == 0 and "b.png" in ran.out and "a.png" not in ran.out and len(first) > 100
+    assert (tmp_path / "out/a.png").read_bytes() == b"kept" and (tmp_path / "out/b.png").stat().st_size > 100
+    assert shell(*words, "--resume").code == 0  # nothing is left
+    shell(*words, "--resume", "--overwrite").failed(2, "--resume --overwrite")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_what_the_camera_noted_is_kept(tiny, shell, tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a camera", 6  # make; to be turned by a quarter
+    exif.get_ifd(0x8769)[0x829D] = 2.8  # aperture
+    smooth(20, 12).save(tmp_path / "in.jpg", exif=exif)
+    out = tmp_path / f"out.{suffix}"
+    assert shell("upscale", tmp_path / "in.jpg", "-o", out, *tiny.options, "--steps", 1).code == 0
+    made = Image.open(out)
+    kept = made.getexif()
+    assert kept[0x010F] == "a camera" and float(kept.get_ifd(0x8769)[0x829D]) == pytest.approx(2.8)
+    assert kept.get(0x0112, 1) == 1 and made.height > made.width
+
+
+def test_a_picture_that_was_enlarged_before_is_told_of():
+    octaves = [n * F.interpolate(rand(1, 3, 96 // n, 96 // n, seed=n), (96, 96), mode="bicubic") for n in (1, 2, 4, 8)]
+    fine = torch.cat(octaves).sum(0) / 15  # coarse ones stronger, as in photographs
+    assert not enlarged_already(fine)
+    assert enlarged_already(F.interpolate(fine[None], scale_factor=2, mode="bicubic")[0])
+    assert not enlarged_already(torch.full((3, 80, 80), 0.5)) and not enlarged_already(fine[:, :20])
