@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Purpose: the embedded backbone at 128 px. Result: $OUT/shard-*.bin (a Stable Diffusion folder), $OUT/log-*.jsonl, previews.
 # Resume: run it again with the last result's shards in $SHARDS: the text-to-image stage goes on from those weights.
-#   OUT=runs/gpu MINUTES=9 bash gpu/pretrain-mini.sh [--key value ...]     (overrides of recipes/mini-128.yaml)
+#   OUT=runs/gpu MINUTES=9 bash gpu/pretrain-mini.sh [--key value ...]     (overrides of the recipe, RECIPE)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${OUT:=runs/gpu}" "${MINUTES:=9}" "${DEVICE:=cuda}" "${RUN:=runs/mini-128}" "${PYTHON:=python3}"
+: "${OUT:=runs/gpu}" "${MINUTES:=9}" "${DEVICE:=cuda}" "${RECIPE:=mini-128}" "${RUN:=runs/mini-128}"
+: "${PYTHON:=python3}"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
 mkdir -p "$OUT"
 start=()
@@ -12,7 +13,7 @@ if [ -n "${SHARDS:-}" ] && [ ! -d "$RUN/training" ]; then
     "$PYTHON" gpu/shards.py unpack "$SHARDS" runs/start
     start=(--start runs/start --decoder-images 0)
 fi
-"$PYTHON" -m codi pretrain mini-128 --out "$RUN" --device "$DEVICE" --minutes "$MINUTES" "${start[@]}" "$@"
+"$PYTHON" -m codi pretrain "$RECIPE" --out "$RUN" --device "$DEVICE" --minutes "$MINUTES" "${start[@]}" "$@"
 for stage in codec decoder ldm; do
     if [ -f "$RUN/training/$stage/log.jsonl" ]; then cp "$RUN/training/$stage/log.jsonl" "$OUT/log-$stage.jsonl"; fi
     last=$(ls -1 "$RUN/training/$stage/previews/"*.png 2>/dev/null | tail -n 1 || true)

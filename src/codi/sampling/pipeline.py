@@ -113,10 +113,10 @@ class CoDiPipeline(AdaptedPipeline):
         if tiles and output_type == "latent":
             raise UserError("output_type 'latent': tiles have none in common: pass tile=0, or another type")
         shelved = self._shelf.infos(strength)
-        colour = colour or next((info["colour"] for info in shelved if info.get("colour")), "wavelet")
-        if output_type == "bands" and (not tiles or colour == "adain"):
+        method: str = colour or next((info["colour"] for info in shelved if info.get("colour")), "wavelet")
+        if output_type == "bands" and (not tiles or method == "adain"):
             raise UserError("output_type 'bands': of pictures that are upscaled in tiles, without adain: use pt")
-        require_method(colour)
+        require_method(method)
 
         def step(index: int, t: int, z: Tensor, x: Tensor) -> Tensor | None:
             bar.update()
@@ -134,7 +134,7 @@ class CoDiPipeline(AdaptedPipeline):
         fields = steps if self._all(strength, "jumps") else 1
         bar = progress_bar(total=steps * (tiles.batches(one, batch_size) * len(one) if tiles else 1))
         if tiles:
-            enlarge, late = tasks[name].condition, colour == "adain"  # which needs the whole picture
+            enlarge, late = tasks[name].condition, method == "adain"  # which needs the whole picture
 
             def make(noise: Tensor, low: Tensor, texts: list[str]) -> Tensor:
                 return self._decode(walk(noise, {name: enlarge(low)}, texts))
@@ -142,7 +142,7 @@ class CoDiPipeline(AdaptedPipeline):
             pictures = [
                 match_bands(
                     tiles.bands(make, low, text, number, channels, batch_size, fields),
-                    partial(tiles.enlarged, enlarge, low), high, "none" if late else colour, tiles.scale,
+                    partial(tiles.enlarged, enlarge, low), high, "none" if late else method, tiles.scale,
                 )
                 for low, text, number in zip(one.split(1), prompts, seeds, strict=True)
             ]  # fmt: skip
@@ -151,7 +151,7 @@ class CoDiPipeline(AdaptedPipeline):
             with bar:
                 result = torch.cat([join(bands, high) for bands in pictures])
             if late:
-                result = match_colour(result, enlarge(one), colour)
+                result = match_colour(result, enlarge(one), method)
         else:
             cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
             covered = (cells[0] * f, cells[1] * f)
@@ -163,7 +163,7 @@ class CoDiPipeline(AdaptedPipeline):
             result = self._decode(latent)[:, :, :high, :wide].cpu()
             for key, task in tasks.items():
                 if task.name == "upscale":
-                    result = match_colour(result, task.condition(given[key]).float(), colour, task.scale)
+                    result = match_colour(result, task.condition(given[key]).float(), method, task.scale)
             for key, task in tasks.items():  # last: what a task puts back exactly, nothing may touch again
                 result = task.finish(result, given[key])
         return self._handed(to_output(result, output_type), return_dict)
