@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
@@ -89,6 +89,16 @@ def test_an_empty_prompt_is_zeros_for_xl_alone():
     assert not features[0].any() and not added["text_embeds"][0].any() and features[1].any()
     spoken = dataclasses.replace(XL, force_zeros_for_empty_prompt=False)
     assert embed_prompts(spoken.text, [""])[0].any()
+
+
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, EDMEulerScheduler])
+def test_noise_levels_that_are_not_stable_diffusions_are_refused(kind, tmp_path):
+    """Read as DDIM's, they would be its defaults."""
+    pipeline = tiny_backbone().pipeline()
+    pipeline.scheduler = kind()
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"its {kind.__name__} has no betas"):
+        load_backbone(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "xl"])

@@ -184,6 +184,22 @@ def test_only_the_vae_of_a_model_is_read(tmp_path):
         load_vae(tmp_path / "model")
 
 
+def test_the_vae_of_halves_and_of_a_revision(tmp_path, monkeypatch):
+    tiny_vae().half().save_pretrained(tmp_path / "model" / "vae", variant="fp16")
+    vae = load_vae(tmp_path / "model")
+    assert vae.dtype == torch.float32
+    assert torch.equal(next(vae.parameters()), next(tiny_vae().half().float().parameters()))
+    asked = {}
+
+    def fetch(source, **options):
+        asked.update(options, source=source)
+        return tiny_vae()
+
+    monkeypatch.setattr("codi.models.backbone.AutoencoderKL.from_pretrained", fetch)
+    load_vae("owner/model@v2")
+    assert (asked["source"], asked["revision"]) == ("owner/model", "v2") and "variant" not in asked
+
+
 # ---- the layout
 
 

@@ -30,7 +30,7 @@ from codi.sampling.pipeline import CoDiPipeline
 from codi.sampling.sampler import initial_noise, sample, time_grid
 from codi.tasks import get_task
 from codi.training.saving import save_adapter
-from tiny import influence, rand, randn, tiny_backbone, tiny_checkpoint, tiny_lora, tiny_scheduler
+from tiny import influence, rand, randn, tiny_backbone, tiny_checkpoint, tiny_lora, tiny_scheduler, tiny_xl
 
 TOLERANCE = 1e-5  # of pictures in [0, 1], float32; 1e-6 measured
 
@@ -131,6 +131,23 @@ def test_stock_diffusers_makes_the_same_picture(tmp_path, model, pipe, form, opt
     print((picture - other).abs().max())
     assert (picture - other).abs().max() < TOLERANCE
     assert picture.std() > 0.01
+
+
+def test_an_export_for_xl_names_xls_pipeline(tmp_path):
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    backbone = tiny_xl()
+    backbone.pipeline().save_pretrained(model)
+    made = FORMS["controlnet"].from_backbone(backbone.unet, backbone.vae, 3, 0, False)
+    influence(Student(backbone.unet, made))
+    task = get_task("canny")
+    made.register_to_config(info={"task": "canny", "task_options": task.config(), "family": backbone.family})
+    save_adapter(adapter, made, backbone.unet, False, half=False)
+    pipe = CoDiPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    export_diffusers(load_source(adapter, model), tmp_path / "out", steps=4)
+    image = rand(1, 3, 32, 32, seed=3)
+    picture, other = ours(pipe, adapter, image=image), theirs(tmp_path / "out", task.condition(task.bring(image)))
+    assert (picture - other).abs().max() < TOLERANCE and picture.std() > 0.01
 
 
 @pytest.mark.parametrize("form", ["fused", "hint"])

@@ -24,8 +24,9 @@ For stock diffusers. These lines make the picture that `codi` makes with the sam
 
 def write_card(source: Source, scheduler: str, call: dict[str, Any], lora: bool) -> str:
     """The text. `scheduler` is its class, `call` what the pipeline's call is given, `lora` whether there is a file."""
-    kind = "StableDiffusionControlNetPipeline" if source.control else "StableDiffusionPipeline"
-    classes, lines, parts = {scheduler, kind}, [], "safety_checker=None"
+    two = source.backbone.text_encoder_2 is not None
+    kind = f"StableDiffusion{'XL' if two else ''}{'ControlNet' if source.control else ''}Pipeline"
+    classes, lines, parts = {scheduler, kind}, [], "use_safetensors=True" if two else "safety_checker=None"
     if source.control:
         lines.append("controlnet = ControlNetModel.from_pretrained(folder)")
         classes, parts = classes | {"ControlNetModel"}, f"{parts}, controlnet=controlnet"

@@ -174,6 +174,10 @@ def load_backbone(
     if second["text_encoder_2"] is None:
         # diffusers' default says so of 1 and 2 as well, but heeds it for XL alone: their VAEs stay in range.
         pipe.vae.register_to_config(force_upcast=False)
+    if not {"beta_schedule", "trained_betas"} & set(pipe.scheduler.config):
+        kind = type(pipe.scheduler).__name__
+        raise UserError(f"{name}: its {kind} has no betas, so that its noise levels are not Stable Diffusion's: "
+                        "use a checkpoint with an epsilon or v_prediction schedule")  # fmt: skip
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt", True))
     scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     backbone = Backbone(
@@ -190,7 +194,8 @@ def load_vae(model: str | Path) -> AutoencoderKL:
     if not (Path(source) / "vae").is_dir() and (Path(source).exists() or source.count("/") != 1):
         return load_backbone(model).vae
     try:
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
+        source, options = _resolved(source, "vae")
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
     except Exception as error:
         raise UserError(f"{model}: its VAE could not be loaded ({_short(error)}): check the path or id") from error
     require_finite(vae, f"{model}/vae")
@@ -218,11 +223,10 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
                 f"{source}: no model there (a diffusers folder has a model_index.json): "
                 "give 'mini', such a folder, a .safetensors file or a hub id"
             )
-        weights = {file.name for file in (path / "unet").glob("*.safetensors")}
-        if weights and all(".fp16." in name for name in weights):
-            options.setdefault("variant", "fp16")
-    elif "@" in source:
-        source, options["revision"] = source.rsplit("@", 1)
+    source, found = _resolved(source, "unet")
+    options = {**found, **options}
+    if "revision" in found:  # "@" says more than an option
+        options["revision"] = found["revision"]
     fetching = {key: value for key, value in options.items() if key != "variant"}
     parts: Any = DiffusionPipeline.load_config(source, **fetching)
     if "unet" not in parts:
@@ -231,6 +235,17 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
     kind = StableDiffusionXLPipeline if two else StableDiffusionPipeline
     extra = {} if two else {"safety_checker": None, "requires_safety_checker": False}
     return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra, **options)
+
+
+def _resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
+    """A folder or hub id as diffusers takes it, and with which options: the variant "fp16" where a folder has no other
+    weights of `part`, the revision of "id@revision"."""
+    folder = Path(source)
+    if folder.is_dir():
+        weights = [file.name for file in (folder / part).glob("*.safetensors")]
+        return source, {"variant": "fp16"} if weights and all(".fp16." in name for name in weights) else {}
+    name, at, revision = source.rpartition("@")
+    return (name, {"revision": revision}) if at else (source, {})
 
 
 def _require_usable(backbone: Backbone, name: str) -> None:
