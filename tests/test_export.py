@@ -150,6 +150,14 @@ def test_an_export_for_xl_names_xls_pipeline(tmp_path):
     assert (picture - other).abs().max() < TOLERANCE and picture.std() > 0.01
 
 
+def test_an_adapter_of_a_changed_backbone_wants_the_change(tmp_path, model):
+    recipe = {"loras": {"style.safetensors": 0.5}}
+    adapter = make(tmp_path / "adapter", "controlnet", recipe=recipe)
+    with pytest.raises(UserError, match=r"name them: --lora style.safetensors=0.5"):
+        load_source(adapter, model)
+    assert load_source(make(tmp_path / "full", "controlnet", full=True, recipe=recipe), model).shelved.full
+
+
 @pytest.mark.parametrize("form", ["fused", "hint"])
 @pytest.mark.parametrize("export", [export_diffusers, export_ldm])
 def test_what_others_cannot_express_is_refused(tmp_path, model, form, export):

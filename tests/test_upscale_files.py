@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from codi.apps.upscale import enlarged_already
+from codi.data.images import read_image
+from codi.models.backbone import load_backbone
 from folders import smooth
+from originals import save_original
 from shell import picture
 from tiny import rand
 
@@ -48,3 +51,14 @@ def test_a_picture_that_was_enlarged_before_is_told_of():
     assert not enlarged_already(fine)
     assert enlarged_already(F.interpolate(fine[None], scale_factor=2, mode="bicubic")[0])
     assert not enlarged_already(torch.full((3, 80, 80), 0.5)) and not enlarged_already(fine[:, :20])
+
+
+def test_a_single_file_gets_its_configs_from_a_folder(tiny, shell, tmp_path):
+    folder = tiny.options[tiny.options.index("--model") + 1]
+    file = save_original(load_backbone(folder), tmp_path / "one.safetensors")
+    words = [file if word == folder else word for word in tiny.options]
+    source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
+    ran = shell("upscale", source, "-o", out, *words, "--steps", 1, "--config", folder)
+    assert ran.code == 0 and Image.open(out).width == 28, ran
+    assert shell("upscale", source, "-o", tmp_path / "same.png", *tiny.options, "--steps", 1).code == 0
+    assert (read_image(out).rgb == read_image(tmp_path / "same.png").rgb).all()

@@ -50,6 +50,14 @@ Lora = Annotated[
         metavar="FILE[=WEIGHT]", help="Low-rank updates to add to the model; several times.", rich_help_panel=_MODEL
     ),
 ]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|ID",
+        help="Of a --model that is one .safetensors file: a diffusers model of its kind, for configs and tokenizers.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Decoder = Annotated[
     str | None,
     typer.Option(
@@ -242,6 +250,7 @@ def load_pipeline(
     decoder: str | None = None,
     channels_last: bool = False,
     compiled: bool = False,
+    config: str | None = None,
 ) -> CoDiPipeline:
     """The pipeline of a model, adapter and decoder, on its device. Raises UserError as CoDiPipeline does."""
     with working(f"loading {model}"):
@@ -252,7 +261,10 @@ def load_pipeline(
         hide_loading_bars()
         where = choose_device(device)
         kind = getattr(torch, dtype)
-        pipe = CoDiPipeline.from_pretrained(model, task=task, adapter=adapter, dtype=kind, loras=loras, decoder=decoder)
+        hub: Any = {"config": config} if config else {}
+        pipe = CoDiPipeline.from_pretrained(
+            model, task=task, adapter=adapter, dtype=kind, loras=loras, decoder=decoder, **hub
+        )
         pipe.to(where, memory_format=torch.channels_last if channels_last else None).fuse_lora()
         if compiled:
             pipe.compile()

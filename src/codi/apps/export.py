@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
-from .common import BadUsage, Json, Model, Steps, hide_loading_bars, print_json, working
+from .common import BadUsage, Config, Json, Lora, Model, Steps, hide_loading_bars, parse_loras, print_json, working
 from .generate import parse_size
 
 EXAMPLE = "Example: codi export runs/my-depth --to diffusers -o my-depth-diffusers"
@@ -22,6 +22,8 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="What to write; it must not exist yet.")],
     model: Model = "mini",
+    lora: Lora = None,
+    config: Config = None,
     steps: Steps = 4,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="ONNX: pixels made; by default the model's own.")
@@ -38,7 +40,8 @@ def export(
         raise BadUsage(f"{out}: --to {to} writes a folder: leave the .safetensors out")
     with working(f"exporting {adapter}"):
         hide_loading_bars()
-        files, told = _write(adapter, to, out, model, steps, (height, width) if height and width else None)
+        pixels = (height, width) if height and width else None
+        files, told = _write(adapter, to, out, model, parse_loras(lora), config, steps, pixels)
     sizes = [{"path": str(path), "bytes": path.stat().st_size} for path in files]
     if json_:
         print_json({"adapter": adapter, "to": to, "out": str(out), "steps": steps, **told, "files": sizes})
@@ -48,7 +51,14 @@ def export(
 
 
 def _write(
-    adapter: str, to: str, out: Path, model: str, steps: int, size: tuple[int, int] | None
+    adapter: str,
+    to: str,
+    out: Path,
+    model: str,
+    loras: dict[str, float],
+    config: str | None,
+    steps: int,
+    size: tuple[int, int] | None,
 ) -> tuple[list[Path], dict[str, Any]]:
     """(the files written, what is told of them)"""
     from ..export.diffusers import export_diffusers
@@ -61,7 +71,7 @@ def _write(
         raise UserError(f"{taken[0]}: exists already: delete it, or give another --out")
     if to == "onnx":
         require_packages()  # before the seconds that loading takes
-    source = load_source(adapter, model)
+    source = load_source(adapter, model, loras, config)
     if steps > (most := int(source.backbone.schedule.horizon)):
         raise BadUsage(f"--steps {steps}: the model has {most} noise levels: use 1 to 4")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from .common import (
     Batch,
     ChannelsLast,
     Compile,
+    Config,
     Count,
     Decoder,
     Device,
@@ -60,6 +61,7 @@ class Settings:
     model: ModelOrDefault = None
     adapter: Adapter = None
     lora: Lora = None
+    config: Config = None
     decoder: Decoder = None
     steps: Steps = 4
     guidance: Guidance = None
@@ -147,6 +149,7 @@ def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
         s.decoder,
         s.channels_last,
         s.compile,
+        s.config,
     )
     if s.vae_tiling:
         for vae in filter(None, (pipe.vae, pipe.tiny_vae)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,9 +149,21 @@ class Source:
                             "for none: train with a `guidance_scale` from 1 up, or export --to onnx")  # fmt: skip
 
 
-def load_source(adapter: str | Path, model: str | Path) -> Source:
-    """Loads an embedded adapter or a folder, on `model`, in float32. Raises UserError where one is missing or broken,
-    or they do not fit."""
-    backbone = load_backbone(model).freeze()
+def load_source(
+    adapter: str | Path,
+    model: str | Path,
+    loras: Mapping[str, float] | None = None,
+    config: str | Path | None = None,
+) -> Source:
+    """Loads an embedded adapter or a folder, on `model` with `loras` (see load_backbone), in float32. `config`: of a
+    model that is a single file. Raises UserError where one is missing or broken, or they do not fit, and for an adapter
+    that was trained on low-rank updates of the backbone when none are given."""
+    hub: Any = {"config": config} if config else {}
+    backbone = load_backbone(model, loras=loras, **hub).freeze()
     shelf = Shelf(backbone.unet, backbone.family)
-    return Source(str(adapter), str(model), backbone, shelf.loaded[shelf.load(adapter)])
+    source = Source(str(adapter), str(model), backbone, shelf.loaded[shelf.load(adapter)])
+    wanted = (source.info.get("recipe") or {}).get("loras")
+    if wanted and not loras and not source.shelved.full:
+        words = " ".join(f"--lora {file}={weight:g}" for file, weight in wanted.items())
+        raise UserError(f"{adapter}: was trained on a backbone with low-rank updates: name them: {words}")
+    return source

@@ -159,7 +159,9 @@ def load_backbone(
     except Exception as error:  # diffusers raises many kinds; the user needs one line
         mend = "check the path or id"
         if Path(source).is_file() and not hub.get("config"):
-            mend = "its configs are fetched from the hub: connect, or pass config, a folder or id of its kind"
+            mend = (
+                "its configs are fetched from the hub: connect, or pass config (--config), a folder or id of its kind"
+            )
         raise UserError(f"{name}: the model could not be loaded ({_short(error)}): {mend}") from error
     for lora, weight in (loras or {}).items():
         try:
@@ -194,7 +196,7 @@ def load_vae(model: str | Path) -> AutoencoderKL:
     if not (Path(source) / "vae").is_dir() and (Path(source).exists() or source.count("/") != 1):
         return load_backbone(model).vae
     try:
-        source, options = _resolved(source, "vae")
+        source, options = resolved(source, "vae")
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
     except Exception as error:
         raise UserError(f"{model}: its VAE could not be loaded ({_short(error)}): check the path or id") from error
@@ -217,16 +219,14 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
         kind: Any = StableDiffusionXLPipeline if two else StableDiffusionPipeline
         return kind.from_single_file(source, dtype=dtype, **fetching)
     options = {key: value for key, value in hub.items() if key != "config"}
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        if not (path / "model_index.json").is_file():
-            raise UserError(
-                f"{source}: no model there (a diffusers folder has a model_index.json): "
-                "give 'mini', such a folder, a .safetensors file or a hub id"
-            )
-    source, found = _resolved(source, "unet")
-    options = {**found, **options}
-    if "revision" in found:  # "@" says more than an option
-        options["revision"] = found["revision"]
+    local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if local and not (path / "model_index.json").is_file():
+        raise UserError(
+            f"{source}: no model there (a diffusers folder has a model_index.json): "
+            "give 'mini', such a folder, a .safetensors file or a hub id"
+        )
+    source, found = resolved(source, "unet")
+    options = {**found, **options} if "variant" in found else {**options, **found}  # "@" says more than an option
     fetching = {key: value for key, value in options.items() if key != "variant"}
     parts: Any = DiffusionPipeline.load_config(source, **fetching)
     if "unet" not in parts:
@@ -237,7 +237,7 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
     return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra, **options)
 
 
-def _resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
+def resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
     """A folder or hub id as diffusers takes it, and with which options: the variant "fp16" where a folder has no other
     weights of `part`, the revision of "id@revision"."""
     folder = Path(source)

@@ -18,7 +18,7 @@ from ..data.sources import open_source
 from ..errors import UserError
 from ..models import codec
 from ..models.adapter import FORMS, FusedAdapter
-from ..models.backbone import Backbone, find_model
+from ..models.backbone import Backbone, find_model, resolved
 from ..models.lora import add_lora
 from ..models.student import Conditioning, Student
 from ..objectives.batch import Guidance, LatentBatch
@@ -85,8 +85,8 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
 def blank_backbone(model: str | Path) -> Backbone:
     """The parts of a diffusers folder or hub id on the meta device, of their configurations; without tokenizers.
     Raises UserError where there are none."""
-    source, _, revision = str(find_model(model)).partition("@")
-    options: Any = {"revision": revision} if revision else {}
+    source, found = resolved(find_model(model), "unet")
+    options: Any = {key: value for key, value in found.items() if key == "revision"}
 
     def empty(kind: Any, name: str) -> Any:
         return kind.from_config(kind.load_config(source, subfolder=name, **options))
