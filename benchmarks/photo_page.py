@@ -42,13 +42,19 @@ def rows_of(entry: dict[str, Any]) -> list[list[str]]:
     return found
 
 
+def place(name: str) -> tuple[int, int]:
+    """Where a contest, `set/kind`, stands on the page: by kind, then by set."""
+    of, kind = name.split("/")
+    return list(KINDS).index(kind), list(SETS).index(of)
+
+
 def page() -> str:
     """The text of docs/photographs.md."""
     lines = [INTRODUCTION]
     heads = ["method", "pictures", "PSNR dB", "SSIM", "distance", "of patches", "ratio", "goal", "CPU s"]
-    for path in sorted(RESULTS.glob("photographs*.json")):
+    for path in sorted(RESULTS.glob("photographs*.json"), key=lambda path: path.stem):  # the contest itself first
         told = json.loads(path.read_text())
-        for name, entry in sorted(told["contests"].items(), key=lambda item: list(KINDS).index(item[0].split("/")[1])):
+        for name, entry in sorted(told["contests"].items(), key=lambda item: place(item[0])):
             of, kind = name.split("/")
             lines += [f"## {SETS[of]}, {KINDS[kind]}", "", *table(heads, rows_of(entry)), ""]
         lines += ["Made by:", "", *(f"    {command}" for command in told["commands"]), ""]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from codi.data.batches import batches
@@ -82,6 +83,15 @@ def test_a_cut_shard_is_named_and_made_again(recipe, tmp_path):
     refused(lambda: distill(told, quiet=True), shard, "missing", "codi data cache")
     make_cache(recipe, folder, shard_size=5)
     assert contents(folder) == whole
+
+
+def test_one_process_at_a_time_fills_a_folder(recipe, tmp_path):
+    folder = tmp_path / "cached"
+    folder.mkdir()
+    with FileLock(folder / ".lock"):
+        refused(lambda: make_cache(recipe, folder), folder, "another process is filling this cache")
+    (folder / ".lock").touch()  # as one that was killed leaves it
+    make_cache(recipe, folder)
 
 
 def begun(recipe: DistillRecipe, source: Any = None) -> DistillJob:

@@ -181,6 +181,24 @@ def test_a_download_that_breaks_off_is_tried_again(remote, monkeypatch):
     assert [isinstance(r, CorruptSample) for r in results] == [False] * 9 + [True] * 3
 
 
+def test_a_shard_that_was_out_of_reach_is_asked_for_again_later(parts, remote, monkeypatch):
+    source = open_source(remote)
+    local, now, get = read(open_source(parts), range(12), 32), [0.0], module.RemoteShard._get
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for file in (module.cache_folder() / "shards").iterdir():
+        file.unlink()
+
+    def broken(self, path, to):
+        raise OSError("503 Service Unavailable")
+
+    monkeypatch.setattr(module.RemoteShard, "_get", broken)
+    assert all(isinstance(r, CorruptSample) for r in source.read(range(12), 32))
+    monkeypatch.setattr(module.RemoteShard, "_get", get)
+    assert all(isinstance(r, CorruptSample) for r in source.read(range(12), 32))  # not a storm of questions
+    now[0] = module.PAUSE
+    assert all(map(same, local, read(source, range(12), 32)))
+
+
 def test_unknown_protocols_are_told():
     refused(lambda: open_source("nothing://x/a.tar"), "nothing://x/a.tar", "nothing")
 

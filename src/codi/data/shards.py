@@ -14,6 +14,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from ..errors import UserError
 
 Members = dict[str, dict[str, tuple[int, int]]]  # key -> extension -> offset and length in the tar
 TRIES = 5  # of a download, over half a minute
+PAUSE = 600  # seconds for which a shard that could not be fetched is left alone: a server's bad quarter of an hour
 SECONDS = 60  # without a byte, after which a connection is given up
 
 
@@ -123,6 +125,7 @@ class RemoteShard(Shard):
         self._lock = threading.RLock()
         self._told: tuple[int | None, str | None] | None = None
         self._failed: OSError | None = None
+        self._again = 0.0  # when to ask anew after that, by time.monotonic()
         self._http = name.startswith(("http://", "https://"))
         if not self._http:
             import fsspec
@@ -135,7 +138,7 @@ class RemoteShard(Shard):
 
     def open(self) -> BinaryIO:
         with self._lock:
-            if self._failed:
+            if self._failed and time.monotonic() < self._again:
                 raise self._failed
             failures = 0
             while True:
@@ -147,8 +150,9 @@ class RemoteShard(Shard):
                     self._fetch(file)
                 except OSError as error:
                     failures += 1
-                    if failures == TRIES or isinstance(error, FileNotFoundError):
-                        self._failed = error
+                    gone = isinstance(error, FileNotFoundError)
+                    if failures == TRIES or gone:
+                        self._failed, self._again = error, math.inf if gone else time.monotonic() + PAUSE
                         raise
                     time.sleep(failures**2)
 

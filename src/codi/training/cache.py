@@ -16,13 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -91,6 +93,23 @@ def _fault(shard: Path) -> str:
         return f"truncated or damaged ({' '.join(str(error).split())})"
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from filling the folder; the lock goes with this process, however it ends."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is filling this cache: wait for it, or name another -o") from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _mark(name: str, prompt: str) -> int:
     told = f"{name.rpartition('/')[2]}\0{prompt}".encode()
     return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little", signed=True)
@@ -117,7 +136,8 @@ def make_cache(
     samples that could not be read now.
 
     `variants` crops of each picture; `exact`: float32 instead of float16. `progress` is told (samples done, all).
-    Raises UserError for a folder that holds another cache, features beyond float16, and too much corrupt data.
+    Raises UserError for a folder that holds another cache or that another process is filling, features beyond float16,
+    and too much corrupt data.
     """
     recipe.validate()
     task, accelerator = recipe_task(recipe), make_accelerator(recipe)
@@ -128,25 +148,28 @@ def make_cache(
     dtype = "float32" if exact else "float16"
     index = _index(recipe, task, backbone, source)
     index |= {"seed": recipe.seed, "variants": variants, "dtype": dtype, "shard": shard_size}
-    if _require_same(folder, index, [key for key in index if key != "model"]) is None:
-        _write(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1) + "\n"))
     for part in (backbone.vae, *backbone.text.encoders):
         part.to(accelerator.device)
     corrupt: list[CorruptSample] = []
     read, count = 0, len(source)
-    for number, start in enumerate(range(0, count, shard_size)):
-        indices = range(start, min(start + shard_size, count))
-        if _fault(_shard(folder, number)):
-            with accelerator.autocast():
-                tensors, unread = _encode(recipe, task, backbone, source, indices, variants)
-            corrupt, read = corrupt + unread, read + len(indices)
-            judge(corrupt, read, count, recipe.max_corrupt)
-            stored = {key: t if t.dtype.itemsize == 8 else t.to(getattr(torch, dtype)) for key, t in tensors.items()}
-            if not all(bool(t.isfinite().all()) for t in stored.values()):
-                raise UserError(f"{recipe.model}: its features are beyond {dtype}: add --exact to keep float32")
-            _write(_shard(folder, number), lambda path: save_file(stored, path))  # noqa: B023 - called at once
-        if progress:
-            progress(indices.stop, count)
+    with _alone(folder):
+        if _require_same(folder, index, [key for key in index if key != "model"]) is None:
+            _write(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1) + "\n"))
+        for number, start in enumerate(range(0, count, shard_size)):
+            indices = range(start, min(start + shard_size, count))
+            if _fault(_shard(folder, number)):
+                with accelerator.autocast():
+                    tensors, unread = _encode(recipe, task, backbone, source, indices, variants)
+                corrupt, read = corrupt + unread, read + len(indices)
+                judge(corrupt, read, count, recipe.max_corrupt)
+                stored = {
+                    key: t if t.dtype.itemsize == 8 else t.to(getattr(torch, dtype)) for key, t in tensors.items()
+                }
+                if not all(bool(t.isfinite().all()) for t in stored.values()):
+                    raise UserError(f"{recipe.model}: its features are beyond {dtype}: add --exact to keep float32")
+                _write(_shard(folder, number), lambda path: save_file(stored, path))  # noqa: B023 - called at once
+            if progress:
+                progress(indices.stop, count)
     return {**index, "unread": len(corrupt)}
 
 
@@ -197,8 +220,12 @@ def _write(path: Path, fill: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UserError(f"{path}: could not be written ({reason}): free space or change -o") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return UserError(f"{path}: could not be written ({reason}): free space or change -o")
 
 
 def open_cache(recipe: DistillRecipe, backbone: Backbone, source: Source) -> CachedSource:
