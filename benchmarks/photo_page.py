@@ -27,6 +27,18 @@ inpainting). CPU s: of one core, a picture.
 """
 
 
+PARTS = {
+    "photographs": "# Upscaling",
+    "photographs-finetuned": """# Beside 50 steps of a fine-tuned model
+
+`finetuned · N`: the same network and start, trained for the task by the ordinary diffusion loss (`objective: finetune`)
+on 7,944 crops only, sampled in N steps.""",
+    "photographs-inpaint": """# Inpainting
+
+`mini` is what `codi inpaint` does by default; `photo` an adapter of `photo` that is not in the package.""",
+}
+
+
 def rows_of(entry: dict[str, Any]) -> list[list[str]]:
     """A row for each method of a contest."""
     found = []
@@ -54,9 +66,10 @@ def page() -> str:
     heads = ["method", "pictures", "PSNR dB", "SSIM", "distance", "of patches", "ratio", "goal", "CPU s"]
     for path in sorted(RESULTS.glob("photographs*.json"), key=lambda path: path.stem):  # the contest itself first
         told = json.loads(path.read_text())
+        lines += [f"#{PARTS[path.stem]}", ""]
         for name, entry in sorted(told["contests"].items(), key=lambda item: place(item[0])):
             of, kind = name.split("/")
-            lines += [f"## {SETS[of]}, {KINDS[kind]}", "", *table(heads, rows_of(entry)), ""]
+            lines += [f"### {SETS[of]}, {KINDS[kind]}", "", *table(heads, rows_of(entry)), ""]
         lines += ["Made by:", "", *(f"    {command}" for command in told["commands"]), ""]
     lines.append("Goals: at most 0.85 of Real-ESRGAN's distance at 4 steps, the ratio of the paper's LPIPS, 0.95 at 1.")
     return "\n".join(lines) + "\n"
