@@ -26,6 +26,7 @@ from codi.training.checkpoint import Progress
 from codi.training.distill import DistillJob, DistillRecipe, distill, recipe_task
 from codi.training.trainer import step_generator
 from folders import noise, refused, same
+from originals import save_original
 from tiny import tiny_checkpoint, tiny_xl
 
 
@@ -83,6 +84,17 @@ def test_a_cut_shard_is_named_and_made_again(recipe, tmp_path):
     refused(lambda: distill(told, quiet=True), shard, "missing", "codi data cache")
     make_cache(recipe, folder, shard_size=5)
     assert contents(folder) == whole
+
+
+def test_a_single_files_configs_come_with_the_recipe(recipe, models, tmp_path):
+    file = save_original(load_backbone(models["sd"]), tmp_path / "model.safetensors")
+    make_cache(recipe, tmp_path / "folder")
+    told = replace(recipe, model=str(file), config=str(models["sd"]))
+    make_cache(told, tmp_path / "file")
+    shards = [load_file(tmp_path / kind / "shard-00000.safetensors") for kind in ("folder", "file")]
+    assert all(torch.equal(shards[0][key], shards[1][key]) for key in shards[0])
+    out = distill(replace(told, cache=str(tmp_path / "folder")), quiet=True)  # the very same encoders
+    assert (out / "config.json").is_file()
 
 
 def test_one_process_at_a_time_fills_a_folder(recipe, tmp_path):

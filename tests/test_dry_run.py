@@ -2,8 +2,10 @@
 
 import functools
 import json
+import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from codi.apps.cli import main
 from codi.errors import UserError
 from codi.models.adapter import FusedAdapter
 from codi.models.backbone import load_backbone
-from codi.training.distill import DistillRecipe
+from codi.training.cache import make_cache
+from codi.training.distill import DistillRecipe, distill
 from codi.training.dry_run import blank_backbone, dry_run
 from codi.training.recipe import build, read_recipe
+from originals import save_original
 from tiny import tiny_backbone, tiny_checkpoint, tiny_xl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -78,6 +82,46 @@ def test_what_has_no_configurations_is_refused(tmp_path):
         dry_run(recipe(tmp_path))
 
 
+def test_a_single_file_needs_somebodys_configurations(checkpoint, tmp_path):
+    file = save_original(tiny_backbone(), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="or `config` beside a single file"):
+        dry_run(recipe(file))
+    told = dry_run(recipe(file, config=str(checkpoint)))
+    assert told["parameters"] == dry_run(recipe(checkpoint))["parameters"]
+
+
+def test_what_training_would_refuse_is_refused_before_it(checkpoint, tmp_path):
+    """In the words of the run itself, though no weight is read."""
+    whole, made = tiny_checkpoint(tmp_path / "model"), tmp_path / "adapter"
+    distill(recipe(whole, out=str(made), held_out="scenes:held-out:2", images=4, preview_every=8), quiet=True)
+    shifted = Path(shutil.copytree(made, tmp_path / "shifted"))
+    config = json.loads((shifted / "config.json").read_text())
+    config["info"]["family"] = "another"
+    (shifted / "config.json").write_text(json.dumps(config))
+    for changes, words in [
+        ({"size": 30}, "size 30: not a multiple of 4"),
+        ({"held_out": str(tmp_path / "none")}, "none"),
+        ({"cache": str(tmp_path / "empty")}, "no cache there"),
+        ({"start": str(tmp_path / "none")}, "no adapter there"),
+        ({"start": str(shifted)}, "was trained for backbone another"),
+        ({"start": str(made), "adapter": "controlnet"}, "not a controlnet adapter"),
+        ({"start": str(made), "reads": "pixels"}, "was made to read otherwise"),
+        ({"teacher": str(shifted), "objective": "consistency"}, "was trained for backbone another"),
+    ]:
+        for run in (dry_run, functools.partial(distill, quiet=True)):
+            with pytest.raises(UserError, match=words):
+                run(recipe(whole, **{"out": str(tmp_path / "out"), **changes}))
+    assert dry_run(recipe(checkpoint, start=str(made)))["updates"] == 25
+
+
+def test_a_cache_of_other_data_is_refused_before_training(tmp_path):
+    told = recipe(tiny_checkpoint(tmp_path / "model"), task="canny", held_out="scenes:held-out:2")
+    make_cache(told, tmp_path / "cache")
+    dry_run(replace(told, cache=str(tmp_path / "cache")))
+    with pytest.raises(UserError, match="a cache of size 32, not 64"):
+        dry_run(replace(told, cache=str(tmp_path / "cache"), size=64))
+
+
 def test_the_command_tells_it_without_training(checkpoint, tmp_path, capsys):
     words = ["distill", "depth", "--model", str(checkpoint), "--out", str(tmp_path / "run"), "--dry-run"]
     assert main(words) == 0
@@ -113,7 +157,7 @@ def published(kind: str) -> Path:
 )  # fmt: skip
 def test_the_recipes_for_stable_diffusion_fit_where_they_say(name, trained, most):
     told = read_recipe(name)
-    changes = {"model": str(published(name.split("-")[0])), "data": "scenes:train:16"}
+    changes = {"model": str(published(name.split("-")[0])), "data": "scenes:train:16", "held_out": "scenes:held-out:4"}
     row = dry_run(build(DistillRecipe, {**told, **changes}, name))
     assert row["parameters"]["trained"] == pytest.approx(trained, rel=0.01)
     assert 0.3 * most < 1.1 * row["memory_gb"]["total"] < most

@@ -14,7 +14,7 @@ from codi.errors import UserError
 from codi.models import text
 from codi.models.adapter import FORMS, FusedAdapter
 from codi.models.adapter_files import load_adapter
-from codi.models.backbone import EMBEDDED, digest, load_backbone
+from codi.models.backbone import EMBEDDED, digest, family, load_backbone
 from codi.models.lora import FILE
 from codi.models.student import Conditioning, Student
 from codi.sampling.pipeline import CoDiPipeline
@@ -36,6 +36,15 @@ BACKBONE = tiny_backbone().freeze()
 UNET, VAE = BACKBONE.unet, BACKBONE.vae
 WORDS = randn(2, 5, TEXT_WIDTH, seed=7)
 LEVELS = torch.tensor([3, 800])
+
+
+def test_pruned_and_deep_backbones_have_families_of_their_own():
+    """XL, SSD-1B and Segmind's smaller ones share widths."""
+    plain, told = tiny_unet(), BACKBONE.family
+    deep = tiny_unet(transformer_layers_per_block=[1, 2])
+    pruned = tiny_unet(mid_block_type=None)
+    families = [family(unet, BACKBONE.vae, BACKBONE.scheduler) for unet in (plain, deep, pruned)]
+    assert families == [told, f"{told}-depth1/2", f"{told}-nomid"]
 
 
 @pytest.mark.parametrize("channels", [3, 4])

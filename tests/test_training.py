@@ -368,6 +368,8 @@ def test_overrides_and_numbers_read_as_numbers():
     values = recipes.parse_overrides(["--learning-rate", "1e-4", "--seed=3", "--gradient-checkpointing", "--out", "a"])
     built = recipes.build(DistillRecipe, values, "flags")
     assert built.learning_rate == 1e-4 and built.seed == 3 and built.gradient_checkpointing and built.out == "a"
+    values |= recipes.parse_overrides(["--precision", "no"])  # which YAML takes for false
+    assert recipes.build(DistillRecipe, values, "flags").precision == "no"
 
 
 @pytest.mark.parametrize("name", [p.stem for p in recipes.SHIPPED.glob("*.yaml")])

@@ -65,6 +65,19 @@ def load_adapter(
     Raises UserError where it is missing, broken, made for another `task`, or for another backbone `family`
     (None: not checked).
     """
+    folder, cls, config = read_config(name, task, family, model)
+    adapter = _weights(cls, folder)
+    if (folder / "unet" / "config.json").is_file():
+        unet = _weights(UNet2DConditionModel, folder / "unet").to(device=unet.device, dtype=unet.dtype)
+    elif (folder / FILE).is_file():
+        unet = _updates(unet, folder, str((config.get("info") or {}).get("task", "adapter")))
+    return adapter, unet
+
+
+def read_config(
+    name: str | Path, task: str | None, family: str | None, model: str | Path = "mini"
+) -> tuple[Path, type[Adapter], dict[str, Any]]:
+    """An adapter's folder, form and configuration; no weight is read. Raises UserError as load_adapter does."""
     folder = find_adapter(name, model)
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -87,12 +100,7 @@ def load_adapter(
         )
     if task and info.get("task") and info["task"] != task:
         raise UserError(f"{name}: this adapter does {info['task']!r}, not {task!r}: give an adapter of that task")
-    adapter = _weights(cls, folder)
-    if (folder / "unet" / "config.json").is_file():
-        unet = _weights(UNet2DConditionModel, folder / "unet").to(device=unet.device, dtype=unet.dtype)
-    elif (folder / FILE).is_file():
-        unet = _updates(unet, folder, str(info.get("task", "adapter")))
-    return adapter, unet
+    return folder, cls, config
 
 
 def _updates(unet: UNet2DConditionModel, folder: Path, name: str) -> UNet2DConditionModel:

@@ -107,13 +107,17 @@ def text_encoders(parts: Any, zero_empty: bool) -> TextEncoders:
 def family(unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMScheduler) -> str:
     """Which checkpoints an adapter fits: all fine-tunes of one architecture that predict the same quantity.
 
-    A readable fingerprint such as "4ch-f8-320/640/1280/1280x2-text768-epsilon".
+    A readable fingerprint such as "4ch-f8-320/640/1280/1280x2-text768-epsilon", with "-depth1/2/10" where a level has
+    several transformer layers (XL) and "-nomid" where there is no middle block, so that pruned ones are told apart.
     """
     c = unet.config
+    depth = c["transformer_layers_per_block"]
+    deep = "" if depth == 1 else "-depth" + "/".join(str(d) for d in ([depth] if isinstance(depth, int) else depth))
+    deep += "" if c["mid_block_type"] else "-nomid"
     widths = "/".join(str(w) for w in c["block_out_channels"])
     return (
         f"{c['in_channels']}ch-f{codec.downscale(vae)}-{widths}x{c['layers_per_block']}-"
-        f"text{c['cross_attention_dim']}-{scheduler.config['prediction_type']}"
+        f"text{c['cross_attention_dim']}-{scheduler.config['prediction_type']}{deep}"
     )
 
 

@@ -11,11 +11,22 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def downscale(vae: AutoencoderKL | AutoencoderTiny) -> int:
     """Pixels per latent cell along a side (8 for Stable Diffusion)."""
     factor = vae.config.get("upsampling_scaling_factor", 2)  # a tiny one may have another
     return factor ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def require_cells(vae: AutoencoderKL | AutoencoderTiny, **sides: int) -> None:
+    """Raises UserError, by its name, for a side in pixels that is no whole number of latent cells."""
+    cell = downscale(vae)
+    for name, side in sides.items():
+        if side % cell:
+            fitting = max(1, round(side / cell)) * cell
+            raise UserError(f"{name} {side}: not a multiple of {cell}, the model's latent cell: use {fitting}")
 
 
 def encode(vae: AutoencoderKL, image: Tensor, generator: torch.Generator | None = None) -> Tensor:

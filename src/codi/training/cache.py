@@ -47,6 +47,11 @@ _MADE_OF = ("data", "samples", "size", "truth", "prompts", "vae", "text")  # wha
 
 
 def _index(recipe: DistillRecipe, task: Task, backbone: Backbone, source: Source) -> dict[str, Any]:
+    encoders = [digest(encoder) for encoder in backbone.text.encoders]
+    return {**_index_of_data(recipe, task, source), "vae": digest(backbone.vae), "text": encoders}
+
+
+def _index_of_data(recipe: DistillRecipe, task: Task, source: Source) -> dict[str, Any]:
     return {
         "data": Path(recipe.data).name,  # a folder may move, `mark` tells whether it is the same
         "samples": len(source),
@@ -55,8 +60,6 @@ def _index(recipe: DistillRecipe, task: Task, backbone: Backbone, source: Source
         "truth": type(task).truth.__qualname__,  # tasks that want the same picture share a cache
         "prompts": task.prompt_column if task.prompted else "",
         "model": recipe.model,
-        "vae": digest(backbone.vae),
-        "text": [digest(encoder) for encoder in backbone.text.encoders],
     }
 
 
@@ -144,7 +147,7 @@ def make_cache(
     source = open_source(recipe.data, task.columns, zoom=recipe.zoom)
     if isinstance(source, SceneSource):
         source.device = str(accelerator.device)
-    backbone = load_backbone(recipe.model, loras=recipe.loras).freeze()
+    backbone = load_backbone(recipe.model, **recipe.parts).freeze()
     dtype = "float32" if exact else "float16"
     index = _index(recipe, task, backbone, source)
     index |= {"seed": recipe.seed, "variants": variants, "dtype": dtype, "shard": shard_size}
@@ -231,10 +234,20 @@ def _unwritable(path: Path, error: Exception) -> UserError:
 def open_cache(recipe: DistillRecipe, backbone: Backbone, source: Source) -> CachedSource:
     """`source` with what `recipe.cache` holds of it. Raises UserError where that is no whole cache of this recipe."""
     folder, task = Path(recipe.cache or ""), recipe_task(recipe)
-    index = _require_same(folder, _index(recipe, task, backbone, source), _MADE_OF)
-    if index is None:
+    return CachedSource(source, folder, task, _require(folder, _index(recipe, task, backbone, source)))
+
+
+def require_cache(recipe: DistillRecipe, source: Source) -> None:
+    """What open_cache raises, as far as it can be told without the backbone's weights."""
+    folder, task = Path(recipe.cache or ""), recipe_task(recipe)
+    CachedSource(source, folder, task, _require(folder, _index_of_data(recipe, task, source)))
+
+
+def _require(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    found = _require_same(folder, index, [key for key in _MADE_OF if key in index])
+    if found is None:
         raise UserError(f"{folder}: no cache there: make it by `codi data cache` with this recipe")
-    return CachedSource(source, folder, task, index)
+    return found
 
 
 class CachedSource:

@@ -196,9 +196,7 @@ def distill_decoder(recipe: DecoderRecipe, quiet: bool = False, minutes: float |
     if processes.count() > 1:
         raise UserError(f"{processes.count()} processes: a tiny decoder is trained in one: start it without a launcher")
     vae: Any = load_vae(recipe.model).requires_grad_(False).eval().to(device)
-    for name, side in (("size", r.size), ("crop", r.crop or r.size)):
-        if side % (cell := codec.downscale(vae)):
-            raise UserError(f"{name} {side}: not a multiple of {cell}, the model's latent cell: change it")
+    codec.require_cells(vae, size=r.size, crop=r.crop or r.size)
     told = {key: getattr(r, key) for key in ("size", "prompts", "sample_steps", "sample_guidance", "seed")}
     weights = round(sum(p.double().sum().item() for p in vae.parameters()), 6)
     backbone, made = None, []

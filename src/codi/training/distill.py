@@ -29,7 +29,7 @@ from ..sampling.sampler import initial_noise, sample, time_grid
 from ..tasks.base import means
 from . import cache, ema, processes
 from .checkpoint import Progress, require_same_run
-from .distill_recipe import SCALES, DistillRecipe, configure_objective, recipe_task
+from .distill_recipe import SCALES, DistillRecipe, configure_objective, recipe_task, require_fits
 from .saving import save_adapter, shareable
 from .trainer import Job, make_accelerator, train
 
@@ -62,19 +62,13 @@ class DistillJob(Job):
         self.task = recipe_task(recipe)
         self.vae = backbone.vae
         self.schedule, self.family = backbone.schedule, backbone.family
-        cell = codec.downscale(self.vae)
-        if recipe.size % cell:
-            fitting = max(1, round(recipe.size / cell)) * cell
-            raise UserError(f"size {recipe.size}: not a multiple of {cell}, the model's latent cell: use {fitting}")
+        codec.require_cells(self.vae, size=recipe.size)
         backbone.freeze()
         self.trained_on = digest(backbone.unet)  # now: a full adapter trains these very weights
         form = FORMS[recipe.adapter]
         if recipe.start:
             adapter, unet = load_adapter(recipe.start, recipe.task, backbone.family, backbone.unet)
-            if not isinstance(adapter, form):
-                raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
-            if adapter.config.get("reads", recipe.reads) != recipe.reads:
-                raise UserError(f"reads {recipe.reads}: {recipe.start} was made to read otherwise: set it so")
+            require_fits(recipe, type(adapter), adapter.config)
         else:
             told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
             adapter = form.from_backbone(
@@ -277,7 +271,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
         source, held_out = (open_source(spec, columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))
         if isinstance(source, SceneSource):
             source.device = str(accelerator.device)
-        backbone = load_backbone(recipe.model, loras=recipe.loras)
+        backbone = load_backbone(recipe.model, **recipe.parts)
         if recipe.cache:
             source = cache.open_cache(recipe, backbone, source)
         report = out / (f"corrupt-{rank}.json" if (rank := processes.rank()) else "corrupt.json")  # of what each reads

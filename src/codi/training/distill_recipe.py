@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,8 @@ class DistillRecipe(RunSettings):
     """Short for task_options.degradation: real or bicubic."""
     model: str = "mini"
     """The backbone: mini, a diffusers folder, a .safetensors file or a hub id (ID@REVISION)."""
+    config: str | None = None
+    """Of a model that is a single file: a folder or hub id whose configs and tokenizers are its own. None: fetched."""
     loras: dict[str, float] = field(default_factory=dict)
     """LoRA files made part of the backbone before training, each with its weight, e.g. {style.safetensors: 0.8}. Users
     of the adapter name the same ones, unless it brings its own backbone (train_backbone)."""
@@ -125,6 +127,11 @@ class DistillRecipe(RunSettings):
     way to go."""
     half: bool = True
     """Store the finished adapter in float16."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What load_backbone is told beside the model."""
+        return {"loras": self.loras, **({"config": self.config} if self.config else {})}
 
     @property
     def jumps(self) -> bool:
@@ -249,6 +256,14 @@ def recipe_task(recipe: DistillRecipe) -> Task:
     if recipe.degradation is not None:
         options["degradation"] = recipe.degradation
     return get_task(recipe.task, **options)
+
+
+def require_fits(recipe: DistillRecipe, form: type, config: Mapping[str, Any]) -> None:
+    """Raises UserError unless `recipe.start`, of that form and configuration, is an adapter as the recipe's."""
+    if form is not FORMS[recipe.adapter]:
+        raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
+    if config.get("reads", recipe.reads) != recipe.reads:
+        raise UserError(f"reads {recipe.reads}: {recipe.start} was made to read otherwise: set it so")
 
 
 def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None) -> Callable[..., dict[str, Tensor]]:

@@ -18,12 +18,14 @@ from ..data.sources import open_source
 from ..errors import UserError
 from ..models import codec
 from ..models.adapter import FORMS, FusedAdapter
+from ..models.adapter_files import read_config
 from ..models.backbone import Backbone, find_model, resolved
 from ..models.lora import add_lora
 from ..models.student import Conditioning, Student
 from ..objectives.batch import Guidance, LatentBatch
 from . import ema
-from .distill_recipe import DistillRecipe, configure_objective, recipe_task
+from .cache import require_cache
+from .distill_recipe import DistillRecipe, configure_objective, recipe_task, require_fits
 
 GB = 1e9
 TOKENS = 77  # of a prompt, in CLIP's tokenizers
@@ -35,13 +37,22 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     `memory`: weights; gradients, Adam's two moments and the moving average of what trains; activations kept by one
     forward pass of the objective (halved under autocast, of which most are). The largest operation's workspace and the
     allocator's losses come on top: about a tenth. `cache_saves_gb`: weights that a `cache` would spare. Raises
-    UserError as the run itself would for a wrong recipe, data that cannot be opened, or a model without configurations
-    (a single file has none).
+    UserError as the run itself would for a wrong recipe, data, a cache or adapters that cannot be opened or do not fit,
+    and for a model without configurations (a single file has none: `recipe.config` does).
     """
     recipe.validate()
     task = recipe_task(recipe)
-    source = open_source(recipe.data, task.columns, zoom=recipe.zoom)
-    backbone = blank_backbone(recipe.model).freeze()
+    source, _ = (open_source(spec, task.columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))
+    if recipe.cache:
+        require_cache(recipe, source)
+    single = recipe.config is not None and Path(recipe.model).is_file()
+    backbone = blank_backbone(recipe.config if single else recipe.model).freeze()  # type: ignore[arg-type]
+    codec.require_cells(backbone.vae, size=recipe.size)
+    if recipe.start:
+        _, started, config = read_config(recipe.start, recipe.task, backbone.family)
+        require_fits(recipe, started, config)
+    if recipe.taught and recipe.teacher:
+        read_config(recipe.teacher, recipe.task, backbone.family)
     form: Any = FORMS[recipe.adapter]
     told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
     with torch.device("meta"):
@@ -104,7 +115,7 @@ def blank_backbone(model: str | Path) -> Backbone:
     except Exception as error:  # of as many kinds as for weights
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model}: its configurations could not be read ({reason}): a dry run wants a diffusers folder "
-                        "or hub id") from error  # fmt: skip
+                        "or hub id, or `config` beside a single file") from error  # fmt: skip
     blank: Any = None
     second = (encoders[1], blank) if len(encoders) > 1 else (None, None)
     return Backbone(vae, unet, encoders[0], blank, scheduler, *second)

@@ -95,6 +95,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 return float(value)  # YAML reads 1e-4 as text
             except ValueError:
                 continue
+        if kind is str and value is False:  # YAML 1.1 reads the word so: `precision: no`
+            return "no"
         if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
         if kind is tuple and isinstance(value, (list, tuple)):
