@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from codi.errors import UserError
 from codi.sampling.guidance import resolve
@@ -359,6 +362,29 @@ def test_a_compiled_pipeline_makes_the_same_pictures(folder):
     assert pipe.compile(backend="eager", fullgraph=True) is pipe
     pipe.set_adapters("edit")
     assert torch.equal(run(pipe, **asked), plain)
+
+
+def test_a_compiled_pipeline_keeps_what_cuda_graphs_would_overwrite(folder, monkeypatch):
+    """Here their memory is overwritten with NaN by the next call of anything compiled."""
+    answers: list[Tensor] = []
+
+    def graph(function: Any, **options: Any) -> Any:
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            answer = function(*args, **kwargs)
+            for old in answers:
+                old.fill_(torch.nan)
+            answers[:] = [t for t in tree_leaves(getattr(answer, "prepared", answer)) if isinstance(t, Tensor)]
+            return answer
+
+        return replay
+
+    pipe = CoDiPipeline.from_pretrained(folder / "model", "depth", folder / "depth")
+    pipe.set_progress_bar_config(disable=True)
+    plain = run(pipe, **given("depth"))
+    monkeypatch.setattr(torch, "compile", graph)
+    pipe.compile(mode="reduce-overhead")
+    made = run(pipe, **given("depth"))
+    assert answers and torch.equal(made, plain)
 
 
 def test_memory_format(folder):

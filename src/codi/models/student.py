@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -63,8 +64,8 @@ class Student(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """By `torch.compile`, in place, with its arguments: all but the setting of low-rank updates' weights."""
-        self._predict = torch.compile(self._predict, *args, **kwargs)  # type: ignore[method-assign]
-        self.prepare = torch.compile(self.prepare, *args, **kwargs)  # type: ignore[method-assign]
+        for name in ("_predict", "prepare"):  # anew: not what an earlier call made of them
+            setattr(self, name, _kept(torch.compile(getattr(Student, name).__get__(self), *args, **kwargs)))
 
     def _predict(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float) -> Tensor:
         text, added = conditioning.text, conditioning.added
@@ -73,7 +74,7 @@ class Student(nn.Module):
             return unet_up(self.unet, *unet_down(self.unet, z, timestep, text, added), text)
         told = adapter.timestep_cond(conditioning.guidance, conditioning.jump)
         told = None if told is None else strength * told
-        prepared = self.prepare(conditioning).prepared
+        prepared = Student.prepare(self, conditioning).prepared  # not the compiled one: this is one graph
         hint = adapter.hint(prepared, strength)
         features, embedding = unet_down(self.unet, z, timestep, text, added, told, hint)
         features = adapter.fuse(features, adapter.look(prepared, z, timestep, text, added), strength)
@@ -83,6 +84,18 @@ class Student(nn.Module):
         """Sets the weights of the low-rank updates."""
         weights = getattr(self.adapter, "lora_weights", {})  # of an AdapterSet
         scale_lora(self.unet, {name: strength * weights.get(name, 1.0) for name in lora_names(self.unet)})
+
+
+def _kept(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose answers outlive its next call: CUDA graphs (mode="reduce-overhead") write all of theirs
+    to the same memory, and solvers keep what was prepared, some also what was predicted before."""
+
+    def call(*args: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        answer = compiled(*args)
+        return answer.clone() if isinstance(answer, Tensor) else cat_conditionings(answer)
+
+    return call
 
 
 def cat_conditionings(*parts: C) -> C:
