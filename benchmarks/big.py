@@ -4,7 +4,7 @@
 
 Each side, in output pixels, is a process of its own: a picture of noise and stripes a quarter as large, one step, of
 `mini` or of a full-size checkpoint with random weights (`--kind sd15`). `peak_mib` is the process' largest resident
-set; `ratio` that to the first side's, at most 1.15 by intention.
+set, on a GPU the allocator's peak; `ratio` that to the first side's, at most 1.15 by intention.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ from codi.tasks import get_task
 from codi.training.saving import save_adapter
 
 GOAL = 1.15
+# codi's command line, and what it had of a GPU: bytes, into the file that comes first.
+RUN = """
+import pathlib, sys
+from codi.apps.cli import main
+code = main(sys.argv[2:])
+import torch
+used = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+pathlib.Path(sys.argv[1]).write_text(str(used))
+sys.exit(code)
+"""
 
 
 def picture(side: int, file: Path) -> Path:
@@ -56,7 +66,8 @@ def measure(side: int, words: list[str]) -> dict[str, float]:
     """Peak memory in MiB and seconds of one command."""
     with tempfile.TemporaryDirectory() as folder:
         given, out = picture(side // 4, Path(folder) / "in.png"), Path(folder) / "out.png"
-        command = [sys.executable, "-m", "codi", "upscale", str(given), "-o", str(out), "--steps", "1", *words]
+        told = Path(folder) / "allocated"
+        command = [sys.executable, "-c", RUN, str(told), "upscale", str(given), "-o", str(out), "--steps", "1", *words]
         started = time.perf_counter()
         child = os.posix_spawn(sys.executable, command, os.environ)
         _, status, usage = os.wait4(child, 0)
@@ -64,7 +75,8 @@ def measure(side: int, words: list[str]) -> dict[str, float]:
             raise SystemExit(f"side {side}: codi upscale ended with {os.waitstatus_to_exitcode(status)}")
         with Image.open(out) as made:
             assert made.size == (side, side)
-        return {"side": side, "peak_mib": usage.ru_maxrss / 1024, "seconds": time.perf_counter() - started}
+        peak = int(told.read_text()) / 2**20 or usage.ru_maxrss / 1024
+        return {"side": side, "peak_mib": peak, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:
@@ -78,7 +90,7 @@ def main() -> None:
     told = {"command": command_line(), "kind": args.kind, "goal": GOAL, "rows": rows, "machine": describe_machine()}
     with tempfile.TemporaryDirectory() as folder:
         words = args.words.split()
-        words += full_size(args.kind, Path(folder)) if args.kind != "mini" else []
+        words += full_size(args.kind, Path(folder)) if args.kind != "mini" else ["--model", "mini"]
         for side in args.sides:
             rows.append(measure(side, words))
             rows[-1]["ratio"] = rows[-1]["peak_mib"] / rows[0]["peak_mib"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from command import command_line
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
@@ -38,7 +38,9 @@ def pipeline(way: str, model: str, adapter: str, device: str) -> CoDiPipeline:
     if way == "fused":
         pipe.fuse_lora()
     elif way == "plain-attention":
-        pipe.student.unet.set_attn_processor(AttnProcessor())
+        for module in pipe.student.modules():  # the adapter's blocks too
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor())
     elif way == "compiled":
         pipe.compile()
     pipe.set_progress_bar_config(disable=True)

@@ -13,9 +13,10 @@ Variants, `NAME/VARIANT`, of theirs as of ours: `channels-last` lays the weights
 `graph` its mode "reduce-overhead", which on a GPU is CUDA graphs.
 
 A round runs every one of them once, in an order of its own; the first `--warm` are not measured (compiled networks
-settle in the second). Ratios are medians
-of the rounds' ratios. `rates`: what the machine does at best in this precision, a large product of matrices and a large
-copy; `share`: the arithmetic of `codi` over its time, as a share of that rate.
+settle in the second). After each round --out is written: what is cut off keeps its rounds, and who fails (out of
+memory, a compiler's error) is named in `failed` and left out. Ratios are medians of the rounds' ratios, with the least
+and the greatest. `rates`: what the machine does at best in this precision, a large product of matrices and a large
+copy; `share`: the arithmetic of each over its time, as a share of that rate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ GOALS = (
 COMPILED: dict[str, dict[str, Any]] = {"compile": {}, "graph": {"mode": "reduce-overhead"}}
 VARIANTS = ("eager", "channels-last", *COMPILED)
 Run = Callable[..., Any]
+Seconds = dict[str, list[float]]  # by contestant, of each round
 
 
 def theirs(backbone: Backbone, picture: Tensor, variant: str) -> dict[str, Run]:
@@ -118,7 +120,7 @@ def ours(backbone: Backbone, picture: Tensor, reads: str, variant: str) -> dict[
 
 def bare(backbone: Backbone, adapter: Any, picture: Tensor) -> Run:
     """What cannot be left out: text encoder, condition once, U-Net and fusion at each step, decoder."""
-    student, cells = Student(backbone.unet, adapter).eval(), picture.shape[-1] // 8
+    student, cells = Student(backbone.unet, adapter).eval(), picture.shape[-1] // codec.downscale(backbone.vae)
     noise = initial_noise((4, cells, cells), range(len(picture))).to(picture)
     tokens = tokenize(backbone.tokenizer, PROMPTS[:1] * len(picture)).to(picture.device)
     levels = (time_grid(1000, STEPS)[:-1] - 1).to(picture.device)
@@ -153,6 +155,67 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
     return {"flop_per_second": 2 * side**3 / product, "bytes_per_second": 2 * large.numel() / copied}
 
 
+def flops(runs: dict[str, Run]) -> dict[str, int]:
+    """The arithmetic of ours, of which a compiled variant has as much."""
+    counts = {}
+    for name in ("codi", "codi-loop", "codi-tiny", "bare"):
+        if name in runs:
+            with FlopCounterMode(display=False) as counter:
+                runs[name]()
+            counts[name] = counter.get_total_flops()
+    return counts
+
+
+def shares(seconds: Seconds, flop: dict[str, int], rates: dict[str, float]) -> dict[str, float]:
+    """Of the machine's best rate."""
+    counted = {name: flop[base] for name in seconds if (base := name.split("/")[0]) in flop}
+    return {name: n / rates["flop_per_second"] / statistics.median(seconds[name]) for name, n in counted.items()}
+
+
+def contest(runs: dict[str, Run], device: str, warm: int, repeats: int) -> Iterator[tuple[Seconds, dict[str, str]]]:
+    """After each measured round: seconds of every round so far, and who failed, and why. Raises RuntimeError where all
+    have."""
+    seconds: Seconds = {name: [] for name in runs}
+    failed: dict[str, str] = {}
+    for number in range(warm + repeats):
+        for name in random.Random(number).sample(list(runs), len(runs)):
+            if name in failed:
+                continue
+            try:
+                taken = seconds_of(runs[name], device)
+            except Exception as error:  # of as many kinds as there are compilers; the others can be measured
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                continue
+            if number >= warm:
+                seconds[name].append(taken)
+        if len(failed) == len(runs):
+            raise RuntimeError(f"nobody finished a round: {failed}")
+        if number >= warm:
+            yield {name: values for name, values in seconds.items() if name not in failed}, failed
+
+
+def summary(seconds: Seconds, failed: dict[str, str]) -> dict[str, Any]:
+    """Medians and ratios of the rounds so far."""
+
+    def ratio(fast: str, slow: str) -> dict[str, float]:
+        found = [s / f for f, s in zip(seconds[fast], seconds[slow], strict=True)]
+        return {"ratio": statistics.median(found), "least": min(found), "greatest": max(found)}
+
+    owed = [
+        {"faster": fast, "slower": slow, "goal": goal, **ratio(fast, slow)}
+        for fast, slow, goal in GOALS
+        if fast in seconds and slow in seconds
+    ]
+    plain = [(name, name.split("/")[0]) for name in seconds if "/" in name]
+    return {
+        "repeats": len(next(iter(seconds.values()))),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "ratios": owed,
+        "variants": {name: ratio(name, eager)["ratio"] for name, eager in plain if eager in seconds},
+        "failed": failed,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default="sd15", choices=["sd15", "sd21"])
@@ -179,31 +242,13 @@ def main() -> None:
         made |= ours(backbone, picture, args.reads, variant)
         ending = "" if variant == "eager" else f"/{variant}"
         runs |= {f"{name}{ending}": run for name, run in made.items() if name not in args.skip}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.warm + args.repeats):
-        for name in random.Random(number).sample(list(runs), len(runs)):
-            taken = seconds_of(runs[name], args.device)
-            if number >= args.warm:
-                seconds[name].append(taken)
-
-    def ratio(fast: str, slow: str) -> float:
-        return statistics.median(s / f for f, s in zip(seconds[fast], seconds[slow], strict=True))
-
-    pairs = [pair for pair in GOALS if pair[0] in runs and pair[1] in runs]
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    told = {key: value for key, value in vars(args).items() if key not in ("out", "skip", "variants")}
-    result: dict[str, Any] = {"command": command_line(), **told, "steps": STEPS, "seconds": medians}
-    result["ratios"] = [{"faster": f, "slower": s, "goal": goal, "ratio": ratio(f, s)} for f, s, goal in pairs]
-    plain = [(name, name.split("/")[0]) for name in runs if "/" in name]
-    result["variants"] = {name: ratio(name, eager) for name, eager in plain if eager in runs}
-    if "bare" in runs:
-        with FlopCounterMode(display=False) as counter:
-            runs["bare"]()
-        result["flop"], result["rates"] = counter.get_total_flops(), rates(args.device, dtype)
-        best = result["flop"] / result["rates"]["flop_per_second"]
-        result["share"] = {name: best / medians[name] for name in medians if name.split("/")[0] in ("codi", "bare")}
-    write_json({**result, "machine": describe_machine()}, args.out)
-    print({key: result[key] for key in ("seconds", "ratios", "variants", "share") if key in result})
+    told = {key: value for key, value in vars(args).items() if key not in ("out", "skip", "variants", "repeats")}
+    told = {"command": command_line(), **told, "steps": STEPS, "machine": describe_machine()}
+    work = {"flop": flops(runs), "rates": rates(args.device, dtype)}
+    for seconds, failed in contest(runs, args.device, args.warm, args.repeats):
+        result = {**told, **summary(seconds, failed), **work, "share": shares(seconds, **work)}
+        write_json(result, args.out)
+    print({key: result[key] for key in ("seconds", "ratios", "variants", "share", "failed")})
 
 
 if __name__ == "__main__":

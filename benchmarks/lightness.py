@@ -35,7 +35,8 @@ PARTS = "AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2
 def commands(folder: Path) -> dict[str, list[str]]:
     """By name."""
     Image.new("RGB", (32, 32), (90, 60, 30)).save(folder / "in.png")
-    upscale = ["-m", "codi", "upscale", str(folder / "in.png"), "-o", str(folder / "out.png"), "--overwrite"]
+    files = [str(folder / "in.png"), "-o", str(folder / "out.png"), "--overwrite"]
+    upscale = ["-m", "codi", "upscale", *files, "--model", "mini"]
     return {
         "python": ["-c", "pass"],
         "import": ["-c", "import codi"],

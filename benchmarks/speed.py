@@ -27,6 +27,15 @@ STARTS = {
 }  # fmt: skip
 
 
+STEP_GOALS = (0.65, 0.8)  # of LCM's time and memory
+GPU_GOAL = 0.025  # seconds of a picture of 512 px, tiny decoder
+
+
+def duration(seconds: float) -> str:
+    """In the unit that shows it."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
 def where(result: dict[str, Any]) -> str:
     """The machine."""
     machine = result["machine"]
@@ -53,24 +62,33 @@ def met(ratio: float, goal: float, most: bool = False) -> str:
 def latency_lines(result: dict[str, Any]) -> list[str]:
     """Seconds, then the ratios that are owed."""
     batch = "one picture" if result["batch"] == 1 else f"{result['batch']} pictures"
-    lines = [f"Seconds for {batch} of {result['size']} px, Stable Diffusion 1.5's size, {result['dtype']}, on "
+    lines = [f"Time for {batch} of {result['size']} px, Stable Diffusion 1.5's size, {result['dtype']}, on "
              f"{where(result)}, {of_rounds(result['repeats'])}:", ""]  # fmt: skip
-    lines += table(["what", "seconds"], [[named(name), f"{s:.2f}"] for name, s in result["seconds"].items()])
+    lines += table(["what", "time"], [[named(name), duration(s)] for name, s in result["seconds"].items()])
+    lines += [f"\n{named(name)} failed: {why}" for name, why in result.get("failed", {}).items()]
+    if result["device"] == "cuda" and (result["size"], result["batch"]) == (512, 1):
+        best = min(s for name, s in result["seconds"].items() if name.startswith("codi-tiny"))
+        told = f"{duration(best)}, goal {duration(GPU_GOAL)}: {met(best, GPU_GOAL, most=True)}"
+        lines += ["", f"A picture with the tiny decoder, the fastest way: {told}."]
     if result["ratios"]:
         rows = []
         for row in result["ratios"]:
             overhead = row["faster"] == "bare"
             goal = f"{'at most' if overhead else 'at least'} {row['goal']:g}"
-            told = [f"{row['ratio']:.2f}", goal, met(row["ratio"], row["goal"], overhead)]
+            several = "least" in row and result["repeats"] > 1
+            spread = f" ({row['least']:.2f} to {row['greatest']:.2f})" if several else ""
+            told = [f"{row['ratio']:.2f}{spread}", goal, met(row["ratio"], row["goal"], overhead)]
             rows.append([f"{row['slower']} / {row['faster']}", *told])
-        lines += ["", "Medians of the rounds' ratios:", "", *table(["ratio", "here", "goal", ""], rows)]
+        of = "Ratios of the one round" if result["repeats"] == 1 else "Medians of the rounds' ratios"
+        lines += ["", f"{of}:", "", *table(["ratio", "here", "goal", ""], rows)]
     if result.get("variants"):
         rows = [[named(name), f"{ratio:.2f}"] for name, ratio in result["variants"].items()]
         lines += ["", "How many times faster than the same as it is:", "", *table(["variant", "times"], rows)]
     if result.get("share"):
         rate, copy = (result["rates"][key] for key in ("flop_per_second", "bytes_per_second"))
         told = f"{rate / 1e12:.2f} TFLOP/s in a product of matrices, {copy / 1e9:.0f} GB/s in a copy"
-        reached = f"`codi` reaches {result['share']['codi']:.0%} of the former"
+        reached = [f"`{name}` {result['share'][name]:.0%}" for name in ("codi", "codi-tiny") if name in result["share"]]
+        reached = f"reached of the former: {', '.join(reached)}"
         lines += ["", f"The machine's own rate in {result['dtype']}: {told}; {reached}."]
     return lines
 
@@ -79,13 +97,21 @@ def step_lines(result: dict[str, Any]) -> list[str]:
     """Training steps beside LCM distillation."""
     about = (f"One optimiser step, {result['kind']} at {result['size']} px, batch {result['batch']}, {result['dtype']}"
              f"{', gradient checkpointing' if result['checkpointing'] else ''}, on {where(result)}, medians of "
-             f"{result['steps']}; `lcm` is the distillation of diffusers' example (goal: 0.65 of its time, 0.8 of its "
-             "memory):")  # fmt: skip
-    rows = [
-        [name, f"{r['seconds']:.1f}", f"{r['seconds_ratio']:.2f}", f"{r['peak_bytes'] / 2**30:.1f}",
-         f"{r['peak_bytes_ratio']:.2f}"]
-        for name, r in result["rows"].items()
-    ]  # fmt: skip
+             f"{result['steps']}; `lcm` is the distillation of diffusers' example (goal: {STEP_GOALS[0]:g} of its "
+             f"time, {STEP_GOALS[1]:g} of its memory):")  # fmt: skip
+    found = dict(result["rows"])
+    if {"pe-codi", "pe-codi-guided"} <= found.keys():  # guidance_share: 0.5
+        plain, guided = found["pe-codi"], found["pe-codi-guided"]
+        time = {key: (plain[key] + guided[key]) / 2 for key in ("seconds", "seconds_ratio")}
+        found["pe-codi, every other update guided"] = {**guided, **time}
+    rows = []
+    for name, r in found.items():
+        ratios = r["seconds_ratio"], r["peak_bytes_ratio"]
+        told = [
+            f"{ratio:.2f}" + ("" if name == "lcm" else f" ({met(ratio, goal, most=True)})")
+            for ratio, goal in zip(ratios, STEP_GOALS, strict=True)
+        ]
+        rows.append([name, f"{r['seconds']:.1f}", told[0], f"{r['peak_bytes'] / 2**30:.1f}", told[1]])
     return [about, "", *table(["method", "seconds", "ratio", "peak GiB", "ratio"], rows)]
 
 
@@ -161,6 +187,9 @@ def page(folder: Path) -> str:
         for file in files:
             result = json.loads(file.read_text())
             lines += ["", *told(result), "", f"`{result['command']}`"]
+        if title == "Sampling" and not any(json.loads(file.read_text())["device"] == "cuda" for file in files):
+            goal = f"goal {duration(GPU_GOAL)} for a picture of 512 px with the tiny decoder"
+            lines += ["", f"On a GPU: not measured yet (`gpu/fullsize.sh`; {goal})."]
     return "\n".join(lines) + "\n"
 
 

@@ -3,10 +3,12 @@
     python benchmarks/train_step.py --kind sd15 --size 256 --batch 1 --steps 3 --out benchmarks/results/train_step.json
 
 Each contestant runs in a process of its own, so that peak memory is its own; the processes take turns, step by step, so
-that the machine's moods hit all alike. Peak memory is the process's largest resident set on a CPU and the allocator's
-peak on a GPU. Latents and text features are made once: nobody's step encodes. The reference, step by step as
-diffusers' train_lcm_distill_sd_wds.py defines it: teacher with and without the prompt, online network forward and
-backward with every weight trained, target network at the teacher's solver step, moving average.
+that the machine's moods hit all alike, unless `--alone` has one finish before the next starts, where memory is short.
+Peak memory is the process's largest resident set on a CPU and the allocator's peak on a GPU. Latents and text features
+are made once: nobody's step encodes. The reference, step by step as diffusers' train_lcm_distill_sd_wds.py defines it:
+teacher with and without the prompt, online network forward and backward with every weight trained, target network at
+the teacher's solver step, moving average. `pe-codi-guided`: each of its updates distils guidance too; with
+`guidance_share: 0.5`, as in the recipes for Stable Diffusion, every other one does.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from codi.models.backbone import Backbone
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
-from codi.objectives.batch import LatentBatch
+from codi.objectives.batch import Guidance, LatentBatch
 from codi.training import ema
 from codi.training.distill_recipe import OBJECTIVES
 
@@ -90,9 +93,11 @@ def lcm(backbone: Backbone, checkpointing: bool) -> Step:
     return step
 
 
-def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int = 0) -> Step:
-    """CoDi's, with a condition; `full` trains the backbone too, `rank` its low-rank updates."""
-    adapter: Any = FORMS["fused"].from_backbone(backbone.unet, backbone.vae).to(backbone.unet.dtype)
+def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int = 0, guided: bool = False) -> Step:
+    """CoDi's, with a condition; `full` trains the backbone too, `rank` its low-rank updates; `guided`: an update that
+    distils guidance by the prompt."""
+    form: Any = FORMS["fused"]
+    adapter = form.from_backbone(backbone.unet, backbone.vae, guidance_scales=int(guided)).to(backbone.unet.dtype)
     unet = add_lora(backbone.unet, rank, "task") if rank else backbone.unet
     student = Student(unet, adapter).train()
     adapter.requires_grad_(True)
@@ -106,7 +111,12 @@ def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int 
 
     def step(x: Tensor, text: dict[str, Any], blank: Tensor) -> None:
         conditioning = Conditioning(text["text"], torch.randn_like(x), added=text["added"])
-        losses = OBJECTIVES["codi"](student, average, LatentBatch(x, conditioning), schedule)
+        guidance = None
+        if guided:
+            scales = 1 + 7 * torch.rand(len(x), 1).to(x)
+            guidance = Guidance(scales, [conditioning, replace(conditioning, text=blank)])
+            conditioning = replace(conditioning, guidance=scales)
+        losses = OBJECTIVES["codi"](student, average, LatentBatch(x, conditioning, guidance=guidance), schedule)
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
         trained.step()
@@ -119,6 +129,7 @@ def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int 
 CONTESTANTS: dict[str, Callable[[Backbone, bool], Step]] = {
     "lcm": lcm,
     "pe-codi": ours,
+    "pe-codi-guided": lambda backbone, checkpointing: ours(backbone, checkpointing, guided=True),
     "pe-codi-lora": lambda backbone, checkpointing: ours(backbone, checkpointing, rank=16),
     "codi": lambda backbone, checkpointing: ours(backbone, checkpointing, full=True),
 }

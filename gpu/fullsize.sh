@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Purpose: latency and training step at the size of Stable Diffusion 1.5 beside diffusers' own, random weights: 512 px,
-# batch 1 and 16; eager, compiled, CUDA graphs; one optimiser step and its memory beside LCM distillation; the host's
+# batch 1 and 16; eager, compiled, CUDA graphs; one optimiser step and its memory beside LCM distillation; the card's
 # memory over the size of an upscaled picture.
 #   OUT=runs/gpu bash gpu/fullsize.sh [latency] [step] [big]
 # Result: $OUT/latency-cuda-1.json, latency-cuda-16.json, train_step-cuda.json, big-cuda.json; with the card's rate.
@@ -22,7 +22,7 @@ for part in "${@:-latency step big}"; do
   case " $part " in *" step "*)
     file="$OUT/train_step-$DEVICE.json"
     [ -f "$file" ] || "$PYTHON" benchmarks/train_step.py --device "$DEVICE" --dtype "$DTYPE" --size "$SIZE" \
-      --batch "$TRAIN_BATCH" --steps "$STEPS" --contestants lcm pe-codi pe-codi-lora codi --out "$file"
+      --batch "$TRAIN_BATCH" --steps "$STEPS" --contestants lcm pe-codi pe-codi-guided pe-codi-lora codi --out "$file"
   esac
   case " $part " in *" big "*)
     file="$OUT/big-$DEVICE.json"

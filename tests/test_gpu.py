@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from codi.apps.cli import main
+from codi.training.distill_recipe import DistillRecipe
+from codi.training.pretrain_recipe import PretrainRecipe
 from tiny import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +55,28 @@ def trained(asked):
     """Of each training asked for: its recipe, and the folder to start from."""
     runs = [words[3:] for words in asked if words[0] == "-m"]
     return [(words[0], words[words.index("--start") + 1] if "--start" in words else None) for words in runs]
+
+
+RECIPES = {"distill": DistillRecipe, "pretrain": PretrainRecipe}
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "gpu").glob("*.sh")), ids=lambda job: job.stem)
+def test_a_job_is_sound_and_gives_options_that_there_are(job, capsys):
+    """Of what it calls: the benchmarks' scripts, codi's own commands and the jobs that are built on these."""
+    subprocess.run(["bash", "-n", job], check=True)
+    lines = [line for line in job.read_text().replace("\\\n", " ").splitlines() if not line.lstrip().startswith("#")]
+    calls = re.findall(r"(benchmarks/\w+\.py|-m codi \w+|bash gpu/\S+\.sh)(.*)", "\n".join(lines))
+    assert calls
+    for called, words in calls:
+        command = {"pretrain-mini.sh": "pretrain", "distill-tasks.sh": "distill"}.get(called[9:], called.split()[-1])
+        if called.startswith("benchmarks/"):
+            known = set(re.findall(r'"--([a-z][\w-]*)"', (ROOT / called).read_text()))
+        else:
+            assert main([command, "--help"]) == 0
+            known = set(re.findall(r"--([a-z][\w-]*)", capsys.readouterr().out))
+            known |= {field.name for field in fields(RECIPES[command])} if command in RECIPES else set()
+        given = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", re.sub(r'"--[^"]* --[^"]*"', "", words)))
+        assert given <= known, (called, given - known)
 
 
 def test_a_folder_returns_from_its_shards(tmp_path, monkeypatch):
