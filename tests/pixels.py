@@ -1,5 +1,7 @@
 """Pixels, and faults of files: what the tests of pictures share."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -26,3 +28,32 @@ def fault(path, *words: str, call=read_image) -> None:
     assert "\n" not in message and str(path) in message and message.count(": ") >= 2, message
     for word in words:
         assert word in message, message
+
+
+def s15(value: float) -> bytes:
+    return struct.pack(">i", round(value * 65536))
+
+
+def icc(gamma: float, primaries=None) -> bytes:
+    """A minimal ICC v2 profile: RGB with these D50 XYZ columns, or grey without."""
+    xyz = lambda values: b"XYZ \0\0\0\0" + b"".join(map(s15, values))  # noqa: E731
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
+    tags = {b"desc": text + bytes(-len(text) % 4), b"wtpt": xyz((0.9642, 1, 0.8249))}
+    if primaries is None:
+        tags[b"kTRC"] = curve
+    else:
+        tags |= {name: xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)}
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    offset, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    header = struct.pack(">I4sI4s4s4s", offset + len(body), b"lcms", 0x02100000, b"mntr",
+                         b"GRAY" if primaries is None else b"RGB ", b"XYZ ")  # fmt: skip
+    header += bytes(12) + b"acsp" + bytes(28) + s15(0.9642) + s15(1) + s15(0.8249)
+    return header.ljust(128, b"\0") + table + body
+
+
+SRGB_COLUMNS = ((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+SWAPPED = icc(2.2, (SRGB_COLUMNS[1], SRGB_COLUMNS[0], SRGB_COLUMNS[2]))  # "red" is green and the reverse

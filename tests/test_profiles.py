@@ -11,42 +11,13 @@ import torch
 from PIL import Image, ImageCms
 
 from codi.data.images import read_image
-from pixels import RGB, levels
-
-
-def s15(value: float) -> bytes:
-    return struct.pack(">i", round(value * 65536))
-
-
-def icc(gamma: float, primaries=None) -> bytes:
-    """A minimal ICC v2 profile: RGB with these D50 XYZ columns, or grey without."""
-    xyz = lambda values: b"XYZ \0\0\0\0" + b"".join(map(s15, values))  # noqa: E731
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
-    tags = {b"desc": text + bytes(-len(text) % 4), b"wtpt": xyz((0.9642, 1, 0.8249))}
-    if primaries is None:
-        tags[b"kTRC"] = curve
-    else:
-        tags |= {name: xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)}
-        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
-    offset, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
-    for name, data in tags.items():
-        table += name + struct.pack(">II", offset + len(body), len(data))
-        body += data
-    header = struct.pack(">I4sI4s4s4s", offset + len(body), b"lcms", 0x02100000, b"mntr",
-                         b"GRAY" if primaries is None else b"RGB ", b"XYZ ")  # fmt: skip
-    header += bytes(12) + b"acsp" + bytes(28) + s15(0.9642) + s15(1) + s15(0.8249)
-    return header.ljust(128, b"\0") + table + body
-
-
-SRGB_COLUMNS = ((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
-SWAPPED = icc(2.2, (SRGB_COLUMNS[1], SRGB_COLUMNS[0], SRGB_COLUMNS[2]))  # "red" is green and the reverse
+from pixels import RGB, SRGB_COLUMNS, SWAPPED, icc, levels
 
 
 def test_profile_is_converted_to_srgb(tmp_path: Path):
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "a.png", icc_profile=SWAPPED)
     picture = read_image(tmp_path / "a.png")
-    assert picture.icc == SWAPPED
+    assert picture.icc is None
     assert np.abs(levels(picture.rgb)[0, 0] - (0, 255, 0)).max() <= 3
 
 
@@ -63,6 +34,24 @@ def test_grey_profile_and_rgb_profile_on_grey(tmp_path: Path):
         ramp.save(tmp_path / name, icc_profile=profile)
         picture = read_image(tmp_path / name)
         assert picture.grey and picture.rgb[0, 0, 55] == pytest.approx(0.5, abs=0.02)  # linear 0.216 is sRGB 0.5
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile", "stays"),
+    [("RGB", SWAPPED, True), ("L", icc(1.8), True), ("LA", icc(1.8), False), ("RGB", icc(1.0, SRGB_COLUMNS), False),
+     ("L", SWAPPED, False), ("RGB", b"rubbish", False)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*profile not usable")
+def test_colours_may_stay_in_their_own_profile(tmp_path: Path, mode: str, profile: bytes, stays: bool):
+    """As far as they look like sRGB's to a network, linear light does not, and fit what will be written."""
+    image = Image.fromarray(RGB).convert(mode)
+    image.save(tmp_path / "a.png", icc_profile=profile)
+    kept, turned = read_image(tmp_path / "a.png", own_profile=True), read_image(tmp_path / "a.png")
+    assert turned.icc is None and kept.icc == (profile if stays else None)
+    if stays:
+        assert np.array_equal(levels(kept.rgb), np.asarray(image.convert("RGB")))
+    else:
+        assert torch.equal(kept.rgb, turned.rgb)
 
 
 def test_an_srgb_profile_changes_nothing(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from codi.data.images import read_image
 from codi.models.backbone import load_backbone
 from folders import smooth
 from originals import save_original
+from pixels import SWAPPED, icc
 from shell import picture
 from tiny import rand
 
@@ -43,6 +45,21 @@ def test_what_the_camera_noted_is_kept(tiny, shell, tmp_path, suffix):
     kept = made.getexif()
     assert kept[0x010F] == "a camera" and float(kept.get_ifd(0x8769)[0x829D]) == pytest.approx(2.8)
     assert kept.get(0x0112, 1) == 1 and made.height > made.width
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_picture_stays_in_its_profile(tiny, shell, tmp_path, suffix, mode):
+    """Also one that is written row by row: the PNG."""
+    profile = icc(2.2) if mode == "L" else SWAPPED
+    smooth(20, 12).convert(mode).save(tmp_path / "in.png", icc_profile=profile)
+    smooth(20, 12).convert(mode).save(tmp_path / "plain.png")
+    for name in ("in", "plain"):
+        assert shell("upscale", tmp_path / f"{name}.png", "-o", tmp_path / f"made-{name}.{suffix}", *tiny.options,
+                     "--steps", 1).code == 0  # fmt: skip
+    made, plain = (Image.open(tmp_path / f"made-{name}.{suffix}") for name in ("in", "plain"))
+    assert made.info["icc_profile"] == profile and "icc_profile" not in plain.info
+    assert np.array_equal(np.asarray(made), np.asarray(plain))  # the same levels, read otherwise
 
 
 def test_a_picture_that_was_enlarged_before_is_told_of():

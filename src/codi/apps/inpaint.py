@@ -38,7 +38,7 @@ def inpaint(
         from ..tasks.masks import read_mask
 
         job = plan_one(image, out, settings.count, settings.overwrite, [mask])
-        picture = read_image(image)
+        picture = read_image(image, own_profile=True)
         height, width = picture.rgb.shape[-2:]
         hole = read_mask(mask, (height, width))
         if (suffix := job.targets[0].suffix.lower()) != ".png":

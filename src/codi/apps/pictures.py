@@ -240,6 +240,7 @@ def make(
                 "grey": item.like is not None and item.like.grey,
                 "overwrite": settings.overwrite,
                 "exif": item.like.exif if item.like else None,
+                "icc": item.like.icc if item.like else None,
             }
             try:
                 if rows:

@@ -51,10 +51,9 @@ def upscale(
 ) -> None:
     """Make pictures 4 times larger, or 8 times with --adapter upscale-x8, in 1 to 4 steps.
 
-    Alpha, grey, 16 bits and EXIF are kept; colours of an ICC profile are turned into sRGB.
-
-    A large PNG is made and written row by row, in little memory. The whole
-    picture is held for other formats, a smaller --scale and --colour adain.
+    Alpha, grey, 16 bits, EXIF and the ICC profile are kept. A large PNG is made
+    and written row by row, in little memory; the whole picture is held for
+    other formats, a smaller --scale and --colour adain.
     """
     with working("starting"):
         from ..data.images import read_image
@@ -125,7 +124,7 @@ def _items(jobs: Sequence[Job], settings: Settings, resume: bool) -> Iterator[It
     for job in jobs:
         assert job.source is not None
         try:
-            picture = read_image(job.source)
+            picture = read_image(job.source, own_profile=True)
         except UserError as error:
             yield error
             continue

@@ -1,8 +1,8 @@
 """Picture files of users: anything Pillow or OpenCV can read -> float32 RGB in [0, 1]; `writing` has the way back.
 
 Reading turns every colour model, bit depth, EXIF rotation and ICC profile into one thing, upright sRGB; what the file
-was (grey, 16 bits, alpha) is kept in the `Picture`, so that a result can be written in kind. Every fault of a file is a
-`UserError` of one line.
+was (grey, 16 bits, alpha) is kept in the `Picture`, so that a result can be written in kind, in the file's own profile
+too if that is asked for. Every fault of a file is a `UserError` of one line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"B
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as read, upright and in sRGB."""
+    """A picture as read, upright and in sRGB, or in a profile of its own."""
 
     rgb: Tensor
     """(3, H, W) float32 in [0, 1]."""
@@ -48,14 +48,15 @@ class Picture:
     bits: int = 8
     """8 or 16: the depth that keeps what the file held."""
     icc: bytes | None = None
-    """The embedded profile, already applied to `rgb`."""
+    """The profile that `rgb` is in; None: sRGB."""
     exif: bytes | None = None
     """What camera and editor noted, as EXIF without the orientation, which is applied, and the thumbnail."""
     path: str = ""
 
 
-def read_image(path: str | os.PathLike[str]) -> Picture:
-    """Read a picture; of an animated one, the first frame.
+def read_image(path: str | os.PathLike[str], own_profile: bool = False) -> Picture:
+    """Read a picture; of an animated one, the first frame. Its embedded profile is turned into sRGB; with `own_profile`
+    colours stay as they are in it where that does for networks that know sRGB (see profiles.stays).
 
     Raises UserError for a file that is missing, a folder, empty, no image, damaged, above PIXEL_LIMIT (told from the
     header, before any pixel is decoded), or whose floating-point pixels are not finite or not within [0, 1].
@@ -82,9 +83,10 @@ def read_image(path: str | os.PathLike[str]) -> Picture:
                 colour, alpha, bits = _split(_decode_deep(path) if deep else np.asarray(image), path)
                 if "LA;16" in stored:  # OpenCV repeats the grey
                     colour = colour[..., :1]
-                colour = profiles.deep_to_srgb(colour, icc, path)
+                icc, used = _divided(icc, "L" if colour.shape[-1] == 1 else "RGB", alpha, own_profile)
+                colour = profiles.deep_to_srgb(colour, used, path)
             else:
-                (colour, alpha), bits = _eight_bit(image, icc, path), 8
+                (colour, alpha, icc), bits = _eight_bit(image, icc, path, own_profile), 8
         except UserError:
             raise
         except (*_DAMAGE, Image.DecompressionBombError, MemoryError) as error:
@@ -213,8 +215,18 @@ def _split(array: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray | None
     return scaled[..., :3], alpha, 8 if array.dtype == np.uint8 else 16
 
 
-def _eight_bit(image: Image.Image, icc: bytes | None, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """A loaded Pillow picture of 8 bits a channel, of any mode -> sRGB colour and alpha as _split gives them."""
+def _divided(icc: bytes | None, mode: str, alpha: np.ndarray | None, own: bool) -> tuple[bytes | None, bytes | None]:
+    """A profile as (one that the picture stays in, one that is turned into sRGB): one of them is None. Grey with alpha
+    is written as colour, where a profile of grey would be wrong."""
+    stays = own and icc is not None and (mode != "L" or alpha is None) and profiles.stays(icc, mode)
+    return (icc, None) if stays else (None, icc)
+
+
+def _eight_bit(
+    image: Image.Image, icc: bytes | None, path: Path, own_profile: bool
+) -> tuple[np.ndarray, np.ndarray | None, bytes | None]:
+    """A loaded Pillow picture of 8 bits a channel, of any mode -> colour and alpha as _split gives them, and the
+    profile that it is in, None for sRGB."""
     mode = image.mode
     if "transparency" in image.info and mode in ("1", "L", "P", "RGB"):  # a palette entry or one colour is clear
         image = image.convert("LA" if mode in ("1", "L") else "RGBA")
@@ -229,8 +241,9 @@ def _eight_bit(image: Image.Image, icc: bytes | None, path: Path) -> tuple[np.nd
         image = image.convert("L")
     elif image.mode not in ("CMYK", "LAB"):
         image = image.convert("RGB")
-    colour = np.asarray(profiles.to_srgb(image, icc, path), np.float32) / 255
-    return colour if colour.ndim == 3 else colour[..., None], alpha
+    icc, used = _divided(icc, image.mode, alpha, own_profile)
+    colour = np.asarray(profiles.to_srgb(image, used, path), np.float32) / 255
+    return colour if colour.ndim == 3 else colour[..., None], alpha, icc
 
 
 def _orientation(image: Image.Image) -> int:
@@ -271,7 +284,7 @@ def _picture(
     icc: bytes | None = None,
     exif: bytes | None = None,
 ) -> Picture:
-    """Channels as _split gives them, in sRGB -> the upright Picture."""
+    """Channels as _split gives them -> the upright Picture."""
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(_upright(array, orientation).transpose(2, 0, 1)))

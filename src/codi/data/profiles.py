@@ -46,6 +46,24 @@ def deep_to_srgb(colour: np.ndarray, icc: bytes | None, path: str | Path) -> np.
     return F.grid_sample(volume, at, "bilinear", "border", align_corners=True)[0, :, 0].permute(1, 2, 0).numpy()
 
 
+def stays(icc: bytes, mode: str) -> bool:
+    """Whether a picture of `mode` may stay in the profile: it is for that mode, and its tones are spaced about as
+    sRGB's (Display P3, Adobe RGB, ProPhoto), which is what networks have seen. Linear light is not."""
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(icc))
+        if _space(source) != mode or mode not in ("L", "RGB"):
+            return False
+        shown = np.asarray(_apply(Image.new(mode, (1, 1), "grey"), _transform(source, mode)), np.int16)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return False
+    return int(np.abs(shown - 128).max()) <= 25
+
+
+def _space(source: Any) -> str:
+    space = str(getattr(source.profile, "xcolor_space", "")).strip()
+    return "L" if space == "GRAY" else space
+
+
 def _converter(icc: bytes | None, mode: str, path: str | Path) -> Callable[[Image.Image], Image.Image] | None:
     """The map of pictures of `mode` (L, RGB, CMYK) with profile `icc` to sRGB.
 
@@ -55,8 +73,7 @@ def _converter(icc: bytes | None, mode: str, path: str | Path) -> Callable[[Imag
         return None
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(icc))
-        space = str(getattr(source.profile, "xcolor_space", "")).strip()
-        space = "L" if space == "GRAY" else space
+        space = _space(source)
         if space != mode and (mode, space) != ("L", "RGB"):  # grey files with an sRGB profile are common
             raise ValueError(f"it is for {space}, the picture is {mode}")
         transform = _transform(source, space)

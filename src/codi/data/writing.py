@@ -33,10 +33,12 @@ def write_png(
     grey: bool = False,
     overwrite: bool = False,
     exif: bytes | None = None,
+    icc: bytes | None = None,
 ) -> None:
     """Write `rgb` (3, H, W) in [0, 1] (clamped) and `alpha` (1, H, W) as a PNG of 8 or 16 bits a channel.
 
-    `metadata` becomes text chunks (tEXt, or iTXt where Latin-1 does not do), `exif` (see images.Picture) an eXIf one.
+    `metadata` becomes text chunks (tEXt, or iTXt where Latin-1 does not do), `exif` and `icc` (see images.Picture)
+    an eXIf and an iCCP one.
     `grey` writes the luma alone, if there is no alpha. The file appears complete or not at all; missing folders are
     made. Raises UserError if the target exists (without `overwrite`), cannot be written, the disk is full, or the
     picture is not finite.
@@ -50,7 +52,7 @@ def write_png(
     header = 8 + 25  # signature, IHDR
     # OpenCV writes 16 bits but no text, Pillow text but not 16-bit RGB.
     data = png.tobytes()
-    _write(path, [data[:header], _text(metadata) + _noted(exif), data[header:]])
+    _write(path, [data[:header], _noted(metadata, exif, icc), data[header:]])
 
 
 def write_png_bands(
@@ -63,6 +65,7 @@ def write_png_bands(
     grey: bool = False,
     overwrite: bool = False,
     exif: bytes | None = None,
+    icc: bytes | None = None,
 ) -> None:
     """As write_png, of a picture (height, width) that comes from the top in bands: `rgb` (1, 3, rows, width) and
     `alpha` (1, rows, width), in all of them or none. No more than a band is held. What goes wrong in making them leaves
@@ -79,7 +82,7 @@ def write_png_bands(
             if above is None:
                 kind = {1: 0, 3: 2, 4: 6}[count]  # grey, RGB, RGBA
                 yield b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">2I5B", width, height, bits, kind, 0, 0, 0))
-                yield _text(metadata) + _noted(exif)
+                yield _noted(metadata, exif, icc)
                 above = np.zeros((1, width * count * bits // 8), np.uint8)
             order = [2, 1, 0, 3][:count] if count > 1 else [0]  # from OpenCV's
             rows = np.ascontiguousarray(pixels[..., order], dtype=">u2" if bits == 16 else "u1")
@@ -104,6 +107,7 @@ def write_image(
     overwrite: bool = False,
     quality: int = 95,
     exif: bytes | None = None,
+    icc: bytes | None = None,
 ) -> None:
     """As write_png, in the format that the extension names: .png, .jpg, .jpeg or .webp.
 
@@ -113,7 +117,7 @@ def write_image(
     path = Path(path)
     check_writable(path, overwrite)
     if path.suffix.lower() == ".png":
-        return write_png(path, rgb, alpha, metadata, bits, grey, overwrite, exif)
+        return write_png(path, rgb, alpha, metadata, bits, grey, overwrite, exif, icc)
     jpeg = path.suffix.lower() != ".webp"
     if jpeg and alpha is not None:
         rgb, alpha = rgb * alpha + (1 - alpha), None
@@ -127,7 +131,7 @@ def write_image(
         notes[_DESCRIPTION] = json.dumps(metadata)
     buffer = io.BytesIO()
     try:
-        Image.fromarray(pixels).save(buffer, "JPEG" if jpeg else "WEBP", quality=quality, exif=notes)
+        Image.fromarray(pixels).save(buffer, "JPEG" if jpeg else "WEBP", quality=quality, exif=notes, icc_profile=icc)
     except (OSError, ValueError) as error:  # sides above 65,535 (JPEG) or 16,383 px (WebP)
         raise UserError(f"{path}: {' '.join(str(error).split())}: write it as .png") from error
     _write(path, [buffer.getvalue()])
@@ -180,16 +184,14 @@ def _quantised(path: Path, rgb: Tensor, alpha: Tensor | None, bits: int, grey: b
     return levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
 
 
-def _noted(exif: bytes | None) -> bytes:
-    return _chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")) if exif else b""
-
-
-def _text(metadata: dict[str, str] | None) -> bytes:
-    """Chunks of text."""
+def _noted(metadata: dict[str, str] | None, exif: bytes | None, icc: bytes | None) -> bytes:
+    """The chunks that say what is no pixel."""
+    chunks = _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)) if icc else b""  # the first, says PNG
     text = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         text.add_text(key, value)
-    return b"".join(_chunk(chunk[0], chunk[1]) for chunk in text.chunks)
+    chunks += b"".join(_chunk(chunk[0], chunk[1]) for chunk in text.chunks)
+    return chunks + (_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")) if exif else b"")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
