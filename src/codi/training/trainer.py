@@ -176,10 +176,12 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     count = PartialState(cpu=on_cpu).num_processes
-    if settings.accumulate % count:
-        raise UserError(
-            f"accumulate {settings.accumulate}: cannot be shared by {count} processes: set it to a multiple of {count}"
-        )
+    with processes.together():  # else the first would be gone while the others are still on their way here
+        if settings.accumulate % count:
+            raise UserError(
+                f"accumulate {settings.accumulate}: cannot be shared by {count} processes: set it to a multiple of "
+                f"{count}"
+            )
     # Batches without guidance leave its input without a gradient; the frozen have none anyway.
     parallel = DistributedDataParallelKwargs(
         find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
