@@ -35,7 +35,8 @@ PARTS = {
 on 7,944 crops only, sampled in N steps.""",
     "photographs-inpaint": """# Inpainting
 
-`mini` is what `codi inpaint` does by default; `photo` an adapter of `photo` that is not in the package.""",
+`mini` is what `codi inpaint` does by default; `full` an adapter of `photo` (recipe `photo-inpaint`) that is not in the
+package: to the eye neither fills large holes of photographs believably.""",
 }
 
 
