@@ -30,7 +30,7 @@ from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.metrics import default_features, frechet_distance, psnr
 from codi.evaluation.report import write_json
 from codi.models import codec
-from codi.models.backbone import load_vae
+from codi.models.backbones import load_vae
 from codi.models.tiny import open_decoder
 from codi.sampling.pipeline import CoDiPipeline
 

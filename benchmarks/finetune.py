@@ -38,7 +38,7 @@ from codi.evaluation.evaluate import Method, describe_machine, evaluate, pipelin
 from codi.evaluation.report import write_json
 from codi.models import codec
 from codi.models.adapter_files import find_adapter
-from codi.models.backbone import digest
+from codi.models.backbones import digest
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
 from codi.sampling.pipeline import CoDiPipeline

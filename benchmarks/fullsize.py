@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
 from codi.models.adapter import FORMS
-from codi.models.backbone import Backbone, load_backbone
+from codi.models.backbones import Backbone, load_backbone
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
 from codi.sampling.pipeline import CoDiPipeline

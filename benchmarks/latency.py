@@ -40,7 +40,7 @@ from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
 from codi.models import codec
 from codi.models.adapter import FORMS
-from codi.models.backbone import Backbone
+from codi.models.backbones import Backbone
 from codi.models.student import Conditioning, Student
 from codi.models.text import tokenize
 from codi.sampling.pipeline import CoDiPipeline

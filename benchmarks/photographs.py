@@ -46,7 +46,7 @@ from codi.errors import UserError
 from codi.evaluation.evaluate import describe_machine, pipeline_method, sample_seeds
 from codi.evaluation.metrics import default_features, enlite0_distance, maps_distance, psnr, ssim
 from codi.evaluation.report import contact_sheet, write_json
-from codi.models.backbone import digest
+from codi.models.backbones import digest
 from codi.sampling.pipeline import CoDiPipeline
 from codi.tasks import Task
 from codi.tasks.base import seeds
@@ -159,7 +159,7 @@ def ours(task: str, word: str, steps: Sequence[int]) -> list[Entrant]:
     pipe.set_progress_bar_config(disable=True)
     if task == "upscale" and pipe.task.scale != SCALE:  # type: ignore[union-attr]
         raise UserError(f"{word}: this adapter does not enlarge {SCALE} times: name one that does")
-    parts = {"codec": pipe.vae, "decoder": pipe.tiny_vae, "unet": pipe.student.unet, "adapter_weights": pipe.adapter}
+    parts = {"codec": pipe.vae, "decoder": pipe.tiny_vae, "unet": pipe.student.network, "adapter_weights": pipe.adapter}
     told = {"adapter": public(adapter), "model": public(model or "mini")}
     told |= {part: digest(module) for part, module in parts.items() if module is not None}
     method = pipeline_method(pipe, steps, name)

@@ -33,7 +33,7 @@ from torch import Tensor
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
 from codi.models.adapter import FORMS
-from codi.models.backbone import Backbone
+from codi.models.backbones import Backbone
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts

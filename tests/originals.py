@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codi.export.ldm import rename
-from codi.models.backbone import Backbone
+from codi.models.backbones import Backbone
 
 _VAE = (
     (r"mid_block\.resnets\.0\.", "mid.block_1."),

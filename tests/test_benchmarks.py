@@ -23,7 +23,7 @@ from reading import Found, Reader, Reading, decode  # noqa: E402
 
 from codi.data.batches import Batch  # noqa: E402
 from codi.data.scenes import MAX_OBJECTS, sample_scene  # noqa: E402
-from codi.models.backbone import digest, load_backbone  # noqa: E402
+from codi.models.backbones import digest, load_backbone  # noqa: E402
 from codi.sampling.guidance import resolve  # noqa: E402
 from codi.tasks import get_task  # noqa: E402
 from shell import make_adapter  # noqa: E402

@@ -18,8 +18,7 @@ from codi.data.batches import batches
 from codi.data.samples import CorruptSample, Sample
 from codi.data.sources import open_source
 from codi.models import codec
-from codi.models.backbone import load_backbone
-from codi.models.text import encode_prompts
+from codi.models.backbones import load_backbone
 from codi.training import cache
 from codi.training.cache import make_cache, open_cache
 from codi.training.checkpoint import Progress
@@ -53,7 +52,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
     """Twelve samples in shards of five, and cut off at any of three moments."""
     whole = make_cache(recipe, tmp_path / "whole", variants=2, shard_size=5)
     assert whole["samples"] == 12 and whole["unread"] == 0
-    assert [len(load_file(file)["row"]) for file in sorted((tmp_path / "whole").glob("*.safetensors"))] == [5, 5, 2]
+    assert [len(load_file(file)["row"]) for file in sorted((tmp_path / "whole").glob("shard-*.safetensors"))] == [5, 5, 2]
 
     save, calls = cache.save_file, []
 
@@ -181,7 +180,7 @@ def test_batches_are_still_a_function_of_the_position(recipe, tmp_path):
     crops: dict[int, set[float]] = {}
     for batch in run:
         torch.testing.assert_close(batch.extras["latent"], codec.moments(backbone.vae, batch.image))
-        torch.testing.assert_close(batch.extras["text"], encode_prompts(backbone.text, batch.text)[0])
+        torch.testing.assert_close(batch.extras["text"], backbone.text.encode(batch.text)["features"])
         for i, image in zip(batch.index, batch.image, strict=True):
             crops.setdefault(i, set()).add(image.sum().item())
     assert max(map(len, crops.values())) == 3

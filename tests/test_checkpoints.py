@@ -17,7 +17,7 @@ from codi.errors import UserError
 from codi.models import codec
 from codi.models.adapter import FORMS, FusedAdapter
 from codi.models.adapter_files import load_adapter
-from codi.models.backbone import load_backbone
+from codi.models.backbones import load_backbone
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
 from codi.sampling.pipeline import CoDiPipeline
@@ -222,7 +222,8 @@ def test_what_is_no_text_to_image_model_is_refused(xl_folder, tmp_path):
     flux = tmp_path / "flux"
     flux.mkdir()
     (flux / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "transformer": ["a", "b"]}))
-    with pytest.raises(UserError, match="a FluxPipeline, not Stable Diffusion"):
+    refusal = r"a FluxPipeline \(b\) is not supported: use a text-to-image model of Stable Diffusion, FLUX"
+    with pytest.raises(UserError, match=refusal):
         load_backbone(flux)
     save_file({"other.lora_A.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     for name in ("no", "other"):

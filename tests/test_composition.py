@@ -12,7 +12,7 @@ from torch import Tensor
 from codi.errors import UserError
 from codi.models.adapter import FORMS, Adapter
 from codi.models.adapter_files import load_adapter
-from codi.models.backbone import unet_down
+from codi.models.backbones.stable_diffusion import unet_down
 from codi.models.composition import compose
 from codi.models.lora import lora_names
 from codi.models.student import Conditioning, Student
@@ -146,8 +146,8 @@ def test_the_low_rank_updates_of_both_are_applied(folders):
         for mu in parts.adapters["inpaint"].mu:  # type: ignore[union-attr]
             mu.zero_()
     student = parts.compose(1.0, 0.5)
-    assert lora_names(student.unet) == ["set_generate", "set_inpaint"] and lora_names(UNET) == []
-    assert {id(p) for p in UNET.parameters()} <= {id(p) for p in student.unet.parameters()}
+    assert lora_names(student.network) == ["set_generate", "set_inpaint"] and lora_names(UNET) == []
+    assert {id(p) for p in UNET.parameters()} <= {id(p) for p in student.network.parameters()}
     merged = tiny_unet()
     updates = [dict(parts.loaded[name][1].named_parameters()) for name in parts.loaded]
     with torch.no_grad():
@@ -178,12 +178,12 @@ def test_each_takes_the_guidance_columns_that_it_knows(parts_of):
 
 def test_the_embedding_of_guidance_is_a_mean_by_weight(parts_of):
     parts, told = parts_of("inpaint", "generate"), torch.full((2, 1), 3.0)
-    a, b = (adapter.timestep_cond(told) for adapter in parts.adapters.values())
+    a, b = (adapter.time_condition(told) for adapter in parts.adapters.values())
     assert a is not None and b is not None
 
     def embedded(*weights: float) -> Tensor:
         student: Any = parts.compose(*weights)
-        return student.adapter.timestep_cond(told)
+        return student.adapter.time_condition(told)
 
     torch.testing.assert_close(embedded(1, 1), (a + b) / 2)
     torch.testing.assert_close(embedded(3, 1), 0.75 * a + 0.25 * b)
@@ -214,11 +214,12 @@ def test_a_controlnet_runs_once_a_step(parts_of):
         features, _ = unet_down(UNET, Z, LEVELS, WORDS)
         seen = canny.look(conditioning.prepared["canny"], Z, LEVELS, WORDS)
         prepared = conditioning.prepared["inpaint"]
-        last = canny.fuse(inpaint.fuse(features, prepared, 1.0), seen, 0.5)
-        first = inpaint.fuse(canny.fuse(features, seen, 0.5), prepared, 1.0)
-        found = parts.student.adapter.fuse(features, {"canny": seen, "inpaint": prepared}, 1.0)  # type: ignore[union-attr]
-    for one, a, b in zip(found, last, first, strict=True):
-        torch.testing.assert_close(one, (a + b) / 2)
+        both = {"canny": seen, "inpaint": prepared}
+        for i, h in enumerate(features):
+            last = canny.fuse(i, inpaint.fuse(i, h, prepared, 1.0), seen, 0.5)
+            first = inpaint.fuse(i, canny.fuse(i, h, seen, 0.5), prepared, 1.0)
+            found = parts.student.adapter.fuse(i, h, both, 1.0)  # type: ignore[union-attr]
+            torch.testing.assert_close(found, (last + first) / 2)
 
 
 def test_a_full_adapter_cannot_be_combined(parts_of):

@@ -18,7 +18,7 @@ from codi.apps.models import embedded
 from codi.data.sources import open_source
 from codi.errors import UserError
 from codi.models import codec
-from codi.models.backbone import EMBEDDED, load_vae
+from codi.models.backbones import EMBEDDED, load_vae
 from codi.models.tiny import new_tiny, open_decoder
 from codi.sampling.pipeline import CoDiPipeline
 from codi.training.codec import psnr
@@ -195,7 +195,9 @@ def test_the_vae_of_halves_and_of_a_revision(tmp_path, monkeypatch):
         asked.update(options, source=source)
         return tiny_vae()
 
-    monkeypatch.setattr("codi.models.backbone.AutoencoderKL.from_pretrained", fetch)
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", fetch)
+    config = {"_class_name": "AutoencoderKL"}
+    monkeypatch.setattr("diffusers.AutoencoderKL.load_config", lambda *_, **__: config)
     load_vae("owner/model@v2")
     assert (asked["source"], asked["revision"]) == ("owner/model", "v2") and "variant" not in asked
 

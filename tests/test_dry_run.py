@@ -15,7 +15,7 @@ import torch
 from codi.apps.cli import main
 from codi.errors import UserError
 from codi.models.adapter import FusedAdapter
-from codi.models.backbone import load_backbone
+from codi.models.backbones import load_backbone
 from codi.training.cache import make_cache
 from codi.training.distill import DistillRecipe, distill
 from codi.training.dry_run import blank_backbone, dry_run
@@ -143,7 +143,8 @@ def published(kind: str) -> Path:
     encoders = dict(zip(("text_encoder", "text_encoder_2"), backbone.text.encoders, strict=False))
     for name, encoder in encoders.items():
         encoder.config.save_pretrained(folder / name)
-    index = {"_class_name": "StableDiffusionPipeline", **{name: ["library", "class"] for name in (*parts, *encoders)}}
+    classes = {n: [type(p).__module__.split(".")[0], type(p).__name__] for n, p in (parts | encoders).items()}
+    index = {"_class_name": "StableDiffusionPipeline", **classes}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import codi.models.adapter_files as adapter_files
-import codi.models.backbone as backbones
+import codi.models.backbones.loading as loading
 from codi.apps.models import embedded
 from codi.models.adapter_files import default_model, find_adapter
 from codi.sampling.pipeline import CoDiPipeline
@@ -23,7 +23,7 @@ def weights(tmp_path, monkeypatch):
     make_adapter(folder / "adapters" / "upscale", "upscale")
     make_adapter(folder / "adapters" / "edit", "edit")
     make_adapter(folder / "photo" / "adapters" / "upscale", "upscale", degradation="bicubic")
-    for module in (adapter_files, backbones):
+    for module in (adapter_files, loading):
         monkeypatch.setattr(module, "EMBEDDED", folder)
     return folder
 

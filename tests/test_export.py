@@ -50,7 +50,7 @@ def make(
     jumps = info.get("jumps", False)
     adapter = FORMS[form].from_backbone(backbone.unet, backbone.vae, made.condition_channels, told, jumps)
     if downscale != 4:
-        adapter = ControlNetAdapter(dict(adapter.config["unet"]), made.condition_channels, downscale, told, jumps)
+        adapter = ControlNetAdapter(dict(adapter.config["network"]), made.condition_channels, downscale, told, jumps)
     student = Student(backbone.unet, adapter)
     if form != "lora":
         influence(student)
@@ -178,7 +178,7 @@ def test_samplers_that_others_do_not_have_are_refused(tmp_path, model, export):
 def test_schedulers_start_at_pure_noise_where_the_model_does(tmp_path, model, shift):
     source = load_source(make(tmp_path / "adapter", "controlnet", shift=shift), model)
     source.backbone.scheduler = tiny_scheduler(rescale_betas_zero_snr=True)
-    student, text = Student(source.shelved.unet, source.adapter), randn(1, 5, 8, seed=1)
+    student, text = Student(source.shelved.network, source.adapter), randn(1, 5, 8, seed=1)
     told, noise = Conditioning(text, rand(1, 3, 32, 32)), randn(1, 4, 8, 8, seed=2)
     scheduler, call = make_scheduler(source, 4)
     scheduler.set_timesteps(**{key: value for key, value in call.items() if key != "guidance_scale"})

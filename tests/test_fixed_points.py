@@ -1,4 +1,4 @@
-"""CoDi's loss on a Gaussian world, in float64: which functions are its fixed points, and which are not."""
+"""CoDi's loss on a Gaussian world, in float64: which functions are its fixed points, on both paths, and which not."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,13 @@ from torch import Tensor
 from codi.objectives.batch import LatentBatch
 from codi.objectives.codi import codi
 from codi.objectives.finetune import finetune
-from codi.schedule import CosineSchedule, DiscreteSchedule, Schedule
+from codi.schedule import CosineSchedule, DiscreteSchedule, FlowSchedule, Schedule
 from tiny import randn, seeded, tiny_scheduler
 
 LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
+
+
+COSINE, LINEAR = CosineSchedule(), FlowSchedule()
 
 
 # ---- the Gaussian world: data N(M, S^2), alpha = cos t, sigma = sin t. Functions give x(z); eps follows.
@@ -38,7 +41,7 @@ def network(function, schedule: Schedule):
     """The network that outputs what stands for x = function(z): a perfectly trained one."""
 
     def forward(z: Tensor, timestep: Tensor, conditioning) -> Tensor:
-        t = timestep if isinstance(schedule, CosineSchedule) else timestep + 1
+        t = timestep + 1 if isinstance(schedule, DiscreteSchedule) else timestep  # of FlowSchedule() 1000 s is t
         alpha, sigma = schedule.alpha_sigma(t, z)
         x = function(z, alpha, sigma)
         return schedule.output(x, (z - alpha * x) / sigma, t)
@@ -50,12 +53,13 @@ def gaussian_batch(count: int, seed: int = 0) -> LatentBatch:
     return LatentBatch(M + S * randn(1, 1, 1, count, seed=seed, dtype=torch.float64), None)
 
 
-def table_cell(function, ode: str, consistency: str, dt: float) -> float:
-    """Mean squared consistency error / dt^2 at t = 1, by codi's own code, on 400,000 samples."""
-    schedule = CosineSchedule()
+def table_cell(
+    function, ode: str, consistency: str, dt: float, schedule: Schedule = COSINE, at: float = 1.0
+) -> float:
+    """Mean squared consistency error / dt^2 at t = `at`, by codi's own code, on 400,000 samples."""
     f, teacher = network(function, schedule), network(denoiser, schedule)
     options = {"dt": dt, "ode": ode, "teacher": teacher, "consistency": consistency, "signal_weight": 0.0}
-    t = torch.tensor([1.0], dtype=torch.float64)
+    t = torch.tensor([at], dtype=torch.float64)
     losses = codi(f, f, gaussian_batch(400_000), schedule, seeded(1), t=t, **options)
     assert losses.keys() == {"consistency"}
     return float(losses["consistency"]) / dt**2
@@ -97,6 +101,29 @@ def test_the_straight_coupling_is_a_fixed_point_of_its_own_ode(consistency, dt):
     assert table_cell(straight, "own", consistency, dt) * dt**2 < 1e-28
 
 
+@pytest.mark.parametrize("consistency", ["noise", "signal"])
+@pytest.mark.parametrize("dt", [300.0, 1.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_so_it_is_on_the_linear_path(consistency, dt, shift):
+    schedule = FlowSchedule(shift)
+
+    def exact(z: Tensor, timestep: Tensor, conditioning) -> Tensor:
+        s = (timestep / 1000).to(z)
+        x = straight(z, 1 - s, s)
+        return (z - x) / s  # u = eps - x, of z = (1 - s) x + s eps
+
+    t, options = torch.tensor([700.0], dtype=torch.float64), {"consistency": consistency, "signal_weight": 0.0}
+    losses = codi(exact, exact, gaussian_batch(10_000), schedule, seeded(1), t=t, dt=dt, **options)
+    assert float(losses["consistency"]) < 1e-28
+
+
+def test_fixed_points_of_a_teacher_s_ode_on_the_linear_path():
+    """The flow's end is one in signal: error^2 / dt^2 falls as dt^2. The straight coupling is none."""
+    coarse, fine = (table_cell(flow, "teacher", "signal", dt, LINEAR, 600.0) for dt in (10.0, 1.0))
+    assert coarse / fine == pytest.approx(100, rel=0.1)
+    assert table_cell(straight, "teacher", "signal", 1.0, LINEAR, 600.0) > 50 * fine
+
+
 def test_the_flow_s_end_is_a_fixed_point_of_the_denoiser_s_ode_in_signal():
     """Zero in the limit: the error of one Euler step is O(dt^2), so error^2 / dt^2 falls as dt^2."""
     coarse, fine = (table_cell(flow, "teacher", "signal", dt) for dt in (1e-2, 1e-3))
@@ -122,3 +149,19 @@ def test_the_exact_denoiser_is_the_minimum_of_both_data_terms():
     for offset, scale in ((0.02, 1.0), (-0.02, 1.0), (0.0, 1.03), (0.0, 0.97)):
         worse = losses(lambda z, a, b, o=offset, k=scale: k * denoiser(z, a, b) + o)
         assert worse[0] > exact[0] and worse[1] > exact[1]
+
+
+def test_the_exact_denoiser_is_the_minimum_of_the_flow_loss():
+    """u = eps - x and z = (1 - s) x + s eps: |u - u_hat|^2 = |x - x_hat|^2 / s^2."""
+    t, batch = torch.tensor([400.0], dtype=torch.float64), gaussian_batch(400_000, seed=4)
+    alpha, sigma = (float(v) for v in LINEAR.alpha_sigma(t, batch.x))
+    variance = S**2 * sigma**2 / (alpha**2 * S**2 + sigma**2)
+
+    def loss(function) -> float:
+        f = network(function, LINEAR)
+        return float(finetune(f, f, batch, LINEAR, seeded(5), t=t)["diffusion"])
+
+    exact = loss(denoiser)
+    assert exact == pytest.approx(variance / sigma**2, rel=0.01)
+    for offset, scale in ((0.02, 1.0), (-0.02, 1.0), (0.0, 1.03), (0.0, 0.97)):
+        assert loss(lambda z, a, b, o=offset, k=scale: k * denoiser(z, a, b) + o) > exact

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from codi.models.adapter import FORMS
 from codi.models.adapter_files import load_adapter
+from codi.models.backbones.stable_diffusion import StableDiffusion
 from codi.models.lora import (
     FILE,
-    TARGETS,
     add_lora,
     join_lora,
     load_lora,
@@ -117,7 +117,7 @@ def test_round_trip_by_us_and_by_stock_diffusers(half, tmp_path):
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     assert {id(p) for p in UNET.parameters()} <= {id(p) for p in loaded.parameters()}
     stock = tiny_unet()  # a U-Net of its own, with no code of ours
-    stock.load_lora_adapter(tmp_path, adapter_name="stock", prefix=None, weight_name=FILE)  # type: ignore[arg-type]
+    stock.load_lora_adapter(tmp_path, adapter_name="stock", weight_name=FILE, prefix="unet")
     for found in (predicted(loaded), predicted(stock)):
         if half:
             torch.testing.assert_close(found, predicted(adapted), rtol=0, atol=2e-3)
@@ -134,7 +134,7 @@ def test_the_same_updates_make_the_same_bytes(tmp_path):
         assert len({(tmp_path / str(i) / FILE).read_bytes() for i in range(parity, 6, 2)}) == 1
     with safe_open(tmp_path / "0" / FILE, "pt") as file:
         (notes,) = file.metadata().values()  # several would be written in random order
-    assert json.loads(notes)["target_modules"] == TARGETS  # and so would peft's sets
+    assert json.loads(notes)["unet.target_modules"] == StableDiffusion.lora_targets  # and so would peft's sets
 
 
 def test_updates_fit_a_fine_tune_of_the_backbone(tmp_path):
@@ -193,10 +193,10 @@ def test_every_form_carries_updates_through_its_folder(form, tmp_path):
 def test_gradient_checkpointing_gives_the_same_gradients(form):
     adapter = FORMS[form].from_backbone(UNET, VAE)
     plain = Student(tiny_lora(UNET), adapter).train()
-    for name, p in plain.unet.named_parameters():
+    for name, p in plain.network.named_parameters():
         p.requires_grad_("lora_" in name)
     saving = copy.deepcopy(plain)
-    saving.unet.enable_gradient_checkpointing()
+    saving.network.enable_gradient_checkpointing()
     found = []
     for student in (plain, saving):
         student(Z, LEVELS, conditioning(adapter)).square().mean().backward()

@@ -14,7 +14,8 @@ from codi.errors import UserError
 from codi.models import text
 from codi.models.adapter import FORMS, FusedAdapter
 from codi.models.adapter_files import load_adapter
-from codi.models.backbone import EMBEDDED, digest, family, load_backbone
+from codi.models.backbones import EMBEDDED, digest, load_backbone
+from codi.models.backbones.stable_diffusion import fingerprint as family
 from codi.models.lora import FILE
 from codi.models.student import Conditioning, Student
 from codi.sampling.pipeline import CoDiPipeline
@@ -55,7 +56,7 @@ def test_an_adapter_s_round_trip_through_its_folder(form, channels, tmp_path):
     student = influence(Student(UNET, FORMS[form].from_backbone(UNET, VAE, channels)))
     adapter: Any = student.adapter
     adapter.register_to_config(info=info)
-    save_adapter(tmp_path / "adapter", adapter, student.unet, full=False, half=False)
+    save_adapter(tmp_path / "adapter", adapter, student.network, full=False, half=False)
     assert json.loads((tmp_path / "adapter/config.json").read_text())["info"] == info
     assert not list(tmp_path.rglob("*.bin"))
     loaded, unet = load_adapter(tmp_path / "adapter", "upscale", BACKBONE.family, UNET)

@@ -5,7 +5,7 @@ import torch
 
 from codi.models import codec, text
 from codi.models.adapter import FORMS, ControlNetAdapter, FusedAdapter, LoraAdapter
-from codi.models.backbone import unet_down, unet_up
+from codi.models.backbones.stable_diffusion import unet_down, unet_up
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student, cat_conditionings
 from tiny import (
@@ -109,7 +109,7 @@ def test_before_training_the_student_is_the_backbone(form, name, channels):
     unet, added = tiny_unet(seed=2, **changes), added_for(changes)
     student, conditioning = adapted(form, channels, unet)
     conditioning.added = added
-    student.unet = add_lora(unet, 2, form)
+    student.network = add_lora(unet, 2, form)
     z = randn(2, LATENT_CHANNELS, 8, 8)
     for timestep in (torch.tensor([17]), LEVELS):
         expected = unet(z, timestep, WORDS, added_cond_kwargs=added).sample
@@ -158,7 +158,8 @@ def test_fusion_formula():
     h = [randn(*s, seed=i, dtype=torch.float64) for i, s in enumerate(shapes)]
     e = [randn(*s, seed=50 + i, dtype=torch.float64) for i, s in enumerate(shapes)]
     for strength in (1.0, 0.3):
-        for fused, a, b, mu in zip(adapter.fuse(h, e, strength), h, e, adapter.mu, strict=True):
+        for i, (a, b, mu) in enumerate(zip(h, e, adapter.mu, strict=True)):
+            fused = adapter.fuse(i, a, e, strength)
             share = strength * mu.view(1, -1, 1, 1)
             torch.testing.assert_close(fused, (1 - share) * a + share * b, rtol=0, atol=1e-14)
 
@@ -231,9 +232,9 @@ def test_gradient_of_the_controlnet_reaches_the_zero_convolutions_first_then_all
 def test_in_full_mode_gradient_reaches_the_backbone(form):
     student, conditioning = adapted(form, unet=tiny_unet(seed=3))
     reached = gradients(student, conditioning)
-    assert all(has for name, has in reached.items() if name.startswith("unet."))
-    student.unet.requires_grad_(False)
-    assert not any(name.startswith("unet.") for name in gradients(student, conditioning))
+    assert all(has for name, has in reached.items() if name.startswith("network."))
+    student.network.requires_grad_(False)
+    assert not any(name.startswith("network.") for name in gradients(student, conditioning))
 
 
 # ---- codec, text, conditioning

@@ -240,7 +240,7 @@ def test_gradient_reaches_the_student_alone(form, ode):
     sum(codi(student, target, batch, LEVELS, seeded(), ode=ode, teacher=teacher).values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in [*target.parameters(), *teacher.parameters()])
     reached = {name.split(".")[0] for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
-    assert reached == ({"unet"} if form == "lora" else {"unet", "adapter"})
+    assert reached == ({"network"} if form == "lora" else {"unet", "adapter"})
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_what_training_changes(objective, form, full):
         sum(objective(student, target, batch, LEVELS, seeded(step)).values()).backward()  # type: ignore[union-attr]
         optimizer.step()
     same = {name: torch.equal(before[name], p) for name, p in student.named_parameters()}
-    assert all(same[name] != full for name in same if name.startswith("unet.") and "lora_" not in name)
+    assert all(same[name] != full for name in same if name.startswith("network.") and "lora_" not in name)
     trained = "lora_" if form == "lora" else "adapter."
     assert not any(same[name] for name in same if trained in name) and any(trained in name for name in same)
     assert all(torch.equal(target_before[name], p) for name, p in target.named_parameters())

@@ -180,7 +180,7 @@ def test_bands_are_the_whole_picture(pipe):
 def test_distilled_guidance_is_one_pass_and_kept_within_its_range(pipe):
     pipe.set_adapters("edit")
     calls: list[int] = []
-    unet = pipe.student.unet
+    unet = pipe.student.network
     hook = unet.conv_out.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     plain = run(pipe, **given("edit"))
     assert torch.equal(run(pipe, **given("edit"), guidance_scale=1, image_guidance_scale=1), plain)
@@ -198,7 +198,7 @@ def test_distilled_guidance_is_one_pass_and_kept_within_its_range(pipe):
 def test_guidance_that_is_not_distilled_takes_two_passes(pipe):
     pipe.set_adapters("depth")
     calls: list[int] = []
-    hook = pipe.student.unet.conv_out.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    hook = pipe.student.network.conv_out.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     plain = run(pipe, **given("depth"))
     assert set(calls) == {1}
     guided = run(pipe, **given("depth"), guidance_scale=3)
@@ -391,7 +391,7 @@ def test_memory_format(folder):
     plain, laid_out = (CoDiPipeline.from_pretrained(folder / "model", "depth", folder / "depth") for _ in range(2))
     laid_out.to(torch.float32, memory_format=torch.channels_last)
     laid_out.load_adapter(folder / "edit")
-    for weights in (laid_out.unet, laid_out.vae, *(adapter.unet for adapter in laid_out._shelf.loaded.values())):
+    for weights in (laid_out.unet, laid_out.vae, *(adapter.network for adapter in laid_out._shelf.loaded.values())):
         convolutions = [p for p in weights.parameters() if p.ndim == 4 and p.shape[-1] > 1]
         assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
     for pipe in (plain, laid_out):

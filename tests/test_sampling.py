@@ -222,7 +222,7 @@ def prepare_anew(student: Student, conditioning: Conditioning) -> Conditioning:
 def test_strength_0_samples_the_backbone(form):
     student, conditioning, _ = tiny_student(form)
     z = randn(3, LATENT_CHANNELS, 6, 6)
-    backbone = sample(Student(student.unet), LEVELS, z, Conditioning(conditioning.text), 2)
+    backbone = sample(Student(student.network), LEVELS, z, Conditioning(conditioning.text), 2)
     assert torch.equal(sample(student, LEVELS, z, conditioning, 2, strength=0.0), backbone)
     assert not torch.allclose(sample(student, LEVELS, z, conditioning, 2), backbone)
 
@@ -362,15 +362,15 @@ def test_the_decay_warms_up():
 @pytest.mark.parametrize("form", FORMS)
 def test_the_average_shares_what_is_frozen_and_copies_what_trains(form):
     student, conditioning, _ = tiny_student(form)
-    for name, p in student.unet.named_parameters():
+    for name, p in student.network.named_parameters():
         p.requires_grad_("lora_" in name)
     average = ema.average_copy(student.train())
     assert not average.training and student.training and not any(p.requires_grad for p in average.parameters())
     for (name, a), p in zip(average.named_parameters(), student.parameters(), strict=True):
-        assert (a is p) == (name.startswith("unet.") and "lora_" not in name) and torch.equal(a, p)
+        assert (a is p) == (name.startswith("network.") and "lora_" not in name) and torch.equal(a, p)
     trained = [p for p in student.parameters() if p.requires_grad]
     assert trained  # averaging left the student's own flags alone
-    kept = {name: p for name, p in student.unet.named_parameters() if not p.requires_grad}
+    kept = {name: p for name, p in student.network.named_parameters() if not p.requires_grad}
     z, t = randn(3, LATENT_CHANNELS, 6, 6), torch.tensor([500])
     with torch.no_grad():
         before, frozen = average(z, t, conditioning), {name: p.clone() for name, p in kept.items()}

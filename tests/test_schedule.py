@@ -4,10 +4,23 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from codi.errors import UserError
-from codi.schedule import PREDICTIONS, CosineSchedule, DiscreteSchedule, from_signal_noise, to_signal_noise
+from codi.models.backbones.transformer import flow_schedule
+from codi.schedule import (
+    PREDICTIONS,
+    CosineSchedule,
+    DiscreteSchedule,
+    FlowSchedule,
+    flow_from_velocity,
+    from_linear,
+    from_signal_noise,
+    to_linear,
+    to_signal_noise,
+    velocity_from_flow,
+)
+from codi.sampling.sampler import time_grid
 from tiny import randn, tiny_scheduler
 
 LEVELS = torch.arange(1, 1001)
@@ -147,3 +160,74 @@ def test_a_shared_time_is_one_time_and_seeds_decide(schedule):
     assert torch.equal(draw(3, False), draw(3, False)) and not torch.equal(draw(3, False), draw(4, False))
     assert torch.equal(draw(3, True), draw(3, True))
     assert len(draw(3, False).unique()) > 8
+
+
+# ---- the linear path of flow matching
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_flow_round_trip(shift):
+    schedule, t = FlowSchedule(shift), torch.linspace(0, 1000, 101, dtype=torch.float64)
+    x, eps = randn(101, 2, 3, seed=1, dtype=torch.float64), randn(101, 2, 3, seed=2, dtype=torch.float64)
+    z = schedule.mix(x, eps, t)
+    s = (schedule.timestep(t) / 1000).view(-1, 1, 1)
+    torch.testing.assert_close(z, (1 - s) * x + s * eps, rtol=0, atol=1e-14)
+    output = schedule.output(x, eps, t)
+    assert torch.equal(output, eps - x)
+    for found, wanted in zip(schedule.signal_noise(output, z, t), (x, eps), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert schedule.timestep(t)[[0, -1]].tolist() == [0, 1000] and bool((schedule.timestep(t).diff() > 0).all())
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "flow_prediction"])
+def test_the_linear_path_is_one_affine_map_away(prediction):
+    """Both directions at every level: z_lin = (1 - s) x + s eps, u = eps - x, from a variance-preserving network."""
+    schedule = discrete(prediction)
+    x, eps = randn(1000, 2, 3, seed=1, dtype=torch.float64), randn(1000, 2, 3, seed=2, dtype=torch.float64)
+    z, (alpha, sigma) = schedule.mix(x, eps, LEVELS), schedule.alpha_sigma(LEVELS, x)
+    linear, s = to_linear(z, alpha, sigma)
+    torch.testing.assert_close(linear, (1 - s) * x + s * eps, rtol=0, atol=1e-14)
+    torch.testing.assert_close(from_linear(linear, alpha, sigma), z, rtol=0, atol=1e-14)
+    v = alpha * eps - sigma * x
+    u = flow_from_velocity(v, z, alpha, sigma)
+    torch.testing.assert_close(u, eps - x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(velocity_from_flow(u, z, alpha, sigma), v, rtol=0, atol=1e-12)
+    found = schedule.signal_noise(schedule.output(x, eps, LEVELS), z, LEVELS)
+    torch.testing.assert_close(found[1] - found[0], u, rtol=0, atol=1e-10)
+
+
+def sigmas(schedule: FlowSchedule, steps: int) -> list[float]:
+    return (schedule.timestep(time_grid(schedule.horizon, steps, whole=schedule.whole)) / 1000).tolist()
+
+
+def test_a_static_shift_counts_once():
+    """Where set_timesteps(4) of diffusers 0.42 gives 1, .858, .602, .0089, 0 (diffusers #13243)."""
+    schedule = flow_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0).config, 0.0, 4)
+    assert sigmas(schedule, 4) == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 20])
+@pytest.mark.parametrize(
+    ("config", "mu"),
+    [
+        ({"shift": 3.0}, 0.0),
+        ({"use_dynamic_shifting": True}, 0.9),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, 0.7),
+        ({"use_dynamic_shifting": True, "shift_terminal": 0.02}, 0.8),
+    ],
+)
+def test_sigmas_are_those_of_diffusers(config, mu, steps):
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    if steps == 1 and "shift_terminal" in config:
+        return  # there the one sigma would be the terminal one
+    evenly = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+    scheduler.set_timesteps(sigmas=evenly, mu=mu if config.get("use_dynamic_shifting") else None)
+    found = sigmas(flow_schedule(scheduler.config, mu, steps), steps)
+    assert found == pytest.approx(scheduler.sigmas.tolist(), abs=2e-7)
+
+
+def test_schedulers_of_the_wrong_kind_are_refused():
+    with pytest.raises(UserError, match="has no flow shift"):
+        flow_schedule(tiny_scheduler().config, 0.0, None)
+    with pytest.raises(UserError, match="use_karras_sigmas is not supported"):
+        flow_schedule(FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True).config, 0.0, None)

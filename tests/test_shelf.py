@@ -70,10 +70,10 @@ def test_fused_updates_make_the_same_pictures_until_unfused(pipe):
         pipe.fuse_lora()
         for strength, expected in plain.items():
             torch.testing.assert_close(run(pipe, **brought, strength=strength), expected, rtol=0, atol=1e-4)
-        assert lora_names(pipe.student.unet) == []
+        assert lora_names(pipe.student.network) == []
         assert torch.equal(run(pipe, **brought, strength=0), backbone)
         pipe.unfuse_lora()
-        assert torch.equal(run(pipe, **brought), plain[1.0]) and lora_names(pipe.student.unet) != []
+        assert torch.equal(run(pipe, **brought), plain[1.0]) and lora_names(pipe.student.network) != []
 
 
 def test_known_pixels_are_exact_whatever_else_is_set(pipe):
@@ -120,7 +120,7 @@ def test_adapters_swap_without_loading_anything(folder, pipe, monkeypatch):
     assert all(torch.equal(p, before[name]) for name, p in pipe.unet.named_parameters())
     own = {id(p) for p in pipe.unet.parameters()}
     pipe.set_adapters("depth")
-    assert own <= {id(p) for p in pipe.student.unet.parameters()}  # one backbone in memory
+    assert own <= {id(p) for p in pipe.student.network.parameters()}  # one backbone in memory
     assert pipe.load_adapter(folder / "depth") == "depth"  # there already
 
 
@@ -140,7 +140,7 @@ def test_attention_of_an_adapter_is_set_on_its_own_unet(folder):
             return super().__call__(*args, **kwargs)
 
     pipe.unet.set_attn_processor(Watched("backbone"))
-    pipe.student.unet.set_attn_processor(Watched("adapter"))
+    pipe.student.network.set_attn_processor(Watched("adapter"))
     run(pipe, **given("depth"))
     assert set(used) == {"adapter"}
     used.clear()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from codi.errors import UserError
 from codi.models.adapter_files import load_adapter
-from codi.models.backbone import digest, load_backbone
+from codi.models.backbones import digest, load_backbone
 from codi.models.lora import lora_names
 from codi.models.student import Conditioning, Student
 from codi.tasks import TASKS, get_task

@@ -10,7 +10,7 @@ from PIL import Image
 
 from codi.apps.upscale import enlarged_already
 from codi.data.images import read_image
-from codi.models.backbone import load_backbone
+from codi.models.backbones import load_backbone
 from folders import smooth
 from originals import save_original
 from pixels import SWAPPED, icc

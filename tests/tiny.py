@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from codi.models.adapter import ControlNetAdapter, FusedAdapter, HintAdapter
-from codi.models.backbone import Backbone
+from codi.models.backbones import Backbone
 from codi.models.lora import add_lora
 from codi.models.student import Student
 from codi.training.tokenizer import train_tokenizer
@@ -81,7 +81,9 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
 def tiny_tokenizer() -> CLIPTokenizer:
     """Learnt from CAPTIONS; the alphabet alone is most of it."""
     with tempfile.TemporaryDirectory() as folder:
-        return train_tokenizer(CAPTIONS, Path(folder), vocabulary=900)
+        tokenizer = train_tokenizer(CAPTIONS, Path(folder), vocabulary=900)
+    tokenizer.model_max_length = 128  # captions of scenes are long in so small a vocabulary
+    return tokenizer
 
 
 def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
@@ -182,5 +184,5 @@ def influence(student: Student, seed: int = 5) -> Student:
             for i, p in enumerate(adapter.entry[2].parameters()):
                 p.copy_(randn(*p.shape, seed=seed + i))
         else:
-            student.unet = tiny_lora(student.unet, seed=seed)
+            student.network = tiny_lora(student.network, seed=seed)
     return student

@@ -1,8 +1,14 @@
 r"""Noise schedules and the change of variables between noise, signal and velocity. Pure tensor functions.
 
+Variance-preserving path (Stable Diffusion 1, 2, XL):
+
     z_t = alpha_t x + sigma_t eps,            alpha_t^2 + sigma_t^2 = 1
     v   = alpha_t eps - sigma_t x             (velocity)
     x   = alpha_t z_t - sigma_t v,            eps = alpha_t v + sigma_t z_t
+
+Linear path (flow matching): z_t = (1 - s) x + s eps with s = sigma_t, and the network predicts u = eps - x. The two are
+one affine map apart, without singularity: with m = alpha + sigma, s = sigma / m, z_lin = z / m, u = m v +
+(sigma - alpha) z. So an objective written for (z_lin, s, u) serves both.
 
 Time `t` runs from 0 (clean: alpha = 1, sigma = 0) to `horizon` (noise). A latent diffusion checkpoint knows T discrete
 noise levels; level k of the checkpoint (0-based) is t = k + 1 here, so that t = 0 is free to mean "clean" exactly and
@@ -22,7 +28,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SIGMA_DATA = 0.5
 
 
@@ -38,6 +44,10 @@ def to_signal_noise(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, pre
         return (z - sigma * output) / alpha, output
     if prediction == "sample":
         return output, torch.where(sigma > 0, (z - alpha * output) / sigma.clamp_min(1e-12), torch.zeros_like(z))
+    if prediction == "flow_prediction":
+        # On the linear path m = 1; elsewhere the output is still u = eps - x.
+        m = alpha + sigma
+        return (z - sigma * output) / m, (z + alpha * output) / m
     raise UserError(f"prediction type {prediction!r}: not known: use one of {', '.join(PREDICTIONS)}")
 
 
@@ -49,11 +59,34 @@ def from_signal_noise(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, pred
         return eps
     if prediction == "sample":
         return x
+    if prediction == "flow_prediction":
+        return eps - x
     raise UserError(f"prediction type {prediction!r}: not known: use one of {', '.join(PREDICTIONS)}")
 
 
+def to_linear(z: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Map a point z = alpha x + sigma eps of any path to the linear one: (z_lin, s), z_lin = (1 - s) x + s eps."""
+    m = alpha + sigma
+    return z / m, sigma / m
+
+
+def from_linear(z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Map a point z_lin of the linear path at s = sigma / (alpha + sigma) to alpha x + sigma eps."""
+    return (alpha + sigma) * z
+
+
+def flow_from_velocity(v: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return u = eps - x of v = alpha eps - sigma x at z on a variance-preserving path: m v + (sigma - alpha) z."""
+    return (alpha + sigma) * v + (sigma - alpha) * z
+
+
+def velocity_from_flow(u: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return v of u: the inverse of `flow_from_velocity`, for the same z."""
+    return (u - (sigma - alpha) * z) / (alpha + sigma)
+
+
 class Schedule(ABC):
-    """A variance-preserving schedule together with what the network predicts.
+    """A noise schedule together with what the network predicts.
 
     Subclasses give `horizon`, `_alpha_sigma` and `timestep`; everything else follows. Times are tensors of shape (B,)
     or (1,), answers broadcast against (B, C, H, W).
@@ -61,6 +94,7 @@ class Schedule(ABC):
 
     horizon: float
     least: float  # the earliest time above 0 that training looks at
+    whole: bool = False  # times are numbers of discrete noise levels
     prediction: str
 
     @abstractmethod
@@ -118,6 +152,7 @@ class DiscreteSchedule(Schedule):
     """The T noise levels of a checkpoint. `t` is an integer tensor in 0..T; the network sees t - 1."""
 
     least = 1
+    whole = True
 
     def __init__(self, alphas_cumprod: Tensor, prediction: str) -> None:
         if prediction not in PREDICTIONS:
@@ -162,6 +197,40 @@ class DiscreteSchedule(Schedule):
     def timestep(self, t: Tensor) -> Tensor:
         """The checkpoint's own level number."""
         return (t - 1).clamp_min(0)
+
+
+class FlowSchedule(Schedule):
+    """The linear path of flow matching: alpha = 1 - s, sigma = s, with the network predicting u = eps - x.
+
+    `t` in [0, 1000] is continuous. s = shift u / (1 + (shift - 1) u) with u = t / 1000 (Esser et al., 2024), so that
+    evenly spaced `t` are the steps of a stock sampler and times drawn uniformly are noisier for a larger `shift`.
+    `terminal`: where given, 1 - s is stretched so that a grid of `steps` ends at s = terminal before 0, as
+    diffusers' `shift_terminal` does. The network's timestep is 1000 s; each family converts it.
+    """
+
+    horizon = 1000.0
+    least = 1.0
+    prediction = "flow_prediction"
+
+    def __init__(self, shift: float = 1.0, terminal: float | None = None, steps: int | None = None) -> None:
+        if not 0 < shift < math.inf:
+            raise UserError(f"scheduler: shift {shift}: must be a number above 0: mend scheduler_config.json")
+        self.shift, self.stretch = shift, 1.0
+        if terminal and steps:
+            last = float(self._shifted(torch.tensor(1 / steps, dtype=torch.float64)))
+            self.stretch = (1 - terminal) / (1 - last) if last < 1 else 1.0
+
+    def _shifted(self, u: Tensor) -> Tensor:
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        u = t.double() / self.horizon
+        alpha = torch.where(u > 0, self.stretch * (1 - self._shifted(u)), torch.ones_like(u))
+        return alpha, 1 - alpha
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """1000 s, float64."""
+        return self.horizon * self._alpha_sigma(t)[1]
 
 
 class CosineSchedule(Schedule):

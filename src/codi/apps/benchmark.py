@@ -109,12 +109,12 @@ class _Results:
     """results.json, read and written anew after each plan."""
 
     def __init__(self, path: Path, suite: Suite) -> None:
-        from ..models.backbone import digest, load_backbone
+        from ..models.backbones import digest, load_backbone
 
         self.path = path
         self.of = {key: getattr(suite, key) for key in ("images", "count", "held_out")}
         self.of |= {"suite": suite.name, "size": suite.base["size"]}
-        self.of["backbone"] = digest(load_backbone(suite.base["model"]).unet)
+        self.of["backbone"] = digest(load_backbone(suite.base["model"]).network)
         self.places = {name: place for names in (suite.tasks, suite.methods) for place, name in enumerate(names)}
         self.told = self._read()
 
@@ -168,7 +168,7 @@ class _Results:
 
 def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list[Path] | None:
     """The folder of each stage, trained as far as it was not; None where time ran out."""
-    from ..models.backbone import with_unet
+    from ..models.backbones import with_network
     from ..training.distill import DistillRecipe, distill
     from ..training.recipe import build
 
@@ -177,7 +177,7 @@ def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list
         if not _finished(folder):
             made = {key: str(folders[-1]) for key in stage.refers}
             if "model" in made:
-                made["model"] = str(with_unet(stage.recipe["model"], folders[-1] / "unet", folders[-1] / "model"))
+                made["model"] = str(with_network(stage.recipe["model"], folders[-1] / "unet", folders[-1] / "model"))
             recipe = build(DistillRecipe, {**stage.recipe, **made, "out": str(folder), "device": device}, plan.method)
             minutes = (deadline - time.monotonic()) / 60 if deadline else None
             if minutes is not None and minutes <= 0:
@@ -295,7 +295,7 @@ def _method(plan: Plan, steps: tuple[int, ...], model: str, folders: list[Path],
     """What the last stage made; without stages the latent codec alone."""
     from ..evaluation import Method, pipeline_method
     from ..models import codec
-    from ..models.backbone import load_backbone
+    from ..models.backbones import load_backbone
     from ..sampling.solvers import SOLVERS
     from .common import load_pipeline
 

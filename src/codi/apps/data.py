@@ -129,7 +129,7 @@ def latent_cell(model: str) -> int:
     what is no model."""
     from diffusers import AutoencoderKL
 
-    from ..models.backbone import find_model
+    from ..models.backbones import find_model
 
     source = find_model(model)
     if source.endswith(".safetensors"):

@@ -106,7 +106,7 @@ def tour(
         "adapters": show.adapters, "swap_ms": None, "training": None, "note": "", "machine": describe_machine(),
         "command": again(
             out=out, count=count, minutes=minutes, model=model, adapters=adapters, finetuned=finetuned, seed=seed,
-            device=device, dtype=str(pipe.unet.dtype).removeprefix("torch."),
+            device=device, dtype=str(pipe.network.dtype).removeprefix("torch."),
         ),
     }  # fmt: skip
 

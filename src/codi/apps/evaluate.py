@@ -160,7 +160,6 @@ def _recipe(name: str) -> Any:
 
 def _reference(task: str, finetuned: str | None, pipe: CoDiPipeline) -> str | None:
     """The fine-tuned adapter to compare with: the one asked for, else the embedded one if it fits the backbone."""
-    from ..models.backbone import family
 
     if finetuned is not None:
         return None if finetuned == "none" else finetuned
@@ -168,7 +167,9 @@ def _reference(task: str, finetuned: str | None, pipe: CoDiPipeline) -> str | No
     config = WEIGHTS / "adapters" / name / "config.json"
     if not config.is_file():
         return None
-    fits = json.loads(config.read_text())["info"]["family"] == family(pipe.unet, pipe.vae, pipe.scheduler)
+    fits = json.loads(config.read_text())["info"]["family"] == pipe.kind.fingerprint(
+        pipe.network, pipe.vae, pipe.scheduler
+    )
     return name if fits else None
 
 

@@ -54,8 +54,8 @@ def _recipe(
         "device": device,
     }  # fmt: skip
     settings |= changes
-    weights = float(pipe.unet.conv_in.weight.double().sum())
-    key = zlib.crc32(json.dumps([settings, dict(pipe.unet.config), weights], sort_keys=True, default=str).encode())
+    weights = float(next(pipe.network.parameters()).double().sum())
+    key = zlib.crc32(json.dumps([settings, dict(pipe.network.config), weights], sort_keys=True, default=str).encode())
     return DistillRecipe(out=str(out / "training" / f"{key:08x}"), **settings)
 
 

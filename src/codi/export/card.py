@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..models.backbone import find_model
+from ..models.backbones import find_model
 from ..models.lora import FILE
 from .source import Source
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.adapter import Adapter, ControlNetAdapter, FusedAdapter, HintAdapter
-from ..models.backbone import Backbone, load_backbone
+from ..models.backbones import Backbone, load_backbone
 from ..models.lora import lora_names, shared_copy
 from ..sampling.guidance import Guidance, resolve
 from ..sampling.sampler import time_grid
@@ -75,7 +75,7 @@ class Source:
         """What the adapter adds to the time features (W,) at its own guidance, with a prompt; None: nothing."""
         columns, jump = self.guidance.columns(["a prompt"]), torch.ones(1) if self.jumps else None
         with torch.no_grad():
-            told = self.adapter.timestep_cond(columns, jump)
+            told = self.adapter.time_condition(columns, jump)
         return told[0] if told is not None and bool(told.any()) else None
 
     def full_unet(self) -> UNet2DConditionModel | None:
@@ -83,7 +83,7 @@ class Source:
         W x + (b + W c). None for other adapters."""
         if not self.shelved.full:
             return None
-        unet, told = shared_copy(self.shelved.unet), self.told()
+        unet, told = shared_copy(self.shelved.network), self.told()
         if told is not None:
             layer: Any = unet.get_submodule(TIME)
             layer.bias = torch.nn.Parameter(layer.bias + layer.weight @ told, requires_grad=False)
@@ -91,7 +91,7 @@ class Source:
 
     def lora(self) -> dict[str, Tensor]:
         """The low-rank updates (B A, unscaled) that were trained: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`."""
-        unet, weights = self.shelved.unet, {}
+        unet, weights = self.shelved.network, {}
         for name in lora_names(unet):
             config: Any = unet.peft_config[name]  # type: ignore[index]
             for key, value in get_peft_model_state_dict(unet, adapter_name=name).items():
@@ -101,7 +101,7 @@ class Source:
     def merged_unet(self) -> UNet2DConditionModel:
         """The U-Net that works with the adapter, its low-rank updates added to the weights."""
         weights = self.lora()
-        unet = shared_copy(self.backbone.unet) if weights else self.shelved.unet
+        unet = shared_copy(self.backbone.unet) if weights else self.shelved.network
         for name in [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]:
             layer: Any = unet.get_submodule(name)
             a, b = (weights[f"{name}.lora_{factor}.weight"].flatten(1) for factor in "AB")
@@ -160,7 +160,7 @@ def load_source(
     that was trained on low-rank updates of the backbone when none are given."""
     hub: Any = {"config": config} if config else {}
     backbone = load_backbone(model, loras=loras, **hub).freeze()
-    shelf = Shelf(backbone.unet, backbone.family)
+    shelf = Shelf(backbone.network, backbone.family, model)
     source = Source(str(adapter), str(model), backbone, shelf.loaded[shelf.load(adapter)])
     wanted = (source.info.get("recipe") or {}).get("loras")
     if wanted and not loras and not source.shelved.full:

@@ -2,7 +2,7 @@
 
 config.json, diffusion_pytorch_model.safetensors    the adapter itself
 pytorch_lora_weights.safetensors                    its low-rank updates of the backbone, if it has any
-unet/                                               the backbone trained with it (full CoDi only)
+unet/ or transformer/                               the backbone trained with it (full CoDi only)
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from ..errors import UserError
 from .adapter import FORMS, Adapter
-from .backbone import EMBEDDED, find_model, require_finite
+from .backbones import EMBEDDED, FAMILIES, find_model, require_finite
 from .lora import FILE, load_lora
 
 ADAPTERS = "adapters"  # of a model's folder: its own ones, a folder each
@@ -50,28 +49,34 @@ def default_model(task: str, adapter: str | Path | None = None) -> str:
     return "photo" if task in PHOTO_TASKS and own.is_file() else "mini"
 
 
+def own_network(folder: Path) -> Path | None:
+    """The folder of the network that a full adapter brings; None for other adapters."""
+    parts = (folder / kind.component for kind in FAMILIES)
+    return next((part for part in parts if (part / "config.json").is_file()), None)
+
+
 def load_adapter(
     name: str | Path,
     task: str | None,
     family: str | None,
-    unet: UNet2DConditionModel,
+    network: Any,
     model: str | Path = "mini",
-) -> tuple[Adapter, UNet2DConditionModel]:
-    """Loads an adapter folder (config.json + safetensors), or one that `model` has, in float32 -> (adapter, the U-Net
+) -> tuple[Adapter, Any]:
+    """Loads an adapter folder (config.json + safetensors), or one that `model` has, in float32 -> (adapter, the network
     it works with).
 
-    A full adapter brings its own trained U-Net in `unet/`; one with low-rank updates a copy of `unet` that shares its
-    weights and carries them under the task's name; otherwise the second answer is `unet` itself, which never changes.
+    A full adapter brings its own trained network; one with low-rank updates a copy of `network` that shares its weights
+    and carries them under the task's name; otherwise the second answer is `network` itself, which never changes.
     Raises UserError where it is missing, broken, made for another `task`, or for another backbone `family`
     (None: not checked).
     """
     folder, cls, config = read_config(name, task, family, model)
     adapter = _weights(cls, folder)
-    if (folder / "unet" / "config.json").is_file():
-        unet = _weights(UNet2DConditionModel, folder / "unet").to(device=unet.device, dtype=unet.dtype)
+    if own := own_network(folder):
+        network = _weights(type(network), own).to(device=network.device, dtype=network.dtype)
     elif (folder / FILE).is_file():
-        unet = _updates(unet, folder, str((config.get("info") or {}).get("task", "adapter")))
-    return adapter, unet
+        network = _updates(network, folder, str((config.get("info") or {}).get("task", "adapter")))
+    return adapter, network
 
 
 def read_config(
@@ -103,9 +108,9 @@ def read_config(
     return folder, cls, config
 
 
-def _updates(unet: UNet2DConditionModel, folder: Path, name: str) -> UNet2DConditionModel:
+def _updates(network: Any, folder: Path, name: str) -> Any:
     try:
-        adapted = load_lora(unet, folder, name)
+        adapted = load_lora(network, folder, name)
     except Exception as error:  # peft, diffusers and safetensors raise many kinds
         raise UserError(f"{folder / FILE}: the low-rank updates could not be read ({_short(error)}): "
                         "train or fetch the adapter again") from error  # fmt: skip

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -31,7 +30,7 @@ class AdapterSet(nn.Module):
         self.members, self.names = nn.ModuleList(adapters.values()), list(adapters)  # type: ignore[arg-type]
         self.weights = {name: float(weights[name]) for name in adapters}
 
-    def read(self, condition: dict[str, Tensor], vae: AutoencoderKL) -> dict[str, Tensor]:
+    def read(self, condition: dict[str, Tensor], vae: Any) -> dict[str, Tensor]:
         return {name: adapter.read(condition[name], vae) for name, adapter in self._items()}
 
     def prepare(
@@ -44,10 +43,10 @@ class AdapterSet(nn.Module):
         scales = {name: _columns(adapter, guidance) for name, adapter in self._items()}
         return {n: adapter.prepare(condition[n], text, added, scales[n]) for n, adapter in self._items()}
 
-    def timestep_cond(self, guidance: Tensor | None, jump: Tensor | None = None) -> Tensor | None:
+    def time_condition(self, guidance: Tensor | None, jump: Tensor | None = None) -> Tensor | None:
         """The sum of what the adapters that know guidance and jumps make of them, by weight; their mean where the
         weights exceed 1 together, so that as much comes out as was asked for."""
-        parts = [(self.weights[n], a.timestep_cond(_columns(a, guidance), jump)) for n, a in self._items()]
+        parts = [(self.weights[n], a.time_condition(_columns(a, guidance), jump)) for n, a in self._items()]
         known = [(weight, part) for weight, part in parts if part is not None and weight]
         total = max(1.0, sum(abs(weight) for weight, _ in known))
         return torch.stack([weight / total * part for weight, part in known]).sum(0) if known else None
@@ -61,18 +60,18 @@ class AdapterSet(nn.Module):
     def look(self, prepared: dict[str, Any], *at: Any) -> dict[str, Any]:
         return {name: adapter.look(prepared[name], *at) for name, adapter in self._items() if self.weights[name]}
 
-    def fuse(self, features: list[Tensor], seen: dict[str, Any], strength: float) -> list[Tensor]:
+    def fuse(self, index: int, feature: Tensor, seen: dict[str, Any], strength: float) -> Tensor:
         names = list(seen)
 
-        def through(order: list[str]) -> list[Tensor]:
-            fused = features
+        def through(order: list[str]) -> Tensor:
+            fused = feature
             for name in order:
-                fused = self.adapters[name].fuse(fused, seen[name], strength * self.weights[name])
+                fused = self.adapters[name].fuse(index, fused, seen[name], strength * self.weights[name])
             return fused
 
         if len(names) < 2:
             return through(names)
-        return [(a + b) / 2 for a, b in zip(through(names), through(names[::-1]), strict=True)]
+        return (through(names) + through(names[::-1])) / 2
 
     @property
     def lora_weights(self) -> dict[str, float]:
@@ -97,18 +96,19 @@ def _columns(adapter: Any, guidance: Tensor | None) -> Tensor | None:
 
 
 def compose(
-    unet: UNet2DConditionModel,
+    network: Any,
     adapters: Mapping[str, Adapter],
-    unets: Mapping[str, UNet2DConditionModel],
+    networks: Mapping[str, Any],
     weights: Mapping[str, float],
 ) -> Student:
-    """A student of `unet`, the backbone's own, and of several adapters; `unets` are those that they were loaded with
-    (see load_adapter), for their low-rank updates. Conditioning.condition is a dict by the adapters' names.
+    """A student of `network`, the backbone's own, and of several adapters; `networks` are those that they were loaded
+    with (see load_adapter), for their low-rank updates. Conditioning.condition is a dict by the adapters' names.
 
     Raises UserError for an adapter that brings a backbone of its own: two cannot run at once.
     """
-    for name, own in unets.items():
-        if own is not unet and not lora_names(own):
+    for name, own in networks.items():
+        if own is not network and not lora_names(own):
             raise UserError(f"{name}: a full adapter with a backbone of its own cannot be combined: "
                             "train it with train_backbone: false")  # fmt: skip
-    return Student(join_lora(unet, {_PREFIX + name: own for name, own in unets.items()}), AdapterSet(adapters, weights))
+    joined = join_lora(network, {_PREFIX + name: own for name, own in networks.items()})
+    return Student(joined, AdapterSet(adapters, weights))

@@ -7,10 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .backbone import unet_down, unet_up
+from .backbones import family_of
 from .lora import lora_names, scale_lora
 
 
@@ -19,7 +18,8 @@ class Conditioning:
     """What a prediction may look at besides z_t and t.
 
     `text` (B, L, D) prompt features; `condition` what `adapter.read` gave (None: no adapter, exactly the backbone);
-    `prepared` the adapter's cached features, made by `Student.prepare`; `added` SDXL's extra conditions; `guidance`
+    `prepared` the adapter's cached features, made by `Student.prepare`; `added` further tensors of the prompts that the
+    family's network takes, such as XL's and FLUX.1's pooled features; `guidance`
     (B, k) distilled guidance scales, one column each (text, then image), None where all are 1; `jump` (B,) the share of
     the way to the clean latent that is asked for, None where it is 0 (see objectives.decoupled).
     """
@@ -36,16 +36,17 @@ C = TypeVar("C", bound=Any)
 
 
 class Student(nn.Module):
-    """A backbone U-Net with an optional adapter. Without an adapter, or before training, exactly the backbone.
+    """A backbone network with an optional adapter. Without an adapter, or before training, exactly the backbone.
 
-    `adapter` is an Adapter or, for several at once, a composition.AdapterSet. `unet` carries the adapter's low-rank
-    updates if it has any.
+    `adapter` is an Adapter or, for several at once, a composition.AdapterSet. `network` (a U-Net or a transformer)
+    carries the adapter's low-rank updates if it has any.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, adapter: Any | None = None) -> None:
+    def __init__(self, network: Any, adapter: Any | None = None) -> None:
         super().__init__()
-        self.unet = unet
+        self.network = network
         self.adapter = adapter
+        self.kind = family_of(network)
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """Computes once what does not depend on z_t, for samplers that call the student several times."""
@@ -68,22 +69,25 @@ class Student(nn.Module):
             setattr(self, name, _kept(torch.compile(getattr(Student, name).__get__(self), *args, **kwargs)))
 
     def _predict(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float) -> Tensor:
-        text, added = conditioning.text, conditioning.added
+        at = (z, timestep, conditioning.text, conditioning.added)
         adapter = self.adapter
         if adapter is None or strength == 0:
-            return unet_up(self.unet, *unet_down(self.unet, z, timestep, text, added), text)
-        told = adapter.timestep_cond(conditioning.guidance, conditioning.jump)
-        told = None if told is None else strength * told
+            return self.kind.predict(self.network, *at)
+        extra = adapter.time_condition(conditioning.guidance, conditioning.jump)
+        extra = None if extra is None else strength * extra
         prepared = Student.prepare(self, conditioning).prepared  # not the compiled one: this is one graph
         hint = adapter.hint(prepared, strength)
-        features, embedding = unet_down(self.unet, z, timestep, text, added, told, hint)
-        features = adapter.fuse(features, adapter.look(prepared, z, timestep, text, added), strength)
-        return unet_up(self.unet, features, embedding, text)
+        seen = adapter.look(prepared, *at)
+
+        def fuse(index: int, feature: Tensor) -> Tensor:
+            return adapter.fuse(index, feature, seen, strength)
+
+        return self.kind.predict(self.network, *at, extra, hint, fuse)
 
     def scale(self, strength: float) -> None:
         """Sets the weights of the low-rank updates."""
         weights = getattr(self.adapter, "lora_weights", {})  # of an AdapterSet
-        scale_lora(self.unet, {name: strength * weights.get(name, 1.0) for name in lora_names(self.unet)})
+        scale_lora(self.network, {name: strength * weights.get(name, 1.0) for name in lora_names(self.network)})
 
 
 def _kept(compiled: Callable[..., Any]) -> Callable[..., Any]:

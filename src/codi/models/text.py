@@ -1,26 +1,113 @@
-"""Prompts -> what the U-Net attends to and is told of them, by the conventions of Stable Diffusion 1, 2 and XL."""
+"""Prompts -> tensors: the part that all families share, and the CLIP encoders of Stable Diffusion 1, 2 and XL.
+
+The tensors of a prompt are a bundle: a dict with "features" (B, L, D), which the network attends to, and whatever else
+the family's network takes of a prompt ("pooled", "mask"). Bundles of equal prompts are equal, so they can be cached,
+and joined along the batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+Bundle = dict[str, Tensor]
+FEATURES = "features"
 
-@dataclass(frozen=True)
-class TextEncoders:
-    """A checkpoint's text encoders, each with its tokenizer: one (Stable Diffusion 1 and 2) or two (XL).
+
+class PromptEncoder:
+    """A checkpoint's text encoders. `run` makes the bundle of a list of prompts; `limits` are pairs (tokenizer, tokens
+    that it keeps); `run_negative` makes that of negative prompts, where a family reads these in another way."""
+
+    def __init__(
+        self,
+        encoders: Sequence[Any],
+        run: Callable[[list[str]], Bundle],
+        limits: Sequence[tuple[Any, int]] = (),
+        run_negative: Callable[[list[str]], Bundle] | None = None,
+    ) -> None:
+        self.encoders = tuple(e for e in encoders if e is not None)  # those left out need no memory
+        self.run, self.limits, self.run_negative = run, tuple(limits), run_negative or run
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], warn: bool = True, negative: bool = False) -> Bundle:
+        """Return the bundle of the prompts, without gradient. Equal prompts are computed once; with `warn`, a warning
+        says what was cut of one that is too long. `negative`: prompts that guidance leads away from."""
+        unique = list(dict.fromkeys(prompts))
+        rows = [unique.index(p) for p in prompts]
+        for tokenizer, limit in self.limits if warn else ():
+            warn_of_cuts(tokenizer, unique, limit)
+        logger = logging.getLogger("diffusers")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # stock pipelines would say again what they cut
+        try:
+            bundle = (self.run_negative if negative else self.run)(unique)
+        finally:
+            logger.setLevel(level)
+        return {name: value[rows] for name, value in bundle.items()}
+
+    @staticmethod
+    def conditions(bundle: Bundle, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return what the network takes of a bundle for a picture of `size` (height, width) in pixels: the features,
+        and the rest by name (None: nothing)."""
+        rest = {name: value for name, value in bundle.items() if name != FEATURES}
+        return bundle[FEATURES], rest or None
+
+
+def warn_of_cuts(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
+    """Warn of each prompt that has more than `limit` tokens, with the words that are not read."""
+    for prompt in prompts:
+        ids = tokenizer(prompt, truncation=False, add_special_tokens=False, verbose=False).input_ids
+        special = tokenizer.num_special_tokens_to_add()  # start and end, where the encoder has them
+        count = len(ids) + special
+        if count > limit:
+            cut = tokenizer.decode(ids[limit - special :], skip_special_tokens=True).strip()
+            warnings.warn(f"prompt of {count} tokens: the text encoder reads {limit}, so this is cut: {cut!r}",
+                          stacklevel=2)  # fmt: skip
+
+
+class TextEncoders(PromptEncoder):
+    """One CLIP encoder (Stable Diffusion 1 and 2) or two (XL), each with its tokenizer.
 
     `zero_empty`: an empty prompt is nothing but zeros, as XL's unconditional passes were trained.
     """
 
-    tokenizers: tuple[CLIPTokenizer, ...]
-    encoders: tuple[Any, ...]
-    zero_empty: bool = False
+    def __init__(
+        self, tokenizers: tuple[CLIPTokenizer, ...], encoders: tuple[Any, ...], zero_empty: bool = False
+    ) -> None:
+        limits = [(t, t.model_max_length) for t in tokenizers[:1] if t is not None]
+        super().__init__(encoders, self._run, limits)
+        self.tokenizers, self.zero_empty = tokenizers, zero_empty
+
+    def _run(self, prompts: list[str]) -> Bundle:
+        """With one encoder its last layer after the final norm; with two, the last layer but one of both, side by side,
+        and the second's "pooled" features (B, P)."""
+        if len(self.encoders) == 1:
+            return {FEATURES: embed(self.encoders[0], tokenize(self.tokenizers[0], prompts))}
+        outputs = [
+            encoder(tokenize(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
+            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
+        ]
+        features, pooled = torch.cat([t.hidden_states[-2] for t in outputs], dim=-1), outputs[-1].text_embeds
+        if self.zero_empty:
+            spoken = torch.tensor([bool(prompt) for prompt in prompts], device=pooled.device)[:, None]
+            features, pooled = features * spoken[..., None], pooled * spoken
+        return {FEATURES: features, "pooled": pooled}
+
+    @staticmethod
+    def conditions(bundle: Bundle, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """XL's U-Net takes, beside the features, "text_embeds", the pooled ones, and "time_ids" (B, 6): the picture's
+        own `size` (height, width), the corner it was cut out at, here (0, 0), and the size wanted, all in pixels."""
+        pooled = bundle.get("pooled")
+        if pooled is None:
+            return bundle[FEATURES], None
+        ids = pooled.new_tensor([*size, 0, 0, *size]).expand(len(pooled), 6)
+        return bundle[FEATURES], {"text_embeds": pooled, "time_ids": ids}
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -35,41 +122,13 @@ def embed(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
     return text_encoder(tokens.to(text_encoder.device))[0]
 
 
-@torch.no_grad()
-def encode_prompts(text: TextEncoders, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """Prompts -> features (B, L, D) and, with two encoders, the second's pooled ones (B, P), without gradient. Equal
-    prompts are computed once.
-
-    With one encoder the features are its last layer after the final norm; with two, the last layer but one of both,
-    side by side.
-    """
-    unique = list(dict.fromkeys(prompts))
-    rows = [unique.index(p) for p in prompts]
-    if len(text.encoders) == 1:
-        return embed(text.encoders[0], tokenize(text.tokenizers[0], unique))[rows], None
-    told = [
-        encoder(tokenize(tokenizer, unique).to(encoder.device), output_hidden_states=True)
-        for tokenizer, encoder in zip(text.tokenizers, text.encoders, strict=True)
-    ]
-    features, pooled = torch.cat([t.hidden_states[-2] for t in told], dim=-1), told[-1].text_embeds
-    if text.zero_empty:
-        spoken = torch.tensor([bool(prompt) for prompt in unique], device=pooled.device)[:, None]
-        features, pooled = features * spoken[..., None], pooled * spoken
-    return features[rows], pooled[rows]
-
-
-def added_conditions(pooled: Tensor | None, size: tuple[int, int]) -> dict[str, Tensor] | None:
-    """What XL's U-Net is told beside the features: "text_embeds", the `pooled` ones (B, P), and "time_ids" (B, 6), the
-    picture's own `size` (height, width), the corner it was cut out at, here (0, 0), and the size wanted, all in pixels.
-    None for None, of checkpoints with one text encoder."""
-    if pooled is None:
-        return None
-    return {"text_embeds": pooled, "time_ids": pooled.new_tensor([*size, 0, 0, *size]).expand(len(pooled), 6)}
-
-
 def embed_prompts(
-    text: TextEncoders, prompts: Sequence[str], size: tuple[int, int] = (0, 0)
+    text: PromptEncoder, prompts: Sequence[str], size: tuple[int, int] = (0, 0), negative: bool = False
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Prompts -> what the U-Net attends to and is told of them: `encode_prompts` and `added_conditions`."""
-    features, pooled = encode_prompts(text, prompts)
-    return features, added_conditions(pooled, size)
+    """Return what the network takes of the prompts, for a picture of `size` (height, width) in pixels."""
+    return text.conditions(text.encode(prompts, negative=negative), size)
+
+
+def join(bundles: Sequence[Mapping[str, Tensor]]) -> Bundle:
+    """Concatenate bundles along the batch."""
+    return {name: torch.cat([b[name] for b in bundles]) for name in bundles[0]}

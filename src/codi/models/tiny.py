@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..errors import UserError
 from . import codec
-from .backbone import Hub, find_model, require_finite
+from .backbones import Hub, find_model, require_finite
 
 FOLDER = "tiny_vae"  # of a model: a tiny decoder for it, beside the parts that diffusers knows of
 _MARK = "_decoder"
@@ -49,6 +49,8 @@ def mark_saved(folder: Path, tiny: bool) -> None:
     unknown = [FOLDER] + [name for name, part in parts.items() if part == [None, None]]
     if "text_encoder_2" in unknown:
         unknown.append("force_zeros_for_empty_prompt")
+    if not parts.get("is_distilled"):  # which pipelines of other families do not know
+        unknown.append("is_distilled")
     parts = {name: part for name, part in parts.items() if name not in unknown} | {_MARK: TINY if tiny else FULL}
     partial = index.with_suffix(".partial")
     partial.write_text(json.dumps(parts, indent=2) + "\n")

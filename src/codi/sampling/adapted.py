@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import DiffusionPipeline
 
 from ..models.adapter import Adapter
-from ..models.backbone import Hub, family, find_model, load_backbone, text_encoders
+from ..models.backbones import Family, Hub, family_of, find_model, load_backbone
 from ..models.student import Student
-from ..models.text import TextEncoders
+from ..models.text import PromptEncoder
 from ..models.tiny import mark_saved, open_decoder, saved_decoder
-from ..schedule import DiscreteSchedule
+from ..schedule import Schedule
 from ..tasks import Task, get_task
 from .guidance import Guidance, resolve
 from .shelf import Shelf
@@ -24,29 +23,42 @@ from .shelf import Shelf
 class AdaptedPipeline(DiffusionPipeline):
     """What CoDiPipeline is made of, without the sampling."""
 
-    _optional_components = ["text_encoder_2", "tokenizer_2", "tiny_vae"]
+    # Families have different parts; those that a checkpoint lacks are None.
+    _optional_components = [
+        "unet", "transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3",
+        "tokenizer_3", "tiny_vae",
+    ]  # fmt: skip
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: DDIMScheduler,
-        text_encoder_2: CLIPTextModelWithProjection | None = None,
-        tokenizer_2: CLIPTokenizer | None = None,
+        vae: Any,
+        scheduler: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        unet: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
         force_zeros_for_empty_prompt: bool = True,
-        tiny_vae: AutoencoderTiny | None = None,
+        tiny_vae: Any = None,
+        transformer: Any = None,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
+        is_distilled: bool = False,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, tiny_vae=tiny_vae,
-        )  # fmt: skip
-        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        for part in filter(None, (vae, unet, text_encoder, text_encoder_2, tiny_vae)):
-            part.requires_grad_(False).eval()
-        self._shelf = Shelf(unet, family(unet, vae, scheduler))
+        parts = {
+            "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler,
+            "text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2, "tiny_vae": tiny_vae,
+            "transformer": transformer, "text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3,
+        }  # fmt: skip
+        self.register_modules(**parts)
+        self.register_to_config(
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled
+        )
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        self._shelf = Shelf(self.network, self.kind.fingerprint(self.network, vae, scheduler))
         self.solver: Any = None
         """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
         self.shift: float | None = None
@@ -66,7 +78,7 @@ class AdaptedPipeline(DiffusionPipeline):
         torch_dtype: torch.dtype | None = None,
         **hub: Unpack[Hub],
     ) -> Self:
-        """Loads a Stable Diffusion checkpoint (1, 2 or XL) or a saved CoDiPipeline, and sets an adapter.
+        """Loads a checkpoint of a supported family or a saved CoDiPipeline, and sets an adapter.
 
         `model`: "mini", "photo", a diffusers folder, a single .safetensors file or a hub id, which may end in
         "@revision". `adapter`: the name of one in the model's folder `adapters` or of an embedded one, or a folder;
@@ -139,14 +151,28 @@ class AdaptedPipeline(DiffusionPipeline):
         return self._shelf.student()[0]
 
     @property
-    def text(self) -> TextEncoders:
-        """What prompts go through."""
-        return text_encoders(self, self.config["force_zeros_for_empty_prompt"])
+    def network(self) -> Any:
+        """The backbone's denoising network."""
+        return self.unet if self.unet is not None else self.transformer
 
     @property
-    def schedule(self) -> DiscreteSchedule:
-        """The backbone's noise levels."""
-        return DiscreteSchedule.from_config(self.scheduler.config)
+    def kind(self) -> Family:
+        """The backbone's family."""
+        return family_of(self.network)
+
+    @property
+    def text(self) -> PromptEncoder:
+        """What turns prompts into tensors."""
+        return self.kind.prompts(self)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The backbone's noise schedule at the size that it was trained at."""
+        return self.schedule_for((self.kind.sample_size(self.network.config),) * 2)
+
+    def schedule_for(self, cells: tuple[int, int], steps: int | None = None) -> Schedule:
+        """Return the noise schedule for latents of `cells` (h, w)."""
+        return self.kind.schedule(self.scheduler, cells, steps or self.kind.usual_steps(self))
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Self:
         """Moves or casts everything, as any diffusers pipeline. `memory_format`: torch.channels_last lays weights out
@@ -154,7 +180,7 @@ class AdaptedPipeline(DiffusionPipeline):
         super().to(*args, **kwargs)
         if memory_format is not None:
             self._shelf.layout = memory_format
-            parts: Any = filter(None, (self.vae, self.unet, self.tiny_vae))
+            parts: Any = filter(None, (self.vae, self.network, self.tiny_vae))
             for part in parts:
                 part.to(memory_format=memory_format)
         self._shelf.follow()

@@ -16,13 +16,12 @@ from ..errors import UserError
 from ..models import codec
 from ..models.student import Conditioning
 from ..models.text import embed_prompts
-from ..schedule import Schedule
 from .adapted import AdaptedPipeline
 from .colour import match_bands, match_colour, require_method
 from .guidance import Guidance
 from .inputs import ImageInput, brought, one_for_each, output_size, require_possible, to_output
 from .sampler import StepCallback, initial_noise, sample, time_grid
-from .solvers import own_grid, solve
+from .solvers import solve
 from .tiles import Tiles
 from .tiling import join, mirror_pad
 
@@ -32,14 +31,14 @@ LARGE = 3  # times the size that the backbone was trained at: beyond it users ar
 class CoDiPipeline(AdaptedPipeline):
     """Image-conditioned sampling in 1 to 4 steps, by any of the adapters loaded; without one, plain text-to-image.
 
-    `unet` is the backbone's own and never changes: adapters stand beside it. A saved pipeline is a Stable Diffusion
-    folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well. `tiny_vae` decodes in
-    the VAE's place if there is one; conditions are encoded by the VAE always.
+    `network` (`unet` or `transformer`) is the backbone's own and never changes: adapters stand beside it. A saved
+    pipeline is a diffusers folder with an `adapters/` folder in it, so that diffusers opens the backbone of it as well.
+    `tiny_vae` decodes in the VAE's place if there is one; conditions are encoded by the VAE always.
 
-    Adapters with low-rank updates have a U-Net of their own modules on the backbone's weights: attention processors and
-    slicing that are set on `unet`, or by the pipeline's `enable_...`, do not reach it. Set them on `student.unet`, the
-    U-Net of the adapters that are set. No U-Net is called as a whole, since adapters work between its halves: so
-    `torch.compile(unet)` changes nothing, `compile` does, and offloading of whole models is not supported.
+    Adapters with low-rank updates have a network of their own modules on the backbone's weights: attention processors
+    and slicing that are set on `unet`, or by the pipeline's `enable_...`, do not reach it. Set them on
+    `student.network`, that of the adapters that are set. No network is called as a whole, since adapters work inside
+    it: so `torch.compile(unet)` changes nothing, `compile` does, and offloading of whole models is not supported.
     """
 
     @torch.no_grad()
@@ -51,6 +50,7 @@ class CoDiPipeline(AdaptedPipeline):
         steps: int = 4,
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
+        embedded_guidance: float | None = None,
         negative_prompt: str | None = "",
         strength: float = 1.0,
         seed: int | Sequence[int] = 0,
@@ -75,7 +75,8 @@ class CoDiPipeline(AdaptedPipeline):
             distilled for 1 to 4.
         guidance_scale: None is the adapter's own. Distilled in, it costs nothing; otherwise any but 1 costs a second
             forward pass a step, away from `negative_prompt`. image_guidance_scale: how closely an edit keeps to the
-            picture, if that was distilled in.
+            picture, if that was distilled in. embedded_guidance: a scale that the backbone itself takes as an input
+            (FLUX.1-dev); None is the adapter's or the family's own.
         strength: the adapters' influence; 0 is exactly the backbone. Full adapters know only 0 and 1.
         seed: one an image, or one number (then image i uses seed + i). The same seed gives the same picture whatever
             else is in the batch.
@@ -85,11 +86,13 @@ class CoDiPipeline(AdaptedPipeline):
             colour.match_colour). None is the adapter's own.
         Raises UserError for arguments that no picture can be made from.
         """
-        tasks, f = self.tasks, codec.downscale(self.vae)
+        tasks, f = self.tasks, self.cell
         require_possible(steps, int(self.schedule.horizon), strength, output_type, callback_on_step_end_tensor_inputs)
         if image is not None and not tasks:
             raise UserError("image: no adapter is set, and text-to-image takes none: load_adapter first")
         guide = self.guidance(guidance_scale, image_guidance_scale, strength)
+        if guide.second_pass != 1:
+            self.kind.require_guidance(self, guide.second_pass)
         if guide.distilled and negative_prompt:
             raise UserError("negative_prompt: guidance is distilled into this adapter, away from no prompt at all: "
                             "leave it out")  # fmt: skip
@@ -128,9 +131,9 @@ class CoDiPipeline(AdaptedPipeline):
         away = negative_prompt or ""
         walk = partial(
             self._walk, steps=steps, strength=strength, guide=guide, negative_prompt=away, callback=step,
-            schedule=self.schedule, embed=cache(partial(embed_prompts, self.text)),
+            embedded=embedded_guidance, embed=cache(partial(embed_prompts, self.text)),
         )  # fmt: skip
-        channels, progress_bar = self.vae.config["latent_channels"], cast(Any, self.progress_bar)
+        channels, progress_bar = codec.channels(self.vae), cast(Any, self.progress_bar)
         fields = steps if self._all(strength, "jumps") else 1
         bar = progress_bar(total=steps * (tiles.batches(one, batch_size) * len(one) if tiles else 1))
         if tiles:
@@ -153,8 +156,8 @@ class CoDiPipeline(AdaptedPipeline):
             if late:
                 result = match_colour(result, enlarge(one), method)
         else:
-            cells = (-(-high // f), -(-wide // f))  # mirrored up to whole latent cells, cut off again below
-            covered = (cells[0] * f, cells[1] * f)
+            covered = (-(-high // f) * f, -(-wide // f) * f)  # mirrored up to whole tokens, cut off again below
+            cells = tuple(side // codec.downscale(self.vae) for side in covered)
             conditions = {key: mirror_pad(task.condition(given[key]), covered) for key, task in tasks.items()}
             with bar:
                 latent = walk(initial_noise((channels, *cells), seeds, fields), conditions, prompts)
@@ -174,13 +177,18 @@ class CoDiPipeline(AdaptedPipeline):
 
     def tiles(self, given: Tensor, side: int | None = None) -> Tiles | None:
         """The tiles that a picture (B, C, h, w) is upscaled in, of `side` input pixels (0: none; None: as needed)."""
-        scale, f = self.task.scale, codec.downscale(self.vae)  # type: ignore[union-attr]
+        scale, f = self.task.scale, self.cell  # type: ignore[union-attr]
         return Tiles.choose(side, given, scale, f, max(self._size(None, None)))
 
+    @property
+    def cell(self) -> int:
+        """Pixels along a side of one token, or of one latent cell where the network has no tokens."""
+        return codec.downscale(self.vae) * self.kind.patch(self.network.config)
+
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(h, w) of text-to-image. Raises UserError for sides that are no whole latent cells."""
-        f = codec.downscale(self.vae)
-        own = self.unet.config["sample_size"] * f
+        """(h, w) of text-to-image. Raises UserError for sides that are no whole cells."""
+        f = self.cell
+        own = self.kind.sample_size(self.network.config) * codec.downscale(self.vae)
         for side in (height, width):
             if side is not None and (side < f or side % f):
                 raise UserError(f"size {width} x {height}: not multiples of {f} px: use {max(1, round(side / f)) * f}")
@@ -196,8 +204,8 @@ class CoDiPipeline(AdaptedPipeline):
         strength: float,
         guide: Guidance,
         negative_prompt: str,
+        embedded: float | None,
         callback: StepCallback,
-        schedule: Schedule,
         embed: Callable[..., tuple[Tensor, dict[str, Tensor] | None]],
     ) -> Tensor:
         """From noise (B, C, h, w) and what each task makes of its input, at output size, to the latent. `embed` is
@@ -210,17 +218,31 @@ class CoDiPipeline(AdaptedPipeline):
             read = {name: c.to(self.device) for name, c in conditions.items()}
             condition = student.adapter.read(read if len(read) > 1 else next(iter(read.values())), self.vae)
         size = (codec.downscale(self.vae) * noise.shape[-2], codec.downscale(self.vae) * noise.shape[-1])
-        text, added = embed(tuple(prompts), size)
+        if embedded is None:
+            embedded = next((i["embedded_guidance"] for i in infos if i.get("embedded_guidance")), None)
+
+        def conditions_of(words: tuple[str, ...], negative: bool = False) -> tuple[Tensor, dict[str, Tensor] | None]:
+            text, added = embed(words, size, negative)
+            return text, self.kind.with_embedded_guidance(self.network, added, embedded, len(words))
+
+        text, added = conditions_of(tuple(prompts))
         conditioning = Conditioning(text, condition, added=added, guidance=guide.columns(prompts))
         blank = None
         if guide.second_pass != 1:
-            negative, added = embed((negative_prompt,) * len(prompts), size)
+            negative, added = conditions_of((negative_prompt,) * len(prompts), True)
             blank = replace(conditioning, text=negative, added=added)
         shift = self.shift or next((info["shift"] for info in infos if info.get("shift")), 1.0)
-        grid = time_grid(schedule.horizon, steps, shift) if infos or self.shift else own_grid(self.scheduler, steps)
-        noise = noise.to(device=self.device, dtype=self.unet.dtype)
+        schedule = self.schedule_for((noise.shape[-2], noise.shape[-1]), steps)
+        if infos or self.shift:
+            grid = time_grid(schedule.horizon, steps, shift, schedule.whole)
+        else:
+            grid = self.kind.own_grid(self.scheduler, schedule, steps)
+        noise = noise.to(device=self.device, dtype=self.network.dtype)
         if self.solver is not None:
             return solve(student, self.solver, noise, conditioning, steps)
+        own = None if infos or self.shift else self.kind.solver(self.scheduler)
+        if own is not None:
+            return solve(student, own, noise, conditioning, steps, guide.second_pass, blank, strength, callback)
         return sample(
             student, schedule, noise, conditioning, steps, guide.second_pass, blank, strength, callback, grid,
             jumps, boundary,

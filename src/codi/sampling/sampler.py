@@ -19,16 +19,16 @@ from ..schedule import Schedule
 StepCallback = Callable[[int, int, Tensor, Tensor], Tensor | None]
 
 
-def time_grid(horizon: float, steps: int, shift: float = 1.0) -> Tensor:
+def time_grid(horizon: float, steps: int, shift: float = 1.0, whole: bool | None = None) -> Tensor:
     """`steps` + 1 times from `horizon` to 0 ("trailing": the first is always the noisiest).
 
     u = s v / (s v + 1 - v) of evenly spaced v: a `shift` s above 1 spends more of the steps on noise (Esser et al.,
-    2024), 1 spaces them evenly. Whole numbers for a whole `horizon`, which counts a checkpoint's levels; they fall
-    strictly as long as there are enough levels.
+    2024), 1 spaces them evenly. `whole`: times are whole numbers, a checkpoint's levels; by default for a whole
+    `horizon`. They fall strictly as long as there are enough levels.
     """
     v = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
     grid = float(horizon) * (shift * v / (shift * v + (1 - v)))  # at v = 1 exactly the horizon
-    if not float(horizon).is_integer():
+    if not (float(horizon).is_integer() if whole is None else whole):
         return grid
     # Rounding may make two neighbours equal where the grid is dense: each time leaves room for those below and above.
     least = torch.arange(steps, -1, -1)
@@ -45,6 +45,28 @@ def initial_noise(shape: Sequence[int], seeds: Sequence[int], fields: int = 1) -
     return torch.stack([torch.cat([torch.randn(tuple(shape), generator=g) for _ in range(fields)]) for g in generators])
 
 
+def guided(
+    student: Student,
+    z: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float = 1.0,
+    unconditional: Conditioning | None = None,
+    strength: float = 1.0,
+) -> Tensor:
+    """The network's output with classifier-free guidance, out_uncond + g (out_cond - out_uncond) for most families.
+
+    g = 1, or no `unconditional`, costs one forward pass; otherwise both run as one batch.
+    """
+    if guidance_scale == 1.0 or unconditional is None:
+        return student(z, timestep, conditioning, strength)
+    timestep = timestep.expand(z.shape[0]).repeat(2)
+    both = student(torch.cat([z, z]), timestep, cat_conditionings(unconditional, conditioning), strength)
+    without, with_ = both.chunk(2)
+    kind = getattr(student, "kind", None)  # networks of toys and closed forms have none
+    return kind.guide(with_, without, guidance_scale) if kind else without + guidance_scale * (with_ - without)
+
+
 def predict(
     student: Student,
     schedule: Schedule,
@@ -56,18 +78,9 @@ def predict(
     strength: float = 1.0,
     boundary: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(x, eps) at z_t, with classifier-free guidance out = out_uncond + g (out_cond - out_uncond).
-
-    g = 1, or no `unconditional`, costs one forward pass; otherwise both run as one batch.
-    """
+    """(x, eps) at z_t, of the `guided` output."""
     timestep = schedule.timestep(t).to(z.device)
-    if guidance_scale == 1.0 or unconditional is None:
-        output = student(z, timestep, conditioning, strength)
-    else:
-        timestep = timestep.expand(z.shape[0]).repeat(2)
-        both = student(torch.cat([z, z]), timestep, cat_conditionings(unconditional, conditioning), strength)
-        without, with_ = both.chunk(2)
-        output = without + guidance_scale * (with_ - without)
+    output = guided(student, z, timestep, conditioning, guidance_scale, unconditional, strength)
     prediction = schedule.signal_noise(output, z, t)
     return schedule.boundary_scaling(prediction[0], z, t) if boundary else prediction
 
@@ -102,7 +115,7 @@ def sample(
         # The condition is the same with and without the prompt; its features differ only through the text they attend.
         unconditional = replace(unconditional, jump=conditioning.jump)
         unconditional = student.prepare(unconditional) if guidance_scale != 1.0 else None
-    grid = time_grid(schedule.horizon, steps) if grid is None else grid
+    grid = time_grid(schedule.horizon, steps, whole=schedule.whole) if grid is None else grid
     times = grid.tolist()
     if noise.is_cuda:
         schedule, grid = schedule.to(noise.device), grid.to(noise.device)

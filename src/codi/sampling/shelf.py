@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ..errors import UserError, nearest
 from ..models.adapter import Adapter
-from ..models.adapter_files import ADAPTERS, find_adapter, load_adapter
+from ..models.adapter_files import ADAPTERS, find_adapter, load_adapter, own_network
 from ..models.composition import compose
 from ..models.lora import lora_names, merge_lora
 from ..models.student import Student
@@ -29,17 +28,17 @@ SET = "set.json"  # among the adapters of a saved pipeline: {name: weight} of th
 
 @dataclass(frozen=True)
 class Shelved:
-    """One adapter, the U-Net that works with it, its task, and the folder it came from."""
+    """One adapter, the network that works with it, its task, and the folder it came from."""
 
     adapter: Adapter
-    unet: UNet2DConditionModel
+    network: Any
     task: Task
     folder: Path
 
     @property
     def full(self) -> bool:
-        """Whether it brought a U-Net of its own, which is there in whole or not at all."""
-        return (self.folder / "unet" / "config.json").is_file()
+        """Whether it brought a network of its own, which is there in whole or not at all."""
+        return own_network(self.folder) is not None
 
     @property
     def info(self) -> dict[str, Any]:
@@ -48,11 +47,11 @@ class Shelved:
 
 
 class Shelf:
-    """Adapters by name for `unet`, the backbone's own, of `family`; `weights` are those of the ones that are set.
+    """Adapters by name for `network`, the backbone's own, of `family`; `weights` are those of the ones that are set.
     `model` is where the backbone came from, which may have adapters of its own."""
 
-    def __init__(self, unet: UNet2DConditionModel, family: str, model: str | Path = "mini") -> None:
-        self.unet, self.family, self.model = unet, family, model
+    def __init__(self, network: Any, family: str, model: str | Path = "mini") -> None:
+        self.network, self.family, self.model = network, family, model
         self.loaded: dict[str, Shelved] = {}
         self.weights: dict[str, float] = {}
         self._students: dict[tuple[str, ...], Student] = {}
@@ -74,13 +73,13 @@ class Shelf:
             if self.loaded[name].folder == folder:
                 return name
             raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
-        adapter, unet = load_adapter(source, task, self.family, self.unet, self.model)
+        adapter, network = load_adapter(source, task, self.family, self.network, self.model)
         info = adapter.config["info"] or {}
         kind = info.get("task", task)
         if kind is None:
             raise UserError(f"{source}: does not say which task it does: name it with task=...")
-        shelved = Shelved(adapter, unet, get_task(kind, **info.get("task_options", {})), folder)
-        for module in (adapter, unet):
+        shelved = Shelved(adapter, network, get_task(kind, **info.get("task_options", {})), folder)
+        for module in (adapter, network):
             self._place(module).requires_grad_(False).eval()
         self.loaded[name] = shelved
         return name
@@ -138,12 +137,12 @@ class Shelf:
 
     def _merge(self, student: Student, strength: float) -> Student:
         """The same, its low-rank updates part of the weights; kept for the next call alike."""
-        if not lora_names(student.unet):
+        if not lora_names(student.network):
             return student
         like = (tuple(self.weights.items()), strength)
         if self._merged is None or self._merged[0] != like:
             student.scale(strength)
-            merged = Student(merge_lora(student.unet), student.adapter).eval()
+            merged = Student(merge_lora(student.network), student.adapter).eval()
             self._merged = like, self._place(merged)
             if self._compiling is not None:
                 merged.compile(**self._compiling)
@@ -152,11 +151,11 @@ class Shelf:
     def _student(self, names: tuple[str, ...]) -> Student:
         if names not in self._students:
             adapters = {name: self.loaded[name].adapter for name in names}
-            unets = {name: self.loaded[name].unet for name in names}
+            networks = {name: self.loaded[name].network for name in names}
             if len(names) > 1:
-                student = compose(self.unet, adapters, unets, dict.fromkeys(names, 1.0))
+                student = compose(self.network, adapters, networks, dict.fromkeys(names, 1.0))
             else:
-                student = Student(unets[names[0]], adapters[names[0]]) if names else Student(self.unet)
+                student = Student(networks[names[0]], adapters[names[0]]) if names else Student(self.network)
             self._students[names] = self._place(student).eval()
             if self._compiling is not None:
                 student.compile(**self._compiling)
@@ -173,13 +172,13 @@ class Shelf:
         self._merged = None
         for shelved in self.loaded.values():
             self._place(shelved.adapter)
-            self._place(shelved.unet)
+            self._place(shelved.network)
         for student in self._students.values():
             self._place(student)
 
     def _place(self, module: Any) -> Any:
         """Past diffusers' own `to`, which warns of every cast. Parameters shared with the backbone stay shared."""
-        where: Any = {"device": self.unet.device, "dtype": self.unet.dtype, "memory_format": self.layout}
+        where: Any = {"device": self.network.device, "dtype": self.network.dtype, "memory_format": self.layout}
         return nn.Module.to(module, **where)
 
     def save(self, folder: Path) -> None:
@@ -192,8 +191,8 @@ class Shelf:
                 (temporary / name).mkdir()
                 for part in (shelved.folder / "config.json", *shelved.folder.glob("*.safetensors")):
                     shutil.copyfile(part, temporary / name / part.name)
-                if shelved.full:
-                    shutil.copytree(shelved.folder / "unet", temporary / name / "unet")
+                if own := own_network(shelved.folder):
+                    shutil.copytree(own, temporary / name / own.name)
             (temporary / SET).write_text(json.dumps(self.weights))
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)

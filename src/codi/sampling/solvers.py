@@ -1,4 +1,4 @@
-"""What diffusers' schedulers decide: the times of a plain checkpoint, and solvers, the paper's baselines."""
+"""Sampling by diffusers' solvers, the paper's baselines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ..models.student import Conditioning, Student
+from .sampler import StepCallback, guided
 
 SOLVERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     name: lambda config, name=name: DPMSolverMultistepScheduler.from_config(
@@ -19,22 +20,29 @@ SOLVERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
-def own_grid(scheduler: Any, steps: int) -> Tensor:
-    """The times at which a checkpoint's scheduler looks, as its configuration spaces them, then where it ends:
-    `steps` + 1 of them. Not the evenly spaced ones of adapters, which are trained from the noisiest level on. The end
-    is 0, or without `set_alpha_to_one`, as Stable Diffusion 1.5 has it, the least noise that the checkpoint knows."""
-    scheduler.set_timesteps(steps)
-    end = torch.tensor([0 if scheduler.config.get("set_alpha_to_one", True) else 1])
-    return torch.cat([scheduler.timesteps.cpu() + 1, end])
-
-
 @torch.no_grad()
-def solve(student: Student, scheduler: Any, noise: Tensor, conditioning: Conditioning, steps: int) -> Tensor:
-    """From noise (B, C, h, w) ~ N(0, I) to the latent, by a diffusers scheduler of the checkpoint's noise levels."""
+def solve(
+    student: Student,
+    scheduler: Any,
+    noise: Tensor,
+    conditioning: Conditioning,
+    steps: int,
+    guidance_scale: float = 1.0,
+    unconditional: Conditioning | None = None,
+    strength: float = 1.0,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """From noise (B, C, h, w) ~ N(0, I) to the latent, by a diffusers scheduler of the checkpoint's noise levels; the
+    further arguments as of `sampler.sample`. A callback is given the solver's own last estimate in place of x."""
     conditioning = student.prepare(conditioning)
+    unconditional = None if unconditional is None else student.prepare(unconditional)
     scheduler.set_timesteps(steps, device=noise.device)
     z = noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        output = student(scheduler.scale_model_input(z, t), t[None], conditioning)
+    for i, t in enumerate(scheduler.timesteps):
+        given = scheduler.scale_model_input(z, t)
+        output = guided(student, given, t[None], conditioning, guidance_scale, unconditional, strength)
         z = scheduler.step(output, t, z, return_dict=False)[0]
+        if callback is not None:
+            replaced = callback(i, int(t), z, scheduler.model_outputs[-1])
+            z = z if replaced is None else replaced
     return z

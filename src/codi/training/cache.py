@@ -34,21 +34,24 @@ from ..data.samples import CorruptSample, Sample, order
 from ..data.sources import SceneSource, Source, open_source
 from ..errors import UserError
 from ..models import codec
-from ..models.backbone import Backbone, digest, load_backbone
-from ..models.text import TextEncoders, encode_prompts
+from ..models.backbones import Backbone, digest, load_backbone
+from ..models.text import FEATURES, Bundle, join
 from ..tasks import Task
 from .distill_recipe import DistillRecipe, recipe_task
+from .prompt_cache import PROMPTS, PromptCache, held_out_batch
 from .trainer import make_accelerator
 
 INDEX = "index.json"
-LATENT, TEXT, POOLED = "latent", "text", "pooled"  # columns of a batch's extras
+LATENT, TEXT = "latent", "text"  # columns of a batch's extras; other tensors of a prompt go by their own names
+_INDICES = ("row", "mark")
 SHARD = 512  # samples; of Stable Diffusion 1.5 at 512 px about 90 MB
 _MADE_OF = ("data", "samples", "size", "truth", "prompts", "vae", "text")  # what a training must share with its cache
 
 
 def _index(recipe: DistillRecipe, task: Task, backbone: Backbone, source: Source) -> dict[str, Any]:
     encoders = [digest(encoder) for encoder in backbone.text.encoders]
-    return {**_index_of_data(recipe, task, source), "vae": digest(backbone.vae), "text": encoders}
+    found = {**_index_of_data(recipe, task, source), "vae": digest(backbone.vae)}
+    return {**found, "text": encoders} if encoders else found  # they were left out: their features are in the cache
 
 
 def _index_of_data(recipe: DistillRecipe, task: Task, source: Source) -> dict[str, Any]:
@@ -173,6 +176,8 @@ def make_cache(
                 _write(_shard(folder, number), lambda path: save_file(stored, path))  # noqa: B023 - called at once
             if progress:
                 progress(indices.stop, count)
+        prompts = ["", *task.prompts(held_out_batch(recipe, open_source(recipe.held_out, task.columns)))]
+        _write(folder / PROMPTS, PromptCache.of(backbone.text, prompts).save)
     return {**index, "unread": len(corrupt)}
 
 
@@ -181,7 +186,7 @@ def _encode(
 ) -> tuple[dict[str, Tensor], list[CorruptSample]]:
     """The tensors of one shard, and the samples that could not be read."""
     cells = recipe.size // codec.downscale(backbone.vae)
-    channels = 2 * backbone.vae.config["latent_channels"]
+    channels = 2 * codec.channels(backbone.vae)
     latent = torch.zeros(len(indices), variants, channels, cells, cells)
     found: dict[int, Sample] = {}
     corrupt: dict[int, CorruptSample] = {}
@@ -199,16 +204,15 @@ def _encode(
             found |= {s.index: s for s in samples}
     prompts = {i: _prompt(task, found[i]) for i in indices if i in found}
     unique = list(dict.fromkeys(prompts.values())) or [""]
-    parts = [encode_prompts(backbone.text, unique[at : at + step]) for at in range(0, len(unique), step)]
+    bundle = join([backbone.text.encode(unique[at : at + step], warn=False) for at in range(0, len(unique), step)])
     number = {prompt: row for row, prompt in enumerate(unique)}
     tensors = {
         LATENT: latent,
-        TEXT: torch.cat([features.float().cpu() for features, _ in parts]),
         "row": torch.tensor([number[prompts[i]] if i in prompts else -1 for i in indices]),
         "mark": torch.tensor([_mark(found[i].name, prompts[i]) if i in prompts else 0 for i in indices]),
     }
-    pooled = [p.float().cpu() for _, p in parts if p is not None]
-    return tensors | ({POOLED: torch.cat(pooled)} if pooled else {}), list(corrupt.values())
+    text = {TEXT if name == FEATURES else name: value.float().cpu() for name, value in bundle.items()}
+    return tensors | text, list(corrupt.values())
 
 
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -251,8 +255,8 @@ def _require(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
 
 
 class CachedSource:
-    """A source whose samples have, beside their own columns, `latent` (2C, h, w), `text` (L, D) and with XL `pooled`
-    (P,). Its crops are the cached ones."""
+    """A source whose samples have, beside their own columns, `latent` (2C, h, w), `text` (L, D) and further tensors of
+    the prompt, such as XL's `pooled` (P,). Its crops are the cached ones."""
 
     def __init__(self, source: Source, folder: Path, task: Task, index: dict[str, Any]) -> None:
         self.source, self.folder, self.task = source, folder, task
@@ -297,9 +301,9 @@ class CachedSource:
         number, at = divmod(sample.index, self.shard_size)
         try:
             with safe_open(_shard(self.folder, number), "pt") as file:
-                columns = {LATENT: file.get_slice(LATENT)[at, variant], TEXT: file.get_slice(TEXT)[row]}
-                if POOLED in file.keys():  # noqa: SIM118 # no mapping
-                    columns[POOLED] = file.get_slice(POOLED)[row]
+                names = [name for name in file.keys() if name not in (LATENT, *_INDICES)]  # noqa: SIM118 # no mapping
+                columns = {LATENT: file.get_slice(LATENT)[at, variant]}
+                columns |= {name: file.get_slice(name)[row] for name in names}
         except (OSError, SafetensorError) as error:
             raise _unusable(_shard(self.folder, number), " ".join(str(error).split())) from error
         return replace(sample, extras=sample.extras | columns)
@@ -309,27 +313,15 @@ def _unusable(shard: Path, fault: str) -> UserError:
     return UserError(f"{shard}: {fault}: the `codi data cache` command that made it makes what is missing")
 
 
-class Phrasebook:
-    """Features of a few prompts, computed beforehand: the text encoders can go. Called as `encode_prompts`, less the
-    encoders."""
-
-    def __init__(self, text: TextEncoders, prompts: Sequence[str]) -> None:
-        self._known = {prompt: encode_prompts(text, [prompt]) for prompt in dict.fromkeys(prompts)}
-
-    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        features, pooled = zip(*(self._known[prompt] for prompt in prompts), strict=True)
-        return torch.cat(features), None if pooled[0] is None else torch.cat(pooled)
-
-
-def stored(
-    batch: Batch, dropped: Tensor, blank: tuple[Tensor, Tensor | None]
-) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Of a batch of a CachedSource the moments (B, 2C, h, w), as `codec.draw` takes them, and the text as
-    `encode_prompts` gives it, float32; `blank`, that of one empty prompt, where `dropped` (B,)."""
-    features, pooled = (
-        None
-        if empty is None
-        else torch.where(dropped.view(-1, *[1] * (empty.ndim - 1)), empty, batch.extras[name].to(empty))
-        for name, empty in zip((TEXT, POOLED), blank, strict=True)
-    )
-    return batch.extras[LATENT].float(), (features, pooled)  # type: ignore[return-value]
+def stored(batch: Batch, dropped: Tensor, blank: Bundle) -> tuple[Tensor, Bundle]:
+    """Of a batch of a CachedSource the moments (B, 2C, h, w), as `codec.draw` takes them, and the prompts' bundle,
+    float32; `blank`, that of one empty prompt, where `dropped` (B,)."""
+    bundle = {
+        name: torch.where(
+            dropped.view(-1, *[1] * (empty.ndim - 1)),
+            empty,
+            batch.extras[TEXT if name == FEATURES else name].to(empty),
+        )
+        for name, empty in blank.items()
+    }
+    return batch.extras[LATENT].float(), bundle

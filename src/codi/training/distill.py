@@ -13,23 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, batches, collate
+from ..data.batches import Batch, batches
 from ..data.check import contact_sheet
-from ..data.sources import Sample, SceneSource, Source, open_source
+from ..data.sources import SceneSource, Source, open_source
 from ..errors import UserError
 from ..models import codec
-from ..models.adapter import FORMS, Adapter, ControlNetAdapter, FusedAdapter, LoraAdapter
+from ..models.adapter import FORMS, Adapter, LoraAdapter
 from ..models.adapter_files import load_adapter
-from ..models.backbone import Backbone, digest, load_backbone
+from ..models.backbones import Backbone, digest, load_backbone
 from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
-from ..models.text import added_conditions, encode_prompts
+from ..models.text import Bundle
 from ..objectives.batch import Guidance, LatentBatch
 from ..sampling.sampler import initial_noise, sample, time_grid
 from ..tasks.base import means
 from . import cache, ema, processes
 from .checkpoint import Progress, require_same_run
 from .distill_recipe import SCALES, DistillRecipe, configure_objective, recipe_task, require_fits
+from .prompt_cache import PromptCache, held_out_batch, kept_prompts
 from .saving import save_adapter, shareable
 from .trainer import Job, make_accelerator, train
 
@@ -55,65 +56,67 @@ class DistillJob(Job):
     """The student (online), its average (target network and result), and what turns samples into latents."""
 
     def __init__(
-        self, recipe: DistillRecipe, backbone: Backbone, source: Source, held_out: Source, report: Path
+        self,
+        recipe: DistillRecipe,
+        backbone: Backbone,
+        source: Source,
+        held_out: Source,
+        report: Path,
+        prompts: PromptCache | None = None,
     ) -> None:
         super().__init__()
         self.recipe, self.source, self.report = recipe, source, report
         self.task = recipe_task(recipe)
         self.vae = backbone.vae
-        self.schedule, self.family = backbone.schedule, backbone.family
-        codec.require_cells(self.vae, size=recipe.size)
+        self.kind, self.family = backbone.kind, backbone.family
+        codec.require_cells(self.vae, self.kind.patch(backbone.network.config), size=recipe.size)
+        self.cells = recipe.size // codec.downscale(self.vae)
+        self.schedule = backbone.schedule_for((self.cells, self.cells))
+        self.prompt_conditions = type(backbone.text).conditions
         backbone.freeze()
-        self.trained_on = digest(backbone.unet)  # now: a full adapter trains these very weights
+        self.trained_on = digest(backbone.network)  # now: a full adapter trains these very weights
         form = FORMS[recipe.adapter]
         if recipe.start:
-            adapter, unet = load_adapter(recipe.start, recipe.task, backbone.family, backbone.unet)
+            adapter, network = load_adapter(recipe.start, recipe.task, backbone.family, backbone.network)
             require_fits(recipe, type(adapter), adapter.config)
         else:
-            told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
-            adapter = form.from_backbone(
-                backbone.unet, backbone.vae, self.task.condition_channels, len(recipe.guidance), recipe.asked, **told
-            )
-            unet = backbone.unet
+            inputs = (self.task.condition_channels, len(recipe.guidance), recipe.asked)
+            adapter = form.from_backbone(backbone.network, backbone.vae, *inputs, **recipe.form_options)
+            network = backbone.network
             if recipe.lora_rank:
-                unet = add_lora(unet, recipe.lora_rank, recipe.task, recipe.seed)
-        updates = lora_names(unet)
-        rank = unet.peft_config[updates[0]].r if updates else 0  # type: ignore[union-attr, index]
+                network = add_lora(network, recipe.lora_rank, recipe.task, recipe.seed)
+        updates = lora_names(network)
+        rank = network.peft_config[updates[0]].r if updates else 0
         if rank != recipe.lora_rank:
             raise UserError(f"lora_rank {recipe.lora_rank}: {recipe.start} was trained with {rank}: set it so")
         self._require_scales(adapter, recipe.start or "the adapter")
         if recipe.asked and adapter.jump is None:
             raise UserError(f"{recipe.start}: cannot be asked where the ODE ends: start objective decoupled afresh")
         # A full adapter has a backbone of its own, also one to go on from.
-        self.full = recipe.train_backbone or (unet is not backbone.unet and not updates)
-        student = Student(unet, adapter)
+        self.full = recipe.train_backbone or (network is not backbone.network and not updates)
+        student = Student(network, adapter)
         adapter.requires_grad_(True)
-        for name, parameter in unet.named_parameters():
+        for name, parameter in network.named_parameters():
             parameter.requires_grad_("lora_" in name if updates else recipe.train_backbone)
         if recipe.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-            if isinstance(adapter, FusedAdapter):
-                adapter.encoder.enable_gradient_checkpointing()
-            elif isinstance(adapter, ControlNetAdapter):
-                adapter.net.enable_gradient_checkpointing()
+            for part in (network, getattr(adapter, "encoder", None), getattr(adapter, "net", None)):
+                if part is not None:
+                    part.enable_gradient_checkpointing()
         self.online: Any = student.train()
         self.average: Any = ema.average_copy(student)
         self.teacher = self._teacher(student, backbone)
         self.objective = configure_objective(recipe, backbone.vae, self.teacher)
-        held = held_out.read(range(min(64, len(held_out))), recipe.size)
-        samples = [s for s in held if isinstance(s, Sample)]
-        if not samples:
-            raise UserError(f"{recipe.held_out}: no picture could be read: check the data set")
-        self.held = collate(samples)
-        self._bring_encoders(backbone)
+        self.held = held_out_batch(recipe, held_out)
+        self._take_encoders(backbone, prompts)
 
-    def _bring_encoders(self, backbone: Backbone) -> None:
-        """What computes text features and latents; with a cache of these, as little as is left to compute."""
+    def _take_encoders(self, backbone: Backbone, prompts: PromptCache | None) -> None:
+        """Keep what computes text features and latents; with a cache of these, as little as is left to compute."""
         if not self.recipe.cache:
             self.encoders = nn.ModuleList(backbone.text.encoders)
-            self.embed: Any = functools.partial(encode_prompts, backbone.text)
+            self.embed: Any = functools.partial(backbone.text.encode, warn=False)
             return
-        self.embed = cache.Phrasebook(backbone.text, ["", *self.task.prompts(self.held)])
+        wanted = ["", *self.task.prompts(self.held)]
+        self.embed = prompts or PromptCache.of(backbone.text, wanted)
         if not self.recipe.encodes:
             self.vae.encoder = self.vae.quant_conv = None  # type: ignore[assignment]
 
@@ -122,11 +125,11 @@ class DistillJob(Job):
             return None
         if self.recipe.teacher is None:
             return copy.deepcopy(student).requires_grad_(False).eval()
-        adapter, unet = load_adapter(
-            self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.unet)
+        adapter, network = load_adapter(
+            self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.network)
         )
         self._require_scales(adapter, self.recipe.teacher)
-        return Student(unet, adapter).requires_grad_(False).eval()
+        return Student(network, adapter).requires_grad_(False).eval()
 
     def _require_scales(self, adapter: Adapter, name: str) -> None:
         scales, wanted = adapter.guidance.scales if adapter.guidance is not None else 0, len(self.recipe.guidance)
@@ -156,15 +159,17 @@ class DistillJob(Job):
             stride=stride,
         )
 
-    def conditioning(self, given: Tensor, text: tuple[Tensor, Tensor | None]) -> Conditioning:
-        """What the student may look at, from what a user brings and features of the prompts, as `encode_prompts`."""
-        features, added = self._told(text)
+    def conditioning(self, given: Tensor, text: Bundle) -> Conditioning:
+        """What the student may look at, from what a user brings and the bundle of the prompts."""
+        features, added = self._conditions(text)
         condition = self.task.condition(given).to(features.device)
         return Conditioning(features, self.online.adapter.read(condition, self.vae), added=added)
 
-    def _told(self, text: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        features, pooled = (None if part is None else part.to(self.vae.device) for part in text)
-        return features, added_conditions(pooled, (self.recipe.size, self.recipe.size))  # type: ignore[return-value]
+    def _conditions(self, text: Bundle) -> tuple[Tensor, dict[str, Tensor] | None]:
+        text = {name: value.to(self.vae.device) for name, value in text.items()}
+        features, added = self.prompt_conditions(text, (self.recipe.size, self.recipe.size))
+        scale = self.recipe.embedded_guidance
+        return features, self.kind.with_embedded_guidance(self.online.network, added, scale, len(features))
 
     def guidance(self, conditioning: Conditioning, dropped: Tensor, generator: torch.Generator) -> Guidance | None:
         """Scales for this batch, drawn uniformly from their ranges, or None for a batch without guidance."""
@@ -175,7 +180,7 @@ class DistillJob(Job):
         low, high = (torch.tensor([float(spans[name][k]) for name in chosen]) for k in (0, 1))
         scales = low + (high - low) * torch.rand(len(dropped), len(chosen), generator=generator)
         scales[dropped, 0] = 1.0  # without a prompt there is nothing to be guided towards
-        blank, added = self._told(self.embed([""] * len(dropped)))
+        blank, added = self._conditions(self.embed([""] * len(dropped)))
         without = replace(conditioning, text=blank, added=added)
         ladder = [conditioning, without, replace(without, condition=None)]  # nothing at all: the backbone as it was
         return Guidance(scales, ladder[: len(chosen) + 1])
@@ -205,7 +210,10 @@ class DistillJob(Job):
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
         size, count = self.recipe.batch_size, len(self.held.image)
         parts = [(self.held.part(slice(k, k + size)), k) for k in range(0, count, size)]
-        made = [self._samples(part, start) for part, start in parts]
+        # A backbone in bfloat16 under an adapter in float32 needs autocast here as in training.
+        half = self.recipe.backbone_precision == "bf16"
+        with torch.autocast(self.vae.device.type, torch.bfloat16, enabled=half):
+            made = [self._samples(part, start) for part, start in parts]
         folder = out / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         first, (given, outputs) = parts[0][0], made[0]
@@ -230,14 +238,14 @@ class DistillJob(Job):
             scales = {"text": self.recipe.guidance_scale, "image": self.recipe.image_guidance_scale}
             row = torch.tensor([[scales[name] for name in SCALES if name in self.recipe.guidance]])
             conditioning.guidance = row.expand(len(given), -1).to(conditioning.text.device)
-        shape = (self.vae.config["latent_channels"], *[self.recipe.size // codec.downscale(self.vae)] * 2)
+        shape = (codec.channels(self.vae), self.cells, self.cells)
         outputs = {}
         for steps in PREVIEW_STEPS:
             seeds, jumps = range(start, start + len(given)), self.recipe.jumps
             noise = initial_noise(shape, seeds, steps if jumps else 1).to(self.vae.device)
             latent = sample(
                 self.average, self.schedule, noise, conditioning, steps, jumps=jumps, boundary=self.recipe.bounded,
-                grid=time_grid(self.schedule.horizon, steps, self.recipe.shift),
+                grid=time_grid(self.schedule.horizon, steps, self.recipe.shift, self.schedule.whole),
             )  # fmt: skip
             outputs[steps] = codec.decode(self.vae, latent).float().cpu()
         return given, outputs
@@ -246,17 +254,20 @@ class DistillJob(Job):
         figures = self.preview(out, progress)
         recipe = shareable(self.recipe)
         adapter = copy.deepcopy(self.average.adapter)
-        told = {key: recipe[key] for key in ("guidance", "guidance_scale", "image_guidance_scale", "shift", "colour")}
+        names = ("guidance", "guidance_scale", "image_guidance_scale", "shift", "colour")
+        defaults = {key: recipe[key] for key in names}
+        if self.recipe.embedded_guidance is not None:
+            defaults["embedded_guidance"] = self.recipe.embedded_guidance
         adapter.register_to_config(
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
-                "family": self.family, "backbone": self.trained_on, "full": self.full, **told,
+                "family": self.family, "backbone": self.trained_on, "full": self.full, **defaults,
                 "jumps": self.recipe.jumps, "boundary": self.recipe.bounded, "images": progress.images,
                 "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds),
                 "recipe": recipe, "metrics": figures,
             }
         )  # fmt: skip
-        save_adapter(out, adapter, self.average.unet, self.full, half=self.recipe.half)
+        save_adapter(out, adapter, self.average.network, self.full, half=self.recipe.half)
 
 
 def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
@@ -271,11 +282,12 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
         source, held_out = (open_source(spec, columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))
         if isinstance(source, SceneSource):
             source.device = str(accelerator.device)
-        backbone = load_backbone(recipe.model, **recipe.parts)
+        prompts = kept_prompts(recipe, held_out)
+        backbone = load_backbone(recipe.model, text=prompts is None, **recipe.parts)
         if recipe.cache:
             source = cache.open_cache(recipe, backbone, source)
         report = out / (f"corrupt-{rank}.json" if (rank := processes.rank()) else "corrupt.json")  # of what each reads
-        job = DistillJob(recipe, backbone, source, held_out, report)
+        job = DistillJob(recipe, backbone, source, held_out, report, prompts)
     progress = train(job, recipe, out, asdict(recipe), accelerator, quiet, deadline)
     with processes.together():  # stopped early: what there is by now can be used and looked at
         if 0 < progress.images < recipe.images and accelerator.is_main_process:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data.crops import ZOOM
@@ -97,6 +98,14 @@ class DistillRecipe(RunSettings):
     reads: str = "latent"
     """What a fused adapter sees of the condition: its latent, by the VAE, or its pixels, by convolutions of its own:
     faster, and enough for maps of depth or edges."""
+    depth: int | None = None
+    """Blocks of a fused adapter's encoder on a transformer. None: half of the network's."""
+    embedded_guidance: float | None = None
+    """Of backbones that take a guidance scale as an input (FLUX.1-dev): its value in training, kept as the adapter's
+    own. None: the family's default."""
+    backbone_precision: str = "no"
+    """bf16: the frozen backbone (train_backbone: false) is kept in bfloat16, at half the memory; what trains stays in
+    float32. Wants precision: bf16."""
     start: str | None = None
     """An adapter to go on from, instead of a fresh copy of the backbone's encoder."""
     teacher: str | None = None
@@ -131,7 +140,13 @@ class DistillRecipe(RunSettings):
     @property
     def parts(self) -> dict[str, Any]:
         """What load_backbone is told beside the model."""
-        return {"loras": self.loras, **({"config": self.config} if self.config else {})}
+        dtype = torch.bfloat16 if self.backbone_precision == "bf16" else torch.float32
+        return {"dtype": dtype, "loras": self.loras, **({"config": self.config} if self.config else {})}
+
+    @property
+    def form_options(self) -> dict[str, Any]:
+        """What a new adapter of this form takes beside its inputs."""
+        return {"reads": self.reads, "depth": self.depth} if self.adapter == "fused" else {}
 
     @property
     def jumps(self) -> bool:
@@ -189,6 +204,11 @@ class DistillRecipe(RunSettings):
             raise UserError(
                 f"lora_rank {self.lora_rank}: needs a rank from 1 up and a frozen backbone: set train_backbone: false"
             )
+        if self.backbone_precision not in ("no", "bf16"):
+            raise UserError(f"backbone_precision {self.backbone_precision!r}: not known: use one of no, bf16")
+        if self.backbone_precision == "bf16" and (self.train_backbone or self.precision != "bf16"):
+            raise UserError("backbone_precision 'bf16': is for a frozen backbone under autocast: set train_backbone: "
+                            "false and precision: bf16")  # fmt: skip
         if self.adapter == "lora" and self.task != "generate":
             raise UserError(
                 f"adapter 'lora': sees no condition, and {self.task} has one: use fused, controlnet or hint"

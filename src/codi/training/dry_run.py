@@ -6,29 +6,30 @@ there tells what autograd would keep for the backward pass.
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..data.sources import open_source
 from ..errors import UserError
 from ..models import codec
-from ..models.adapter import FORMS, FusedAdapter
+from ..models.adapter import FORMS
 from ..models.adapter_files import read_config
-from ..models.backbone import Backbone, find_model, resolved
+from ..models.backbones import Backbone, family_of_index, find_model, revision_of
 from ..models.lora import add_lora
 from ..models.student import Conditioning, Student
+from ..models.text import FEATURES
 from ..objectives.batch import Guidance, LatentBatch
 from . import ema
 from .cache import require_cache
 from .distill_recipe import DistillRecipe, configure_objective, recipe_task, require_fits
 
 GB = 1e9
-TOKENS = 77  # of a prompt, in CLIP's tokenizers
 
 
 def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
@@ -47,28 +48,28 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
         require_cache(recipe, source)
     single = recipe.config is not None and Path(recipe.model).is_file()
     backbone = blank_backbone(recipe.config if single else recipe.model).freeze()  # type: ignore[arg-type]
-    codec.require_cells(backbone.vae, size=recipe.size)
+    codec.require_cells(backbone.vae, backbone.kind.patch(backbone.network.config), size=recipe.size)
     if recipe.start:
         _, started, config = read_config(recipe.start, recipe.task, backbone.family)
         require_fits(recipe, started, config)
     if recipe.taught and recipe.teacher:
         read_config(recipe.teacher, recipe.task, backbone.family)
     form: Any = FORMS[recipe.adapter]
-    told: Any = {"reads": recipe.reads} if form is FusedAdapter else {}
+    inputs = (task.condition_channels, len(recipe.guidance), recipe.asked)
     with torch.device("meta"):
-        adapter = form.from_backbone(
-            backbone.unet, backbone.vae, task.condition_channels, len(recipe.guidance), recipe.asked, **told
-        )
-        unet = add_lora(backbone.unet, recipe.lora_rank, recipe.task) if recipe.lora_rank else backbone.unet
-    student = Student(unet, adapter).train()
-    for name, parameter in unet.named_parameters():
+        adapter = form.from_backbone(backbone.network, backbone.vae, *inputs, **recipe.form_options)
+        network = backbone.network
+        network = add_lora(network, recipe.lora_rank, recipe.task) if recipe.lora_rank else network
+    student = Student(network, adapter).train()
+    for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name if recipe.lora_rank else recipe.train_backbone)
     if recipe.gradient_checkpointing:
-        for network in (unet, getattr(adapter, "encoder", None), getattr(adapter, "net", None)):
-            if network is not None:
-                network.enable_gradient_checkpointing()
+        for part in (network, getattr(adapter, "encoder", None), getattr(adapter, "net", None)):
+            if part is not None:
+                part.enable_gradient_checkpointing()
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    cacheable = [*backbone.text.encoders, *([] if recipe.encodes else [backbone.vae.encoder, backbone.vae.quant_conv])]
+    unneeded = [getattr(backbone.vae, part, None) for part in ("encoder", "quant_conv")]
+    cacheable = [*backbone.text.encoders, *([] if recipe.encodes else unneeded)]
     saved = sum(p.numel() for part in cacheable if part is not None for p in part.parameters())
     frozen = sum(p.numel() for part in (student, backbone.vae, *backbone.text.encoders) for p in part.parameters())
     frozen -= trained + (saved if recipe.cache else 0)
@@ -96,43 +97,46 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
 def blank_backbone(model: str | Path) -> Backbone:
     """The parts of a diffusers folder or hub id on the meta device, of their configurations; without tokenizers.
     Raises UserError where there are none."""
-    source, found = resolved(find_model(model), "unet")
-    options: Any = {key: value for key, value in found.items() if key == "revision"}
-
-    def empty(kind: Any, name: str) -> Any:
-        return kind.from_config(kind.load_config(source, subfolder=name, **options))
-
+    source, options = revision_of(find_model(model))
     try:
-        parts: Any = DiffusionPipeline.load_config(source, **options)
-        with torch.device("meta"):
-            unet, vae = empty(UNet2DConditionModel, "unet"), empty(AutoencoderKL, "vae")
-            encoders: list[Any] = [
-                kind(CLIPTextConfig.from_pretrained(source, subfolder=name, **options))
-                for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
-                if (parts.get(name) or [None])[0]
-            ]
-        scheduler = empty(DDIMScheduler, "scheduler")
+        index: Any = DiffusionPipeline.load_config(source, **options)
+        kind = family_of_index(index, str(model))
+        parts: dict[str, Any] = {}
+        names = {field.name for field in fields(Backbone)} & set(index)
+        for name in sorted(names - {"tokenizer", "tokenizer_2", "tokenizer_3"}):
+            if not isinstance(index[name], list):
+                parts[name] = index[name]
+            elif index[name][0] is not None:
+                parts[name] = _blank(*index[name], source, name, options)
+    except UserError:
+        raise
     except Exception as error:  # of as many kinds as for weights
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model}: its configurations could not be read ({reason}): a dry run wants a diffusers folder "
                         "or hub id, or `config` beside a single file") from error  # fmt: skip
-    blank: Any = None
-    second = (encoders[1], blank) if len(encoders) > 1 else (None, None)
-    return Backbone(vae, unet, encoders[0], blank, scheduler, *second)
+    kind.require_scheduler(parts["scheduler"], str(model))
+    return Backbone(**kind.prepare_parts(parts))
+
+
+def _blank(library: str, component: str, source: str, name: str, options: dict[str, Any]) -> Any:
+    """One part of a pipeline, of its configuration."""
+    kind = getattr(importlib.import_module(library), component)
+    with torch.device("meta"):
+        if library == "transformers":
+            return kind(kind.config_class.from_pretrained(source, subfolder=name, **options))
+        return kind.from_config(kind.load_config(source, subfolder=name, **options))
 
 
 def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
     """Bytes that autograd keeps of one forward pass of the objective, parameters aside."""
     cells = recipe.size // codec.downscale(backbone.vae)
-    count, channels, config = recipe.batch_size, backbone.vae.config["latent_channels"], backbone.unet.config
+    count, channels = recipe.batch_size, codec.channels(backbone.vae)
     picture = torch.zeros(count, recipe_task(recipe).condition_channels, recipe.size, recipe.size, device="meta")
-    added = None
-    if config["addition_embed_type"] == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        added = {"text_embeds": torch.zeros(count, pooled), "time_ids": torch.zeros(count, 6)}
-        added = {name: value.to("meta") for name, value in added.items()}
-    text = torch.zeros(count, TOKENS, config["cross_attention_dim"], device="meta")
-    conditioning = Conditioning(text, student.adapter.read(picture, backbone.vae), added=added)  # type: ignore[union-attr]
+    shapes = backbone.kind.condition_shapes(backbone.network.config)
+    added = {name: torch.zeros(count, *shape, device="meta") for name, shape in shapes.items()}
+    text = added.pop(FEATURES)
+    condition = student.adapter.read(picture, backbone.vae)  # type: ignore[union-attr]
+    conditioning = Conditioning(text, condition, added=added or None)
     guidance = None
     if recipe.guidance and recipe.guidance_share:
         scales = torch.ones(count, len(recipe.guidance))
@@ -157,6 +161,6 @@ def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
             student,
             ema.average_copy(student),
             LatentBatch(x, conditioning, picture[:, :3], guidance),
-            backbone.schedule,
+            backbone.schedule_for((cells, cells)),
         )
     return sum(kept.values())

@@ -23,7 +23,7 @@ from ..data.sources import Source
 from ..data.textures import dead_leaves
 from ..errors import UserError
 from ..models import codec
-from ..models.backbone import Backbone
+from ..models.backbones import Backbone
 from ..models.student import Conditioning, Student
 from ..models.text import embed_prompts
 from ..sampling.sampler import initial_noise, sample
@@ -72,7 +72,7 @@ def of_pictures(vae: Any, source: Source, count: int, size: int, noise: float, s
 
 def of_samples(backbone: Backbone, prompts: Sequence[str], size: int, steps: int, guidance: float, seed: int) -> Origin:
     """Latents that the backbone draws by DDIM from `prompts` in turn; the empty one is not guided."""
-    shape = (backbone.unet.config["in_channels"], *[size // codec.downscale(backbone.vae)] * 2)
+    shape = (codec.channels(backbone.vae), *[size // codec.downscale(backbone.vae)] * 2)
 
     def embed(words: list[str]) -> Conditioning:
         text, added = embed_prompts(backbone.text, words, (size, size))
@@ -83,7 +83,7 @@ def of_samples(backbone: Backbone, prompts: Sequence[str], size: int, steps: int
         text, blank = embed(words), embed([""] * len(words))
         noise = initial_noise(shape, [seed * SEEDS + i for i in numbers]).to(text.text)
         scale = guidance if any(words) else 1.0
-        return sample(Student(backbone.unet), backbone.schedule, noise, text, steps, scale, blank), []
+        return sample(Student(backbone.network), backbone.schedule_for(shape[1:]), noise, text, steps, scale, blank), []
 
     return origin
 

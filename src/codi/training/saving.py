@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from ..models.backbones import FAMILIES, family_of
 from ..models.lora import FILE, lora_names, save_lora
 from .checkpoint import edit_json, write_atomically
 
 
-def save_adapter(out: Path, adapter: Any, unet: Any, full: bool, half: bool) -> None:
+def save_adapter(out: Path, adapter: Any, network: Any, full: bool, half: bool) -> None:
     """Writes an adapter folder into `out`, which may hold other things: config.json comes last, so that a folder with
-    one is whole. `unet`: the U-Net it works with; of a `full` adapter all of it is kept, in `unet/`, otherwise its
-    low-rank updates, if it has any. Neither argument is changed."""
+    one is whole. `network`: that which it works with; of a `full` adapter all of it is kept, in `unet/` or
+    `transformer/`, otherwise its low-rank updates, if it has any. Neither argument is changed."""
 
     def stored(module: Any) -> Any:
         return copy.deepcopy(module).to(torch.float16) if half else module
@@ -27,15 +28,15 @@ def save_adapter(out: Path, adapter: Any, unet: Any, full: bool, half: bool) -> 
     def fill(folder: Path) -> None:
         stored(adapter).save_pretrained(folder, safe_serialization=True)
         if full:
-            stored(unet).save_pretrained(folder / "unet", safe_serialization=True)
-        for name in [] if full else lora_names(unet):
-            save_lora(unet, folder, name, half)
+            stored(network).save_pretrained(folder / family_of(network).component, safe_serialization=True)
+        for name in [] if full else lora_names(network):
+            save_lora(network, folder, name, half)
         for config in folder.rglob("config.json"):
             edit_json(config, _name_or_path=None)  # where it lay on this machine
         for weights in folder.rglob("*.safetensors"):
             weights.chmod(0o644)  # safetensors leaves them to their owner alone
 
-    place(out, fill, ("config.json", FILE, "unet"))
+    place(out, fill, ("config.json", FILE, *{kind.component for kind in FAMILIES}))
 
 
 def place(out: Path, fill: Callable[[Path], None], stale: Sequence[str]) -> None:

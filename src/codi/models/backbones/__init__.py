@@ -1,0 +1,21 @@
+"""Pretrained diffusion models behind one protocol: `base.Family`, one file a family, listed in `registry`."""
+
+from .base import Backbone, Family, Fuse
+from .loading import (
+    EMBEDDED,
+    Hub,
+    digest,
+    find_model,
+    load_backbone,
+    load_vae,
+    require_finite,
+    resolved,
+    revision_of,
+    with_network,
+)
+from .registry import FAMILIES, family_of, family_of_index
+
+__all__ = [
+    "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "family_of", "family_of_index", "find_model",
+    "load_backbone", "load_vae", "require_finite", "resolved", "revision_of", "with_network",
+]  # fmt: skip

@@ -1,0 +1,331 @@
+"""The protocol of a backbone family: what everything else in the library asks of a pretrained diffusion model.
+
+A family is one stateless object, defined in one file. It says how prompts become tensors, how the network is called,
+where an adapter can reach into it, and how its scheduler spaces the steps. The conventions that it hides never leave
+its file: the number that stands for time, the sign of the output, packing of latents into tokens, positions.
+
+Outside, one convention holds: a latent is (B, C, h, w) of about unit variance, a timestep is what
+`Schedule.timestep` returns, and the network's output is what `Schedule.signal_noise` takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...schedule import Schedule
+from ..text import PromptEncoder
+
+# (index of a feature, the feature) -> the feature with the adapter's own in it.
+Fuse = Callable[[int, Tensor], Tensor]
+
+
+def stock(name: str) -> Any:
+    """Return a class of diffusers by its name, without the warnings of transformers on what is not installed."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return getattr(diffusers, name)
+    finally:
+        logger.setLevel(level)
+
+
+def named_parts(parts: Any) -> dict[str, Any]:
+    """Return the parts of a Backbone or a pipeline, and the settings beside them, by name."""
+    return {**getattr(parts, "config", {}), **vars(parts)}
+
+
+class Family(ABC):
+    """One family of backbones. `parts` is a Backbone, or a pipeline with components of the same names."""
+
+    name: str
+    """For messages, e.g. "FLUX.1"."""
+    component: str = "transformer"
+    """What diffusers' pipelines call the network."""
+    network: str
+    """The name of its class in diffusers. Classes are imported when first used: importing all takes seconds."""
+    pipelines: tuple[str, ...]
+    """diffusers' text-to-image pipelines of it; the first opens its folders."""
+    control_reads: str = "latent"
+    """What its ControlNet is given of the condition: "latent" or "pixels"."""
+    lora_targets: str
+    """A pattern of the layers that low-rank updates change."""
+    channel_dim: int = -1
+    """The dimension of a feature that counts channels."""
+    file_key: str | None = None
+    """The end of a key by which a single file of the network in its authors' layout is recognized."""
+    embedded_guidance: float | None = None
+    """The default of guidance scales that are an input of some checkpoints of the family (not classifier-free)."""
+
+    # ---- loading
+
+    def require_pipeline(self, pipeline: str, source: str) -> None:
+        """Raise UserError for a model_index.json of another pipeline class than text-to-image."""
+        if pipeline not in (*self.pipelines, "CoDiPipeline"):
+            raise UserError(f"{source}: a {pipeline} takes more than noise and a prompt, as edit, fill and control "
+                            f"variants do: use the text-to-image model of {self.name}, and train the task as an "
+                            "adapter")  # fmt: skip
+
+    def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+        """Return diffusers' pipeline of a folder or hub id; `index` is its model_index.json."""
+        return stock(self.pipelines[0]).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+
+    def holds(self, keys: set[str]) -> bool:
+        """Whether a single file with these keys is of this family."""
+        return bool(self.file_key) and any(key.endswith(self.file_key) for key in keys)  # type: ignore[arg-type]
+
+    def open_file(self, path: Path, keys: set[str], dtype: torch.dtype, fetching: dict[str, Any]) -> Any:
+        """Return diffusers' pipeline of a single file that has the network alone; the other parts are those of
+        `config`, a folder or hub id of its kind."""
+        config = fetching.pop("config", None)
+        if config is None:
+            raise UserError(f"{path}: has a network of {self.name} alone: pass config (--config), a folder or hub id "
+                            "with its text encoders and VAE")  # fmt: skip
+        kind: Any = stock(self.network)
+        network = kind.from_single_file(
+            path.as_posix(), config=config, subfolder=self.component, torch_dtype=dtype, **fetching
+        )
+        index: Any = diffusers.DiffusionPipeline.load_config(config, **fetching)
+        self.require_pipeline(str(index.get("_class_name")), str(config))
+        return self.open_folder(config, index, dtype, {self.component: network, **fetching})
+
+    def require_scheduler(self, scheduler: Any, name: str) -> None:  # noqa: B027
+        """Raise UserError for a scheduler of the wrong kind."""
+
+    @abstractmethod
+    def fingerprint(self, network: Any, vae: Any, scheduler: Any) -> str:
+        """Name the checkpoints that an adapter fits: one architecture, its latents and its prediction."""
+
+    def sample_size(self, config: Any) -> int:
+        """Return the side, in latent cells, of pictures that the network was trained on."""
+        return config.get("sample_size") or 128
+
+    def patch(self, config: Any) -> int:
+        """Return the latent cells along a side of one token."""
+        return 1
+
+    text_parts: tuple[str, ...] = ("text_encoder",)
+    """The text encoders that prompts need."""
+
+    def require_text(self, parts: Any, name: str) -> None:
+        """Raise UserError for a checkpoint without one of its text encoders."""
+        for part in self.text_parts:
+            if getattr(parts, part) is None:
+                raise UserError(f"{name}: has no {part}, so prompts cannot be read: fetch the whole model")
+
+    def require_usable(self, parts: Any, name: str) -> None:  # noqa: B027 - some families have no special case
+        """Raise UserError for a checkpoint of the family that is not a text-to-image model."""
+
+    def pipeline_for(self, parts: Any) -> Any:
+        """Return the class of diffusers' text-to-image pipeline for these parts."""
+        return stock(self.pipelines[0])
+
+    def build_pipeline(self, parts: Any) -> Any:
+        """Return diffusers' own text-to-image pipeline of the same parts; nothing is copied."""
+        kind, values = self.pipeline_for(parts), named_parts(parts)
+        names = [name for name in inspect.signature(kind.__init__).parameters if name in values]
+        return kind(**{name: values[name] for name in names})
+
+    def prepare_parts(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Return the loaded components as codi uses them."""
+        return parts
+
+    # ---- prompts and schedule
+
+    @abstractmethod
+    def prompts(self, parts: Any) -> PromptEncoder:
+        """Return what turns prompts into tensors."""
+
+    @abstractmethod
+    def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Return the shape, without the batch, of each tensor that the network takes of a prompt."""
+
+    @abstractmethod
+    def schedule(self, scheduler: Any, cells: tuple[int, int], steps: int | None = None) -> Schedule:
+        """Return the noise schedule for latents of `cells` (h, w). Some schedulers depend on the number of steps."""
+
+    def usual_steps(self, parts: Any) -> int | None:
+        """Return the steps for which `schedule` holds where no number is known, as in training; None: it has none."""
+        return None
+
+    def solver(self, scheduler: Any) -> Any:
+        """Return a checkpoint's scheduler by whose steps the backbone alone is sampled; None: by the sampler here."""
+        return None
+
+    def own_grid(self, scheduler: Any, schedule: Schedule, steps: int) -> Tensor:
+        """Return the `steps` + 1 times at which the checkpoint's own scheduler looks, noisiest first."""
+        return schedule.horizon * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def with_embedded_guidance(
+        self, network: Any, added: dict[str, Tensor] | None, scale: float | None, count: int
+    ) -> dict[str, Tensor] | None:
+        """Add the scale (None: the family's default) to the tensors of `count` prompts, where it is an input of the
+        network. Raises UserError for a scale that the network does not take."""
+        if not network.config.get("guidance_embeds"):
+            if scale is not None:
+                raise UserError(f"embedded_guidance {scale:g}: this {self.name} has no such input: leave it out")
+            return added
+        value = self.embedded_guidance if scale is None else scale
+        return {**(added or {}), "embedded_guidance": torch.full((count,), value, device=network.device)}
+
+    def require_guidance(self, parts: Any, scale: float) -> None:  # noqa: B027
+        """Raise UserError for a checkpoint that is not meant for classifier-free guidance, of another scale than 1."""
+
+    def guide(self, with_: Tensor, without: Tensor, scale: float) -> Tensor:
+        """Combine two outputs of the network by classifier-free guidance."""
+        return without + scale * (with_ - without)
+
+    def to_stock(self, z: Tensor) -> Tensor:
+        """Return a latent (B, C, h, w) in the layout of the stock pipeline's argument `latents`."""
+        return z
+
+    # ---- the network
+
+    @abstractmethod
+    def predict(
+        self,
+        network: Any,
+        z: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        extra: Tensor | None = None,
+        hint: Tensor | None = None,
+        fuse: Fuse | None = None,
+    ) -> Tensor:
+        """Return the network's output (B, C, h, w) at z (B, C, h, w).
+
+        `timestep` (B,) or (1,); `text` (B, L, D) and `added`, further tensors of the prompts; `extra` (B, W) is added
+        to the time embedding, W as `time_width`; `hint` to the input features; `fuse` replaces each feature that an
+        adapter may change. With None for these three, exactly the network.
+        """
+
+    @abstractmethod
+    def features(
+        self,
+        encoder: Any,
+        condition: Tensor,
+        text: Tensor,
+        added: dict[str, Tensor] | None = None,
+        extra: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return the features of an `encoder` (see there) that reads the condition at time 0, in the order in which
+        `predict` offers its own to `fuse`."""
+
+    @abstractmethod
+    def encoder(self, config: Any, channels: int, reads: str, downscale: int, depth: int | None) -> nn.Module:
+        """Return a condition encoder: the untrained first half (or `depth` blocks) of a network of that `config`.
+
+        `channels` of the condition in pixels: 3, and one for each further map. `reads`: "latent" (of the latent's
+        channels plus maps) or "pixels". `downscale`: pixels a latent cell.
+        """
+
+    @abstractmethod
+    def encoder_weights(self, network: Any, encoder: Any, reads: str) -> dict[str, Tensor]:
+        """Return the weights with which `encoder` starts as a copy of `network`; those missing stay as they are."""
+
+    @abstractmethod
+    def feature_widths(self, config: Any, depth: int | None) -> list[int]:
+        """Return the channels of each of `features`."""
+
+    @abstractmethod
+    def time_width(self, config: Any) -> int:
+        """Return the width of `extra`."""
+
+    @abstractmethod
+    def hint_entry(self, config: Any, channels: int) -> nn.Module:
+        """Return a module, zero at first, from a condition's latent (B, channels, h, w) to a `hint`."""
+
+    def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
+        """Return diffusers' ControlNet for `network` (None: untrained, for a network of that `config`), whose outputs
+        are zero at first. Raises UserError where the family has none, or none for so many condition `channels`."""
+        raise UserError(
+            f"adapter controlnet: diffusers has no ControlNet for {self.name}: use adapter fused, hint or lora"
+        )
+
+    def control(
+        self, config: Any, controlnet: Any, condition: Tensor, z: Tensor, timestep: Tensor, text: Tensor,
+        added: dict[str, Tensor] | None = None,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Return what a ControlNet adds to each feature of `predict`, None for nothing. `config`: the network's."""
+        raise NotImplementedError
+
+
+@dataclass
+class Backbone:
+    """The parts of a checkpoint, as diffusers and transformers classes, by the names of diffusers' pipelines."""
+
+    vae: Any
+    unet: Any = None
+    text_encoder: Any = None
+    tokenizer: Any = None
+    scheduler: Any = None
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
+    force_zeros_for_empty_prompt: bool = True
+    transformer: Any = None
+    text_encoder_3: Any = None
+    tokenizer_3: Any = None
+    is_distilled: bool = False
+    """Of FLUX.2 klein: to a few steps, without classifier-free guidance."""
+
+    @property
+    def network(self) -> Any:
+        """The denoising network."""
+        return self.unet if self.unet is not None else self.transformer
+
+    @property
+    def kind(self) -> Family:
+        """The family's conventions."""
+        from .registry import family_of
+
+        return family_of(self.network)
+
+    @property
+    def text(self) -> PromptEncoder:
+        """What turns prompts into tensors."""
+        return self.kind.prompts(self)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The networks among the parts."""
+        return (self.vae, self.network, *self.text.encoders)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule at the size that the network was trained at."""
+        return self.schedule_for((self.kind.sample_size(self.network.config),) * 2)
+
+    def schedule_for(self, cells: tuple[int, int], steps: int | None = None) -> Schedule:
+        """Return the noise schedule for latents of `cells` (h, w)."""
+        return self.kind.schedule(self.scheduler, cells, steps or self.kind.usual_steps(self))
+
+    @property
+    def family(self) -> str:
+        """Which checkpoints an adapter of this one fits."""
+        return self.kind.fingerprint(self.network, self.vae, self.scheduler)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Backbone:
+        for part in self.modules:
+            part.to(device=device, dtype=dtype)
+        return self
+
+    def freeze(self) -> Backbone:
+        for part in self.modules:
+            part.requires_grad_(False).eval()
+        return self
+
+    def pipeline(self) -> Any:
+        """Return diffusers' own text-to-image pipeline of the same parts."""
+        return self.kind.build_pipeline(self)

@@ -1,0 +1,199 @@
+"""Loading a pretrained diffusion model of any family: a folder, a single file or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from ...errors import UserError, nearest
+from .. import codec
+from .base import Backbone, Family, named_parts
+from .registry import FAMILIES, family_of_index
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "weights"  # what ships inside the package
+
+
+class Hub(TypedDict, total=False):
+    """Which files of a model are meant, and how they are fetched: options that diffusers gets as they are. `config`: of
+    a single file, a folder or hub id in diffusers' layout whose configs and tokenizers belong to it; without one
+    diffusers fetches them."""
+
+    revision: str | None
+    variant: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    config: str | Path | None
+
+
+def digest(network: torch.nn.Module) -> str:
+    """Which weights: 12 hex digits of SHA-256 over names and float16 values, so that a copy stored in halves is the
+    same. `family` says what an adapter fits; this, what it was trained on."""
+    told = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        told.update(name.encode())
+        told.update(value.to("cpu", torch.float16).numpy().tobytes())
+    return told.hexdigest()[:12]
+
+
+def find_model(name: str | Path) -> str:
+    """'mini' -> the embedded checkpoint's folder; anything else is a path or a hub id, returned as it is."""
+    embedded = EMBEDDED / str(name)
+    return str(embedded) if (embedded / "model_index.json").is_file() else str(name)
+
+
+def load_backbone(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    loras: Mapping[str, float] | None = None,
+    text: bool = True,
+    **hub: Unpack[Hub],
+) -> Backbone:
+    """Load 'mini', a diffusers folder of a supported family, a single .safetensors file, or a hub id, which may name a
+    revision: "id@revision".
+
+    `loras`: files, folders or hub ids of low-rank updates in any format that diffusers reads, and how much of each is
+    made part of the weights. `text`: with the text encoders; without, prompts cannot be read. Of a folder that has its
+    weights as the variant "fp16" alone, these are taken. Only safetensors are read. Raises UserError where there is no
+    such model, it is of another kind or its weights are broken, and for an option that is none of `Hub`.
+    """
+    for option in hub:
+        if option not in Hub.__annotations__:
+            known = tuple(Hub.__annotations__)
+            raise UserError(f"{option}: no such option{nearest(option, known)}: use {', '.join(known)}")
+    source = find_model(name)
+    try:
+        pipe, kind = _open(source, dtype, dict(hub), text)
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises many kinds; the user needs one line
+        fix = "check the path or id"
+        if Path(source).is_file() and not hub.get("config"):
+            fix = "its configs are fetched from the hub: connect, or pass config (--config), a folder or id of its kind"
+        raise UserError(f"{name}: the model could not be loaded ({_short(error)}): {fix}") from error
+    for lora, weight in (loras or {}).items():
+        try:
+            pipe.load_lora_weights(str(lora), use_safetensors=True)
+            if not pipe.get_list_adapters():  # diffusers takes a file of other keys for none at all
+                raise ValueError("none of its weights are for this model")
+            pipe.fuse_lora(lora_scale=weight)
+            pipe.unload_lora_weights()
+        except Exception as error:
+            raise UserError(f"{lora}: not a LoRA for {name} ({_short(error)}): check the file and the model") from error
+    kind.require_scheduler(pipe.scheduler, str(name))
+    values = named_parts(pipe)
+    parts = {field.name: values.get(field.name, field.default) for field in fields(Backbone)}
+    backbone = Backbone(**kind.prepare_parts(parts))
+    kind.require_usable(backbone, str(name))
+    if text:
+        kind.require_text(backbone, str(name))
+    for field in fields(backbone):
+        part = getattr(backbone, field.name)
+        if isinstance(part, torch.nn.Module):
+            require_finite(part, f"{name}/{field.name}")
+    return backbone
+
+
+def load_vae(model: str | Path) -> Any:
+    """The VAE of a model in float32; of a folder or a hub id nothing else is read, so that any family's will do.
+    Raises UserError as load_backbone does."""
+    source = find_model(model)
+    if not (Path(source) / "vae").is_dir() and (Path(source).exists() or source.count("/") != 1):
+        return load_backbone(model).vae
+    try:
+        source, options = resolved(source, "vae")
+        kind: Any = codec.vae_class(source, **{k: v for k, v in options.items() if k == "revision"})
+        vae = kind.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
+    except Exception as error:
+        raise UserError(f"{model}: its VAE could not be loaded ({_short(error)}): check the path or id") from error
+    require_finite(vae, f"{model}/vae")
+    return vae.float()
+
+
+def _open(source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool) -> tuple[Any, Family]:
+    """Return diffusers' own pipeline of the model, and its family."""
+    path = Path(source)
+    if path.is_file():
+        return _open_file(path, dtype, hub)
+    options = {key: value for key, value in hub.items() if key != "config"}
+    local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if local and not (path / "model_index.json").is_file():
+        raise UserError(
+            f"{source}: no model there (a diffusers folder has a model_index.json): "
+            "give 'mini', such a folder, a .safetensors file or a hub id"
+        )
+    source, at = revision_of(source)
+    fetching = {**{key: value for key, value in options.items() if key != "variant"}, **at}
+    index: Any = DiffusionPipeline.load_config(source, **fetching)
+    kind = family_of_index(index, source)
+    _, found = resolved(source, kind.component)
+    options = {**found, **options, **at}  # "@" says more than an option
+    if "variant" in found:
+        options["variant"] = options.get("variant") or found["variant"]
+    if not text:
+        options |= {name: None for name in index if name.startswith("text_encoder")}
+    return kind.open_folder(source, index, dtype, options), kind
+
+
+def _open_file(path: Path, dtype: torch.dtype, hub: dict[str, Any]) -> tuple[Any, Family]:
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: not a .safetensors file, and others may run code: convert it first")
+    # Only its configs are fetched: they have neither the model's revision nor its variants.
+    fetching = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
+    if fetching.get("config"):
+        fetching["config"] = str(fetching["config"])
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+    kind = next((kind for kind in FAMILIES if kind.holds(keys)), FAMILIES[0])
+    return kind.open_file(path, keys, dtype, fetching), kind
+
+
+def revision_of(source: str) -> tuple[str, dict[str, Any]]:
+    """Part "id@revision" of a hub id; a folder has none."""
+    name, at, revision = source.rpartition("@")
+    return (source, {}) if Path(source).is_dir() or not at else (name, {"revision": revision})
+
+
+def resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
+    """A folder or hub id as diffusers takes it, and with which options: the variant "fp16" where a folder has no other
+    weights of `part`, the revision of "id@revision"."""
+    folder = Path(source)
+    if folder.is_dir():
+        weights = [file.name for file in (folder / part).glob("*.safetensors")]
+        return source, {"variant": "fp16"} if weights and all(".fp16" in name for name in weights) else {}
+    return revision_of(source)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def require_finite(module: torch.nn.Module, name: str) -> None:
+    """Raises UserError if a weight of `module` is missing, NaN or infinite."""
+    for key, value in module.state_dict().items():
+        if value.is_meta:
+            raise UserError(f"{name}: weight {key!r} is missing: fetch or train the file again")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"{name}: weight {key!r} is NaN or infinite: fetch or train the file again")
+
+
+def with_network(model: str | Path, network: Path, out: Path) -> Path:
+    """Write to `out` the checkpoint `model` with the network in the folder `network` (of a full adapter), in
+    diffusers' layout. Returns `out`; what is there already stays."""
+    if not (out / "model_index.json").is_file():
+        b = load_backbone(model)
+        kind: Any = type(b.network)
+        setattr(b, b.kind.component, kind.from_pretrained(network, dtype=b.network.dtype))
+        temporary = out.with_name(f".{out.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        b.pipeline().save_pretrained(temporary)
+        temporary.rename(out)
+    return out

@@ -1,0 +1,170 @@
+"""Qwen-Image: latents packed 2 x 2 into tokens, Qwen2.5-VL's features with a mask, guidance that keeps the norm."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ...errors import UserError
+from .. import codec
+from ..text import FEATURES, PromptEncoder
+from .base import stock
+from .flux import pack, unpack
+from .transformer import Stream, TransformerFamily, require_channels, spread
+
+LENGTH = 512  # tokens of a prompt, as the stock pipeline's call has it
+
+
+class QwenSpace(codec.LatentSpace):
+    """AutoencoderKLQwenImage: a video VAE, here of one frame; a mean and a deviation for each channel."""
+
+    def downscale(self, vae: Any) -> int:
+        return 2 ** len(vae.config["temperal_downsample"])
+
+    def channels(self, vae: Any) -> int:
+        return vae.config["z_dim"]
+
+    def moments(self, vae: Any, image: Tensor) -> Tensor:
+        return super().moments(vae, image[:, :, None])[:, :, 0]
+
+    def normalize(self, vae: Any, latent: Tensor) -> Tensor:
+        mean, scale = self._statistics(vae, latent)
+        return (latent - mean) * scale
+
+    def denormalize(self, vae: Any, latent: Tensor) -> Tensor:
+        mean, scale = self._statistics(vae, latent)
+        return latent / scale + mean
+
+    def decode(self, vae: Any, latent: Tensor) -> Tensor:
+        return super().decode(vae, latent[:, :, None])[:, :, 0]
+
+    @staticmethod
+    def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
+        return mean.to(like), 1.0 / std.to(like)
+
+
+codec.SPACES["AutoencoderKLQwenImage"] = QwenSpace()
+
+
+class QwenImage(TransformerFamily):
+    name = "Qwen-Image"
+    network = "QwenImageTransformer2DModel"
+    pipelines = ("QwenImagePipeline",)
+    file_key = "transformer_blocks.0.img_mod.1.weight"
+    entry_name = "img_in"
+
+    def require_usable(self, parts: Any, name: str) -> None:
+        config = parts.transformer.config
+        for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"):
+            if config.get(option):
+                raise UserError(f"{name}: its network has {option}, as edit and layered variants do: use the "
+                                "text-to-image model, and train the task as an adapter")  # fmt: skip
+        require_channels(parts, name, self.latent_channels(config))
+
+    # ---- prompts and guidance
+
+    def prompts(self, parts: Any) -> PromptEncoder:
+        def run(prompts: list[str]) -> dict[str, Tensor]:
+            pipe, device = self.build_pipeline(parts), parts.text_encoder.device
+            features, mask = pipe.encode_prompt(prompts, device=device, max_sequence_length=LENGTH)
+            mask = features.new_ones(features.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            more = LENGTH - features.shape[1]  # so that bundles can be joined
+            return {FEATURES: pad(features, (0, 0, 0, more)), "mask": pad(mask, (0, more))}
+
+        return PromptEncoder((parts.text_encoder,), run, [(parts.tokenizer, LENGTH)])
+
+    def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        return {FEATURES: (LENGTH, config["joint_attention_dim"]), "mask": (LENGTH,)}
+
+    def guide(self, with_: Tensor, without: Tensor, scale: float) -> Tensor:
+        """Combine as in all families, then give each token the norm that it has with the prompt."""
+        grid = (with_.shape[-2] // 2, with_.shape[-1] // 2)
+        combined, aim = pack(super().guide(with_, without, scale)), pack(with_)
+        return unpack(combined * (aim.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)), grid)
+
+    # ---- the network
+
+    def to_stock(self, z: Tensor) -> Tensor:
+        return pack(z)
+
+    def width(self, config: Any) -> int:
+        return config["num_attention_heads"] * config["attention_head_dim"]
+
+    def latent_channels(self, config: Any) -> int:
+        return config["in_channels"] // 4
+
+    def embed(self, network: Any, z: Tensor) -> Tensor:
+        return network.img_in(pack(z))
+
+    def embedding_weights(self, network: Any) -> dict[str, Tensor]:
+        linear = network.img_in
+        return {"weight": linear.weight.detach().unflatten(1, (-1, 2, 2)), "bias": linear.bias.detach()}
+
+    def start(
+        self, network: Any, tokens: Tensor, grid: tuple[int, int], timestep: Tensor, text: Tensor,
+        added: dict[str, Tensor], extra: Tensor | None,
+    ) -> Stream:  # fmt: skip
+        text, mask = words(text, added.get("mask"))
+        embedding = network.time_text_embed((timestep / 1000).to(tokens.dtype), tokens)
+        embedding = embedding if extra is None else embedding + extra.to(embedding)
+        rope = network.pos_embed([[(1, *grid)]], max_txt_seq_len=text.shape[1], device=tokens.device)
+        text = network.txt_in(network.txt_norm(text))
+        return Stream(tokens, text, embedding, grid, {"mask": mask, "rope": rope})
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        return list(network.transformer_blocks)
+
+    def run(self, block: Any, image: Tensor, text: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        text, image = block(
+            hidden_states=image, encoder_hidden_states=text, encoder_hidden_states_mask=stream.rest["mask"],
+            temb=stream.time, image_rotary_emb=stream.rest["rope"],
+        )  # fmt: skip
+        return image, text
+
+    def finish(self, network: Any, stream: Stream) -> Tensor:
+        return unpack(network.proj_out(network.norm_out(stream.image, stream.time)), stream.grid)
+
+    # ---- adapters
+
+    def shortened(self, config: Any, depth: int | None) -> Any:
+        return stock(self.network).from_config({**config, "num_layers": self.depth(config, depth)})
+
+    def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
+        """Maps are further channels of the condition, as in the stock ControlNet for inpainting. Not by its
+        `from_transformer`, which leaves out the norm of the text."""
+        kind = stock("QwenImageControlNetModel")
+        own = {name: config[name] for name in inspect.signature(kind.__init__).parameters if name in config}
+        own |= {"num_layers": min(5, config["num_layers"]), "extra_condition_channels": 4 * (channels - 3)}
+        net = kind.from_config(own)
+        if network is not None:
+            weights = net.state_dict()
+            net.load_state_dict({**weights, **{k: v for k, v in network.state_dict().items() if k in weights}})
+        return net
+
+    def control(
+        self, config: Any, controlnet: Any, condition: Tensor, z: Tensor, timestep: Tensor, text: Tensor,
+        added: dict[str, Tensor] | None = None,
+    ) -> list[Tensor | None]:  # fmt: skip
+        text, mask = words(text, (added or {}).get("mask"))
+        samples = controlnet(
+            pack(z), pack(condition.to(z.dtype)), encoder_hidden_states=text, encoder_hidden_states_mask=mask,
+            timestep=(self._time(timestep, z) / 1000).to(z.dtype), return_dict=False,
+            img_shapes=[[(1, z.shape[-2] // 2, z.shape[-1] // 2)]],
+        )  # fmt: skip
+        return spread(samples, config["num_layers"])
+
+
+def words(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the features (B, L, D) without what is padding in all prompts, and their mask, None where nothing is."""
+    if mask is None:
+        return text, None
+    mask = mask.bool()
+    if torch.compiler.is_compiling() or mask.is_meta:  # which want one shape for all prompts
+        return text, mask
+    least, most = torch.stack(mask.sum(1).aminmax()).tolist()
+    return text[:, :most], None if least == most else mask[:, :most]

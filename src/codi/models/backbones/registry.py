@@ -1,0 +1,45 @@
+"""The families that the library knows, and how one is recognized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import UserError
+from .base import Family
+from .flux import Flux
+from .flux2 import Flux2
+from .qwen_image import QwenImage
+from .sana import Sana
+from .sd3 import StableDiffusion3
+from .stable_diffusion import StableDiffusion
+from .zimage import ZImage
+
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), Flux(), StableDiffusion3(), Sana(), ZImage(), Flux2(), QwenImage())
+_OWN = "CoDiPipeline"  # what saved pipelines of ours call themselves
+
+
+def family_of(network: Any) -> Family:
+    """Return the family of a network, by its class, or of a network's configuration."""
+    name = network.get("_class_name") if isinstance(network, Mapping) else type(network).__name__
+    known = {kind.network: kind for kind in FAMILIES}
+    if name is None:  # configurations in old adapters have no class
+        return FAMILIES[0]
+    if name not in known:
+        raise UserError(f"{name}: not a network that codi knows: use one of {', '.join(known)}")
+    return known[name]
+
+
+def family_of_index(index: Mapping[str, Any], source: str) -> Family:
+    """Return the family of a model, by its model_index.json. Raises UserError for one that is not supported, and for
+    variants that take more than noise and a prompt."""
+    pipeline = str(index.get("_class_name"))
+    for kind in FAMILIES:
+        part = index.get(kind.component)
+        if part and part[-1] == kind.network:
+            kind.require_pipeline(pipeline, source)
+            return kind
+    names = ", ".join(kind.name for kind in FAMILIES)
+    network = next((index[c][-1] for c in ("transformer", "unet") if index.get(c) and index[c][-1]), "no network")
+    what = "a video model" if "Video" in pipeline or "3D" in str(network) else f"a {pipeline} ({network})"
+    raise UserError(f"{source}: {what} is not supported: use a text-to-image model of {names}")

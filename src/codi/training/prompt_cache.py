@@ -1,0 +1,74 @@
+"""Bundles of the prompts that a training needs beside those of its data, kept with a cache (see cache)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..data.batches import Batch, collate
+from ..data.samples import Sample
+from ..data.sources import Source
+from ..errors import UserError
+from ..models.text import Bundle, PromptEncoder, join
+from .distill_recipe import DistillRecipe, recipe_task
+
+PROMPTS = "prompts.safetensors"  # the empty one and those of the held-out pictures, which previews need
+
+
+class PromptCache:
+    """Bundles of a few prompts, computed beforehand: the text encoders can go. Called as `PromptEncoder.encode`."""
+
+    def __init__(self, known: dict[str, Bundle]) -> None:
+        self._known = known
+
+    @classmethod
+    def of(cls, text: PromptEncoder, prompts: Sequence[str]) -> PromptCache:
+        """Compute the bundles of these prompts."""
+        return cls({prompt: text.encode([prompt], warn=False) for prompt in dict.fromkeys(prompts)})
+
+    @classmethod
+    def load(cls, file: Path) -> PromptCache:
+        """Read what `save` wrote."""
+        with safe_open(file, "pt") as opened:
+            prompts = json.loads(opened.metadata()["prompts"])
+            bundle = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 # no mapping
+        rows = enumerate(prompts)
+        return cls({prompt: {name: value[i : i + 1] for name, value in bundle.items()} for i, prompt in rows})
+
+    def save(self, file: Path) -> None:
+        """Write all bundles to a safetensors file, the prompts in its metadata."""
+        bundle = {name: value.cpu().contiguous() for name, value in join(list(self._known.values())).items()}
+        save_file(bundle, file, {"prompts": json.dumps(list(self._known))})
+
+    def __contains__(self, prompt: str) -> bool:
+        return prompt in self._known
+
+    def __call__(self, prompts: Sequence[str]) -> Bundle:
+        return join([self._known[prompt] for prompt in prompts])
+
+
+def held_out_batch(recipe: DistillRecipe, source: Source) -> Batch:
+    """The held-out pictures that previews are made of, at most 64. Raises UserError where none can be read."""
+    found = source.read(range(min(64, len(source))), recipe.size)
+    samples = [s for s in found if isinstance(s, Sample)]
+    if not samples:
+        raise UserError(f"{recipe.held_out}: no picture could be read: check the data set")
+    return collate(samples)
+
+
+def kept_prompts(recipe: DistillRecipe, held_out: Source) -> PromptCache | None:
+    """The bundles of all prompts that a training needs beside those of its data, if its cache holds them: the text
+    encoders then need not be loaded. None otherwise."""
+    file = Path(recipe.cache or "") / PROMPTS
+    if not recipe.cache or not file.is_file():
+        return None
+    try:
+        known = PromptCache.load(file)
+    except (OSError, SafetensorError, KeyError, ValueError):  # they are computed then
+        return None
+    needed = ["", *recipe_task(recipe).prompts(held_out_batch(recipe, held_out))]
+    return known if all(prompt in known for prompt in needed) else None

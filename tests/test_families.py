@@ -1,0 +1,187 @@
+"""The transformer families: without an adapter the stock pipeline's picture, with an untrained one the backbone's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from codi import CoDiPipeline
+from codi.models import codec
+from codi.models.adapter import FORMS
+from codi.models.backbones import family_of
+from codi.models.lora import add_lora
+from codi.models.student import Conditioning, Student
+from codi.models.text import embed_prompts
+from codi.sampling.sampler import initial_noise
+from families import FAMILIES, stock_sigmas
+from tiny import rand, randn
+
+SIDE = 16  # px
+PROMPT = "a red ball on a plain floor"
+CLASSIFIER_FREE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"guidance_scale": 1.0}),
+    ({"guidance_scale": 3.0, "negative_prompt": "blue box"},) * 2,
+]
+SIDES = {"sana": 32, "sana15": 32}  # of which the stock pipeline wants multiples
+STOCK: dict[str, dict[str, Any]] = {name: {"use_resolution_binning": False} for name in ("sana", "sana15")}
+# Arguments of ours and of the stock pipeline: without guidance, and with what the family has.
+GUIDED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "flux2": [({}, {"guidance_scale": 1.0}), ({"guidance_scale": 4.0}, {"guidance_scale": 4.0})],
+    "qwenimage": [
+        ({}, {"true_cfg_scale": 1.0}),
+        ({"guidance_scale": 4.0, "negative_prompt": "box"}, {"true_cfg_scale": 4.0, "negative_prompt": "box"}),
+    ],
+    "flux2dev": [({}, {"guidance_scale": 4.0}), ({"embedded_guidance": 7.0}, {"guidance_scale": 7.0})],
+    "sd3": CLASSIFIER_FREE,
+    "sd35": CLASSIFIER_FREE,
+    "sana": CLASSIFIER_FREE,
+    "sana15": CLASSIFIER_FREE,
+    "flux": [
+        ({}, {"guidance_scale": 3.5}),
+        ({"embedded_guidance": 7.0}, {"guidance_scale": 7.0}),
+        ({"guidance_scale": 3.0, "negative_prompt": "blue box"}, {"true_cfg_scale": 3.0, "negative_prompt": "blue box"}),
+    ],
+    "zimage": [  # the stock pipeline's scale begins at 0: see ZImage.guide
+        ({}, {"guidance_scale": 0.0}),
+        ({"guidance_scale": 3.0, "negative_prompt": "blue box"}, {"guidance_scale": 2.0, "negative_prompt": "blue box"}),
+    ],
+}
+CASES = [(family, *pair) for family, pairs in GUIDED.items() for pair in pairs]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request) -> str:
+    return request.param
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def conditions(backbone: Any, prompts: list[str]) -> tuple[Tensor, Any]:
+    """The features and further tensors of the prompts."""
+    text, added = embed_prompts(backbone.text, prompts, (SIDE, SIDE))
+    return text, added
+
+
+def noise_for(backbone: Any, seed: int, side: int = SIDE) -> Tensor:
+    cells = side // codec.downscale(backbone.vae)
+    return initial_noise((codec.channels(backbone.vae), cells, cells), [seed])
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize(("name", "ours", "theirs"), CASES)
+def test_without_an_adapter_it_is_the_stock_pipeline(name, ours, theirs, steps):
+    backbone = FAMILIES[name]().freeze()
+    stock, pipe = quiet(backbone.pipeline()), quiet(CoDiPipeline(**vars(backbone)))
+    side = SIDES.get(name, SIDE)
+    latents = backbone.kind.to_stock(noise_for(backbone, 3, side))
+    expected = stock(
+        prompt=PROMPT, height=side, width=side, num_inference_steps=steps, sigmas=stock_sigmas(steps), latents=latents,
+        output_type="pt", **theirs, **STOCK.get(name, {}),
+    ).images  # fmt: skip
+    made = pipe(prompt=PROMPT, height=side, width=side, steps=steps, seed=3, output_type="pt", **ours).images
+    assert expected.std() > 0.01
+    torch.testing.assert_close(made, expected.clamp(0, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_neutral_before_training(family, form):
+    """Bit for bit the backbone, and the network's own forward pass; after a change it is not."""
+    backbone = FAMILIES[family]().freeze()
+    z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
+    text, added = embed_prompts(backbone.text, [PROMPT, "blue box"], (SIDE, SIDE))
+    plain = Student(backbone.network)(z, time, Conditioning(text, added=added))
+    try:
+        adapter = FORMS[form].from_backbone(backbone.network, backbone.vae, 3, guidance_scales=1, jumps=True)
+    except Exception as error:
+        assert form == "controlnet" and "has no ControlNet" in str(error)
+        return
+    condition = adapter.read(rand(2, 3, SIDE, SIDE), backbone.vae)
+    told = Conditioning(
+        text, condition, added=added, guidance=torch.tensor([[2.0], [3.0]]), jump=torch.tensor([0.5, 1.0])
+    )
+    student = Student(backbone.network, adapter)
+    assert torch.equal(student(z, time, told), plain)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if not name.startswith(("encoder.", "net.")) or "controlnet" in name:
+                parameter.add_(0.1)
+    assert not torch.equal(student(z, time, told), plain)
+    assert torch.equal(student(z, time, told, strength=0.0), plain)
+
+
+def test_prompts_do_not_depend_on_their_batch(family):
+    """A short and a long one together give what each gives alone."""
+    backbone = FAMILIES[family]().freeze()
+    prompts = ["blue box", f"{PROMPT} and a green cone at dusk"]
+    z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
+    text, added = conditions(backbone, prompts)
+    together = Student(backbone.network)(z, time, Conditioning(text, added=added))
+    for row, prompt in enumerate(prompts):
+        text, added = conditions(backbone, [prompt])
+        made = Student(backbone.network)(z[row : row + 1], time[row : row + 1], Conditioning(text, added=added))
+        torch.testing.assert_close(made[0], together[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["fused", "lora"])
+def test_gradient_checkpointing_changes_nothing(family, form):
+    """The same loss and the same gradients, of an encoder and of low-rank updates."""
+    found = []
+    for saving in (False, True):
+        backbone = FAMILIES[family]().freeze()
+        text, added = conditions(backbone, [PROMPT, "blue box"])
+        adapter, network = FORMS[form].from_backbone(backbone.network, backbone.vae), backbone.network
+        if form == "lora":
+            network = add_lora(network, 2, "generate")
+        for part in (network, getattr(adapter, "encoder", None)) if saving else ():
+            if part is not None:
+                part.enable_gradient_checkpointing()
+        for parameter in (*getattr(adapter, "mu", ()), *(p for n, p in network.named_parameters() if "lora_B" in n)):
+            torch.nn.init.constant_(parameter, 0.05)
+        student = Student(network, adapter).train()
+        z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
+        condition = adapter.read(rand(2, 3, SIDE, SIDE), backbone.vae)
+        loss = student(z, time, Conditioning(text, condition, added=added)).square().mean()
+        loss.backward()
+        found.append((loss, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
+    (plain, gradients), (loss, others) = found
+    assert torch.equal(loss, plain) and gradients.keys() == others.keys() and len(gradients) > 4
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_low_rank_updates_in_every_block(family):
+    network = add_lora(FAMILIES[family]().network, 2, "generate")
+    for block in family_of(network).blocks(network):
+        assert any("lora_B" in name for name, _ in block.named_parameters())
+
+
+def test_features_of_a_condition_with_a_map(family):
+    backbone = FAMILIES[family]().freeze()
+    adapter = FORMS["fused"].from_backbone(backbone.network, backbone.vae, 4)
+    condition = adapter.read(rand(2, 4, SIDE, SIDE), backbone.vae)
+    text, added = conditions(backbone, [PROMPT, "blue box"])
+    features = adapter.prepare(condition, text, added)
+    assert [feature.shape[-1] for feature in features] == [len(mu) for mu in adapter.mu]
+    assert all(feature.isfinite().all() for feature in features)
+
+
+def test_predicts_in_bfloat16_and_on_the_meta_device(family):
+    backbone = FAMILIES[family]().freeze()
+    z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
+    text, added = conditions(backbone, [PROMPT, "blue box"])
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in (added or {}).items()}
+    kind, network = backbone.kind, backbone.network
+    made = kind.predict(network.to(torch.bfloat16), z.bfloat16(), time, text.bfloat16(), half)
+    assert made.dtype == torch.bfloat16 and made.shape == z.shape and made.isfinite().all()
+    shapes = kind.condition_shapes(network.config)
+    told = {name: torch.zeros(2, *shape, device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        blank = type(network).from_config(network.config)
+    made = kind.predict(blank, z.to("meta"), time.to("meta"), told.pop("features"), told or None)
+    assert made.is_meta and made.shape == z.shape
