@@ -33,9 +33,12 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Resumes from the shipped weights; lowest priority, so that it only uses idle cores.
-train-mini: $(STAMP)  ## go on training the embedded model, at lowest priority
-	nice -n 19 $(BIN)/codi pretrain recipes/mini.yaml --start mini --out runs/mini --decoder-images 0 --ldm-learning-rate 2e-4
+# Resumes what is in runs/, the VAE first; lowest priority and one thread, so that it only uses idle cores.
+train-mini: export OMP_NUM_THREADS := 1
+train-mini: export OMP_WAIT_POLICY := passive
+train-mini: $(STAMP)  ## go on training the embedded model at 128 px, at lowest priority
+	test -f runs/mini-vae/vae/config.json || nice -n 19 $(BIN)/codi pretrain mini-vae
+	nice -n 19 $(BIN)/codi pretrain mini-flux
 
 clean:  ## remove what was made here, but not .venv and not runs/
 	rm -rf demo build dist .pytest_cache .ruff_cache

@@ -33,7 +33,7 @@ from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.metrics import default_features, frechet_distance, psnr
 from codi.evaluation.report import write_json
 from codi.models import codec
-from codi.models.backbone import Backbone, load_backbone
+from codi.models.backbones import Backbone, load_backbone
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
 from codi.sampling.sampler import initial_noise, sample

@@ -32,7 +32,7 @@ from codi.data.scenes import COLOURS, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, Sce
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
 from codi.models import codec
-from codi.models.backbone import load_backbone
+from codi.models.backbones import load_backbone
 from codi.tasks.depth import disparity
 from codi.training.ema import average_copy, update, warmed_decay
 

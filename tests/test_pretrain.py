@@ -13,13 +13,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from codi.data.sources import open_source
 from codi.errors import UserError
 from codi.models import codec
-from codi.models.backbone import EMBEDDED, load_backbone
+from codi.models.backbones import EMBEDDED, load_backbone
 from codi.training.codec import DecoderJob, standardise_latents
-from codi.training.latents import new_scheduler
 from codi.training.pretrain import pretrain
 from codi.training.pretrain_recipe import PretrainRecipe
 from codi.training.tokenizer import train_tokenizer
 from codi.training.trainer import RunSettings, train
+from codi.training.unet import new_scheduler
 from folders import noise
 from tiny import rand, tiny_vae
 

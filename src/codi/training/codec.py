@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -13,10 +14,15 @@ from torch import Tensor, nn
 from ..data.batches import Batch, batches
 from ..data.sources import Source
 from ..data.textures import dead_leaves
+from ..errors import UserError
 from ..models import codec
 from . import ema
+from .adversarial import adversarial_losses, new_discriminator
 from .checkpoint import Progress, write_atomically
+from .latents import normal, shuffled
+from .muon import muon_groups
 from .pretrain_recipe import PretrainRecipe, first_pictures, write_sheet
+from .scene_store import StoredScenes
 from .trainer import Job
 
 # The posterior starts with little noise: at a log-variance of 0 it would drown the means, and colour with them.
@@ -24,47 +30,99 @@ _LOG_VARIANCE = -6.0
 
 
 class CodecJob(Job):
-    """AutoencoderKL: squared and absolute error of the reconstruction, and a light KL term."""
+    """AutoencoderKL: squared and absolute error of the reconstruction, a light KL term and, where the recipe gives them
+    a weight, the distance of ENLite0's features and the verdict of a patch discriminator that trains along."""
 
     def __init__(self, vae: AutoencoderKL, recipe: PretrainRecipe, source: Source, held_out: Source) -> None:
         super().__init__()
-        self.online, self.average = vae, ema.average_copy(vae)
+        parts: dict[str, nn.Module] = {"vae": vae}
+        if recipe.adversarial_weight:
+            parts["discriminator"] = new_discriminator()
+        self.online = nn.ModuleDict(parts)
+        self.average = ema.average_copy(self.online)
         self.recipe, self.source = recipe, source
         generator = torch.Generator().manual_seed(recipe.seed)
         self.textures = dead_leaves(512, recipe.size, generator)
         self.held_out, _ = first_pictures(held_out, 64, recipe.size)
+        self._features: Any = None
+        if recipe.compile:
+            for part in (vae.encoder, vae.decoder):  # encode and decode do not pass through the VAE's forward
+                part.compile()
 
-    def batches(self, start: int, stride: int) -> Iterator[Batch]:
-        r = self.recipe
-        return batches(self.source, r.vae_batch, r.size, r.seed, start, max_corrupt=r.max_corrupt, stride=stride)
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        if self.recipe.optimizer == "muon":
+            return muon_groups(self.online, learning_rate)
+        return super().groups(learning_rate)
 
-    def crops(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Random crops of pictures and textures, (B, 3, crop, crop) in [-1, 1]."""
-        recipe, crop = self.recipe, self.recipe.vae_crop
-        count = int(len(batch.image) * recipe.textures)
+    def batches(self, start: int, stride: int) -> Iterator[Batch | Tensor]:
+        r, source = self.recipe, self.source
+        if not isinstance(source, StoredScenes):
+            yield from batches(source, r.vae_batch, r.size, r.seed, start, max_corrupt=r.max_corrupt, stride=stride)
+            return
+        count = len(source)
+        while True:  # crops alone are read from the store: several times as fast as whole pictures
+            numbers = range(start, start + r.vae_batch)
+            index = [int(shuffled(r.seed, i // count, count)[i % count]) for i in numbers]
+            places = r.size - r.vae_crop + 1
+            corners = [np.random.default_rng([r.seed, i, 1]).integers(places, size=2).tolist() for i in numbers]
+            yield source.crops(index, r.size, corners, r.vae_crop)
+            start += stride
+
+    def crops(self, batch: Batch | Tensor, generator: torch.Generator) -> Tensor:
+        """Returns random crops of pictures and textures, (B, 3, crop, crop) in [-1, 1]. A batch that is a tensor has
+        been cropped already."""
+        images = batch if isinstance(batch, Tensor) else batch.image
+        count = int(len(images) * self.recipe.textures)
         pick = torch.randint(len(self.textures), (count,), generator=generator)
-        image = torch.cat([batch.image[count:], self.textures[pick].float() / 255])
-        corners = torch.randint(recipe.size - crop + 1, (len(image), 2), generator=generator).tolist()
-        image = torch.stack([x[:, i : i + crop, j : j + crop] for x, (i, j) in zip(image, corners, strict=True)])
+        textures = self.textures[pick].float() / 255
+        if isinstance(batch, Tensor):
+            image = torch.cat([batch[count:].cpu().float() / 255, self._cut(textures, generator)])
+        else:
+            image = self._cut(torch.cat([images[count:], textures]), generator)
         device = next(self.online.parameters()).device
         return image.to(device).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def _cut(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A random crop of each picture."""
+        crop = self.recipe.vae_crop
+        corners = torch.randint(self.recipe.size - crop + 1, (len(images), 2), generator=generator).tolist()
+        squares = [x[:, i : i + crop, j : j + crop] for x, (i, j) in zip(images, corners, strict=True)]
+        return torch.stack(squares) if squares else images.new_zeros(0, 3, crop, crop)
+
+    def forward(self, batch: Batch | Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         recipe, x = self.recipe, self.crops(batch, generator)
-        vae: Any = self.online
+        vae: Any = self.online["vae"]  # type: ignore[index]
         posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+        noise = normal(posterior.mean.shape, posterior.mean.device, generator).to(posterior.mean.dtype)
         rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        return {
-            "squared": (rebuilt - x).square().mean(),
-            "absolute": 0.05 * (rebuilt - x).abs().mean(),
-            "kl": recipe.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
+        kl = recipe.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return {**self.reconstruction(rebuilt, x), "kl": kl}
+
+    def reconstruction(self, rebuilt: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """Returns the named losses of reconstructions `rebuilt` of `x`, both (B, 3, H, W) in [-1, 1]."""
+        recipe = self.recipe
+        losses = {
+            "squared": recipe.squared_weight * (rebuilt - x).square().mean(),
+            "absolute": recipe.absolute_weight * (rebuilt - x).abs().mean(),
         }
+        if recipe.feature_weight:
+            from ..evaluation.metrics import Features, maps_distance
+
+            if self._features is None:
+                self._features = Features(recipe.vae_crop, x.device)
+            with torch.no_grad():
+                truth = self._features(x / 2 + 0.5)
+            distance = maps_distance(self._features(rebuilt / 2 + 0.5), truth)
+            losses["features"] = recipe.feature_weight * distance.mean()
+        if recipe.adversarial_weight and self.progress >= recipe.adversarial_from / 2:
+            weight = recipe.adversarial_weight if self.progress >= recipe.adversarial_from else 0.0
+            losses |= adversarial_losses(self.online["discriminator"], rebuilt, x, weight)  # type: ignore[index]
+        return losses
 
     @torch.no_grad()
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
-        vae: Any = self.average
+        vae: Any = self.average["vae"]  # type: ignore[index]
         image = self.held_out.to(vae.device)
         rebuilt = codec.decode(vae, codec.encode(vae, image))
         pairs = torch.stack([image[:8], rebuilt[:8]]).flatten(0, 1).cpu()
@@ -72,7 +130,7 @@ class CodecJob(Job):
         return {"psnr": psnr(rebuilt, image)}
 
     def finish(self, out: Path, progress: Progress) -> None:
-        vae: Any = self.average
+        vae: Any = self.average["vae"]  # type: ignore[index]
         images, _ = first_pictures(self.source, 512, self.recipe.size)
         with torch.no_grad():
             latents = torch.cat([vae.encode(x.to(vae.device) * 2 - 1).latent_dist.mean for x in images.split(32)])
@@ -92,18 +150,18 @@ class DecoderJob(CodecJob):
             part.requires_grad_(True)  # type: ignore[union-attr]
         super().__init__(vae, recipe, source, held_out)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: Batch | Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x = self.crops(batch, generator)
-        vae: Any = self.online
+        vae: Any = self.online["vae"]  # type: ignore[index]
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         noise = torch.randn(z.shape, generator=generator) * torch.rand(len(z), 1, 1, 1, generator=generator)
         level = self.recipe.decoder_noise / vae.config["scaling_factor"]  # of latents as samplers know them
         rebuilt = vae.decode(z + level * noise.to(z)).sample.float()
-        return {"squared": (rebuilt - x).square().mean(), "absolute": 0.05 * (rebuilt - x).abs().mean()}
+        return self.reconstruction(rebuilt, x)
 
     def finish(self, out: Path, progress: Progress) -> None:
-        vae: Any = self.average
+        vae: Any = self.average["vae"]  # type: ignore[index]
         vae.to(memory_format=torch.contiguous_format)
         write_atomically(out / "vae", lambda folder: vae.save_pretrained(folder))
 
@@ -121,7 +179,7 @@ def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
         quant.weight[:channels] /= std[:, None, None, None]
         quant.bias[:channels] = (quant.bias[:channels] - mean) / std
         quant.bias[channels:] -= 2 * std.log()  # the log-variance shrinks with the latent
-    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # FLUX.1's pipeline adds a shift, 0 or not
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -152,3 +210,10 @@ def new_vae(recipe: PretrainRecipe) -> AutoencoderKL:
             nn.init.dirac_(conv.weight)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return vae
+
+
+def open_vae(folder: str | Path) -> AutoencoderKL:
+    """Returns the AutoencoderKL of a folder, in float32. Raises UserError where there is none."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"vae {folder}: no config.json there: give the folder of an AutoencoderKL")
+    return AutoencoderKL.from_pretrained(folder, use_safetensors=True)

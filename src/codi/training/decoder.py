@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.sources import SceneSource, open_source
 from ..errors import UserError
 from ..models import codec
-from ..models.backbone import load_backbone, load_vae
+from ..models.backbones import load_backbone, load_vae
 from ..models.tiny import new_tiny
 from . import ema, processes
 from .checkpoint import Progress, edit_json, require_same_run

@@ -1,14 +1,18 @@
-"""A CLIP tokenizer whose vocabulary fits the captions: byte-level BPE, so that any Latin text still has tokens."""
+"""Tokenizers whose vocabularies fit the captions: CLIP's (byte-level BPE, so that any Latin text still has tokens) and
+T5's (unigram pieces)."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers.trainers import BpeTrainer
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 MODEL_LENGTH = 40  # tokens; four fully described objects, floor and time of day fit
@@ -32,6 +36,33 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 1024) 
     tokenizer.save_pretrained(folder)
     write_classic_files(folder)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def train_unigram(texts: Iterable[str], folder: Path, vocabulary: int = 1024) -> T5Tokenizer:
+    """Returns a T5 tokenizer whose pieces are the commonest words of `texts`, at most `vocabulary`, and every printable
+    Latin letter and sign, alone and as the beginning of a word; writes it to `folder`.
+
+    The scores are log-probabilities of the words. There is no search for pieces inside words: captions of a small world
+    have few words, and the result does not depend on the order of a hash table.
+    """
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update("▁" + word for word in re.findall(r"[^\W\d_]+", text))
+    total = max(1, sum(words.values()))
+    letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x100))]
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -6.0}
+    pieces |= dict.fromkeys([*letters, *("▁" + letter for letter in letters)], -12.0)
+    ranked = sorted(words.items(), key=lambda item: (-item[1], item[0]))
+    pieces |= {word: math.log(count / total) for word, count in ranked[: max(0, vocabulary - len(pieces))]}
+    # Real T5 checkpoints have 100 sentinels for its pretraining task; nothing here needs them.
+    tokenizer = T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=MODEL_LENGTH)
+    tokenizer.save_pretrained(folder)
+    return load_unigram(folder)
+
+
+def load_unigram(folder: Path) -> T5Tokenizer:
+    """Returns the T5 tokenizer of a folder."""
+    return T5Tokenizer.from_pretrained(folder)
 
 
 def write_classic_files(folder: Path) -> None:

@@ -23,6 +23,7 @@ from ..errors import UserError
 from . import checkpoint, ema, processes
 from .checkpoint import Progress
 from .events import Events
+from .muon import Muon
 from .sharding import Sharded, whole
 
 
@@ -82,7 +83,8 @@ class RunSettings(SharedSettings):
     clip: float = 1.0
     """Largest gradient norm."""
     optimizer: str = "adamw"
-    """adamw, or adamw8bit: both moments in 8 bits, a quarter of the memory (bitsandbytes, extra `8bit`)."""
+    """adamw; adamw8bit: both moments in 8 bits, a quarter of the memory (bitsandbytes, extra `8bit`); or muon, for jobs
+    that name their matrices (see muon.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shard: bool = False
@@ -93,8 +95,8 @@ class RunSettings(SharedSettings):
         """Raises UserError for a value that no run can have."""
         super().validate()
         self._at_least_1("images", "batch_size")
-        if self.optimizer not in ("adamw", "adamw8bit"):
-            raise UserError(f"optimizer {self.optimizer!r}: not known: use one of adamw, adamw8bit")
+        if self.optimizer not in ("adamw", "adamw8bit", "muon"):
+            raise UserError(f"optimizer {self.optimizer!r}: not known: use one of adamw, adamw8bit, muon")
         if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
             raise UserError("optimizer adamw8bit: needs bitsandbytes: pip install 'codi[8bit]', or use adamw")
         if self.shard and self.optimizer != "adamw":
@@ -195,7 +197,9 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
 
 
 def make_optimizer(settings: RunSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW of these parameter groups, as the settings ask."""
+    """Returns the optimizer that the settings name, for these parameter groups."""
+    if settings.optimizer == "muon":
+        return Muon(groups, weight_decay=settings.weight_decay)
     kind = torch.optim.AdamW
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as kind  # type: ignore[no-redef] # an extra

@@ -1,0 +1,98 @@
+"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalized; everything else is trained by AdamW."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+# The quintic of Jordan et al.: five steps bring every singular value to between 0.7 and 1.2.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+_LEAST = 24  # rows and columns below which a matrix is left to AdamW: first and last layers, mostly
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `matrices=True` follow orthogonalized momentum, the others AdamW.
+
+    An orthogonalized update is scaled to a root mean square of 0.2, about that of AdamW's (Liu et al. 2025, "Muon is
+    scalable"), so that one learning rate serves both kinds. A convolution (O, I, H, W) counts as a matrix (O, I H W).
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay, "matrices": False}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Makes one update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            (self._matrices if group["matrices"] else self._adam)(group, parameters)
+
+    def _matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for p in parameters:
+            by_shape.setdefault(p.shape, []).append(p)
+        for shape, alike in by_shape.items():  # one batched product for all of one shape
+            moving = []
+            for p in alike:
+                state, gradient = self.state[p], cast(Tensor, p.grad)
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                moving.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))  # Nesterov's
+            updates = orthogonalized(torch.stack(moving))
+            scale = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
+            for p, update in zip(alike, updates, strict=True):
+                p.add_(update.view(shape).to(p.dtype), alpha=-scale)
+
+    def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        low, high = group["betas"]
+        for p in parameters:
+            state, gradient = self.state[p], cast(Tensor, p.grad)
+            if not state:
+                state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state["step"] += 1
+            state["exp_avg"].lerp_(gradient, 1 - low)
+            state["exp_avg_sq"].lerp_(gradient.square(), 1 - high)
+            spread = (state["exp_avg_sq"] / (1 - high ** state["step"])).sqrt().add_(1e-8)
+            p.addcdiv_(state["exp_avg"], spread, value=-group["lr"] / (1 - low ** state["step"]))
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Returns roughly U V' of the singular value decompositions U S V' of `matrices` (N, rows, columns), bfloat16."""
+    a, b, c = _COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)).bfloat16()
+    for _ in range(_STEPS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x
+
+
+def muon_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """Parameter groups for `Muon`: the weights of linear layers and convolutions, and the rest (embeddings, norms,
+    biases, and matrices with fewer than 24 rows or columns)."""
+    matrices, rest = [], []
+    inner = {
+        id(m.weight)
+        for m in module.modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and min(m.weight.flatten(1).shape) >= _LEAST
+    }
+    for p in module.parameters():
+        if p.requires_grad:
+            (matrices if id(p) in inner else rest).append(p)
+    groups = [{"params": matrices, "lr": learning_rate, "matrices": True}]
+    return [*groups, {"params": rest, "lr": learning_rate, "matrices": False}]
