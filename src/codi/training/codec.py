@@ -25,7 +25,7 @@ from .pretrain_recipe import PretrainRecipe, first_pictures, write_sheet
 from .scene_store import StoredScenes
 from .trainer import Job
 
-# The posterior starts with little noise: at a log-variance of 0 it would drown the means, and colour with them.
+# The posterior starts with little noise: at a log-variance of 0 it would drown the means, and color with them.
 _LOG_VARIANCE = -6.0
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 # The quintic of Jordan et al.: five steps bring every singular value to between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
+_ADAM_SHARE = 0.25  # of Muon's rate
+_ONE_A_PICTURE = ("norm", "time")  # in names of layers whose input is one vector a picture, in diffusers' networks
 _LEAST = 24  # rows and columns below which a matrix is left to AdamW: first and last layers, mostly
 
 
@@ -59,15 +61,21 @@ class Muon(torch.optim.Optimizer):
 
     def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         low, high = group["betas"]
-        for p in parameters:
-            state, gradient = self.state[p], cast(Tensor, p.grad)
+        if not parameters:
+            return
+        states, gradients = [self.state[p] for p in parameters], [cast(Tensor, p.grad) for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
             if not state:
                 state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state["step"] += 1
-            state["exp_avg"].lerp_(gradient, 1 - low)
-            state["exp_avg_sq"].lerp_(gradient.square(), 1 - high)
-            spread = (state["exp_avg_sq"] / (1 - high ** state["step"])).sqrt().add_(1e-8)
-            p.addcdiv_(state["exp_avg"], spread, value=-group["lr"] / (1 - low ** state["step"]))
+        mean, square = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        torch._foreach_lerp_(mean, gradients, 1 - low)
+        torch._foreach_mul_(square, high)
+        torch._foreach_addcmul_(square, gradients, gradients, 1 - high)
+        spread = torch._foreach_sqrt(square)
+        torch._foreach_div_(spread, [(1 - high ** s["step"]) ** 0.5 for s in states])
+        torch._foreach_add_(spread, 1e-8)
+        torch._foreach_addcdiv_(parameters, mean, spread, [-group["lr"] / (1 - low ** s["step"]) for s in states])
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -83,16 +91,17 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def muon_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-    """Parameter groups for `Muon`: the weights of linear layers and convolutions, and the rest (embeddings, norms,
-    biases, and matrices with fewer than 24 rows or columns)."""
-    matrices, rest = [], []
+    """Returns parameter groups for `Muon`: the weights of linear layers and convolutions that see tokens or pixels, and
+    all others (embeddings, norms, biases, matrices with fewer than 24 rows or columns, and layers that read only the
+    time or modulate a norm), for AdamW at a quarter of the rate."""
     inner = {
         id(m.weight)
-        for m in module.modules()
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and min(m.weight.flatten(1).shape) >= _LEAST
+        for name, m in module.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d))
+        and min(m.weight.flatten(1).shape) >= _LEAST
+        and not any(word in name for word in _ONE_A_PICTURE)
     }
-    for p in module.parameters():
-        if p.requires_grad:
-            (matrices if id(p) in inner else rest).append(p)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices, rest = [p for p in trained if id(p) in inner], [p for p in trained if id(p) not in inner]
     groups = [{"params": matrices, "lr": learning_rate, "matrices": True}]
-    return [*groups, {"params": rest, "lr": learning_rate, "matrices": False}]
+    return [*groups, {"params": rest, "lr": learning_rate * _ADAM_SHARE, "matrices": False}]
