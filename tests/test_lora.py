@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codi.models.adapter import FORMS
-from codi.models.adapter_files import load_adapter
+from codi.models.adapter_files import find_adapter, load_adapter
+from codi.models.backbones import EMBEDDED, load_backbone
 from codi.models.backbones.stable_diffusion import StableDiffusion
 from codi.models.lora import (
     FILE,
@@ -217,3 +218,23 @@ def test_merged_updates_compute_the_same_beside_the_backbone():
     updated = {name.split(".lora_A")[0] + ".weight" for name in own}
     assert {name for name, p in merged.named_parameters() if id(p) not in shared} >= updated
     assert merged.conv_in.weight is UNET.conv_in.weight
+
+
+def test_the_stock_pipeline_reads_every_embedded_file():
+    """Without the prefix of the network it would load nothing, silently."""
+    files = sorted(EMBEDDED.rglob(FILE))
+    assert len(files) > 7
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            notes = json.loads(weights.metadata()["lora_adapter_metadata"])
+            assert all(key.startswith("unet.") for key in [*weights.keys(), *notes]), file
+    backbone = load_backbone("mini")
+    stock = backbone.pipeline()
+    channels, width = (backbone.unet.config[name] for name in ("in_channels", "cross_attention_dim"))
+    inputs = (randn(1, channels, 8, 8), LEVELS[1:], randn(1, 5, width))
+    _, ours = load_adapter("generate", "generate", None, backbone.unet)
+    with torch.no_grad():
+        plain, expected = backbone.unet(*inputs).sample, ours(*inputs).sample
+        stock.load_lora_weights(find_adapter("generate"))
+        made = stock.unet(*inputs).sample
+    assert (made - plain).abs().max() > 1e-3 and (made - expected).abs().max() < 1e-6
