@@ -13,9 +13,9 @@ from tiny import _initialised
 
 
 def tiny_gemma_tokenizer() -> GemmaTokenizer:
-    """One token a letter; all else is unknown."""
+    """One token a letter; all else is unknown. Prompts begin with a mark, as Gemma's do."""
     marks = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase)
-    return GemmaTokenizer(vocab={mark: index for index, mark in enumerate(marks)}, merges=[])
+    return GemmaTokenizer(vocab={mark: index for index, mark in enumerate(marks)}, merges=[], add_bos_token=True)
 
 
 def tiny_gemma(seed: int = 0) -> Gemma2Model:

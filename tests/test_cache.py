@@ -52,7 +52,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
     """Twelve samples in shards of five, and cut off at any of three moments."""
     whole = make_cache(recipe, tmp_path / "whole", variants=2, shard_size=5)
     assert whole["samples"] == 12 and whole["unread"] == 0
-    assert [len(load_file(file)["row"]) for file in sorted((tmp_path / "whole").glob("shard-*.safetensors"))] == [5, 5, 2]
+    shards = sorted((tmp_path / "whole").glob("shard-*.safetensors"))
+    assert [len(load_file(file)["row"]) for file in shards] == [5, 5, 2]
 
     save, calls = cache.save_file, []
 

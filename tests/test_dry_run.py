@@ -101,7 +101,6 @@ def test_what_training_would_refuse_is_refused_before_it(checkpoint, tmp_path):
     for changes, words in [
         ({"size": 30}, "size 30: not a multiple of 4"),
         ({"held_out": str(tmp_path / "none")}, "none"),
-        ({"cache": str(tmp_path / "empty")}, "no cache there"),
         ({"start": str(tmp_path / "none")}, "no adapter there"),
         ({"start": str(shifted)}, "was trained for backbone another"),
         ({"start": str(made), "adapter": "controlnet"}, "not a controlnet adapter"),
@@ -112,6 +111,10 @@ def test_what_training_would_refuse_is_refused_before_it(checkpoint, tmp_path):
             with pytest.raises(UserError, match=words):
                 run(recipe(whole, **{"out": str(tmp_path / "out"), **changes}))
     assert dry_run(recipe(checkpoint, start=str(made)))["updates"] == 25
+    later = recipe(whole, out=str(tmp_path / "out"), cache=str(tmp_path / "later"))
+    with pytest.raises(UserError, match="no cache there"):
+        distill(later, quiet=True)
+    assert dry_run(later)["cache_saves_gb"] == 0  # a plan may come before its cache: the encoders count as spared
 
 
 def test_a_cache_of_other_data_is_refused_before_training(tmp_path):

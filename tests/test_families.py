@@ -15,6 +15,7 @@ from codi.models.backbones import family_of
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
+from codi.models.tiny import new_tiny
 from codi.sampling.sampler import initial_noise
 from families import FAMILIES, stock_sigmas
 from tiny import rand, randn
@@ -42,11 +43,11 @@ GUIDED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "flux": [
         ({}, {"guidance_scale": 3.5}),
         ({"embedded_guidance": 7.0}, {"guidance_scale": 7.0}),
-        ({"guidance_scale": 3.0, "negative_prompt": "blue box"}, {"true_cfg_scale": 3.0, "negative_prompt": "blue box"}),
+        ({"guidance_scale": 3.0, "negative_prompt": "blue"}, {"true_cfg_scale": 3.0, "negative_prompt": "blue"}),
     ],
     "zimage": [  # the stock pipeline's scale begins at 0: see ZImage.guide
         ({}, {"guidance_scale": 0.0}),
-        ({"guidance_scale": 3.0, "negative_prompt": "blue box"}, {"guidance_scale": 2.0, "negative_prompt": "blue box"}),
+        ({"guidance_scale": 3.0, "negative_prompt": "blue"}, {"guidance_scale": 2.0, "negative_prompt": "blue"}),
     ],
 }
 CASES = [(family, *pair) for family, pairs in GUIDED.items() for pair in pairs]
@@ -180,8 +181,15 @@ def test_predicts_in_bfloat16_and_on_the_meta_device(family):
     made = kind.predict(network.to(torch.bfloat16), z.bfloat16(), time, text.bfloat16(), half)
     assert made.dtype == torch.bfloat16 and made.shape == z.shape and made.isfinite().all()
     shapes = kind.condition_shapes(network.config)
-    told = {name: torch.zeros(2, *shape, device="meta") for name, shape in shapes.items()}
+    blanks = {name: torch.zeros(2, *shape, device="meta") for name, shape in shapes.items()}
     with torch.device("meta"):
         blank = type(network).from_config(network.config)
-    made = kind.predict(blank, z.to("meta"), time.to("meta"), told.pop("features"), told or None)
+    made = kind.predict(blank, z.to("meta"), time.to("meta"), blanks.pop("features"), blanks or None)
     assert made.is_meta and made.shape == z.shape
+
+
+def test_a_tiny_decoder_for_its_latents(family):
+    backbone = FAMILIES[family]()
+    blocks = (0,) * codec.downscale(backbone.vae).bit_length()
+    tiny = new_tiny(backbone.vae, 4, blocks)
+    assert codec.decode(tiny, noise_for(backbone, 0)).shape == (1, 3, SIDE, SIDE)

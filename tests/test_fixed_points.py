@@ -53,9 +53,7 @@ def gaussian_batch(count: int, seed: int = 0) -> LatentBatch:
     return LatentBatch(M + S * randn(1, 1, 1, count, seed=seed, dtype=torch.float64), None)
 
 
-def table_cell(
-    function, ode: str, consistency: str, dt: float, schedule: Schedule = COSINE, at: float = 1.0
-) -> float:
+def table_cell(function, ode: str, consistency: str, dt: float, schedule: Schedule = COSINE, at: float = 1.0) -> float:
     """Mean squared consistency error / dt^2 at t = `at`, by codi's own code, on 400,000 samples."""
     f, teacher = network(function, schedule), network(denoiser, schedule)
     options = {"dt": dt, "ode": ode, "teacher": teacher, "consistency": consistency, "signal_weight": 0.0}

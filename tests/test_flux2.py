@@ -121,10 +121,11 @@ def test_base_saves_no_flag(tmp_path):
 def test_shift_by_steps():
     """Without a number of steps that of the stock pipeline's default."""
     for distilled, steps in ((True, 4), (False, 50)):
-        backbone = tiny_flux2(distilled=distilled)
+        backbone: Any = tiny_flux2(distilled=distilled)
         shifts = {n: backbone.schedule_for((64, 64), n).shift for n in (None, 4, 50)}
         assert shifts[None] == shifts[steps] and shifts[4] != shifts[50]
-        assert CoDiPipeline(**vars(backbone)).schedule_for((64, 64)).shift == shifts[steps]
+        pipe: Any = CoDiPipeline(**vars(backbone))
+        assert pipe.schedule_for((64, 64)).shift == shifts[steps]
 
 
 @pytest.mark.parametrize("pipeline", ["Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"])
@@ -159,7 +160,7 @@ def test_updates_in_every_block():
             assert len(layers) == (12 if name == "transformer_blocks" else 2), layers
 
 
-def test_long_prompts_are_told_of():
+def test_warns_of_long_prompts():
     backbone = tiny_flux2()
     with pytest.warns(UserWarning, match="prompt of 512 tokens: the text encoder reads 509, so this is cut: 'end'"):
         backbone.text.encode(["a" * 509 + "end"])

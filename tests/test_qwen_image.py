@@ -92,10 +92,10 @@ def test_its_controlnet_takes_maps():
     adapter = FORMS["controlnet"].from_backbone(backbone.network, backbone.vae, 4)
     condition = adapter.read(rand(2, 4, 16, 24), backbone.vae)
     text, added = embed_prompts(backbone.text, ["a red ball", "a box"])
-    told = Conditioning(text, condition, added=added)
+    given = Conditioning(text, condition, added=added)
     z = randn(2, 4, 8, 12)
     plain = Student(backbone.network)(z, TIME, Conditioning(text, added=added))
-    assert torch.equal(Student(backbone.network, adapter)(z, TIME, told), plain)
+    assert torch.equal(Student(backbone.network, adapter)(z, TIME, given), plain)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,6 @@ def test_a_file_of_the_network(tmp_path):
     assert all(torch.equal(weights[key], other[key]) for key in other)
 
 
-def test_long_prompts_are_told_of():
+def test_warns_of_long_prompts():
     with pytest.warns(UserWarning, match="prompt of 515 tokens: the text encoder reads 512, so this is cut: 'end'"):
         tiny_qwen_image().text.encode(["a" * 512 + "end"])

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 from codi.errors import UserError
 from codi.models.backbones.transformer import flow_schedule
+from codi.sampling.sampler import time_grid
 from codi.schedule import (
     PREDICTIONS,
     CosineSchedule,
@@ -20,7 +21,6 @@ from codi.schedule import (
     to_signal_noise,
     velocity_from_flow,
 )
-from codi.sampling.sampler import time_grid
 from tiny import randn, tiny_scheduler
 
 LEVELS = torch.arange(1, 1001)

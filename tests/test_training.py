@@ -372,7 +372,7 @@ def test_overrides_and_numbers_read_as_numbers():
     assert recipes.build(DistillRecipe, values, "flags").precision == "no"
 
 
-@pytest.mark.parametrize("name", [p.stem for p in recipes.SHIPPED.glob("*.yaml")])
+@pytest.mark.parametrize("name", recipes.shipped_recipes())
 def test_every_shipped_recipe_builds(name):
     from codi.training.decoder import DecoderRecipe
     from codi.training.pretrain_recipe import PretrainRecipe

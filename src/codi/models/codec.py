@@ -26,6 +26,10 @@ class LatentSpace:
         """Channels of a latent."""
         return vae.config["latent_channels"]
 
+    def drop_encoder(self, vae: Any) -> None:
+        """Free the memory of the half that makes latents."""
+        vae.encoder = vae.quant_conv = None
+
     def moments(self, vae: Any, image: Tensor) -> Tensor:
         """Picture (B, 3, H, W) in [-1, 1] -> means and log-variances (B, 2C, h, w) before the affine map."""
         return vae.encode(image).latent_dist.parameters
@@ -68,6 +72,11 @@ def vae_class(source: str, **options: Any) -> Any:
 def downscale(vae: Any) -> int:
     """Pixels per latent cell along a side (8 for Stable Diffusion)."""
     return space(vae).downscale(vae)
+
+
+def drop_encoder(vae: Any) -> None:
+    """Free the memory of the encoder, of a VAE that only decodes from now on."""
+    space(vae).drop_encoder(vae)
 
 
 def channels(vae: Any) -> int:

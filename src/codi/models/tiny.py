@@ -33,7 +33,7 @@ def new_tiny(vae: AutoencoderKL, width: int, blocks: Sequence[int]) -> Autoencod
     if len(blocks) != stages:
         raise UserError(f"blocks {list(blocks)}: this VAE has {stages} resolutions: give as many numbers")
     return AutoencoderTiny(
-        latent_channels=vae.config["latent_channels"],
+        latent_channels=codec.channels(vae),
         encoder_block_out_channels=(width,) * stages,
         decoder_block_out_channels=(width,) * stages,
         num_encoder_blocks=tuple(min(1, count) for count in reversed(blocks)),
@@ -101,7 +101,7 @@ def open_decoder(
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"decoder {decoder}: could not be loaded ({reason}): check the folder or id") from error
     require_finite(tiny, f"decoder {decoder}")
-    has, wants = ((v.config["latent_channels"], codec.downscale(v)) for v in (tiny, vae))
+    has, wants = ((codec.channels(v), codec.downscale(v)) for v in (tiny, vae))
     if has != wants:
         raise UserError(
             f"decoder {decoder}: is for latents of {has[0]} channels, {has[1]} px a cell, and those of {model} have "

@@ -52,9 +52,7 @@ class AdaptedPipeline(DiffusionPipeline):
             "transformer": transformer, "text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3,
         }  # fmt: skip
         self.register_modules(**parts)
-        self.register_to_config(
-            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled
-        )
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled)
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()

@@ -118,7 +118,7 @@ class DistillJob(Job):
         wanted = ["", *self.task.prompts(self.held)]
         self.embed = prompts or PromptCache.of(backbone.text, wanted)
         if not self.recipe.encodes:
-            self.vae.encoder = self.vae.quant_conv = None  # type: ignore[assignment]
+            codec.drop_encoder(self.vae)
 
     def _teacher(self, student: Student, backbone: Backbone) -> Student | None:
         if not self.recipe.taught:

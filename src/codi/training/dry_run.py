@@ -44,7 +44,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     recipe.validate()
     task = recipe_task(recipe)
     source, _ = (open_source(spec, task.columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))
-    if recipe.cache:
+    if recipe.cache and Path(recipe.cache).exists():  # one that is not made yet counts as made
         require_cache(recipe, source)
     single = recipe.config is not None and Path(recipe.model).is_file()
     backbone = blank_backbone(recipe.config if single else recipe.model).freeze()  # type: ignore[arg-type]
@@ -74,8 +74,9 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     frozen = sum(p.numel() for part in (student, backbone.vae, *backbone.text.encoders) for p in part.parameters())
     frozen -= trained + (saved if recipe.cache else 0)
     kept = _kept(recipe, backbone, student) * (1 if recipe.precision == "no" else 0.5)
+    held = 2 if recipe.backbone_precision == "bf16" else 4  # bytes of a frozen weight
     memory = {
-        "weights": 4 * (trained + frozen) / GB,
+        "weights": (4 * trained + held * frozen) / GB,
         # Gradient, average, two moments: 4 bytes each, or the moments one.
         "training": (10 if recipe.optimizer == "adamw8bit" else 16) * trained / GB,
         "activations": kept / GB,
@@ -86,7 +87,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
         "family": backbone.family,
         "parameters": {"trained": trained, "frozen": frozen},
         "memory_gb": {**memory, "total": sum(memory.values())},
-        "cache_saves_gb": 0.0 if recipe.cache else 4 * saved / GB,
+        "cache_saves_gb": 0.0 if recipe.cache else held * saved / GB,
         "updates": -(-recipe.images // images),
         "images_an_update": images,
         "passes": recipe.passes * recipe.images,
@@ -121,6 +122,8 @@ def blank_backbone(model: str | Path) -> Backbone:
 def _blank(library: str, component: str, source: str, name: str, options: dict[str, Any]) -> Any:
     """One part of a pipeline, of its configuration."""
     kind = getattr(importlib.import_module(library), component)
+    if name == "scheduler":  # its tables are computed from values
+        return kind.from_config(kind.load_config(source, subfolder=name, **options))
     with torch.device("meta"):
         if library == "transformers":
             return kind(kind.config_class.from_pretrained(source, subfolder=name, **options))

@@ -133,7 +133,7 @@ def make_pairs(
     if kept.get("mark") != json.loads(json.dumps(mark)):
         kept = {"mark": mark, "at": 0, "pairs": 0, "corrupt": []}
     folder.mkdir(parents=True, exist_ok=True)
-    latent = (count, vae.config["latent_channels"], size // cell, size // cell)
+    latent = (count, codec.channels(vae), size // cell, size // cell)
     needed = 2 * int(np.prod(latent)) + 3 * count * size * size
     if not kept["at"] and shutil.disk_usage(folder).free < needed:  # a memory map on a full disk ends the process
         raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed, not free: lower pairs or size, or change --out")

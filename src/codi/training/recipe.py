@@ -18,15 +18,20 @@ SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A path, or the bare name of a shipped recipe."""
+    """A path, or the name of a shipped recipe: "depth", or of a family of backbones "flux/depth"."""
     path = Path(name)
     if path.is_file():
         return path
-    shipped = SHIPPED / path.with_suffix(".yaml").name
-    if shipped.is_file() and path.parent in (Path("."), Path("recipes")):
-        return shipped
-    known = [p.stem for p in sorted(SHIPPED.glob("*.yaml"))]
-    raise UserError(f"{name}: no such recipe{nearest(path.stem, known)}: give a YAML file or one of {', '.join(known)}")
+    known = shipped_recipes()
+    short = path.with_suffix("").as_posix().removeprefix("recipes/")
+    if short in known:
+        return SHIPPED / f"{short}.yaml"
+    raise UserError(f"{name}: no such recipe{nearest(short, known)}: give a YAML file or one of {', '.join(known)}")
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of all recipes in the package."""
+    return sorted(p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.rglob("*.yaml"))
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:

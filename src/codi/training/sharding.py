@@ -16,9 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
+from ..models.backbones.stable_diffusion import StableDiffusion
+from ..models.student import Student
 from . import processes
-
-BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")  # of diffusers: what is put together at a time
 
 
 class Sharded:
@@ -33,7 +33,7 @@ class Sharded:
         for trained in (p for p in online.parameters() if p.requires_grad):
             del kept[id(trained)]
         mesh = init_device_mesh(device.type, (processes.count(),))
-        for block in [m for m in online.modules() if type(m).__name__ in BLOCKS]:
+        for block in blocks(online):
             if any(p.requires_grad for p in block.parameters()):
                 fully_shard(block, mesh=mesh, ignored_params=set(kept.values()))
         fully_shard(job, mesh=mesh, ignored_params=set(kept.values()))
@@ -55,6 +55,12 @@ class Sharded:
             if not uses:
                 self.job.get_parameter(name).grad = None
         self.uses.clear()
+
+
+def blocks(online: nn.Module) -> list[nn.Module]:
+    """What is put together at a time: the blocks of the student's backbone, and of an adapter's copies of it."""
+    names = online.kind.sharded_blocks() if isinstance(online, Student) else StableDiffusion.block_classes
+    return [module for module in online.modules() if type(module).__name__ in names]
 
 
 def _leaves(loss: Tensor) -> set[int]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...schedule import Schedule
 from ..text import PromptEncoder
+from .stock_forms import StockForms
 
 # (index of a feature, the feature) -> the feature with the adapter's own in it.
 Fuse = Callable[[int, Tensor], Tensor]
@@ -46,7 +47,7 @@ def named_parts(parts: Any) -> dict[str, Any]:
     return {**getattr(parts, "config", {}), **vars(parts)}
 
 
-class Family(ABC):
+class Family(StockForms, ABC):
     """One family of backbones. `parts` is a Backbone, or a pipeline with components of the same names."""
 
     name: str
@@ -61,6 +62,8 @@ class Family(ABC):
     """What its ControlNet is given of the condition: "latent" or "pixels"."""
     lora_targets: str
     """A pattern of the layers that low-rank updates change."""
+    block_classes: tuple[str, ...] = ()
+    """Classes of the blocks that training on several GPUs puts together at a time; see `sharded_blocks`."""
     channel_dim: int = -1
     """The dimension of a feature that counts channels."""
     file_key: str | None = None
@@ -106,6 +109,11 @@ class Family(ABC):
     @abstractmethod
     def fingerprint(self, network: Any, vae: Any, scheduler: Any) -> str:
         """Name the checkpoints that an adapter fits: one architecture, its latents and its prediction."""
+
+    def sharded_blocks(self) -> tuple[str, ...]:
+        """Return `block_classes`, by default the blocks that diffusers says may not be split."""
+        names = stock(self.network)._no_split_modules
+        return self.block_classes or tuple(name for name in names if name.endswith("Block"))
 
     def sample_size(self, config: Any) -> int:
         """Return the side, in latent cells, of pictures that the network was trained on."""

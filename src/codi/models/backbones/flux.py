@@ -32,6 +32,8 @@ def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 class Flux(TransformerFamily):
+    """FLUX.1 dev, whose network takes a guidance scale as an input, and schnell, whose network does not."""
+
     name = "FLUX.1"
     network = "FluxTransformer2DModel"
     pipelines = ("FluxPipeline",)
@@ -42,6 +44,26 @@ class Flux(TransformerFamily):
 
     def require_usable(self, parts: Any, name: str) -> None:
         require_channels(parts, name, parts.transformer.config["in_channels"] // 4)
+
+    # ---- export
+
+    control_pipeline = "FluxControlPipeline"
+
+    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
+        return "FluxControlNetPipeline"
+
+    def control_lora(self, network: Any, entry: Any) -> dict[str, Tensor]:
+        """Return the update of a patch embedding of twice the channels, whose second half reads the condition."""
+        weight = entry.conv.weight.detach().flatten(1)  # of packed tokens, as the patch embedding's
+        down, up = torch.eye(weight.shape[1], dtype=weight.dtype), weight
+        if weight.shape[0] < weight.shape[1]:
+            down, up = weight, torch.eye(weight.shape[0], dtype=weight.dtype)
+        down = torch.cat([torch.zeros_like(down), down], dim=1)
+        return {"x_embedder.lora_A.weight": down, "x_embedder.lora_B.weight": up}
+
+    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+        call = {"guidance_scale": self.embedded_guidance if embedded is None else embedded}
+        return call if scale == 1 else {**call, "true_cfg_scale": scale, "negative_prompt": ""}
 
     # ---- prompts
 

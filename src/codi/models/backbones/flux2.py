@@ -57,6 +57,8 @@ codec.SPACES["AutoencoderKLFlux2"] = Flux2Space()
 
 
 class Flux2(TransformerFamily):
+    """klein by the stock pipeline with Qwen3, dev by the one with Mistral; both have no ControlNet in diffusers."""
+
     name = "FLUX.2"
     network = "Flux2Transformer2DModel"
     pipelines = ("Flux2KleinPipeline", "Flux2Pipeline")
@@ -65,7 +67,9 @@ class Flux2(TransformerFamily):
         r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|linear_in|linear_out)"
         r"|.*single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
-    embedded_guidance = 4.0  # of dev
+    embedded_guidance: float = 4.0  # of dev
+    time_embedder = "time_guidance_embed"
+    dynamic_by_config = False
 
     # ---- loading
 
@@ -114,6 +118,11 @@ class Flux2(TransformerFamily):
         if named_parts(parts).get("is_distilled"):
             raise UserError(f"guidance_scale {scale:g}: this {self.name} is distilled to go without classifier-free "
                             "guidance: leave it out, or use a base model")  # fmt: skip
+
+    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+        if not network.config["guidance_embeds"]:
+            return {"guidance_scale": scale}
+        return {"guidance_scale": self.embedded_guidance if embedded is None else embedded}
 
     # ---- the network
 

@@ -28,6 +28,9 @@ class QwenSpace(codec.LatentSpace):
     def channels(self, vae: Any) -> int:
         return vae.config["z_dim"]
 
+    def drop_encoder(self, vae: Any) -> None:
+        vae.encoder = vae.quant_conv = nn.Identity()  # whose convolutions the class counts when it decodes
+
     def moments(self, vae: Any, image: Tensor) -> Tensor:
         return super().moments(vae, image[:, :, None])[:, :, 0]
 
@@ -52,6 +55,8 @@ codec.SPACES["AutoencoderKLQwenImage"] = QwenSpace()
 
 
 class QwenImage(TransformerFamily):
+    """The text-to-image model; its edit and layered variants read pictures beside noise and are refused."""
+
     name = "Qwen-Image"
     network = "QwenImageTransformer2DModel"
     pipelines = ("QwenImagePipeline",)
@@ -133,6 +138,17 @@ class QwenImage(TransformerFamily):
 
     def shortened(self, config: Any, depth: int | None) -> Any:
         return stock(self.network).from_config({**config, "num_layers": self.depth(config, depth)})
+
+    def time_argument(self, network: Any, timesteps: Tensor) -> Tensor:
+        return timesteps / 1000
+
+    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
+        if controlnet.config["extra_condition_channels"]:
+            raise UserError("QwenImageControlNetPipeline takes a picture alone, and this task brings a mask too")
+        return "QwenImageControlNetPipeline"
+
+    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+        return {"true_cfg_scale": scale, **({} if scale == 1 else {"negative_prompt": ""})}
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         """Maps are further channels of the condition, as in the stock ControlNet for inpainting. Not by its

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +39,16 @@ codec.SPACES["AutoencoderDC"] = DCSpace()
 
 
 class Sana(TransformerFamily):
+    """The conventions of SANA."""
+
     name = "SANA"
     network = "SanaTransformer2DModel"
     pipelines = ("SanaPipeline", "SanaPAGPipeline")
     file_key = "blocks.0.mlp.inverted_conv.conv.weight"
     # Not the depthwise convolution of the feed-forward layers: one channel has no rank to lower.
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|conv_inverted|conv_point)"
+    time_embedder = "time_embed.emb"
+    passes_sigmas = False
     entry_name = "entry"  # beside the network's patch embedding, which keeps the positions, where it has any
     unused = ("norm_out", "proj_out", "scale_shift_table")
 
@@ -53,6 +58,11 @@ class Sana(TransformerFamily):
         if pipeline == "SanaSprintPipeline":
             raise UserError(self._sprint(source))
         super().require_pipeline(pipeline, source)
+
+    def open_file(self, path: Path, keys: set[str], dtype: torch.dtype, fetching: dict[str, Any]) -> Any:
+        if any(key.endswith("attn.q_norm.weight") for key in keys):
+            raise UserError(f"{path}: diffusers cannot read SANA 1.5 in its authors' layout: use a diffusers folder")
+        return super().open_file(path, keys, dtype, fetching)
 
     def require_usable(self, parts: Any, name: str) -> None:
         if parts.transformer.config["guidance_embeds"]:
@@ -69,8 +79,8 @@ class Sana(TransformerFamily):
         config = scheduler.config
         flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
         if "flow_shift" in config and not flow:
-            raise UserError(f"{name}/scheduler: a {type(scheduler).__name__} without use_flow_sigmas or for another "
-                            "prediction_type than flow_prediction: use the checkpoint's own")  # fmt: skip
+            raise UserError(f"{name}/scheduler: a {type(scheduler).__name__} that is not for flow matching: set "
+                            "use_flow_sigmas to true and prediction_type to flow_prediction")  # fmt: skip
 
     def solver(self, scheduler: Any) -> Any:
         return scheduler if "flow_shift" in scheduler.config else None
@@ -85,17 +95,13 @@ class Sana(TransformerFamily):
         def run(prompts: list[str], negative: bool = False) -> dict[str, Tensor]:
             pipe = self.build_pipeline(parts)
             instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-            found: dict[str, tuple[Tensor, Tensor]] = {}
-            for told in (instruction, None):
-                words = [p for p in prompts if (bool(p.strip()) and not negative) == bool(told)]
-                if words:
-                    features, mask, *_ = pipe.encode_prompt(
-                        words, False, device=parts.text_encoder.device, max_sequence_length=TOKENS,
-                        complex_human_instruction=told,
-                    )  # fmt: skip
-                    found |= dict(zip(words, zip(features, mask, strict=True), strict=True))
-            features, masks = zip(*(found[p] for p in prompts), strict=True)
-            return {FEATURES: torch.stack(features), "mask": torch.stack(masks)}
+            given = {"device": parts.text_encoder.device, "max_sequence_length": TOKENS}
+            rows = []
+            for prompt in prompts:  # one at a time: its features do not depend on the batch, bit for bit
+                before = None if negative or not prompt.strip() else instruction
+                rows.append(pipe.encode_prompt([prompt], False, complex_human_instruction=before, **given)[:2])
+            features, masks = (torch.cat(part) for part in zip(*rows, strict=True))
+            return {FEATURES: features, "mask": masks}
 
         limits = [(parts.tokenizer, TOKENS - 1)]
         return PromptEncoder((parts.text_encoder,), run, limits, functools.partial(run, negative=True))
@@ -159,6 +165,12 @@ class Sana(TransformerFamily):
         del encoder.patch_embed.proj
         return encoder
 
+    def time_argument(self, network: Any, timesteps: Tensor) -> Tensor:
+        return timesteps * network.config["timestep_scale"]
+
+    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
+        return "SanaControlNetPipeline"
+
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         self.refuse_maps(channels)
         if config["qk_norm"]:
@@ -176,11 +188,9 @@ class Sana(TransformerFamily):
         self, config: Any, controlnet: Any, condition: Tensor, z: Tensor, timestep: Tensor, text: Tensor,
         added: dict[str, Tensor] | None = None,
     ) -> list[Tensor | None]:  # fmt: skip
-        samples = controlnet(
-            z, text.to(z.dtype), self._time(timestep, z) * config["timestep_scale"], condition,
-            encoder_attention_mask=(added or {}).get("mask"), return_dict=False,
-        )[0]  # fmt: skip
-        count = config["num_layers"]
+        time, mask, count = self._time(timestep, z), (added or {}).get("mask"), config["num_layers"]
+        inputs = (z, text.to(z.dtype), time * config["timestep_scale"], condition)
+        samples = controlnet(*inputs, encoder_attention_mask=mask, return_dict=False)[0]
         return [None, *samples, *[None] * count][:count]  # none for the first block, as the stock transformer has it
 
 

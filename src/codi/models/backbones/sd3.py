@@ -20,12 +20,15 @@ CLIP_TOKENS, T5_TOKENS = 77, 256  # what the stock pipeline reads of a prompt
 
 
 class StableDiffusion3(TransformerFamily):
+    """The conventions of Stable Diffusion 3 and 3.5."""
+
     name = "Stable Diffusion 3"
     network = "SD3Transformer2DModel"
     pipelines = ("StableDiffusion3Pipeline",)
     text_parts = ("text_encoder", "text_encoder_2")  # the third may be left out: the stock pipeline reads zeros
     file_key = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
     entry_name = "entry"  # beside the network's patch embedding, which keeps the positions
+    passes_sigmas = False
 
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         # diffusers opens a folder without the third text encoder only where it is passed as None.
@@ -119,6 +122,11 @@ class StableDiffusion3(TransformerFamily):
         encoder: Any = super().encoder(config, channels, reads, downscale, depth)
         del encoder.pos_embed.proj
         return encoder
+
+    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
+        if controlnet.config["extra_conditioning_channels"]:
+            raise UserError("StableDiffusion3ControlNetPipeline takes a picture alone, and this task brings a mask too")
+        return "StableDiffusion3ControlNetPipeline"
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         changes = {

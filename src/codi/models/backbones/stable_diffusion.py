@@ -18,6 +18,8 @@ from .base import Family, Fuse, stock
 
 
 class StableDiffusion(Family):
+    """All U-Nets with one CLIP text encoder, or two (XL), and noise levels on a variance-preserving path."""
+
     name = "Stable Diffusion"
     component = "unet"
     network = "UNet2DConditionModel"
@@ -25,7 +27,9 @@ class StableDiffusion(Family):
     control_reads = "pixels"
     # Attention, feed-forward and residual convolutions; a pattern, because peft stores a list in random order.
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2)"
+    block_classes = ("ResnetBlock2D", "BasicTransformerBlock")
     channel_dim = 1
+    time_layer = "time_embedding.linear_1"
 
     # ---- loading
 
@@ -182,6 +186,17 @@ class StableDiffusion(Family):
         timestep = timestep.to(z.device).expand(z.shape[0])
         down, middle = controlnet(z, timestep, text, condition, added_cond_kwargs=added, return_dict=False)
         return [*down, middle]
+
+    # ---- export
+
+    def time_features(self, network: Any, timesteps: Tensor) -> Tensor:
+        return network.get_time_embed(sample=timesteps[:, None].float(), timestep=timesteps)
+
+    def time_constant(self, network: Any, extra: Tensor) -> Tensor:
+        return network.get_submodule(self.time_layer).weight.detach() @ extra  # which is added to its input
+
+    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
+        return self.pipeline_for(parts).__name__.replace("Pipeline", "ControlNetPipeline")
 
 
 def entry_widths(downscale: int) -> tuple[int, ...]:

@@ -81,6 +81,8 @@ class TransformerFamily(Family):
     """The network's patch embedding, which a condition encoder replaces."""
     unused: tuple[str, ...] = ("norm_out", "proj_out")
     """Modules that a condition encoder does not need."""
+    time_embedder: str = "time_text_embed"
+    """The module that embeds the timestep."""
 
     # ---- what a family's file says
 
@@ -217,6 +219,21 @@ class TransformerFamily(Family):
     def hint_entry(self, config: Any, channels: int) -> nn.Module:
         return HintEntry(self.latent_channels(config) + channels - 3, self.width(config), self.patch(config))
 
+    # ---- export
+
+    @property
+    def time_layer(self) -> str:  # type: ignore[override]
+        return f"{self.time_embedder}.timestep_embedder.linear_2"
+
+    def time_features(self, network: Any, timesteps: Tensor) -> Tensor:
+        embedder = network.get_submodule(self.time_embedder)
+        inner = embedder.timestep_embedder
+        return inner.act(inner.linear_1(embedder.time_proj(self.time_argument(network, timesteps.float()))))
+
+    def time_argument(self, network: Any, timesteps: Tensor) -> Tensor:
+        """Return what the time embedder is given of timesteps."""
+        return timesteps
+
     def refuse_maps(self, channels: int) -> None:
         """Raise UserError for a condition with maps beside the picture, which a stock ControlNet does not take."""
         if channels != 3:
@@ -261,13 +278,6 @@ def flow_schedule(config: Any, mu: float, steps: int | None) -> FlowSchedule:
     if config.get("use_dynamic_shifting"):
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     return FlowSchedule(float(shift), config.get("shift_terminal"), steps)
-
-
-def require_parts(parts: Any, name: str, *components: str) -> None:
-    """Raise UserError for a checkpoint without one of its components."""
-    for component in components:
-        if getattr(parts, component) is None:
-            raise UserError(f"{name}: has no {component}: fetch the whole model, or name it in model_index.json")
 
 
 def require_channels(parts: Any, name: str, channels: int) -> None:

@@ -19,11 +19,12 @@ from ...errors import UserError
 from .. import codec
 from ..text import FEATURES, PromptEncoder
 from .base import stock
-from .transformer import Stream, TransformerFamily, require_channels, require_parts
+from .transformer import Stream, TransformerFamily, require_channels
 
 GROUP = 32  # tokens: image and caption are each padded to a multiple of it
 LENGTH, PREFIX = 512, 3  # tokens of a prompt in its chat template, and of the template before it
 ENTRY = "2-1"  # the patch embedding of pictures: 2 x 2 cells, 1 frame
+SHARED = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps", "qk_norm")  # what a ControlNet has the same
 
 
 def pack(z: Tensor) -> Tensor:
@@ -78,6 +79,8 @@ def refined(network: Any, layers: Any, tokens: Tensor, *args: Any) -> Tensor:
 
 
 class ZImage(TransformerFamily):
+    """Z-Image and Z-Image-Turbo, which differ in weights and schedule alone."""
+
     name = "Z-Image"
     network = "ZImageTransformer2DModel"
     pipelines = ("ZImagePipeline",)
@@ -85,9 +88,9 @@ class ZImage(TransformerFamily):
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|w1|w2|w3)"
     entry_name = "all_x_embedder"
     unused = ("all_final_layer",)
+    time_layer = "t_embedder.mlp.2"
 
     def require_usable(self, parts: Any, name: str) -> None:
-        require_parts(parts, name, "text_encoder", "tokenizer")
         require_channels(parts, name, self.latent_channels(parts.transformer.config))
         if parts.transformer.config.get("siglip_feat_dim"):
             raise UserError(f"{name}: its network also reads reference pictures (Omni): use Z-Image or Z-Image-Turbo, "
@@ -115,8 +118,8 @@ class ZImage(TransformerFamily):
 
     def guide(self, with_: Tensor, without: Tensor, scale: float) -> Tensor:
         """Combine as in all families: scale 1 is no guidance. ZImagePipeline counts from 0: its `guidance_scale` g in
-        pos + g (pos - neg) is our g + 1, so that its default of 5 is 6 here. Its options cfg_normalization and
-        cfg_truncation, both off by default, have no counterpart."""
+        pos + g (pos - neg) is g + 1 here, its default of 5 is 6. Its options cfg_normalization and cfg_truncation, off
+        by default, have no counterpart."""
         return with_ + (scale - 1) * (with_ - without)
 
     # ---- the network
@@ -165,7 +168,7 @@ class ZImage(TransformerFamily):
         return list(network.layers)
 
     def run(self, block: Any, image: Tensor, text: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        joint = block(torch.cat([image, text], dim=1), stream.rest["mask"], stream.rest["rope"], stream.time)
+        joint = block(torch.cat([image, text], dim=1), stream.rest["mask"], stream.rest["rope"], stream.time)  # type: ignore[arg-type]
         return joint[:, : image.shape[1]], joint[:, image.shape[1] :]
 
     def finish(self, network: Any, stream: Stream) -> Tensor:
@@ -176,17 +179,24 @@ class ZImage(TransformerFamily):
     def shortened(self, config: Any, depth: int | None) -> Any:
         return stock(self.network).from_config({**config, "n_layers": self.depth(config, depth)})
 
+    def time_features(self, network: Any, timesteps: Tensor) -> Tensor:
+        embedder = network.t_embedder
+        time = (1000 - timesteps.float()) / 1000 * network.t_scale
+        return embedder.mlp[:2](embedder.timestep_embedding(time, embedder.frequency_embedding_size))
+
+    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
+        raise UserError("ZImageControlNetPipeline also adds a ControlNet's samples to the tokens of the caption, which "
+                        "this one was trained without")  # fmt: skip
+
+    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+        return {"guidance_scale": scale - 1}  # see `guide`
+
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         """Return diffusers' class with a control block for every fifth layer. It borrows the transformer's embedders
         and refiners: here it gets copies, so that an adapter is whole and the backbone never changes."""
-        kind, places, cells = (
-            stock("ZImageControlNetModel"),
-            list(range(0, config["n_layers"], 5)),
-            config["in_channels"],
-        )
-        names = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps", "qk_norm")
-        shape = {name: config[name] for name in names}
-        net = kind(control_layers_places=places, control_in_dim=cells + channels - 3, **shape)
+        kind, places = stock("ZImageControlNetModel"), list(range(0, config["n_layers"], 5))
+        shape = {"control_in_dim": config["in_channels"] + channels - 3, **{name: config[name] for name in SHARED}}
+        net = kind(control_layers_places=places, **shape)
         net.gradient_checkpointing = False  # which the class leaves unset and then asks for
         net = kind.from_transformer(net, stock(self.network).from_config({**config, "n_layers": 0}))
         own, weights = net.state_dict(), {} if network is None else network.state_dict()
@@ -208,7 +218,7 @@ class ZImage(TransformerFamily):
         rows = list(text) if mask is None else [row[real] for row, real in zip(text, mask.bool(), strict=True)]
         time, read = (1000 - self._time(timestep, z)) / 1000, condition.to(z.dtype)
         pads = {name: getattr(controlnet, name) for name in ("x_pad_token", "cap_pad_token")}
-        if not z.is_meta and torch.is_autocast_enabled(device):  # the class writes them into tokens of autocast's type
+        if device != "meta" and torch.is_autocast_enabled(device):  # they are written into tokens of autocast's type
             pads = {name: token.to(torch.get_autocast_dtype(device)) for name, token in pads.items()}
         samples = functional_call(controlnet, pads, (list(z.unsqueeze(2)), time, rows, list(read.unsqueeze(2))))
         count = z.shape[-2] * z.shape[-1] // 4

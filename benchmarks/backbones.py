@@ -1,0 +1,131 @@
+"""Backbones of today at full size: one forward pass through the adapted model, on any machine that holds the weights.
+
+    python benchmarks/backbones.py                       # every checkpoint, each in a process of its own
+    python benchmarks/backbones.py --only sana-0.6b      # adds to the results that are there
+
+Weights are random, of the published configuration, in bfloat16. For each checkpoint and form of adapter: parameters,
+whether the untrained adapter gives exactly the backbone's output at 256 px, seconds of a pass, and the peak memory of
+the process. The largest are built on the meta device, where a pass has shapes but no values. Results go to
+benchmarks/results/backbones.json, the table to docs/backbones.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from published import CHECKPOINTS, build
+
+from codi.models import codec
+from codi.models.adapter import FORMS
+from codi.models.backbones import family_of
+from codi.models.lora import add_lora
+from codi.models.student import Conditioning, Student
+from codi.models.text import FEATURES
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "backbones.json"
+PAGE = ROOT / "docs" / "backbones.md"
+SIDE = 256
+TOKENS = 64  # of the prompt
+RANK = 16
+# Which forms of adapter are run; those named in META have no weights.
+RUNS = [
+    ("sana-0.6b", "hint"), ("sana-0.6b", "fused"), ("sd35-medium", "hint"), ("sd35-medium", "fused"),
+    ("flux2-klein-4b", "hint"), ("flux2-klein-4b", "fused"), ("zimage", "hint"), ("flux", "hint"), ("flux", "fused"),
+    ("qwen-image", "hint"), ("qwen-image", "fused"),
+]  # fmt: skip
+META = ("flux", "qwen-image")
+
+
+@torch.no_grad()
+def measure(checkpoint: str, form: str) -> dict[str, Any]:
+    """Return one row of the results."""
+    meta = checkpoint in META
+    torch.set_default_dtype(torch.bfloat16)
+    torch.manual_seed(0)
+    device = torch.device("meta" if meta else "cpu")
+    with device:
+        network, vae = build(checkpoint, "transformer").eval(), build(checkpoint, "vae").eval()
+        adapter = FORMS[form].from_backbone(network, vae, 3, guidance_scales=1).eval()
+        adapted = Student(add_lora(network, RANK, "lora"), adapter)
+        kind, cells = family_of(network), SIDE // codec.downscale(vae)
+        z = torch.randn(1, codec.channels(vae), cells, cells)
+        added = {name: torch.randn(1, *shape) for name, shape in kind.condition_shapes(network.config).items()}
+        text, level = added.pop(FEATURES)[:, :TOKENS], torch.tensor([600.0], dtype=torch.float32)
+        added = {k: torch.ones(1, TOKENS, dtype=torch.bool) if k == "mask" else v for k, v in added.items()}
+        condition = adapter.read(torch.rand(1, 3, SIDE, SIDE), vae)
+        given = Conditioning(text, condition, added=added or None, guidance=torch.full((1, 1), 3.0))
+    plain = Student(network)(z, level, given)
+    began = time.perf_counter()
+    found = adapted(z, level, given)
+    seconds = time.perf_counter() - began
+    own = sum(p.numel() for p in adapter.parameters())
+    lora = sum(p.numel() for name, p in adapted.network.named_parameters() if "lora_" in name)
+    assert found.shape == z.shape
+    return {
+        "checkpoint": checkpoint, "form": form, "network": sum(p.numel() for p in network.parameters()),
+        "adapter": own, "lora": lora, "device": device.type,
+        "neutral": None if meta else bool(torch.equal(found, plain)),
+        "finite": None if meta else bool(found.isfinite().all()),
+        "seconds": None if meta else seconds,
+        "peak_gib": None if meta else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }  # fmt: skip
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Return docs/backbones.md."""
+    lines = [
+        "# Backbones at full size", "",
+        "Written by `benchmarks/backbones.py`: random weights of the published configurations in bfloat16, one pass at "
+        f"{SIDE} px with a prompt of {TOKENS} tokens, low-rank updates of rank {RANK} beside the adapter. \"Neutral\": "
+        "the untrained adapter gives the backbone's output bit for bit. Peak memory is that of the whole process, the "
+        "VAE included. Rows without it were built on the meta device.", "",
+        "| checkpoint | adapter | network | adapter's own | LoRA | neutral | s a pass | peak memory |",
+        "| --- | --- | --: | --: | --: | --- | --: | --: |",
+    ]  # fmt: skip
+    for row in rows:
+        neutral = {True: "yes", False: "NO", None: "-"}[row["neutral"]]
+        measured = row["peak_gib"] is not None
+        cost = f"{row['seconds']:.1f} | {row['peak_gib']:.1f} GiB" if measured else "- | -"
+        lines.append(
+            f"| {row['checkpoint']} | {row['form']} | {row['network'] / 1e9:.2f}B | {row['adapter'] / 1e6:.1f}M | "
+            f"{row['lora'] / 1e6:.1f}M | {neutral} | {cost} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(CHECKPOINTS))
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*args.one)))
+        return
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+    for checkpoint, form in RUNS:
+        if args.only and checkpoint not in args.only:
+            continue
+        command = [sys.executable, __file__, "--one", checkpoint, form]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if ran.returncode:
+            print(f"{checkpoint} {form}: failed: {ran.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        rows = [row for row in rows if (row["checkpoint"], row["form"]) != (checkpoint, form)]
+        rows.append(json.loads(ran.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+        rows.sort(key=lambda row: RUNS.index((row["checkpoint"], row["form"])))
+        RESULTS.write_text(json.dumps({"torch": torch.__version__, "side": SIDE, "rows": rows}, indent=1) + "\n")
+    PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What export asks of a family: where stock diffusers has a place for an adapter, and how its pipelines are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import UserError
+
+
+class StockForms:
+    """A part of `base.Family`; the defaults are those of a family with no place for a condition."""
+
+    name: str
+    time_layer: str
+    """The linear layer by which a constant is added to the time embedding; see `time_constant`."""
+    passes_sigmas: bool = True
+    """Whether the stock pipelines give the scheduler evenly spaced sigmas from 1 to 1 / steps. Otherwise it takes its
+    own, which end near 0."""
+    dynamic_by_config: bool = True
+    """Whether the scheduler's base_shift and max_shift are what the stock pipelines shift by, with dynamic shifting."""
+    control_pipeline: str | None = None
+    """diffusers' pipeline for a condition beside the latent; see `control_lora`."""
+
+    def time_features(self, network: Any, timesteps: Tensor) -> Tensor:
+        """Return what `time_layer` is given at these timesteps (B,), (B, W)."""
+        raise NotImplementedError
+
+    def time_constant(self, network: Any, extra: Tensor) -> Tensor:
+        """Return what `time_layer` has to give more, for `extra` of `predict` (W,) to be added."""
+        return extra
+
+    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
+        """Return the name of the stock pipeline that samples with this ControlNet as `predict` does. Raises UserError
+        where there is none."""
+        raise UserError(f"diffusers has no ControlNet pipeline for {self.name}")
+
+    def control_lora(self, network: Any, entry: Any) -> dict[str, Tensor]:
+        """Return the low-rank update of the patch embedding by which `control_pipeline` computes what `entry`, of
+        `hint_entry`, adds. Raises UserError where there is no such pipeline."""
+        raise UserError(f"{self.name} has no stock pipeline for a condition at the network's input")
+
+    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+        """Return the arguments of a stock pipeline's call for classifier-free guidance of `scale`, 1 for none, and for
+        embedded guidance, None for the default."""
+        return {"guidance_scale": scale}
