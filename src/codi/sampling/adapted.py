@@ -166,7 +166,8 @@ class AdaptedPipeline(DiffusionPipeline):
     @property
     def schedule(self) -> Schedule:
         """The backbone's noise schedule at the size that it was trained at."""
-        return self.schedule_for((self.kind.sample_size(self.network.config),) * 2)
+        side = self.kind.sample_size(self.network.config)
+        return self.schedule_for((side, side))
 
     def schedule_for(self, cells: tuple[int, int], steps: int | None = None) -> Schedule:
         """Return the noise schedule for latents of `cells` (h, w)."""

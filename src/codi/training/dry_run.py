@@ -108,7 +108,8 @@ def blank_backbone(model: str | Path) -> Backbone:
             if not isinstance(index[name], list):
                 parts[name] = index[name]
             elif index[name][0] is not None:
-                parts[name] = _blank(*index[name], source, name, options)
+                library, component = index[name]
+                parts[name] = _blank(library, component, source, name, options)
     except UserError:
         raise
     except Exception as error:  # of as many kinds as for weights

@@ -72,7 +72,8 @@ def of_pictures(vae: Any, source: Source, count: int, size: int, noise: float, s
 
 def of_samples(backbone: Backbone, prompts: Sequence[str], size: int, steps: int, guidance: float, seed: int) -> Origin:
     """Latents that the backbone draws by DDIM from `prompts` in turn; the empty one is not guided."""
-    shape = (codec.channels(backbone.vae), *[size // codec.downscale(backbone.vae)] * 2)
+    cells = size // codec.downscale(backbone.vae)
+    shape = (codec.channels(backbone.vae), cells, cells)
 
     def embed(words: list[str]) -> Conditioning:
         text, added = embed_prompts(backbone.text, words, (size, size))
@@ -83,7 +84,7 @@ def of_samples(backbone: Backbone, prompts: Sequence[str], size: int, steps: int
         text, blank = embed(words), embed([""] * len(words))
         noise = initial_noise(shape, [seed * SEEDS + i for i in numbers]).to(text.text)
         scale = guidance if any(words) else 1.0
-        return sample(Student(backbone.network), backbone.schedule_for(shape[1:]), noise, text, steps, scale, blank), []
+        return sample(Student(backbone.network), backbone.schedule_for((cells, cells)), noise, text, steps, scale, blank), []
 
     return origin
 

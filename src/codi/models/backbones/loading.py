@@ -138,8 +138,9 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool) -> t
     options = {**found, **options, **at}  # "@" says more than an option
     if "variant" in found:
         options["variant"] = options.get("variant") or found["variant"]
-    if not text:
-        options |= {name: None for name in index if name.startswith("text_encoder")}
+    # Those that are left out, or that the folder lacks, are named: diffusers refuses a folder that lacks one.
+    encoders = {name: part for name, part in index.items() if name.startswith("text_encoder")}
+    options |= {name: None for name, part in encoders.items() if not text or part[0] is None}
     return kind.open_folder(source, index, dtype, options), kind
 
 

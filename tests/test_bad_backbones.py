@@ -1,0 +1,158 @@
+"""Backbones that cannot work are refused in one line that says which file or value, what is wrong and how to fix it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from codi import CoDiPipeline
+from codi.errors import UserError
+from codi.models.backbones import load_backbone
+from codi.training.distill import DistillRecipe, distill
+from codi.training.dry_run import dry_run
+from families import FAMILIES, tiny_flux, tiny_kl
+from folders import refused
+from tiny import rand, tiny_scheduler
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    tiny_flux().pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(flux, tmp_path) -> Path:
+    return Path(shutil.copytree(flux, tmp_path / "model"))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_weights_that_are_no_numbers(model):
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weight"][0, 0] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    refused(lambda: load_backbone(model), "model/transformer: weight 'proj_out.weight' is NaN", "fetch")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_missing_text_encoder(model, part):
+    edit(model / "model_index.json", **{part: [None, None]})
+    refused(lambda: load_backbone(model), f"has no {part}", "fetch the whole model")
+    assert load_backbone(model, text=False).transformer is not None  # a cache holds what it would say
+
+
+def test_latents_of_another_number_of_channels(model):
+    tiny_kl(channels=4).save_pretrained(model / "vae")
+    refused(lambda: load_backbone(model), "takes 16 channels where latents have 4", "text-to-image model")
+
+
+def test_a_scheduler_of_the_wrong_kind(model):
+    shutil.rmtree(model / "scheduler")
+    tiny_scheduler().save_pretrained(model / "scheduler")
+    edit(model / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    refused(lambda: load_backbone(model), "model/scheduler: a DDIMScheduler has no flow shift", "FlowMatchEuler")
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"_class_name": "FluxKontextPipeline"}, "a FluxKontextPipeline takes more than noise and a prompt"),
+        ({"_class_name": "FluxFillPipeline"}, "a FluxFillPipeline takes more than noise and a prompt"),
+        ({"_class_name": "FluxControlPipeline"}, "train the task as an adapter"),
+        (
+            {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]},
+            "a video model is not supported: use a text-to-image model of Stable Diffusion, FLUX.1",
+        ),
+        (
+            {"_class_name": "PixArtSigmaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]},
+            r"a PixArtSigmaPipeline \(PixArtTransformer2DModel\) is not supported: .* SANA",
+        ),
+    ],
+)
+def test_families_and_variants_that_are_not_supported(model, index, words):
+    edit(model / "model_index.json", **index)
+    with pytest.raises(UserError, match=words) as caught:
+        load_backbone(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_with_more_input_channels(tmp_path):
+    """As fill and control checkpoints have, whatever their index says."""
+    backbone = tiny_flux(in_channels=128, out_channels=64)
+    backbone.pipeline().save_pretrained(tmp_path)
+    refused(lambda: load_backbone(tmp_path), "takes 32 channels where latents have 16")
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_sizes_that_are_no_whole_tokens(name):
+    backbone = FAMILIES[name]()
+    pipe = CoDiPipeline(**vars(backbone))
+    cell = pipe.cell
+    with pytest.raises(
+        UserError, match=rf"size {4 * cell} x {4 * cell + 1}: not multiples of {cell} px: use {4 * cell}"
+    ):
+        pipe(prompt="a red ball", height=4 * cell + 1, width=4 * cell)
+
+
+def test_a_recipe_s_size_and_numbers(flux, tmp_path):
+    recipe = {"out": str(tmp_path / "out"), "task": "depth", "model": str(flux), "data": "scenes:train:4",
+              "held_out": "scenes:held-out:2", "train_backbone": False, "device": "cpu"}  # fmt: skip
+    for changes, words in [
+        ({"size": 34}, "size 34: not a multiple of 4, the model's token: use 32"),
+        ({"size": 32, "embedded_guidance": 3.0, "model": str(flux.parent / "schnell")}, "has no such input"),
+        ({"size": 32, "backbone_precision": "bf16"}, "set train_backbone: false and precision: bf16"),
+        ({"size": 32, "backbone_precision": "fp8"}, "not known: use one of no, bf16"),
+    ]:
+        if "schnell" in str(changes.get("model")):
+            tiny_flux(guidance=False).pipeline().save_pretrained(changes["model"])
+        with pytest.raises(UserError, match=words):
+            distill(DistillRecipe(**{**recipe, **changes}), quiet=True)
+    with pytest.raises(UserError, match="size 34: not a multiple of 4, the model's token"):
+        dry_run(DistillRecipe(**{**recipe, "size": 34}))
+
+
+def test_an_adapter_of_another_family(flux, tmp_path):
+    recipe = DistillRecipe(
+        out=str(tmp_path / "adapter"), task="depth", model=str(flux), data="scenes:train:4", adapter="hint", size=32,
+        held_out="scenes:held-out:2", train_backbone=False, images=1, batch_size=1, device="cpu", preview_every=9,
+    )  # fmt: skip
+    adapter = distill(recipe, quiet=True)
+    other = tmp_path / "sd3"
+    FAMILIES["sd3"]().pipeline().save_pretrained(other)
+    refused(
+        lambda: CoDiPipeline.from_pretrained(other, task="depth", adapter=adapter),
+        "was trained for backbone FLUX.1", "Stable Diffusion 3", "train an adapter for this one",
+    )  # fmt: skip
+
+
+def test_guidance_inputs_that_a_network_lacks():
+    pipe = CoDiPipeline(**vars(tiny_flux(guidance=False)))
+    refused(lambda: pipe(prompt="a", embedded_guidance=3.0), "embedded_guidance 3", "leave it out")
+
+
+def test_a_prompt_that_is_cut_is_said_to_be():
+    backbone = tiny_flux().freeze()
+    pipe = CoDiPipeline(**vars(backbone))
+    pipe.set_progress_bar_config(disable=True)
+    words = " ".join(["ball"] * 520)
+    with pytest.warns(UserWarning, match=r"prompt of 5\d\d tokens: the text encoder reads 512, so this is cut: 'ball"):
+        long = pipe(prompt=words, height=16, width=16, steps=1, output_type="pt").images
+    assert torch.equal(
+        long, pipe(prompt=words.rsplit(" ", 4)[0], height=16, width=16, steps=1, output_type="pt").images
+    )
+
+
+def test_a_single_file_wants_the_parts_that_it_lacks(tmp_path):
+    save_file({"double_blocks.0.img_mod.lin.weight": rand(2, 2)}, tmp_path / "flux.safetensors")
+    refused(lambda: load_backbone(tmp_path / "flux.safetensors"), "has a network of FLUX.1 alone", "--config")
