@@ -6,7 +6,7 @@
 Weights are random, of the published configuration, in bfloat16. For each checkpoint and form of adapter: parameters,
 whether the untrained adapter gives exactly the backbone's output at 256 px, seconds of a pass, and the peak memory of
 the process. The largest are built on the meta device, where a pass has shapes but no values. Results go to
-benchmarks/results/backbones.json, the table to docs/backbones.md.
+benchmarks/results/backbones.json; docs/backbones.md is written from them and from those of family_parity.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,31 @@ from codi.models.text import FEATURES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "backbones.json"
+PARITY = RESULTS.with_name("family_parity.json")
 PAGE = ROOT / "docs" / "backbones.md"
+HEAD = """# Backbones
+
+`codi` adapts these families of text-to-image models, as diffusers folders, hub ids, fp16 variants, sharded weights, and
+single files where diffusers reads them. Fine-tunes of them work alike; your LoRA files can be merged first (`loras`).
+Edit, fill, control and video variants are refused, and so are families that are not listed.
+
+| family | checkpoints | guidance | ControlNet form |
+| --- | --- | --- | --- |
+| Stable Diffusion | 1.5, 2.1, XL, pruned and distilled ones | classifier-free | yes |
+| Stable Diffusion 3 | 3, 3.5 medium and large | classifier-free | yes |
+| FLUX.1 | dev, schnell | dev: an input (`embedded_guidance`); classifier-free | yes, of a picture |
+| FLUX.2 | klein base and distilled, dev | klein base: classifier-free; dev: an input | no |
+| Z-Image | base, Turbo | classifier-free; scale g of the stock pipeline is g + 1 here | yes |
+| Qwen-Image | Qwen-Image | classifier-free, with the stock pipeline's rescaling | yes |
+| SANA | 1.0, 1.5 | classifier-free | 1.0: yes, of a picture |
+
+Every family takes all forms of adapter: `fused` (CoDi's own: a copy of the first half of the blocks reads the condition
+once per picture, and its tokens are mixed into the backbone's after each of these blocks), `hint` (the condition's
+latent is added to the input tokens: no longer sequence, nothing runs beside the backbone), `controlnet` where diffusers
+has a class, and `lora`. Recipes: `codi distill FAMILY/depth` and `FAMILY/generate`, FAMILY one of sd3, flux, flux2,
+zimage, qwen, sana; `--dry-run` says what they take before a weight is read. A new family is one file:
+[CONTRIBUTING.md](../CONTRIBUTING.md#a-new-backbone-is-one-file).
+""".split("\n")
 SIDE = 256
 TOKENS = 64  # of the prompt
 RANK = 16
@@ -80,10 +104,25 @@ def measure(checkpoint: str, form: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def parity(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table of differences to the stock pipelines."""
+    lines = [
+        "## Equal to the stock pipelines", "",
+        "Without an adapter `CoDiPipeline` gives the stock pipeline's picture. The largest difference of a pixel in "
+        "[0, 1], on tiny random models in float32, same noise, same sigmas (`benchmarks/family_parity.py`):", "",
+        "| family | model | guidance | 4 steps | 20 steps |", "| --- | --- | --- | --: | --: |",
+    ]  # fmt: skip
+    for row in rows:
+        four, twenty = (f"{row['largest'][steps]:.1e}" for steps in ("4", "20"))
+        lines.append(f"| {row['family']} | {row['model']} | {row['guidance']} | {four} | {twenty} |")
+    return [*lines, ""]
+
+
+def page(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
     """Return docs/backbones.md."""
     lines = [
-        "# Backbones at full size", "",
+        *HEAD, *parity(compared),
+        "## At full size", "",
         "Written by `benchmarks/backbones.py`: random weights of the published configurations in bfloat16, one pass at "
         f"{SIDE} px with a prompt of {TOKENS} tokens, low-rank updates of rank {RANK} beside the adapter. \"Neutral\": "
         "the untrained adapter gives the backbone's output bit for bit. Peak memory is that of the whole process, the "
@@ -105,13 +144,14 @@ def page(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(CHECKPOINTS))
+    parser.add_argument("--page", action="store_true", help="write the page from the results that are there")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(*args.one)))
         return
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-    for checkpoint, form in RUNS:
+    for checkpoint, form in [] if args.page else RUNS:
         if args.only and checkpoint not in args.only:
             continue
         command = [sys.executable, __file__, "--one", checkpoint, form]
@@ -124,7 +164,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         rows.sort(key=lambda row: RUNS.index((row["checkpoint"], row["form"])))
         RESULTS.write_text(json.dumps({"torch": torch.__version__, "side": SIDE, "rows": rows}, indent=1) + "\n")
-    PAGE.write_text(page(rows))
+    PAGE.write_text(page(rows, json.loads(PARITY.read_text())["rows"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import codi.models.adapter_files as adapter_files
 import codi.models.backbones.loading as loading
 from codi.apps.models import embedded
+from codi.export.source import load_source
 from codi.models.adapter_files import default_model, find_adapter
 from codi.sampling.pipeline import CoDiPipeline
 from folders import refused
@@ -68,3 +69,12 @@ def test_the_list_of_what_is_embedded_tells_models_apart(weights):
     adapters = [key for key, row in rows.items() if row["kind"] == "adapter"]
     assert adapters == [("mini", "edit"), ("mini", "upscale"), ("photo", "upscale")]
     assert abs(rows["photo", "photo"]["bytes"] / rows["mini", "mini"]["bytes"] - 1) < 0.01  # without its adapters
+
+
+def test_export_takes_a_model_s_own_adapter(weights, shell, tmp_path):
+    """By a name that mini has too."""
+    assert load_source("upscale", "photo").shelved.folder == weights / "photo" / "adapters" / "upscale"
+    assert load_source("upscale", "mini").shelved.folder == weights / "adapters" / "upscale"
+    out = tmp_path / "out"
+    ran = shell("export", "edit", "--to", "diffusers", "-o", out, "--model", "photo")
+    ran.failed(1, "edit", "no adapter there", "one of")

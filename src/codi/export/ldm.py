@@ -45,8 +45,11 @@ HINT_CELL = 8  # pixels a latent cell: the original hint block halves three time
 def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
     """Writes the files, each whole or not at all; returns how to sample with them. Raises UserError for an adapter that
     these programs cannot express."""
-    source.refuse_what_is_ours("the LDM format")
-    control, unet, updates = source.control, source.full_unet(), source.updates(steps)
+    where = "the LDM format"
+    source.require_unet(where)
+    source.refuse_form(where)
+    source.require_stock_sampler(where)
+    control, unet, updates = source.control, source.full_network(steps), source.updates(steps)
     if control is not None and (cell := control.config["downscale"]) != HINT_CELL:
         raise UserError(f"{source.name}: its ControlNet reads {cell} px a latent cell, the original one {HINT_CELL}: "
                         "export --to diffusers")  # fmt: skip

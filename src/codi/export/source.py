@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from ..errors import UserError
 from ..models.adapter import Adapter, ControlNetAdapter, FusedAdapter, HintAdapter
-from ..models.backbones import Backbone, load_backbone
+from ..models.backbones import Backbone, Family, load_backbone
 from ..models.lora import lora_names, shared_copy
 from ..sampling.guidance import Guidance, resolve
 from ..sampling.sampler import time_grid
 from ..sampling.shelf import Shelf, Shelved
+from ..schedule import Schedule
 from ..tasks import Task
-
-TIME = "time_embedding.linear_1"  # the layer that the time features enter
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,11 @@ class Source:
         return self.shelved.adapter
 
     @property
+    def kind(self) -> Family:
+        """The backbone's family."""
+        return self.backbone.kind
+
+    @property
     def info(self) -> dict[str, Any]:
         return self.shelved.info
 
@@ -50,6 +53,16 @@ class Source:
     def control(self) -> ControlNetAdapter | None:
         """The adapter, if it is of ControlNet form."""
         return self.adapter if isinstance(self.adapter, ControlNetAdapter) else None
+
+    @property
+    def hint(self) -> HintAdapter | None:
+        """The adapter, if it is of hint form."""
+        return self.adapter if isinstance(self.adapter, HintAdapter) else None
+
+    @property
+    def reads(self) -> bool:
+        """Whether the adapter takes a condition to a place that stock pipelines have."""
+        return self.control is not None or self.hint is not None
 
     @property
     def jumps(self) -> bool:
@@ -66,28 +79,46 @@ class Source:
         """The adapter's own."""
         return resolve(None, None, [self.info])
 
-    def timesteps(self, steps: int) -> list[int]:
-        """What the network is told at each step, in the checkpoint's own numbering."""
-        schedule = self.backbone.schedule
-        return schedule.timestep(time_grid(schedule.horizon, steps, self.shift)[:-1]).tolist()
+    @property
+    def cells(self) -> tuple[int, int]:
+        """The size (h, w) of latents that the backbone was trained on."""
+        return (self.kind.sample_size(self.backbone.network.config),) * 2
 
-    def told(self) -> Tensor | None:
-        """What the adapter adds to the time features (W,) at its own guidance, with a prompt; None: nothing."""
+    def schedule(self, steps: int) -> Schedule:
+        """Return the noise schedule at that size."""
+        return self.backbone.schedule_for(self.cells, steps)
+
+    def grid(self, steps: int) -> Tensor:
+        """Return the `steps` + 1 times of the adapter's sampler."""
+        schedule = self.schedule(steps)
+        return time_grid(schedule.horizon, steps, self.shift, schedule.whole)
+
+    def timesteps(self, steps: int) -> list[float]:
+        """Return what the network is given at each step, in the checkpoint's own numbering."""
+        return self.schedule(steps).timestep(self.grid(steps)[:-1]).tolist()
+
+    def time_condition(self) -> Tensor | None:
+        """Return what the adapter adds to the time embedding (W,) at its own guidance, with a prompt; None: nothing."""
         columns, jump = self.guidance.columns(["a prompt"]), torch.ones(1) if self.jumps else None
         with torch.no_grad():
-            told = self.adapter.time_condition(columns, jump)
-        return told[0] if told is not None and bool(told.any()) else None
+            added = self.adapter.time_condition(columns, jump)
+        return added[0] if added is not None and bool(added.any()) else None
 
-    def full_unet(self) -> UNet2DConditionModel | None:
-        """The U-Net that a full adapter brings, with what the adapter tells it in the bias of a layer: W (x + c) + b =
-        W x + (b + W c). None for other adapters."""
+    def full_network(self, steps: int) -> Any:
+        """Return the network that a full adapter brings, with what the adapter adds to its time embedding in the bias
+        of a layer, or in its weight, as in `updates`, where it has no bias. None for other adapters."""
         if not self.shelved.full:
             return None
-        unet, told = shared_copy(self.shelved.network), self.told()
-        if told is not None:
-            layer: Any = unet.get_submodule(TIME)
-            layer.bias = torch.nn.Parameter(layer.bias + layer.weight @ told, requires_grad=False)
-        return unet
+        network, extra = shared_copy(self.shelved.network), self.time_condition()
+        if extra is not None:
+            layer: Any = network.get_submodule(self.kind.time_layer)
+            more = self.kind.time_constant(network, extra)
+            if layer.bias is None:
+                weight = layer.weight + torch.outer(more, self._constant(network, steps))
+                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            else:
+                layer.bias = torch.nn.Parameter(layer.bias + more, requires_grad=False)
+        return network
 
     def lora(self) -> dict[str, Tensor]:
         """The low-rank updates (B A, unscaled) that were trained: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`."""
@@ -98,7 +129,7 @@ class Source:
                 weights[key] = value * (config.lora_alpha / config.r) if ".lora_B." in key else value
         return weights
 
-    def merged_unet(self) -> UNet2DConditionModel:
+    def merged_unet(self) -> Any:
         """The U-Net that works with the adapter, its low-rank updates added to the weights."""
         weights = self.lora()
         unet = shared_copy(self.backbone.unet) if weights else self.shelved.network
@@ -111,42 +142,63 @@ class Source:
     def updates(self, steps: int) -> dict[str, Tensor]:
         """The low-rank updates that make the backbone the adapter's, all of one rank; {} for none, and for full ones.
 
-        Those of `lora`, and one for what the adapter adds to the time features x(t): a . x(t) = 1 for all t very
-        nearly, and for the timesteps of `steps` exactly, so W (x + c) = W x + (W c) (a . x). From 64 channels up,
-        a . x(t) is off by less than 1e-5 at any t.
+        Those of `lora`, and one for what the adapter adds to the time embedding, a constant c of what a linear layer
+        makes of features x(t): a . x(t) = 1 for all t very nearly, and for the timesteps of `steps` exactly, so
+        c = c (a . x). In networks from 64 channels up, a . x(t) is off by less than 1e-4 at any t.
         """
-        weights, told = self.lora(), self.told()
-        if self.shelved.full or told is None:
+        weights, extra = self.lora(), self.time_condition()
+        if self.shelved.full or extra is None:
             return weights
         rank = next((len(value) for key, value in weights.items() if ".lora_A." in key), 1)
-        layer: Any = self.backbone.unet.get_submodule(TIME)
+        network, name = self.backbone.network, self.kind.time_layer
+        layer: Any = network.get_submodule(name)
         a, b = torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank)
-        a[0], b[:, 0] = self._constant(steps), layer.weight.detach() @ told
-        return {**weights, f"{TIME}.lora_A.weight": a, f"{TIME}.lora_B.weight": b}
+        a[0], b[:, 0] = self._constant(network, steps), self.kind.time_constant(network, extra)
+        return {**weights, f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
 
-    def _constant(self, steps: int) -> Tensor:
-        """The smallest `a` (W,) with a . x(t) = 1, x(t) the sinusoidal time features; see `updates`."""
-        unet, levels = self.backbone.unet, torch.arange(int(self.backbone.schedule.horizon))
-        features = unet.get_time_embed(sample=torch.zeros(len(levels), 1), timestep=levels).double()  # type: ignore[union-attr]
+    @torch.no_grad()
+    def _constant(self, network: Any, steps: int) -> Tensor:
+        """The smallest `a` (W,) with a . x(t) = 1, x(t) the features that the time layer is given; see `updates`."""
+        most = int(self.schedule(steps).horizon)
+        levels = torch.cat([torch.arange(most), torch.tensor(self.timesteps(steps))])
         heavy = torch.ones(len(levels), 1, dtype=torch.float64)
-        heavy[self.timesteps(steps)] = 1e4  # narrow networks cannot be right everywhere
-        ridge = 1e-6 * torch.eye(features.shape[1], dtype=torch.float64)
-        wanted = torch.cat([heavy, heavy.new_zeros(len(ridge), 1)])
-        return torch.linalg.lstsq(torch.cat([heavy * features, ridge]), wanted).solution[:, 0].float()
+        heavy[most:] = 1e4  # narrow networks cannot be right everywhere
+        features = heavy * self.kind.time_features(network, levels).double()
+        left, values, right = torch.linalg.svd(features, full_matrices=False)
+        shares = values / (values.square() + 1e-12)  # ridge regression: directions of almost no weight have no say
+        return (right.T @ (shares * (left.T @ heavy)[:, 0])).float()
 
-    def refuse_what_is_ours(self, where: str) -> None:
-        """Raises UserError for adapters that `where`, which knows ControlNets, LoRA and U-Nets, cannot express."""
-        form = type(self.adapter)
-        if form in (FusedAdapter, HintAdapter):
-            way = "mixes a condition encoder's features into the U-Net" if form is FusedAdapter else "adds the condition to the U-Net's input"  # fmt: skip # noqa: E501
-            raise UserError(f"{self.name}: a {form.__name__} {way}, for which {where} has no place: "
-                            "train with `adapter: controlnet`, or export --to onnx")  # fmt: skip
+    def require_unet(self, where: str) -> None:
+        """Raises UserError for transformers, which `where` has no export for."""
+        if self.backbone.unet is None:
+            raise UserError(f"{self.name}: {where} is for Stable Diffusion's U-Nets so far, and {self.model} is of "
+                            f"{self.kind.name}: export --to diffusers, or sample with codi")  # fmt: skip
+
+    def require_stock_sampler(self, where: str) -> None:
+        """Raises UserError for adapters that no sampler of `where`, stock diffusers or another program, samples as
+        codi does."""
         if self.info.get("boundary"):
             raise UserError(f"{self.name}: was trained with CoDi's boundary scaling, which no sampler of {where} has: "
-                            "train without `boundary`, or export --to onnx")  # fmt: skip
+                            f"train without `boundary`, or {self.instead}")  # fmt: skip
         if self.guidance.second_pass < 1:
             raise UserError(f"{self.name}: its guidance {self.guidance.second_pass:g} is below 1, which {where} takes "
-                            "for none: train with a `guidance_scale` from 1 up, or export --to onnx")  # fmt: skip
+                            f"for none: train with a `guidance_scale` from 1 up, or {self.instead}")  # fmt: skip
+
+    @property
+    def instead(self) -> str:
+        """What an adapter can do that other programs have no place for."""
+        return "sample with codi" if self.backbone.unet is None else "export --to onnx"
+
+    def refuse_form(self, where: str) -> None:
+        """Raises UserError for forms that `where` has no place for, which knows ControlNets, LoRA and networks."""
+        part = "transformer" if self.backbone.unet is None else "U-Net"
+        ways = {FusedAdapter: f"mixes a condition encoder's features into the {part}",
+                HintAdapter: f"adds the condition to the {part}'s input"}  # fmt: skip
+        form = type(self.adapter)
+        if form in ways:
+            other = "`adapter: controlnet`" if self.kind.stock_controlnet else "`adapter: lora`"
+            raise UserError(f"{self.name}: a {form.__name__} {ways[form]}, for which {where} has no place: "
+                            f"train with {other}, or {self.instead}")  # fmt: skip
 
 
 def load_source(

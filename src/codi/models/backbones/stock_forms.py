@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import UserError
-
 
 class StockForms:
     """A part of `base.Family`; the defaults are those of a family with no place for a condition."""
@@ -22,6 +20,11 @@ class StockForms:
     """Whether the scheduler's base_shift and max_shift are what the stock pipelines shift by, with dynamic shifting."""
     control_pipeline: str | None = None
     """diffusers' pipeline for a condition beside the latent; see `control_lora`."""
+    stock_controlnet: bool = False
+    """Whether diffusers has a pipeline that samples with its ControlNets as `predict` does."""
+
+    control_argument: str = "control_image=condition"
+    """How a call gives the stock pipelines a tensor `condition` in [0, 1], which some expect in [-1, 1]."""
 
     def time_features(self, network: Any, timesteps: Tensor) -> Tensor:
         """Return what `time_layer` is given at these timesteps (B,), (B, W)."""
@@ -31,17 +34,16 @@ class StockForms:
         """Return what `time_layer` has to give more, for `extra` of `predict` (W,) to be added."""
         return extra
 
-    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
-        """Return the name of the stock pipeline that samples with this ControlNet as `predict` does. Raises UserError
-        where there is none."""
-        raise UserError(f"diffusers has no ControlNet pipeline for {self.name}")
+    def why_no_controlnet(self, controlnet: Any) -> str | None:
+        """Return why no stock pipeline samples with this ControlNet as `predict` does; None: one does."""
+        return None if self.stock_controlnet else f"diffusers has no ControlNet pipeline for {self.name}"
 
-    def control_lora(self, network: Any, entry: Any) -> dict[str, Tensor]:
+    def control_lora(self, entry: Any) -> dict[str, Tensor]:
         """Return the low-rank update of the patch embedding by which `control_pipeline` computes what `entry`, of
-        `hint_entry`, adds. Raises UserError where there is no such pipeline."""
-        raise UserError(f"{self.name} has no stock pipeline for a condition at the network's input")
+        `hint_entry`, adds for a picture."""
+        raise NotImplementedError
 
-    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+    def stock_call(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
         """Return the arguments of a stock pipeline's call for classifier-free guidance of `scale`, 1 for none, and for
         embedded guidance, None for the default."""
         return {"guidance_scale": scale}

@@ -1,0 +1,250 @@
+"""Export of the transformer families: what the stock pipelines make of an adapter is what codi makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors.torch import load_file
+from torch import Tensor
+
+from codi import CoDiPipeline
+from codi.errors import UserError
+from codi.export.diffusers import export_diffusers
+from codi.export.flow_scheduler import make_flow_scheduler
+from codi.export.ldm import export_ldm
+from codi.export.onnx import export_onnx
+from codi.export.source import Source, load_source
+from codi.models.adapter import FORMS
+from codi.models.backbones import FAMILIES as KINDS
+from codi.models.lora import FILE, add_lora
+from codi.tasks import get_task
+from codi.training.saving import save_adapter
+from families import FAMILIES
+from tiny import rand, randn
+
+TOLERANCE = 1e-4  # of pictures in [0, 1], float32
+SIDE = 32  # px
+
+
+class Info:
+    """What a Source asks of a loaded adapter for its schedule alone."""
+
+    def __init__(self, info: dict[str, Any]) -> None:
+        self.info = info
+
+
+GUIDED = {"guidance": {"text": [1, 5]}, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Any:
+    """A function from a family's name to the folder of its tiny model."""
+    root = tmp_path_factory.mktemp("models")
+
+    def model(name: str) -> Path:
+        if not (root / name).exists():
+            FAMILIES[name]().pipeline().save_pretrained(root / name)
+        return root / name
+
+    return model
+
+
+@pytest.fixture(autouse=True)
+def cards(monkeypatch):
+    """Cards replace this method; the other tests want the stock one."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", DiagonalGaussianDistribution.sample)
+
+
+def make(folder: Path, name: str, form: str, task: str = "canny", full: bool = False, **info: Any) -> Path:
+    """An adapter of a tiny model as training leaves one: everything in it matters."""
+    backbone, made = FAMILIES[name]().freeze(), get_task(task)
+    scales, jumps, channels = len(info.get("guidance", ())), info.get("jumps", False), made.condition_channels
+    adapter: Any = FORMS[form].from_backbone(backbone.network, backbone.vae, channels, scales, jumps)
+    network = backbone.network if full else add_lora(backbone.network, 2, task)
+    with torch.no_grad():
+        for i, (key, p) in enumerate(network.named_parameters()):
+            if full or "lora_B" in key:
+                p.add_(0.1 * randn(*p.shape, seed=i))
+        for i, (key, p) in enumerate(adapter.named_parameters()):
+            if not key.startswith(("encoder.", "net.")) or "controlnet" in key:
+                p.add_(0.1 * randn(*p.shape, seed=100 + i))
+    known = {"task": task, "task_options": made.config(), "family": backbone.family, "full": full}
+    adapter.register_to_config(info={**known, **info})
+    save_adapter(folder, adapter, network, full, half=False)
+    return folder
+
+
+def ours(source: Source, image: Tensor | None, steps: int = 4) -> Tensor:
+    """The picture of seed 0."""
+    pipe = CoDiPipeline.from_pretrained(source.model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_adapter(source.name)
+    height, width = image.shape[-2:] if image is not None else (SIDE, SIDE)
+    given = {"height": height, "width": width} if image is None else {"image": image}
+    return pipe(prompt="a red ball", steps=steps, output_type="pt", **given).images  # type: ignore[union-attr]
+
+
+def theirs(folder: Path, condition: Tensor | None) -> Tensor:
+    """The picture that the lines of the card make, at the size of the tests."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert code is not None
+    lines = code[1].replace('folder = "."', f"folder = {str(folder)!r}").replace("condition = ...", "")
+    lines = lines.replace(").images[0]", ", output_type='pt').images")
+    lines = re.sub(r"height=\d+, width=\d+", f"height={SIDE}, width={SIDE}", lines)
+    names: dict[str, Any] = {"condition": condition}
+    exec(lines, names)
+    return names["picture"]
+
+
+def compare(folder: Path, model: Path, name: str, form: str, **options: Any) -> float:
+    """Export an adapter; return the largest difference between the pictures."""
+    source = load_source(make(folder / "adapter", name, form, **options), model)
+    image = condition = None
+    if form != "lora":
+        image = (rand(1, 3, SIDE, SIDE, seed=3) > 0.5).float()
+        condition = source.task.condition(source.task.bring(image))
+    export_diffusers(source, folder / "out", steps=4)
+    picture, other = ours(source, image), theirs(folder / "out", condition)
+    assert picture.std() > 0.01
+    difference = float((picture - other).abs().max())
+    print(name, form, options, f"{difference:.1e}")
+    return difference
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Let the backbones have been trained at SIDE, for what is exported for one size."""
+    for kind in KINDS:
+        cells = SIDE // 4 if kind.name == "FLUX.2" else SIDE // 2
+        monkeypatch.setattr(type(kind), "sample_size", lambda self, config, cells=cells: cells)
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0, **GUIDED}], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_low_rank_updates(tmp_path, models, small, name, options):
+    """LoRA by `load_lora_weights`, the steps by scheduler_config.json; distilled guidance is a low-rank update too."""
+    assert compare(tmp_path, models(name), name, "lora", task="generate", **options) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["flux", "zimage", "flux2", "sana"])
+def test_full_networks(tmp_path, models, small, name):
+    assert compare(tmp_path, models(name), name, "lora", task="generate", full=True, **GUIDED) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"guidance_scale": 2.0}) for name in ("flux", "sd3", "sana", "zimage", "flux2", "qwenimage")),
+        *((name, {"embedded_guidance": 6.0}) for name in ("flux", "flux2dev")),
+    ],
+)
+def test_guidance_that_is_not_distilled(tmp_path, models, name, options):
+    """Classifier-free guidance, and the scale that some networks take."""
+    assert compare(tmp_path, models(name), name, "lora", task="generate", **options) < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"full": True}, {"shift": 2.0, **GUIDED}], ids=["lora", "full", "guided"])
+def test_a_hint_is_a_control_lora(tmp_path, models, small, options):
+    assert compare(tmp_path, models("flux"), "flux", "hint", **options) < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"shift": 2.0, **GUIDED}], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd35", "sana", "qwenimage"])
+def test_controlnets(tmp_path, models, small, name, options):
+    assert compare(tmp_path, models(name), name, "controlnet", **options) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd3", "sana"])
+def test_jumps_draw_the_same_noise(tmp_path, models, name):
+    assert compare(tmp_path, models(name), name, "lora", task="generate", jumps=True) < TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_scheduler_walks_the_adapter_s_times(tmp_path, models, small, name, shift, steps):
+    """Given what the stock pipeline gives, after a round trip through scheduler_config.json."""
+    source = Source("generate", "tiny", FAMILIES[name](), Info({"shift": shift}))
+    make_flow_scheduler(source, steps).save_pretrained(tmp_path)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    given: dict[str, Any] = {"num_inference_steps": steps}
+    if source.kind.passes_sigmas:
+        config = scheduler.config if source.kind.dynamic_by_config else source.backbone.scheduler.config
+        given["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+        given["mu"] = source.kind.shift_exponent(config, source.cells, steps)
+    scheduler.set_timesteps(**given)
+    schedule = source.schedule(steps)
+    noise = schedule.timestep(source.grid(steps)) / 1000
+    torch.testing.assert_close(scheduler.sigmas.double(), noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scheduler.timesteps.double(), 1000 * noise[:-1], rtol=0, atol=1e-3)
+
+
+def test_the_stock_walk_of_shift_3():
+    """Without sigmas: 1, 0.9, 0.75, 0.5, 0, where a static shift of 3 would be counted twice."""
+    source = Source("generate", "tiny", FAMILIES["sd3"](), Info({}))
+    scheduler = make_flow_scheduler(source, 4)
+    scheduler.set_timesteps(4)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), rtol=0, atol=1e-6)
+
+
+def test_more_steps_than_a_configuration_can_hold():
+    source = Source("generate", "tiny", FAMILIES["sd3"](), Info({"shift": 100.0}))
+    with pytest.raises(UserError, match="steps 50, shift 300: .* use fewer"):
+        make_flow_scheduler(source, 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "options", "why"),
+    [
+        ("flux", "fused", {}, "FusedAdapter .* has no place: train with `adapter: controlnet`, or sample with codi"),
+        ("flux2", "fused", {}, "FusedAdapter .* has no place: train with `adapter: lora`, or sample with codi"),
+        ("qwenimage", "hint", {}, "HintAdapter .* has no place: train with `adapter: controlnet`"),
+        ("flux", "hint", {"task": "inpaint"}, "FluxControlPipeline reads no mask beside the picture"),
+        ("flux", "hint", {"guidance_scale": 2.0}, "FluxControlPipeline has no classifier-free guidance"),
+        ("sd3", "controlnet", {"task": "inpaint"}, "ControlNetPipeline reads no mask beside the picture"),
+        ("qwenimage", "controlnet", {"task": "inpaint"}, "ControlNetPipeline reads no mask beside the picture"),
+        ("zimage", "controlnet", {}, "ZImageControlNetPipeline adds .* to the caption's tokens too"),
+        ("sana", "lora", {"task": "generate", "boundary": True}, "boundary scaling, .* or sample with codi"),
+    ],
+)
+def test_what_stock_pipelines_cannot_express_is_refused(tmp_path, models, name, form, options, why):
+    source = load_source(make(tmp_path / "adapter", name, form, **options), models(name))
+    with pytest.raises(UserError, match=why) as refusal:
+        export_diffusers(source, tmp_path / "out", 4)
+    assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("export", [export_ldm, export_onnx])
+def test_other_formats_are_for_unets(tmp_path, models, export):
+    source = load_source(make(tmp_path / "adapter", "flux", "lora", task="generate"), models("flux"))
+    with pytest.raises(
+        UserError, match="is for Stable Diffusion's U-Nets so far, and .* FLUX.1: export --to diffusers"
+    ):
+        export(source, tmp_path / "out", 4)
+
+
+def test_a_constant_of_the_time_embedding_holds_at_every_level():
+    """At a quarter of FLUX.1's width."""
+    backbone = FAMILIES["flux"](attention_head_dim=128, num_attention_heads=6, axes_dims_rope=(16, 56, 56))
+    source = Source("generate", "tiny", backbone, Info({}))
+    features = source.kind.time_features(backbone.network, torch.linspace(0, 1000, 1500))
+    assert ((features @ source._constant(backbone.network, 4)) - 1).abs().max() < 1e-3
+
+
+def test_the_command(shell, tmp_path, models):
+    adapter, out = make(tmp_path / "adapter", "sana", "lora", task="generate"), tmp_path / "out"
+    ran = shell("export", adapter, "--to", "diffusers", "-o", out, "--model", models("sana"), "--json")
+    assert ran.code == 0, ran
+    told = json.loads(ran.out)
+    assert told["scheduler"] == "FlowMatchEulerDiscreteScheduler" and told["call"]["num_inference_steps"] == 4
+    assert {row["path"] for row in told["files"]} == {
+        str(out / name) for name in (FILE, "README.md", "scheduler/scheduler_config.json")
+    }
+    assert all(key.startswith("transformer.") for key in load_file(out / FILE))

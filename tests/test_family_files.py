@@ -1,0 +1,122 @@
+"""Files of the transformer families: variants, shards, low-rank updates made part of the backbone, saved pipelines; and
+several adapters at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from codi import CoDiPipeline
+from codi.models.adapter import FORMS
+from codi.models.backbones import load_backbone
+from codi.models.lora import save_lora
+from codi.training.saving import save_adapter
+from families import FAMILIES
+from tiny import rand, randn, tiny_lora
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request) -> str:
+    return request.param
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(a: Any, b: Any) -> bool:
+    ours, theirs = a.network.state_dict(), b.network.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_variants_and_shards(family, tmp_path):
+    """Halves under the name of a variant alone, and weights in several files."""
+    backbone = FAMILIES[family]()
+    backbone.pipeline().save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards" / "transformer").glob("*.safetensors"))) > 1
+    assert same(load_backbone(tmp_path / "shards"), backbone)
+    halves = FAMILIES[family]()
+    halves.network.half()
+    halves.pipeline().save_pretrained(tmp_path / "fp16", variant="fp16", max_shard_size="10KB")
+    found = load_backbone(tmp_path / "fp16")
+    assert found.network.dtype == torch.float32
+    for a, b in zip(found.network.parameters(), halves.network.parameters(), strict=True):
+        assert torch.equal(a, b.float())
+    assert found.family == backbone.family
+
+
+def test_low_rank_updates_become_part_of_the_backbone(family, tmp_path):
+    """In the file that codi writes, at half weight: W + B A / 2, by diffusers' own loader."""
+    backbone = FAMILIES[family]().freeze()
+    backbone.pipeline().save_pretrained(tmp_path / "model")
+    adapted = tiny_lora(backbone.network, "style")
+    save_lora(adapted, tmp_path, "style")
+    found = load_backbone(tmp_path / "model", loras={str(tmp_path): 0.5}).network.state_dict()
+    updates, plain = dict(adapted.named_parameters()), backbone.network.state_dict()
+    names = [key.removesuffix(".base_layer.weight") for key in updates if key.endswith(".base_layer.weight")]
+    assert names
+    for name in names:
+        a, b = (updates[f"{name}.lora_{factor}.style.weight"] for factor in "AB")
+        change = 0.5 * (b.flatten(1) @ a.flatten(1)).view_as(plain[f"{name}.weight"])  # of SANA's 1 x 1 convolutions too
+        torch.testing.assert_close(found[f"{name}.weight"], plain[f"{name}.weight"] + change, rtol=0, atol=1e-6)
+
+
+def adapter(folder: Path, backbone: Any, form: str, task: str, seed: int, lora: bool = False) -> Path:
+    """Writes one that has a say."""
+    network = tiny_lora(backbone.network, task, seed) if lora else backbone.network
+    made = FORMS[form].from_backbone(backbone.network, backbone.vae)
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in made.parameters() if not p.any()):
+            parameter.copy_(0.3 * randn(*parameter.shape, seed=10 * seed + i))
+    made.register_to_config(info={"task": task, "family": backbone.family})
+    save_adapter(folder, made, network, full=False, half=False)
+    return folder
+
+
+def test_several_adapters_at_once(family, tmp_path):
+    """Each at its weight; one at weight 0 has no say; at strength 0 it is the backbone, bit for bit."""
+    backbone = FAMILIES[family]().freeze()
+    first = adapter(tmp_path / "first", backbone, "fused", "depth", 1)
+    second = adapter(tmp_path / "second", backbone, "hint", "canny", 2, lora=True)
+    pipe = quiet(CoDiPipeline(**vars(backbone)))
+    for folder in (first, second):
+        pipe.load_adapter(folder)
+
+    def run(images: Any, **changes: Any) -> Tensor:
+        return pipe(image=images, prompt="a red ball", steps=2, output_type="pt", **changes).images
+
+    depth, edges = rand(1, 1, SIDE, SIDE, seed=1), (rand(1, 1, SIDE, SIDE, seed=2) > 0.5).float()
+    both = {"first": depth, "second": edges}
+    pipe.set_adapters("first")
+    alone, half = run(depth), run(depth, strength=0.5)
+    pipe.set_adapters(["first", "second"], [1.0, 0.0])
+    assert torch.equal(run(both), alone)
+    pipe.set_adapters(["first", "second"], [1.0, 1.0])
+    made = run(both)
+    assert made.isfinite().all() and not torch.equal(made, alone) and not torch.equal(half, alone)
+    pipe.fuse_lora()
+    torch.testing.assert_close(run(both), made, rtol=0, atol=1e-4)
+    pipe.unfuse_lora()
+    nothing = run(both, strength=0.0)
+    pipe.set_adapters([])
+    assert torch.equal(nothing, run(None, height=SIDE, width=SIDE))
+
+
+def test_a_full_adapter_brings_its_network(family, tmp_path):
+    backbone = FAMILIES[family]().freeze()
+    made = FORMS["hint"].from_backbone(backbone.network, backbone.vae)
+    made.register_to_config(info={"task": "depth", "family": backbone.family, "full": True})
+    other = FAMILIES[family](seed=3)
+    save_adapter(tmp_path / "full", made, other.network, full=True, half=False)
+    assert (tmp_path / "full" / "transformer" / "config.json").is_file()
+    pipe = CoDiPipeline(**vars(backbone))
+    pipe.load_adapter(tmp_path / "full")
+    assert same(replace(backbone, transformer=pipe.student.network), other)
