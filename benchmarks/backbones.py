@@ -56,7 +56,7 @@ latent is added to the input tokens: no longer sequence, nothing runs beside the
 has a class, and `lora`. Recipes: `codi distill FAMILY/depth` and `FAMILY/generate`, FAMILY one of sd3, flux, flux2,
 zimage, qwen, sana; `--dry-run` says what they take before a weight is read. A new family is one file:
 [CONTRIBUTING.md](../CONTRIBUTING.md#a-new-backbone-is-one-file).
-""".split("\n")
+"""
 SIDE = 256
 TOKENS = 64  # of the prompt
 RANK = 16
@@ -121,7 +121,7 @@ def parity(rows: list[dict[str, Any]]) -> list[str]:
 def page(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
     """Return docs/backbones.md."""
     lines = [
-        *HEAD, *parity(compared),
+        *parity(compared),
         "## At full size", "",
         "Written by `benchmarks/backbones.py`: random weights of the published configurations in bfloat16, one pass at "
         f"{SIDE} px with a prompt of {TOKENS} tokens, low-rank updates of rank {RANK} beside the adapter. \"Neutral\": "
@@ -138,7 +138,7 @@ def page(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
             f"| {row['checkpoint']} | {row['form']} | {row['network'] / 1e9:.2f}B | {row['adapter'] / 1e6:.1f}M | "
             f"{row['lora'] / 1e6:.1f}M | {neutral} | {cost} |"
         )
-    return "\n".join(lines) + "\n"
+    return HEAD + "\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def test_low_rank_updates_become_part_of_the_backbone(family, tmp_path):
     assert names
     for name in names:
         a, b = (updates[f"{name}.lora_{factor}.style.weight"] for factor in "AB")
-        change = 0.5 * (b.flatten(1) @ a.flatten(1)).view_as(plain[f"{name}.weight"])  # of SANA's 1 x 1 convolutions too
+        change = 0.5 * (b.flatten(1) @ a.flatten(1)).view_as(plain[f"{name}.weight"])  # some are 1 x 1 convolutions
         torch.testing.assert_close(found[f"{name}.weight"], plain[f"{name}.weight"] + change, rtol=0, atol=1e-6)
 
 
