@@ -84,7 +84,8 @@ def of_samples(backbone: Backbone, prompts: Sequence[str], size: int, steps: int
         text, blank = embed(words), embed([""] * len(words))
         noise = initial_noise(shape, [seed * SEEDS + i for i in numbers]).to(text.text)
         scale = guidance if any(words) else 1.0
-        return sample(Student(backbone.network), backbone.schedule_for((cells, cells)), noise, text, steps, scale, blank), []
+        schedule = backbone.schedule_for((cells, cells))
+        return sample(Student(backbone.network), schedule, noise, text, steps, scale, blank), []
 
     return origin
 
