@@ -102,13 +102,10 @@ def pictures(pipe: Any, captions: list[str], size: int) -> Tensor:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Returns how long a model trained, from what `codi pretrain` left in its folder."""
-    note, log = folder / "training.json", folder / "training" / "ldm" / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    return {
-        "images_trained": json.loads(note.read_text())["images"] if note.is_file() else None,
-        "seconds_trained": rows[-1]["seconds"] if rows else None,
-    }
+    """Returns how long a model trained, from the newest checkpoint that `codi pretrain` left in its folder."""
+    states = sorted((folder / "training" / "ldm" / "checkpoints").glob("step-*/state.json"))
+    progress = json.loads(states[-1].read_text())["progress"] if states else {}
+    return {"images_trained": progress.get("images"), "seconds_trained": progress.get("seconds")}
 
 
 def main() -> None:

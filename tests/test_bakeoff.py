@@ -41,9 +41,10 @@ def test_a_v_prediction_becomes_the_velocity_of_the_linear_path():
 
 def test_what_was_trained_is_read_from_the_folder(tmp_path):
     assert bakeoff.trained(tmp_path) == {"images_trained": None, "seconds_trained": None}
-    (tmp_path / "training" / "ldm").mkdir(parents=True)
-    (tmp_path / "training.json").write_text('{"images": 64}')
-    (tmp_path / "training" / "ldm" / "log.jsonl").write_text('{"seconds": 1.0}\n{"seconds": 2.5}\n')
+    for step, images in ((8, 16), (9, 64)):
+        folder = tmp_path / "training" / "ldm" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(f'{{"progress": {{"images": {images}, "seconds": 2.5}}}}')
     assert bakeoff.trained(tmp_path) == {"images_trained": 64, "seconds_trained": 2.5}
 
 
