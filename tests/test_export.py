@@ -193,13 +193,13 @@ def test_schedulers_start_at_pure_noise_where_the_model_does(tmp_path, model, sh
 def test_guidance_as_a_low_rank_update_is_right_at_every_level():
     """At the width of the embedded model; Stable Diffusion's is five times wider, and better."""
     source = load_source("generate", "mini")
-    unet, told = source.backbone.unet, source.told()
+    unet, extra = source.backbone.unet, source.time_condition()
     weights = source.updates(steps=4)
     levels = torch.arange(1000)
     features = unet.get_time_embed(sample=torch.zeros(1000, 1), timestep=levels)
     constant = features @ weights["time_embedding.linear_1.lora_A.weight"].T
     added = constant @ weights["time_embedding.linear_1.lora_B.weight"].T
-    wanted = unet.time_embedding.linear_1.weight @ told
+    wanted = unet.time_embedding.linear_1.weight @ extra
     assert (added - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert len({len(value) for key, value in weights.items() if ".lora_A." in key}) == 1  # one rank, so one scale
 
@@ -301,7 +301,7 @@ def test_diffusers_reads_the_ldm_files_back(tmp_path, model):
     with safe_open(out, "pt") as file:
         notes = json.loads(file.metadata()["codi"])
     assert notes == told and notes["timesteps"] == [999, 749, 499, 249] and notes["prediction"] == "v_prediction"
-    net, unet = source.control.net, source.full_unet()
+    net, unet = source.control.net, source.full_network(4)
     for own, path in ((net, out), (unet, tmp_path / "out-unet.safetensors")):
         own.save_config(tmp_path / type(own).__name__)
         read = type(own).from_single_file(str(path), config=str(tmp_path / type(own).__name__))

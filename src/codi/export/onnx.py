@@ -109,7 +109,7 @@ def examples(source: Source, steps: int, size: tuple[int, int] | None) -> dict[s
     """The graph's inputs by name, for two pictures. Raises UserError for a size of no whole cells."""
     backbone, task = source.backbone, source.task
     f, channels = codec.downscale(backbone.vae), backbone.vae.config["latent_channels"]
-    height, width = size or (backbone.kind.sample_size(backbone.network.config) * f,) * 2
+    height, width = size or (backbone.kind.sample_size(backbone.network, backbone.vae) * f,) * 2
     if height % f or width % f or height % task.scale or width % task.scale or not height or not width:
         multiple = max(f, task.scale)
         raise UserError(f"size {width} x {height}: not what this adapter can make: use multiples of {multiple} px")

@@ -82,7 +82,7 @@ class Source:
     @property
     def cells(self) -> tuple[int, int]:
         """The size (h, w) of latents that the backbone was trained on."""
-        return (self.kind.sample_size(self.backbone.network.config),) * 2
+        return (self.kind.sample_size(self.backbone.network, self.backbone.vae),) * 2
 
     def schedule(self, steps: int) -> Schedule:
         """Return the noise schedule at that size."""

@@ -47,12 +47,10 @@ class Flux(TransformerFamily):
 
     # ---- export
 
-    control_pipeline = "FluxControlPipeline"
+    control_pipeline, stock_controlnet = "FluxControlPipeline", True
+    control_argument = "control_image=2 * condition - 1"
 
-    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
-        return "FluxControlNetPipeline"
-
-    def control_lora(self, network: Any, entry: Any) -> dict[str, Tensor]:
+    def control_lora(self, entry: Any) -> dict[str, Tensor]:
         """Return the update of a patch embedding of twice the channels, whose second half reads the condition."""
         weight = entry.conv.weight.detach().flatten(1)  # of packed tokens, as the patch embedding's
         down, up = torch.eye(weight.shape[1], dtype=weight.dtype), weight
@@ -61,7 +59,7 @@ class Flux(TransformerFamily):
         down = torch.cat([torch.zeros_like(down), down], dim=1)
         return {"x_embedder.lora_A.weight": down, "x_embedder.lora_B.weight": up}
 
-    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+    def stock_call(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
         call = {"guidance_scale": self.embedded_guidance if embedded is None else embedded}
         return call if scale == 1 else {**call, "true_cfg_scale": scale, "negative_prompt": ""}
 

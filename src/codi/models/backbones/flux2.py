@@ -119,7 +119,7 @@ class Flux2(TransformerFamily):
             raise UserError(f"guidance_scale {scale:g}: this {self.name} is distilled to go without classifier-free "
                             "guidance: leave it out, or use a base model")  # fmt: skip
 
-    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+    def stock_call(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
         if not network.config["guidance_embeds"]:
             return {"guidance_scale": scale}
         return {"guidance_scale": self.embedded_guidance if embedded is None else embedded}

@@ -62,6 +62,7 @@ class QwenImage(TransformerFamily):
     pipelines = ("QwenImagePipeline",)
     file_key = "transformer_blocks.0.img_mod.1.weight"
     entry_name = "img_in"
+    stock_controlnet, control_argument = True, "control_image=2 * condition - 1"
 
     def require_usable(self, parts: Any, name: str) -> None:
         config = parts.transformer.config
@@ -142,12 +143,11 @@ class QwenImage(TransformerFamily):
     def time_argument(self, network: Any, timesteps: Tensor) -> Tensor:
         return timesteps / 1000
 
-    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
-        if controlnet.config["extra_condition_channels"]:
-            raise UserError("QwenImageControlNetPipeline takes a picture alone, and this task brings a mask too")
-        return "QwenImageControlNetPipeline"
+    def why_no_controlnet(self, controlnet: Any) -> str | None:
+        extra = controlnet.config["extra_condition_channels"]
+        return "QwenImageControlNetPipeline reads no mask beside the picture" if extra else None
 
-    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+    def stock_call(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
         return {"true_cfg_scale": scale, **({} if scale == 1 else {"negative_prompt": ""})}
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:

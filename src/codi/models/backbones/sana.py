@@ -48,7 +48,7 @@ class Sana(TransformerFamily):
     # Not the depthwise convolution of the feed-forward layers: one channel has no rank to lower.
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|conv_inverted|conv_point)"
     time_embedder = "time_embed.emb"
-    passes_sigmas = False
+    passes_sigmas, stock_controlnet = False, True
     entry_name = "entry"  # beside the network's patch embedding, which keeps the positions, where it has any
     unused = ("norm_out", "proj_out", "scale_shift_table")
 
@@ -168,8 +168,8 @@ class Sana(TransformerFamily):
     def time_argument(self, network: Any, timesteps: Tensor) -> Tensor:
         return timesteps * network.config["timestep_scale"]
 
-    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
-        return "SanaControlNetPipeline"
+    def stock_call(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+        return {"guidance_scale": scale, "use_resolution_binning": False}
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         self.refuse_maps(channels)

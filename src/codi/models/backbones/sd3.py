@@ -28,7 +28,7 @@ class StableDiffusion3(TransformerFamily):
     text_parts = ("text_encoder", "text_encoder_2")  # the third may be left out: the stock pipeline reads zeros
     file_key = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
     entry_name = "entry"  # beside the network's patch embedding, which keeps the positions
-    passes_sigmas = False
+    passes_sigmas, stock_controlnet = False, True
 
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         # diffusers opens a folder without the third text encoder only where it is passed as None.
@@ -123,10 +123,9 @@ class StableDiffusion3(TransformerFamily):
         del encoder.pos_embed.proj
         return encoder
 
-    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
-        if controlnet.config["extra_conditioning_channels"]:
-            raise UserError("StableDiffusion3ControlNetPipeline takes a picture alone, and this task brings a mask too")
-        return "StableDiffusion3ControlNetPipeline"
+    def why_no_controlnet(self, controlnet: Any) -> str | None:
+        extra = controlnet.config["extra_conditioning_channels"]
+        return "StableDiffusion3ControlNetPipeline reads no mask beside the picture" if extra else None
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         changes = {

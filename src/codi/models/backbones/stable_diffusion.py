@@ -30,6 +30,7 @@ class StableDiffusion(Family):
     block_classes = ("ResnetBlock2D", "BasicTransformerBlock")
     channel_dim = 1
     time_layer = "time_embedding.linear_1"
+    stock_controlnet, control_argument = True, "image=condition"
 
     # ---- loading
 
@@ -194,9 +195,6 @@ class StableDiffusion(Family):
 
     def time_constant(self, network: Any, extra: Tensor) -> Tensor:
         return network.get_submodule(self.time_layer).weight.detach() @ extra  # which is added to its input
-
-    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
-        return self.pipeline_for(parts).__name__.replace("Pipeline", "ControlNetPipeline")
 
 
 def entry_widths(downscale: int) -> tuple[int, ...]:

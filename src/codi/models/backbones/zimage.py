@@ -184,11 +184,11 @@ class ZImage(TransformerFamily):
         time = (1000 - timesteps.float()) / 1000 * network.t_scale
         return embedder.mlp[:2](embedder.timestep_embedding(time, embedder.frequency_embedding_size))
 
-    def controlnet_pipeline(self, parts: Any, controlnet: Any) -> str:
-        raise UserError("ZImageControlNetPipeline also adds a ControlNet's samples to the tokens of the caption, which "
-                        "this one was trained without")  # fmt: skip
+    def why_no_controlnet(self, controlnet: Any) -> str | None:
+        return ("ZImageControlNetPipeline adds a ControlNet's samples to the caption's tokens too, which this one was "
+                "trained without")  # fmt: skip
 
-    def stock_guidance(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
+    def stock_call(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
         return {"guidance_scale": scale - 1}  # see `guide`
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
