@@ -57,7 +57,8 @@ class Show:
         self.model = str(Path(model).resolve()) if Path(model).exists() else model
         self.folder = folder.resolve() if folder else None
         # The backbone's own picture size, as far as scenes are rendered at it.
-        self.side = max(32, min(512, pipe.kind.sample_size(pipe.network.config) * codec.downscale(pipe.vae)))
+        own = pipe.kind.sample_size(pipe.network, pipe.vae) * codec.downscale(pipe.vae)
+        self.side = max(32, min(512, own))
         self.adapters: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
         for task in TASKS:

@@ -166,7 +166,7 @@ class AdaptedPipeline(DiffusionPipeline):
     @property
     def schedule(self) -> Schedule:
         """The backbone's noise schedule at the size that it was trained at."""
-        side = self.kind.sample_size(self.network.config)
+        side = self.kind.sample_size(self.network, self.vae)
         return self.schedule_for((side, side))
 
     def schedule_for(self, cells: tuple[int, int], steps: int | None = None) -> Schedule:

@@ -188,7 +188,7 @@ class CoDiPipeline(AdaptedPipeline):
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of text-to-image. Raises UserError for sides that are no whole cells."""
         f = self.cell
-        own = self.kind.sample_size(self.network.config) * codec.downscale(self.vae)
+        own = self.kind.sample_size(self.network, self.vae) * codec.downscale(self.vae)
         for side in (height, width):
             if side is not None and (side < f or side % f):
                 raise UserError(f"size {width} x {height}: not multiples of {f} px: use {max(1, round(side / f)) * f}")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...schedule import Schedule
+from .. import codec
 from ..text import PromptEncoder
 from .stock_forms import StockForms
 
@@ -68,8 +69,8 @@ class Family(StockForms, ABC):
     """The dimension of a feature that counts channels."""
     file_key: str | None = None
     """The end of a key by which a single file of the network in its authors' layout is recognized."""
-    embedded_guidance: float | None = None
-    """The default of guidance scales that are an input of some checkpoints of the family (not classifier-free)."""
+    embedded_guidance: float = 1.0
+    """The default of the guidance scale that is an input of some networks of the family (not classifier-free)."""
 
     # ---- loading
 
@@ -115,9 +116,10 @@ class Family(StockForms, ABC):
         names = stock(self.network)._no_split_modules
         return self.block_classes or tuple(name for name in names if name.endswith("Block"))
 
-    def sample_size(self, config: Any) -> int:
-        """Return the side, in latent cells, of pictures that the network was trained on."""
-        return config.get("sample_size") or 128
+    def sample_size(self, network: Any, vae: Any) -> int:
+        """Return the side, in latent cells, of pictures that the network was trained on: by its configuration, or where
+        that has none, as FLUX's, by the VAE's."""
+        return network.config.get("sample_size") or (vae.config.get("sample_size") or 1024) // codec.downscale(vae)
 
     def patch(self, config: Any) -> int:
         """Return the latent cells along a side of one token."""
@@ -313,7 +315,8 @@ class Backbone:
     @property
     def schedule(self) -> Schedule:
         """The noise schedule at the size that the network was trained at."""
-        return self.schedule_for((self.kind.sample_size(self.network.config),) * 2)
+        side = self.kind.sample_size(self.network, self.vae)
+        return self.schedule_for((side, side))
 
     def schedule_for(self, cells: tuple[int, int], steps: int | None = None) -> Schedule:
         """Return the noise schedule for latents of `cells` (h, w)."""

@@ -80,9 +80,6 @@ class Flux2(TransformerFamily):
     def pipeline_for(self, parts: Any) -> Any:
         return stock(self.pipelines[is_dev(parts)])
 
-    def sample_size(self, config: Any) -> int:
-        return 64
-
     def patch(self, config: Any) -> int:
         return 1
 
