@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from codi.export.onnx import export_onnx
 from codi.export.source import Source, load_source
 from codi.models.adapter import FORMS
 from codi.models.backbones import FAMILIES as KINDS
+from codi.models.backbones.flux import pack
 from codi.models.lora import FILE, add_lora
 from codi.tasks import get_task
 from codi.training.saving import save_adapter
@@ -31,15 +34,6 @@ from tiny import rand, randn
 
 TOLERANCE = 1e-4  # of pictures in [0, 1], float32
 SIDE = 32  # px
-
-
-class Info:
-    """What a Source asks of a loaded adapter for its schedule alone."""
-
-    def __init__(self, info: dict[str, Any]) -> None:
-        self.info = info
-
-
 GUIDED = {"guidance": {"text": [1, 5]}, "guidance_scale": 3.0}
 
 
@@ -79,6 +73,12 @@ def make(folder: Path, name: str, form: str, task: str = "canny", full: bool = F
     adapter.register_to_config(info={**known, **info})
     save_adapter(folder, adapter, network, full, half=False)
     return folder
+
+
+def bare(backbone: Any, shift: float = 1.0) -> Any:
+    """A source with what its schedule is made of, and no adapter."""
+    shelved: Any = SimpleNamespace(info={"shift": shift})
+    return Source("generate", "tiny", backbone, shelved)
 
 
 def ours(source: Source, image: Tensor | None, steps: int = 4) -> Tensor:
@@ -123,7 +123,7 @@ def small(monkeypatch):
     """Let the backbones have been trained at SIDE, for what is exported for one size."""
     for kind in KINDS:
         cells = SIDE // 4 if kind.name == "FLUX.2" else SIDE // 2
-        monkeypatch.setattr(type(kind), "sample_size", lambda self, config, cells=cells: cells)
+        monkeypatch.setattr(type(kind), "sample_size", lambda self, *_, cells=cells: cells)
 
 
 @pytest.mark.parametrize("options", [{}, {"shift": 3.0, **GUIDED}], ids=["plain", "guided"])
@@ -155,14 +155,28 @@ def test_a_hint_is_a_control_lora(tmp_path, models, small, options):
     assert compare(tmp_path, models("flux"), "flux", "hint", **options) < TOLERANCE
 
 
+def packed_noise(shape: tuple[int, int, int], **_: Any) -> Tensor:
+    """Of (B, N, 4 C), drawn in the order of an image."""
+    side = 2 * int(shape[1] ** 0.5)
+    return pack(torch.randn(shape[0], shape[2] // 4, side, side))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_controlnets_with_a_network_of_their_own(tmp_path, models, name):
+    assert compare(tmp_path, models(name), name, "controlnet", full=True) < TOLERANCE
+
+
 @pytest.mark.parametrize("options", [{}, {"shift": 2.0, **GUIDED}], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd35", "sana", "qwenimage"])
 def test_controlnets(tmp_path, models, small, name, options):
     assert compare(tmp_path, models(name), name, "controlnet", **options) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["sd3", "sana"])
-def test_jumps_draw_the_same_noise(tmp_path, models, name):
+@pytest.mark.parametrize("name", ["sd3", "sana", "flux"])
+def test_jumps_draw_fresh_noise(tmp_path, models, small, name, monkeypatch):
+    """The noise that codi draws, but for the order of packed latents."""
+    if name == "flux":
+        monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", packed_noise)
     assert compare(tmp_path, models(name), name, "lora", task="generate", jumps=True) < TOLERANCE
 
 
@@ -171,7 +185,7 @@ def test_jumps_draw_the_same_noise(tmp_path, models, name):
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_the_scheduler_walks_the_adapter_s_times(tmp_path, models, small, name, shift, steps):
     """Given what the stock pipeline gives, after a round trip through scheduler_config.json."""
-    source = Source("generate", "tiny", FAMILIES[name](), Info({"shift": shift}))
+    source = bare(FAMILIES[name](), shift)
     make_flow_scheduler(source, steps).save_pretrained(tmp_path)
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     given: dict[str, Any] = {"num_inference_steps": steps}
@@ -188,14 +202,14 @@ def test_the_scheduler_walks_the_adapter_s_times(tmp_path, models, small, name, 
 
 def test_the_stock_walk_of_shift_3():
     """Without sigmas: 1, 0.9, 0.75, 0.5, 0, where a static shift of 3 would be counted twice."""
-    source = Source("generate", "tiny", FAMILIES["sd3"](), Info({}))
+    source = bare(FAMILIES["sd3"]())
     scheduler = make_flow_scheduler(source, 4)
     scheduler.set_timesteps(4)
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), rtol=0, atol=1e-6)
 
 
 def test_more_steps_than_a_configuration_can_hold():
-    source = Source("generate", "tiny", FAMILIES["sd3"](), Info({"shift": 100.0}))
+    source = bare(FAMILIES["sd3"](), 100.0)
     with pytest.raises(UserError, match="steps 50, shift 300: .* use fewer"):
         make_flow_scheduler(source, 50)
 
@@ -233,9 +247,9 @@ def test_other_formats_are_for_unets(tmp_path, models, export):
 def test_a_constant_of_the_time_embedding_holds_at_every_level():
     """At a quarter of FLUX.1's width."""
     backbone = FAMILIES["flux"](attention_head_dim=128, num_attention_heads=6, axes_dims_rope=(16, 56, 56))
-    source = Source("generate", "tiny", backbone, Info({}))
+    source = bare(backbone)
     features = source.kind.time_features(backbone.network, torch.linspace(0, 1000, 1500))
-    assert ((features @ source._constant(backbone.network, 4)) - 1).abs().max() < 1e-3
+    assert ((features @ source._constant(backbone.network, 4)) - 1).abs().max() < 2e-4
 
 
 def test_the_command(shell, tmp_path, models):

@@ -18,7 +18,9 @@ def export(
     adapter: Annotated[str, typer.Argument(help="An embedded adapter's name or a folder.")],
     to: Annotated[
         Literal["diffusers", "ldm", "onnx"],
-        typer.Option(help="diffusers: a folder; ldm: a .safetensors file for ComfyUI and its like; onnx: a folder."),
+        typer.Option(
+            help="diffusers: a folder; of Stable Diffusion ldm, a .safetensors file for ComfyUI and its like, or onnx."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="What to write; it must not exist yet.")],
     model: Model = "mini",

@@ -23,7 +23,7 @@ For stock diffusers. These lines make the picture that `codi` makes with the sam
 """
 
 
-MEAN = "DiagonalGaussianDistribution"
+POSTERIOR = "DiagonalGaussianDistribution"
 
 
 def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool) -> str:
@@ -46,7 +46,7 @@ def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool)
     if lora:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{FILE}")')
     if _encodes(source):
-        lines.append(f"{MEAN}.sample = lambda self, generator=None: self.mode()  # see below")
+        lines.append(f"{POSTERIOR}.sample = lambda self, generator=None: self.mode()  # see below")
     arguments = ", ".join(f"{name}={value!r}" for name, value in {**_size(source), **call}.items())
     inputs = f"prompt=prompt, {kind.control_argument}" if source.reads else "prompt=prompt"
     lines.append(f"picture = pipe({inputs}, {arguments}, generator=torch.manual_seed(0)).images[0]")
@@ -61,7 +61,7 @@ def _head(source: Source, classes: set[str]) -> list[str]:
     return [
         "import torch",
         f"from diffusers import {', '.join(sorted(classes))}",
-        *([f"from diffusers.models.autoencoders.vae import {MEAN}"] if _encodes(source) else []),
+        *([f"from diffusers.models.autoencoders.vae import {POSTERIOR}"] if _encodes(source) else []),
         "",
         'folder = "."  # this one',
         f'model = "{source.model}"  # the backbone: a {source.kind.name} folder or hub id',

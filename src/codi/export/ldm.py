@@ -53,14 +53,15 @@ def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
     if control is not None and (cell := control.config["downscale"]) != HINT_CELL:
         raise UserError(f"{source.name}: its ControlNet reads {cell} px a latent cell, the original one {HINT_CELL}: "
                         "export --to diffusers")  # fmt: skip
+    schedule: Any = source.schedule(steps)
     told = {
         "task": source.task.name,
         "family": source.backbone.family,
         "sampler": "lcm" if source.jumps else "ddim",
         "timesteps": source.timesteps(steps),
         "cfg": source.guidance.second_pass,
-        "prediction": source.backbone.schedule.prediction,
-        "zero_terminal_snr": bool(source.backbone.schedule.alphas[-1] == 0),
+        "prediction": schedule.prediction,
+        "zero_terminal_snr": bool(schedule.alphas[-1] == 0),
     }
     files = {}
     if control is not None:

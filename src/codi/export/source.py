@@ -82,7 +82,8 @@ class Source:
     @property
     def cells(self) -> tuple[int, int]:
         """The size (h, w) of latents that the backbone was trained on."""
-        return (self.kind.sample_size(self.backbone.network, self.backbone.vae),) * 2
+        side = self.kind.sample_size(self.backbone.network, self.backbone.vae)
+        return side, side
 
     def schedule(self, steps: int) -> Schedule:
         """Return the noise schedule at that size."""
