@@ -88,7 +88,7 @@ class ZImage(TransformerFamily):
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|w1|w2|w3)"
     entry_name = "all_x_embedder"
     unused = ("all_final_layer",)
-    time_layer = "t_embedder.mlp.2"
+    time_layer = "t_embedder.mlp.2"  # type: ignore[assignment]
 
     def require_usable(self, parts: Any, name: str) -> None:
         require_channels(parts, name, self.latent_channels(parts.transformer.config))
