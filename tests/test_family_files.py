@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from codi import CoDiPipeline
+from codi.errors import UserError
 from codi.models.adapter import FORMS
 from codi.models.backbones import load_backbone
 from codi.models.lora import save_lora
@@ -120,3 +121,18 @@ def test_a_full_adapter_brings_its_network(family, tmp_path):
     pipe = CoDiPipeline(**vars(backbone))
     pipe.load_adapter(tmp_path / "full")
     assert same(replace(backbone, transformer=pipe.student.network), other)
+
+
+def test_pictures_are_upscaled_in_tiles(family, tmp_path):
+    """On whole tokens, from one field of noise."""
+    backbone = FAMILIES[family]().freeze()
+    pipe = quiet(CoDiPipeline(**vars(backbone)))
+    pipe.load_adapter(adapter(tmp_path / "upscale", backbone, "hint", "upscale", 1))
+    align = pipe.tiles(rand(1, 3, 999, 999)).align  # type: ignore[union-attr]
+    assert 4 * align % pipe.cell == 0
+    picture = rand(1, 3, 5 * align, 3 * align)
+    made = pipe(image=picture, steps=1, tile=2 * align, output_type="pt").images
+    assert made.shape == (1, 3, 20 * align, 12 * align) and made.isfinite().all()
+    if align > 1:
+        with pytest.raises(UserError, match=f"not a multiple of {align}"):
+            pipe(image=picture, steps=1, tile=2 * align + 1)

@@ -31,9 +31,8 @@ def generate(
         width, height = parse_size(size)
         job = plan_new(out, "generated", settings.count, settings.overwrite)
     pipe = open_pipeline("generate", settings)
-    from ..models import codec
 
-    check_cells(width, height, codec.downscale(pipe.vae))
+    check_cells(width, height, pipe.cell)
     arguments = {"prompt": prompt, "width": width, "height": height}
     deliver(pipe, variants(job, settings, {}), Order("generate", arguments, {"prompt": prompt}), settings)
 

@@ -86,7 +86,6 @@ def upscale(
 
 def check(pipe: CoDiPipeline, scale: float | None, tile: int | None) -> None:
     """Raises BadUsage for a scale or tile that this pipeline does not make."""
-    from ..models import codec
     from ..sampling.tiles import alignment
 
     most = pipe.task.scale  # type: ignore[union-attr]
@@ -95,7 +94,7 @@ def check(pipe: CoDiPipeline, scale: float | None, tile: int | None) -> None:
         raise BadUsage(
             f"--scale {scale:g}: this adapter enlarges {most} times: use at most {most}, {larger}or run twice"
         )
-    align = alignment(codec.downscale(pipe.vae), most)
+    align = alignment(pipe.cell, most)
     if tile and (tile % align or tile < 2 * align):
         raise BadUsage(
             f"--tile {tile}: not a multiple of {align} from {2 * align} up: use {max(2, tile // align) * align}"

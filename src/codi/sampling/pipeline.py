@@ -177,8 +177,8 @@ class CoDiPipeline(AdaptedPipeline):
 
     def tiles(self, given: Tensor, side: int | None = None) -> Tiles | None:
         """The tiles that a picture (B, C, h, w) is upscaled in, of `side` input pixels (0: none; None: as needed)."""
-        scale, f = self.task.scale, self.cell  # type: ignore[union-attr]
-        return Tiles.choose(side, given, scale, f, max(self._size(None, None)))
+        scale, f = self.task.scale, codec.downscale(self.vae)  # type: ignore[union-attr]
+        return Tiles.choose(side, given, scale, f, max(self._size(None, None)), self.cell // f)
 
     @property
     def cell(self) -> int:

@@ -28,30 +28,34 @@ def alignment(downscale: int, scale: int) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of `side` input pixels, enlarged `scale` times into latent cells of `downscale` pixels."""
+    """Tiles of `side` input pixels, enlarged `scale` times into latent cells of `downscale` pixels, `patch` of which
+    along a side are a token of the network."""
 
     side: int
     scale: int
     downscale: int
+    patch: int = 1
 
     @classmethod
-    def choose(cls, side: int | None, given: Tensor, scale: int, downscale: int, own: int) -> Tiles | None:
+    def choose(
+        cls, side: int | None, given: Tensor, scale: int, downscale: int, own: int, patch: int = 1
+    ) -> Tiles | None:
         """The tiles asked for; None for none. `side` None tiles pictures of more than 1.5 times the backbone's `own`
-        output size (LEAST input pixels at least). Raises UserError for a side off the latent cells."""
-        align = alignment(downscale, scale)
+        output size (LEAST input pixels at least). Raises UserError for a side off the tokens."""
+        align = alignment(downscale * patch, scale)
         if side is None:
             side = max(2, max(own // scale, LEAST) // align) * align
-            return cls(side, scale, downscale) if max(given.shape[-2:]) > 1.5 * side else None
+            return cls(side, scale, downscale, patch) if max(given.shape[-2:]) > 1.5 * side else None
         if side and (side % align or side < 2 * align):
             raise UserError(
                 f"tile {side}: not a multiple of {align} from {2 * align} up: use {max(2, side // align) * align}"
             )
-        return cls(side, scale, downscale) if side else None
+        return cls(side, scale, downscale, patch) if side else None
 
     @property
     def align(self) -> int:
         """Tiles start at multiples of this, in input pixels."""
-        return alignment(self.downscale, self.scale)
+        return alignment(self.downscale * self.patch, self.scale)
 
     @property
     def overlap(self) -> int:
