@@ -99,7 +99,7 @@ class _Code(str):
 
 def _encodes(source: Source) -> bool:
     """Whether the stock pipeline draws the condition's latent from the VAE's posterior."""
-    return source.reads and source.kind.control_reads == "latent"
+    return source.reads and source.kind.draws_condition
 
 
 def _remarks(source: Source, scheduler: Any) -> list[str]:

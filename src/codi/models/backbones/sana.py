@@ -48,7 +48,7 @@ class Sana(TransformerFamily):
     # Not the depthwise convolution of the feed-forward layers: one channel has no rank to lower.
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|conv_inverted|conv_point)"
     time_embedder = "time_embed.emb"
-    passes_sigmas, stock_controlnet = False, True
+    passes_sigmas, stock_controlnet, draws_condition = False, True, False
     entry_name = "entry"  # beside the network's patch embedding, which keeps the positions, where it has any
     unused = ("norm_out", "proj_out", "scale_shift_table")
 

@@ -30,7 +30,7 @@ class StableDiffusion(Family):
     block_classes = ("ResnetBlock2D", "BasicTransformerBlock")
     channel_dim = 1
     time_layer = "time_embedding.linear_1"
-    stock_controlnet, control_argument = True, "image=condition"
+    stock_controlnet, control_argument, draws_condition = True, "image=condition", False
 
     # ---- loading
 

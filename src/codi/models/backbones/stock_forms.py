@@ -23,6 +23,8 @@ class StockForms:
     stock_controlnet: bool = False
     """Whether diffusers has a pipeline that samples with its ControlNets as `predict` does."""
 
+    draws_condition: bool = True
+    """Whether they draw the condition's latent from the VAE's posterior, whose mean codi takes."""
     control_argument: str = "control_image=condition"
     """How a call gives the stock pipelines a tensor `condition` in [0, 1], which some expect in [-1, 1]."""
 
