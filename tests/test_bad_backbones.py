@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from codi import CoDiPipeline
 from codi.errors import UserError
+from codi.models.adapter import FORMS
 from codi.models.backbones import load_backbone
 from codi.training.distill import DistillRecipe, distill
 from codi.training.dry_run import dry_run
+from codi.training.saving import save_adapter
 from families import FAMILIES, tiny_flux, tiny_kl
 from folders import refused
 from tiny import rand, tiny_scheduler
@@ -62,6 +65,14 @@ def test_a_scheduler_of_the_wrong_kind(model):
     tiny_scheduler().save_pretrained(model / "scheduler")
     edit(model / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     refused(lambda: load_backbone(model), "model/scheduler: a DDIMScheduler has no flow shift", "FlowMatchEuler")
+
+
+def test_a_solver_that_is_not_for_flow_matching(model):
+    """It has a flow shift of 1 by default, which counts for nothing."""
+    shutil.rmtree(model / "scheduler")
+    DPMSolverMultistepScheduler().save_pretrained(model / "scheduler")
+    edit(model / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    refused(lambda: load_backbone(model), "a DPMSolverMultistepScheduler that is not for flow matching", "set use_flow")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +150,20 @@ def test_an_adapter_of_another_family(flux, tmp_path):
 def test_guidance_inputs_that_a_network_lacks():
     pipe = CoDiPipeline(**vars(tiny_flux(guidance=False)))
     refused(lambda: pipe(prompt="a", embedded_guidance=3.0), "embedded_guidance 3", "leave it out")
+
+
+def test_an_adapter_of_dev_on_schnell(tmp_path):
+    """The scale that it was trained with is an input of dev alone; LoRAs of one are used on the other."""
+    dev, schnell = tiny_flux().freeze(), tiny_flux(guidance=False).freeze()
+    made = FORMS["hint"].from_backbone(dev.network, dev.vae)
+    made.register_to_config(info={"task": "depth", "family": dev.family, "embedded_guidance": 3.5})
+    save_adapter(tmp_path, made, dev.network, full=False, half=False)
+    pipe = CoDiPipeline(**vars(schnell))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_adapter(tmp_path)
+    assert pipe(image=rand(1, 1, 16, 16), steps=1, output_type="pt").images.isfinite().all()
+    pipe.solver = DPMSolverMultistepScheduler()
+    refused(lambda: pipe(image=rand(1, 1, 16, 16), steps=1), "solver", "flow matching")
 
 
 def test_a_prompt_that_is_cut_is_said_to_be():

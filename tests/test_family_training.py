@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from codi import CoDiPipeline
+from codi.data.sources import open_source
 from codi.errors import UserError
+from codi.models.backbones import load_backbone
 from codi.models.lora import FILE
+from codi.sampling.sampler import time_grid
 from codi.training.cache import make_cache
-from codi.training.distill import DistillRecipe, distill
+from codi.training.distill import DistillJob, DistillRecipe, distill, recipe_task
 from codi.training.prompt_cache import PROMPTS, PromptCache
 from families import FAMILIES
 from tiny import rand
@@ -72,14 +75,20 @@ def test_four_updates_equal_two_and_resume_two(recipe, model, tmp_path):
         {"adapter": "controlnet", "lora_rank": 0},
         {"objective": "decoupled", "precision": "bf16", "backbone_precision": "bf16"},
         {"objective": "finetune", "gradient_checkpointing": True},
+        {"adapter": "controlnet", "lora_rank": 0, "cache": "cache"},
         {"task": "inpaint"},
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
 def test_forms_and_objectives_train(recipe, model, changes):
     """One update; the network then answers otherwise than before it."""
+    changed = replace(recipe, images=1, **changes)
+    if "cache" in changes:
+        changed = replace(changed, cache=f"{recipe.out}-cache")
     try:
-        out = distill(replace(recipe, images=1, **changes), quiet=True)
+        if changed.cache:
+            make_cache(replace(changed, cache=None), Path(changed.cache))
+        out = distill(changed, quiet=True)
     except UserError as error:
         assert changes["adapter"] == "controlnet" and "ControlNet" in str(error)
         return
@@ -106,8 +115,42 @@ def test_a_cache_spares_the_text_encoders(recipe, tmp_path, monkeypatch):
 def test_low_rank_updates_are_loaded_by_the_stock_pipeline(recipe, model):
     """`generate`: LoRA out, in a file that the stock pipeline takes by itself."""
     out = distill(replace(recipe, task="generate", adapter="lora", images=2), quiet=True)
-    pipe = CoDiPipeline.from_pretrained(model, task="generate", adapter=out)
-    stock = CoDiPipeline.from_pretrained(model)._backbone_pipeline() if False else None
-    keys = set(load_file(out / FILE))
-    assert keys and all(key.startswith("transformer.") for key in keys)
-    assert pipe.adapter is not None and stock is None
+    kind = load_backbone(model).kind
+    stock = load_backbone(model).pipeline()
+    stock.load_lora_weights(out)
+    adapted = dict(getattr(stock, kind.component).named_parameters())
+    updates = load_file(out / FILE)
+    assert updates and all(key.startswith(f"{kind.component}.") for key in updates)
+    for key, value in updates.items():
+        name = key.removeprefix(f"{kind.component}.").replace(".lora_A.", ".lora_A.default_0.")
+        assert torch.equal(adapted[name.replace(".lora_B.", ".lora_B.default_0.")], value.float())
+
+
+def test_what_trains_is_float32_on_a_backbone_in_bfloat16(recipe, model, tmp_path):
+    """Low-rank updates and their average, new ones and those of a start."""
+    half = replace(recipe, precision="bf16", backbone_precision="bf16", images=1)
+    out = distill(half, quiet=True)
+    for start in (None, str(out)):
+        changed = replace(half, start=start, out=str(tmp_path / f"again-{start is None}"))
+        source, held_out = (open_source(spec, recipe_task(changed).columns) for spec in (half.data, half.held_out))
+        job = DistillJob(changed, load_backbone(model, torch.bfloat16), source, held_out, tmp_path / "corrupt.json")
+        trained = {name for name, p in job.online.named_parameters() if p.requires_grad}
+        assert any("lora_" in name for name in trained)
+        for student in (job.online, job.average):
+            assert {p.dtype for name, p in student.named_parameters() if name in trained} == {torch.float32}
+        frozen = {p.dtype for name, p in job.online.network.named_parameters() if f"network.{name}" not in trained}
+        assert frozen == {torch.bfloat16}
+
+
+def test_previews_and_users_take_the_same_steps(recipe, model, tmp_path):
+    """The sigmas of a pipeline with the adapter are those of training's previews, and fall from 1 to above 0."""
+    source, held_out = (open_source(spec, recipe_task(recipe).columns) for spec in (recipe.data, recipe.held_out))
+    job = DistillJob(recipe, load_backbone(model), source, held_out, tmp_path / "corrupt.json")
+    for steps, schedule in job.sampling.items():
+        grid = time_grid(schedule.horizon, steps, 0.5, schedule.whole)
+        sigmas = schedule.timestep(grid) / 1000
+        assert sigmas[0] == 1 and sigmas[-1] == 0 and bool((sigmas.diff() < 0).all())
+        if steps > 1:
+            assert sigmas[-2] > 0.1  # not a last step from where no noise is left
+        pipe = load_backbone(model).schedule_for((job.cells, job.cells), steps).unstretched()
+        assert torch.equal(pipe.timestep(grid) / 1000, sigmas)

@@ -102,10 +102,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told instead of `t`."""
+        """The timestep that is passed to the network for `t`."""
 
     def to(self, device: torch.device) -> Self:
         """The same for times on `device`: a sampler's steps then wait for no copy."""
+        return self
+
+    def unstretched(self) -> Self:
+        """Return the schedule of adapters, for any number of steps: without what a scheduler adds for one number."""
         return self
 
     def draw(self, count: int, dt: float, shared: bool, generator: torch.Generator | None) -> Tensor:
@@ -214,11 +218,17 @@ class FlowSchedule(Schedule):
 
     def __init__(self, shift: float = 1.0, terminal: float | None = None, steps: int | None = None) -> None:
         if not 0 < shift < math.inf:
-            raise UserError(f"scheduler: shift {shift}: must be a number above 0: mend scheduler_config.json")
+            raise UserError(f"scheduler: shift {shift}: must be a number above 0: fix scheduler_config.json")
         self.shift, self.stretch = shift, 1.0
         if terminal and steps:
             last = float(self._shifted(torch.tensor(1 / steps, dtype=torch.float64)))
             self.stretch = (1 - terminal) / (1 - last) if last < 1 else 1.0
+
+    def unstretched(self) -> Self:
+        """Without `terminal`: of 4 steps it would make the last one start where no noise is left."""
+        plain = copy.copy(self)
+        plain.stretch = 1.0
+        return plain
 
     def _shifted(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)
@@ -246,5 +256,5 @@ class CosineSchedule(Schedule):
         return t.cos(), t.sin()
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Told as it is."""
+        """Returned unchanged."""
         return t

@@ -26,30 +26,30 @@ def make_flow_scheduler(source: Source, steps: int) -> FlowMatchEulerDiscreteSch
     schedule = source.schedule(steps)
     assert isinstance(schedule, FlowSchedule)
     config = {"num_train_timesteps": LEVELS, "stochastic_sampling": source.jumps}
-    by_size = _shift_by_size(source, steps) if source.kind.passes_sigmas else None
+    by_size = _shift_by_size(source) if source.kind.passes_sigmas else None
     if by_size is not None:
         return FlowMatchEulerDiscreteScheduler(**config, **by_size)
     last = source.timesteps(steps)[-1] / LEVELS
     shift: float = schedule.shift * source.shift
-    terminal: Any = last if schedule.stretch != 1 else None
+    terminal: Any = None
     if not source.kind.passes_sigmas:
         shift, terminal = (_shift_for_own_sigmas(shift, steps), last) if steps > 1 else (1.0, None)
     return FlowMatchEulerDiscreteScheduler(**config, shift=shift, shift_terminal=terminal)
 
 
-def _shift_by_size(source: Source, steps: int) -> dict[str, Any] | None:
+def _shift_by_size(source: Source) -> dict[str, Any] | None:
     """Return the settings of dynamic shifting with the adapter's own shift on top; None where there are none."""
     stored = source.backbone.scheduler.config
     if not stored.get("use_dynamic_shifting"):
         return None
     linear = stored.get("time_shift_type") == "linear"
     kept = {"use_dynamic_shifting": True, "time_shift_type": "linear" if linear else "exponential"}
+    # Not `shift_terminal`: adapters step without it.
     names = ["base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"]
-    names += ["shift_terminal"] if steps > 1 else []  # the scheduler divides by the noise of the last step
     kept |= {name: stored[name] for name in names if name in stored}
     if source.shift == 1:
         return kept
-    if not source.kind.dynamic_by_config or stored.get("shift_terminal"):
+    if not source.kind.dynamic_by_config:
         return None
     for name, default in (("base_shift", 0.5), ("max_shift", 1.15)):  # shifts multiply, and mu is their logarithm
         mu = stored.get(name, default)

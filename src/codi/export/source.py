@@ -87,7 +87,7 @@ class Source:
 
     def schedule(self, steps: int) -> Schedule:
         """Return the noise schedule at that size."""
-        return self.backbone.schedule_for(self.cells, steps)
+        return self.backbone.schedule_for(self.cells, steps).unstretched()
 
     def grid(self, steps: int) -> Tensor:
         """Return the `steps` + 1 times of the adapter's sampler."""

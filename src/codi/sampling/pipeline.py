@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..models import codec
 from ..models.student import Conditioning
 from ..models.text import embed_prompts
+from ..schedule import FlowSchedule
 from .adapted import AdaptedPipeline
 from .colour import match_bands, match_colour, require_method
 from .guidance import Guidance
@@ -218,7 +219,7 @@ class CoDiPipeline(AdaptedPipeline):
             read = {name: c.to(self.device) for name, c in conditions.items()}
             condition = student.adapter.read(read if len(read) > 1 else next(iter(read.values())), self.vae)
         size = (codec.downscale(self.vae) * noise.shape[-2], codec.downscale(self.vae) * noise.shape[-1])
-        if embedded is None:
+        if embedded is None and self.network.config.get("guidance_embeds"):
             embedded = next((i["embedded_guidance"] for i in infos if i.get("embedded_guidance")), None)
 
         def conditions_of(words: tuple[str, ...], negative: bool = False) -> tuple[Tensor, dict[str, Tensor] | None]:
@@ -234,11 +235,14 @@ class CoDiPipeline(AdaptedPipeline):
         shift = self.shift or next((info["shift"] for info in infos if info.get("shift")), 1.0)
         schedule = self.schedule_for((noise.shape[-2], noise.shape[-1]), steps)
         if infos or self.shift:
+            schedule = schedule.unstretched()
             grid = time_grid(schedule.horizon, steps, shift, schedule.whole)
         else:
             grid = self.kind.own_grid(self.scheduler, schedule, steps)
         noise = noise.to(device=self.device, dtype=self.network.dtype)
         if self.solver is not None:
+            if isinstance(schedule, FlowSchedule):
+                raise UserError("solver: is for Stable Diffusion's noise levels: leave it out for flow matching")
             return solve(student, self.solver, noise, conditioning, steps)
         own = None if infos or self.shift else self.kind.solver(self.scheduler)
         if own is not None:

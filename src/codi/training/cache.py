@@ -63,6 +63,7 @@ def _index_of_data(recipe: DistillRecipe, task: Task, source: Source) -> dict[st
         "truth": type(task).truth.__qualname__,  # tasks that want the same picture share a cache
         "prompts": task.prompt_column if task.prompted else "",
         "model": recipe.model,
+        "loras": dict(recipe.loras),
     }
 
 

@@ -71,7 +71,8 @@ class DistillJob(Job):
         self.kind, self.family = backbone.kind, backbone.family
         codec.require_cells(self.vae, self.kind.patch(backbone.network.config), size=recipe.size)
         self.cells = recipe.size // codec.downscale(self.vae)
-        self.schedule = backbone.schedule_for((self.cells, self.cells))
+        self.schedule = backbone.schedule_for((self.cells, self.cells)).unstretched()
+        self.sampling = {n: backbone.schedule_for((self.cells, self.cells), n).unstretched() for n in PREVIEW_STEPS}
         self.prompt_conditions = type(backbone.text).conditions
         backbone.freeze()
         self.trained_on = digest(backbone.network)  # now: a full adapter trains these very weights
@@ -91,13 +92,16 @@ class DistillJob(Job):
             raise UserError(f"lora_rank {recipe.lora_rank}: {recipe.start} was trained with {rank}: set it so")
         self._require_scales(adapter, recipe.start or "the adapter")
         if recipe.asked and adapter.jump is None:
-            raise UserError(f"{recipe.start}: cannot be asked where the ODE ends: start objective decoupled afresh")
+            raise UserError(f"{recipe.start}: has no input for jumps: train objective decoupled from scratch")
         # A full adapter has a backbone of its own, also one to go on from.
         self.full = recipe.train_backbone or (network is not backbone.network and not updates)
         student = Student(network, adapter)
         adapter.requires_grad_(True)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_("lora_" in name if updates else recipe.train_backbone)
+        for parameter in student.parameters():
+            if parameter.requires_grad:  # peft gives updates the backbone's type; Adam and the average want float32
+                parameter.data = parameter.data.float()
         if recipe.gradient_checkpointing:
             for part in (network, getattr(adapter, "encoder", None), getattr(adapter, "net", None)):
                 if part is not None:
@@ -117,7 +121,7 @@ class DistillJob(Job):
             return
         wanted = ["", *self.task.prompts(self.held)]
         self.embed = prompts or PromptCache.of(backbone.text, wanted)
-        if not self.recipe.encodes:
+        if not self.recipe.encodes(backbone.kind.control_reads):
             codec.drop_encoder(self.vae)
 
     def _teacher(self, student: Student, backbone: Backbone) -> Student | None:
@@ -241,11 +245,11 @@ class DistillJob(Job):
         shape = (codec.channels(self.vae), self.cells, self.cells)
         outputs = {}
         for steps in PREVIEW_STEPS:
-            seeds, jumps = range(start, start + len(given)), self.recipe.jumps
+            seeds, jumps, schedule = range(start, start + len(given)), self.recipe.jumps, self.sampling[steps]
             noise = initial_noise(shape, seeds, steps if jumps else 1).to(self.vae.device)
             latent = sample(
-                self.average, self.schedule, noise, conditioning, steps, jumps=jumps, boundary=self.recipe.bounded,
-                grid=time_grid(self.schedule.horizon, steps, self.recipe.shift, self.schedule.whole),
+                self.average, schedule, noise, conditioning, steps, jumps=jumps, boundary=self.recipe.bounded,
+                grid=time_grid(schedule.horizon, steps, self.recipe.shift, schedule.whole),
             )  # fmt: skip
             outputs[steps] = codec.decode(self.vae, latent).float().cpu()
         return given, outputs

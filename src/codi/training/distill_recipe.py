@@ -139,7 +139,7 @@ class DistillRecipe(RunSettings):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What load_backbone is told beside the model."""
+        """Keyword arguments of load_backbone."""
         dtype = torch.bfloat16 if self.backbone_precision == "bf16" else torch.float32
         return {"dtype": dtype, "loras": self.loras, **({"config": self.config} if self.config else {})}
 
@@ -168,10 +168,11 @@ class DistillRecipe(RunSettings):
         """Whether the objective has a frozen teacher."""
         return self.objective in ("guided", "consistency") or self.objective_options.get("ode") == "teacher"
 
-    @property
-    def encodes(self) -> bool:
-        """Whether training needs the VAE's encoder for more than the latents of the true pictures."""
-        reads_latents = self.adapter == "hint" or (self.adapter == "fused" and self.reads == "latent")
+    def encodes(self, control_reads: str) -> bool:
+        """Whether training needs the VAE's encoder for more than the latents of the true pictures. `control_reads`: see
+        Family.control_reads."""
+        reads = {"fused": self.reads, "hint": "latent", "controlnet": control_reads}.get(self.adapter)
+        reads_latents = reads == "latent"
         return reads_latents or self.objective_options.get("d_x") == "features"
 
     @property

@@ -69,7 +69,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
                 part.enable_gradient_checkpointing()
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     unneeded = [getattr(backbone.vae, part, None) for part in ("encoder", "quant_conv")]
-    cacheable = [*backbone.text.encoders, *([] if recipe.encodes else unneeded)]
+    cacheable = [*backbone.text.encoders, *([] if recipe.encodes(backbone.kind.control_reads) else unneeded)]
     saved = sum(p.numel() for part in cacheable if part is not None for p in part.parameters())
     frozen = sum(p.numel() for part in (student, backbone.vae, *backbone.text.encoders) for p in part.parameters())
     frozen -= trained + (saved if recipe.cache else 0)

@@ -63,12 +63,14 @@ def held_out_batch(recipe: DistillRecipe, source: Source) -> Batch:
 def kept_prompts(recipe: DistillRecipe, held_out: Source) -> PromptCache | None:
     """The bundles of all prompts that a training needs beside those of its data, if its cache holds them: the text
     encoders then need not be loaded. None otherwise."""
-    file = Path(recipe.cache or "") / PROMPTS
-    if not recipe.cache or not file.is_file():
+    folder = Path(recipe.cache or "")
+    if not recipe.cache or not (folder / PROMPTS).is_file():
         return None
     try:
-        known = PromptCache.load(file)
+        known, index = PromptCache.load(folder / PROMPTS), json.loads((folder / "index.json").read_text())
     except (OSError, SafetensorError, KeyError, ValueError):  # they are computed then
         return None
+    if (index.get("model"), index.get("loras")) != (recipe.model, dict(recipe.loras)):
+        return None  # perhaps other text encoders: loaded, they are compared by their weights
     needed = ["", *recipe_task(recipe).prompts(held_out_batch(recipe, held_out))]
     return known if all(prompt in known for prompt in needed) else None

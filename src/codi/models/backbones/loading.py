@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -87,6 +87,9 @@ def load_backbone(
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
         except Exception as error:
+            if not text:  # it may have updates of the text encoders, which then have to be there
+                whole = load_backbone(name, dtype, loras, **hub)
+                return replace(whole, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")))
             raise UserError(f"{lora}: not a LoRA for {name} ({_short(error)}): check the file and the model") from error
     kind.require_scheduler(pipe.scheduler, str(name))
     values = named_parts(pipe)

@@ -74,14 +74,6 @@ class Sana(TransformerFamily):
         return (f"{source}: SANA-Sprint predicts along another path (TrigFlow) than flow matching, and is distilled to "
                 "1 to 4 steps already: use SANA 1.0 or 1.5")  # fmt: skip
 
-    def require_scheduler(self, scheduler: Any, name: str) -> None:
-        super().require_scheduler(scheduler, name)
-        config = scheduler.config
-        flow = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-        if "flow_shift" in config and not flow:
-            raise UserError(f"{name}/scheduler: a {type(scheduler).__name__} that is not for flow matching: set "
-                            "use_flow_sigmas to true and prediction_type to flow_prediction")  # fmt: skip
-
     def solver(self, scheduler: Any) -> Any:
         return scheduler if "flow_shift" in scheduler.config else None
 

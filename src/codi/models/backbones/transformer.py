@@ -270,6 +270,11 @@ def flow_schedule(config: Any, mu: float, steps: int | None) -> FlowSchedule:
     if "shift" not in config and "flow_shift" not in config:
         raise UserError(f"scheduler: a {config.get('_class_name')} has no flow shift, and this network predicts flow: "
                         "use the checkpoint's own FlowMatchEulerDiscreteScheduler")  # fmt: skip
+    if "flow_shift" in config and not (
+        config.get("use_flow_sigmas") and config.get("prediction_type") == FlowSchedule.prediction
+    ):
+        raise UserError(f"scheduler: a {config.get('_class_name')} that is not for flow matching: set use_flow_sigmas "
+                        f"to true and prediction_type to {FlowSchedule.prediction}")  # fmt: skip
     spacings = [f"use_{name}_sigmas" for name in ("karras", "exponential", "beta")]
     odd = [name for name in (*spacings, "invert_sigmas", "stochastic_sampling") if config.get(name)]
     if odd:
