@@ -16,8 +16,8 @@ from ..data.crops import ZOOM
 from ..errors import UserError, nearest
 from ..models import codec
 from ..models.adapter import FORMS, READS
-from ..models.student import Student
 from ..objectives import distances
+from ..objectives.batch import Network
 from ..objectives.codi import codi
 from ..objectives.consistency import consistency
 from ..objectives.decoupled import decoupled
@@ -287,7 +287,7 @@ def require_fits(recipe: DistillRecipe, form: type, config: Mapping[str, Any]) -
         raise UserError(f"reads {recipe.reads}: {recipe.start} was made to read otherwise: set it so")
 
 
-def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Student | None) -> Callable[..., dict[str, Tensor]]:
+def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Network | None) -> Callable[..., dict[str, Tensor]]:
     """The objective with its options bound: names of distances and the teacher become functions."""
     options = dict(recipe.objective_options)
     name = options.pop("d_x", "latent")

@@ -25,7 +25,6 @@ from ..models.lora import add_lora
 from ..models.student import Conditioning, Student
 from ..models.text import FEATURES
 from ..objectives.batch import Guidance, LatentBatch
-from . import ema
 from .cache import require_cache
 from .distill_recipe import DistillRecipe, configure_objective, recipe_task, require_fits
 
@@ -146,8 +145,7 @@ def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
         scales = torch.ones(count, len(recipe.guidance))
         guidance = Guidance(scales, [conditioning] * (len(recipe.guidance) + 1))
     x = torch.zeros(count, channels, cells, cells, device="meta")
-    teacher = student if recipe.taught else None
-    objective = configure_objective(recipe, backbone.vae, teacher)
+    objective = configure_objective(recipe, backbone.vae, _silent if recipe.taught else None)
     parameters = {id(p) for p in student.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no storage's number is used twice
@@ -163,8 +161,13 @@ def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         objective(
             student,
-            ema.average_copy(student),
+            _silent,
             LatentBatch(x, conditioning, picture[:, :3], guidance),
             backbone.schedule_for((cells, cells)),
         )
     return sum(kept.values())
+
+
+def _silent(z: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
+    """Stand for a network that runs without gradient, of which autograd keeps nothing."""
+    return torch.zeros_like(z)

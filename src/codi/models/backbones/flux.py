@@ -68,11 +68,14 @@ class Flux(TransformerFamily):
     def prompts(self, parts: Any) -> PromptEncoder:
         def run(prompts: list[str]) -> dict[str, Tensor]:
             pipe = self.build_pipeline(parts)
-            features, pooled, _ = pipe.encode_prompt(prompts, None, device=parts.text_encoder_2.device)
+            device = parts.text_encoder_2.device
+            features, pooled, _ = pipe.encode_prompt(prompts, None, device=device, max_sequence_length=limit)
             return {FEATURES: features, "pooled": pooled}
 
+        # A small model of this layout may be trained on fewer tokens than the 512 of FLUX.1.
+        limit = min(512, getattr(parts.tokenizer_2, "model_max_length", 512))
         # CLIP's pooled feature is a summary; what T5 cuts is not read at all.
-        return PromptEncoder((parts.text_encoder, parts.text_encoder_2), run, [(parts.tokenizer_2, 512)])
+        return PromptEncoder((parts.text_encoder, parts.text_encoder_2), run, [(parts.tokenizer_2, limit)])
 
     def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         return {FEATURES: (512, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
