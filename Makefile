@@ -37,7 +37,7 @@ format: $(STAMP)  ## let ruff mend what it can
 train-mini: export OMP_NUM_THREADS := 1
 train-mini: export OMP_WAIT_POLICY := passive
 train-mini: $(STAMP)  ## go on training the embedded model at 128 px, at lowest priority
-	test -f runs/mini-vae/vae/config.json || nice -n 19 $(BIN)/codi pretrain mini-vae
+	test -f runs/mini-vae/vae/config.json || (mkdir -p runs/mini-vae && cp -r gpu/mini-vae runs/mini-vae/vae)
 	nice -n 19 $(BIN)/codi pretrain mini-flux
 
 clean:  ## remove what was made here, but not .venv and not runs/
