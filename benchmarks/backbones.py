@@ -50,6 +50,8 @@ Edit, fill, control and video variants are refused, and so are families that are
 | Qwen-Image | Qwen-Image | classifier-free, with the stock pipeline's rescaling | yes |
 | SANA | 1.0, 1.5 | classifier-free | 1.0: yes, of a picture |
 
+Distilled guidance is plain classifier-free guidance in every family, without Qwen-Image's rescaling.
+
 Every family takes all forms of adapter: `fused` (CoDi's own: a copy of the first half of the blocks reads the condition
 once per picture, and its tokens are mixed into the backbone's after each of these blocks), `hint` (the condition's
 latent is added to the input tokens: no longer sequence, nothing runs beside the backbone), `controlnet` where diffusers

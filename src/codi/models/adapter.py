@@ -38,8 +38,8 @@ def network_config(network: Any) -> dict[str, Any]:
 class _Form(ModelMixin, ConfigMixin):
     """What the forms share. Arguments of all of them: `network`, the backbone network's config; `condition_channels`, 3
     for a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in; `jumps`,
-    whether it can be asked where the ODE ends; `info`, what the adapter is (task, steps, backbone family, recipe,
-    metrics), kept in config.json; `unet`, what `network` was called when all were U-Nets."""
+    whether it has the input that asks for the end of the ODE; `info`, what the adapter is (task, steps, backbone
+    family, recipe, metrics), kept in config.json; `unet`, what `network` was called when all were U-Nets."""
 
     config_name = "config.json"
     guidance: GuidanceEmbedding | None

@@ -65,7 +65,7 @@ class Student(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """By `torch.compile`, in place, with its arguments: all but the setting of low-rank updates' weights."""
-        for name in ("_predict", "prepare"):  # anew: not what an earlier call made of them
+        for name in ("_predict", "prepare"):  # of the class: not what an earlier call made of them
             setattr(self, name, _kept(torch.compile(getattr(Student, name).__get__(self), *args, **kwargs)))
 
     def _predict(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float) -> Tensor:

@@ -95,8 +95,8 @@ class TextEncoders(PromptEncoder):
         ]
         features, pooled = torch.cat([t.hidden_states[-2] for t in outputs], dim=-1), outputs[-1].text_embeds
         if self.zero_empty:
-            spoken = torch.tensor([bool(prompt) for prompt in prompts], device=pooled.device)[:, None]
-            features, pooled = features * spoken[..., None], pooled * spoken
+            nonempty = torch.tensor([bool(prompt) for prompt in prompts], device=pooled.device)[:, None]
+            features, pooled = features * nonempty[..., None], pooled * nonempty
         return {FEATURES: features, "pooled": pooled}
 
     @staticmethod

@@ -76,7 +76,7 @@ def _require_same(folder: Path, index: dict[str, Any], keys: Sequence[str]) -> d
         found = json.loads(file.read_text())
         differs = next((key for key in keys if found[key] != index[key]), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error!r}): make the cache anew") from error
+        raise UserError(f"{file}: cannot be read ({error!r}): rebuild the cache") from error
     if differs:
         raise UserError(
             f"{folder}: a cache of {differs} {found[differs]!r}, not {index[differs]!r}: make one for this recipe by "
@@ -298,7 +298,7 @@ class CachedSource:
         if row < 0:
             return CorruptSample(sample.index, sample.name, f"was unreadable when {self.folder} was made")
         if self._marks[sample.index] != _mark(sample.name, _prompt(self.task, sample)):
-            raise UserError(f"{sample.name}: has another name or prompt than in {self.folder}: make the cache anew")
+            raise UserError(f"{sample.name}: has another name or prompt than in {self.folder}: rebuild the cache")
         number, at = divmod(sample.index, self.shard_size)
         try:
             with safe_open(_shard(self.folder, number), "pt") as file:

@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, schnell): latents packed 2 x 2 into tokens, CLIP's pooled and T5's features, time told as sigma."""
+"""FLUX.1 (dev, schnell): latents packed 2 x 2 into tokens, CLIP's pooled and T5's features, time as sigma."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ class Flux(TransformerFamily):
         added: dict[str, Tensor], extra: Tensor | None,
     ) -> Stream:  # fmt: skip
         time = (timestep / 1000).to(tokens.dtype) * 1000
-        told = (time,)
+        inputs = (time,)
         if network.config["guidance_embeds"]:
-            told = (time, self._guidance(added, time).to(tokens.dtype) * 1000)
-        embedding = network.time_text_embed(*told, added["pooled"])
+            inputs = (time, self._guidance(added, time).to(tokens.dtype) * 1000)
+        embedding = network.time_text_embed(*inputs, added["pooled"])
         embedding = embedding if extra is None else embedding + extra.to(embedding)
         text_ids = torch.zeros(text.shape[1], 3, device=tokens.device)
         rope = network.pos_embed(torch.cat([text_ids, position_ids(*grid, tokens.device)]))

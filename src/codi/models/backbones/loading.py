@@ -37,11 +37,11 @@ class Hub(TypedDict, total=False):
 def digest(network: torch.nn.Module) -> str:
     """Which weights: 12 hex digits of SHA-256 over names and float16 values, so that a copy stored in halves is the
     same. `family` says what an adapter fits; this, what it was trained on."""
-    told = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
-        told.update(name.encode())
-        told.update(value.to("cpu", torch.float16).numpy().tobytes())
-    return told.hexdigest()[:12]
+        hasher.update(name.encode())
+        hasher.update(value.to("cpu", torch.float16).numpy().tobytes())
+    return hasher.hexdigest()[:12]
 
 
 def find_model(name: str | Path) -> str:
