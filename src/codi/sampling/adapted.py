@@ -196,7 +196,7 @@ class AdaptedPipeline(DiffusionPipeline):
 
     def fuse_lora(self, fused: bool = True) -> Self:
         """Makes the adapters' low-rank updates part of the weights they update: faster, for the memory of a second copy
-        of these weights. The backbone's own stay as they are; after a change of weights or strength it is done again."""
+        of these weights. The backbone's own stay as they are; a change of weights or strength makes it happen again."""
         self._shelf.fused = fused
         return self
 
