@@ -128,7 +128,8 @@ def page(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
         "Written by `benchmarks/backbones.py`: random weights of the published configurations in bfloat16, one pass at "
         f"{SIDE} px with a prompt of {TOKENS} tokens, low-rank updates of rank {RANK} beside the adapter. \"Neutral\": "
         "the untrained adapter gives the backbone's output bit for bit. Peak memory is that of the whole process, the "
-        "VAE included. Rows without it were built on the meta device.", "",
+        "VAE included. Seconds are of a machine that did other work beside it. Rows without figures were built on the "
+        "meta device.", "",
         "| checkpoint | adapter | network | adapter's own | LoRA | neutral | s a pass | peak memory |",
         "| --- | --- | --: | --: | --: | --- | --: | --: |",
     ]  # fmt: skip
