@@ -57,8 +57,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     inputs = (task.condition_channels, len(recipe.guidance), recipe.asked)
     with torch.device("meta"):
         adapter = form.from_backbone(backbone.network, backbone.vae, *inputs, **recipe.form_options)
-        network = backbone.network
-        network = add_lora(network, recipe.lora_rank, recipe.task) if recipe.lora_rank else network
+        network = add_lora(backbone.network, recipe.lora_rank, recipe.task) if recipe.lora_rank else backbone.network
     student = Student(network, adapter).train()
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name if recipe.lora_rank else recipe.train_backbone)
