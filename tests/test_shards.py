@@ -165,6 +165,25 @@ def test_those_used_longest_ago_make_room(parts, remote, kept, monkeypatch):
     assert 1 < len(left) < 4 and sum(left) <= 2.5 * size
 
 
+def test_the_limit_holds_when_shards_are_fetched_at_the_same_time(parts, remote, kept, monkeypatch):
+    size = max(path.stat().st_size for path in parts.glob("*.tar"))
+    monkeypatch.setenv("CODI_CACHE_GB", str(2.5 * size / 1e9))
+    together, get, seen = threading.Barrier(4), module.RemoteShard._get, set()
+
+    def get_together(self, path, to):
+        get(self, path, to)
+        if path not in seen:  # not again for one that was removed before it was opened
+            seen.add(path)
+            together.wait(10)
+
+    monkeypatch.setattr(module.RemoteShard, "_get", get_together)
+    with ThreadPoolExecutor(4) as pool:  # room is made for each before any is complete
+        for file in pool.map(lambda name: open_shard(name).open(), expand(remote)):
+            file.close()
+    left = [file.stat().st_size for file in (kept / "shards").iterdir()]
+    assert 1 <= len(left) < 4 and sum(left) <= 2.5 * size
+
+
 def test_a_download_that_breaks_off_is_tried_again(remote, monkeypatch):
     get, calls = module.RemoteShard._get, []
 

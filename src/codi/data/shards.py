@@ -32,6 +32,7 @@ from ..errors import UserError
 Members = dict[str, dict[str, tuple[int, int]]]  # key -> extension -> offset and length in the tar
 TRIES = 5  # of a download, over half a minute
 PAUSE = 600  # seconds for which a shard that could not be fetched is left alone: a server's bad quarter of an hour
+STALE = 3600  # seconds without a write, after which a partial download is what a killed process left
 SECONDS = 60  # without a byte, after which a connection is given up
 
 
@@ -191,6 +192,7 @@ class RemoteShard(Shard):
                 raise OSError(errno.EIO, f"{partial.stat().st_size:,} of {size:,} bytes arrived")
 
         _replace(file, fill)
+        _make_room(0, keep=file)  # other threads and processes may have fetched at the same time
 
     def _get(self, path: str, to: Path) -> None:
         if self._http:
@@ -263,18 +265,18 @@ def _replace(file: Path, fill: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _make_room(size: int) -> None:
-    """Removes the shards used longest ago, so that another of `size` bytes stays below the limit."""
-    kept = []
+def _make_room(size: int, keep: Path | None = None) -> None:
+    """Remove the least recently used shards, but not `keep`, until `size` more bytes stay below the limit."""
+    cached = []
     for file in (cache_folder() / "shards").glob("*"):
         with contextlib.suppress(FileNotFoundError):  # another process removes too
-            kept.append((file.stat().st_mtime, file.stat().st_size, file))
-    room = float(os.environ.get("CODI_CACHE_GB") or 100) * 1e9 - size - sum(length for _, length, _ in kept)
-    for _, length, file in sorted(kept):
-        if room >= 0:
-            break
-        file.unlink(missing_ok=True)
-        room += length
+            cached.append((file.stat().st_mtime, file.stat().st_size, file))
+    room = float(os.environ.get("CODI_CACHE_GB") or 100) * 1e9 - size - sum(length for _, length, _ in cached)
+    for modified, length, file in sorted(cached):
+        downloading = file.suffix == ".partial" and time.time() - modified < STALE
+        if room < 0 and file != keep and not downloading:
+            file.unlink(missing_ok=True)
+            room += length
 
 
 @contextlib.contextmanager
