@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageCms
 
 from codi.data import images
-from codi.data.images import read_image
+from codi.data.images import image_suffixes, list_images, read_image
+from codi.data.samples import Sample
+from codi.data.sources import open_source
 from pixels import DEEP, RGB, fault, levels
 
 
@@ -28,6 +30,35 @@ def float_tiff(array: np.ndarray) -> bytes:
     ok, data = cv2.imencode(".tiff", array)
     assert ok
     return data.tobytes()
+
+
+# --- which files are pictures -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_s_pictures_are_those_that_can_be_read(tmp_path: Path):
+    """By a command and by training alike: every suffix of a format that Pillow writes and decodes."""
+    written = [
+        suffix
+        for suffix in image_suffixes()
+        if (name := Image.registered_extensions()[suffix]) in Image.SAVE and name not in ("MSP", "XBM", "SPIDER")
+    ]
+    for number, suffix in enumerate(written):
+        kind = "BLP" if suffix == ".blp" else Image.registered_extensions()[suffix]
+        image = Image.fromarray(np.full((16, 16, 3), 200, np.uint8))
+        (image.convert("P") if suffix == ".blp" else image).save(tmp_path / f"{number:02}{suffix}", kind)
+    for other in ("a.txt", "b.h5", "c.mpg", "d.eps", ".hidden.png"):
+        (tmp_path / other).write_bytes(b"no picture")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    for folder in (".ipynb_checkpoints", "folder.png"):
+        Image.fromarray(RGB).save(tmp_path / folder / "copy.PNG")
+    found = list_images(tmp_path)
+    assert [path.suffix for path in found] == written and {".avif", ".jfif", ".jp2", ".ppm", ".gif"} < set(written)
+    assert all(abs(levels(read_image(path).rgb).mean() - 200) < 3 for path in found)
+    assert list_images(tmp_path, below=True) == [*found, tmp_path / "folder.png" / "copy.PNG"]
+    source = open_source(tmp_path)
+    assert len(source) == len(found) + 1
+    assert all(isinstance(sample, Sample) for sample in source.read(range(len(source)), 16))
 
 
 # --- what files become ---------------------------------------------------------------------------------------------

@@ -70,12 +70,9 @@ def _variants(target: Path, count: int, overwrite: bool) -> list[Path]:
 def _pictures(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    from ..data.crops import SUFFIXES
+    from ..data.images import list_images
 
-    try:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+    found = list_images(path)
     if not found:
-        raise UserError(f"{path}: no pictures in this folder: name one that holds {', '.join(SUFFIXES)} files")
+        raise UserError(f"{path}: no pictures in this folder: name one that holds PNG, JPEG, WebP or other pictures")
     return found

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+from .formats import image_formats
+
 NUMBERS = ("conditioning_image", "mask")  # columns whose 16 bits are distances or ids; elsewhere they are brightness
 ZOOM = (1.0, 2.0)  # of random crops: times their size that the shorter side of the whole picture has; see draw_square
 MAX_PIXELS = 89_000_000  # a header that promises more is taken for a decompression bomb; Pillow warns above this
@@ -22,7 +23,7 @@ def load_picture(data: bytes, least: int | None = None) -> Image.Image:
     The mode is kept. `least`: the shorter side in pixels that the caller needs; a larger JPEG is then decoded at
     1/2, 1/4 or 1/8 of its size, several times faster.
     """
-    picture = Image.open(BytesIO(data))
+    picture = Image.open(BytesIO(data), formats=image_formats())
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"{picture.width} x {picture.height} pixels is more than {MAX_PIXELS:,}")
     if least is not None and picture.format == "JPEG":

@@ -24,9 +24,13 @@ from torch import Tensor
 
 from ..data import profiles
 from ..errors import UserError, nearest
+from .formats import image_formats, image_suffixes, list_images
 from .writing import WRITABLE, check_writable, write_image, write_png
 
-__all__ = ["PIXEL_LIMIT", "WRITABLE", "Picture", "check_writable", "read_image", "write_image", "write_png"]
+__all__ = [
+    "PIXEL_LIMIT", "WRITABLE", "Picture", "check_writable", "image_suffixes", "list_images", "read_image",
+    "write_image", "write_png",
+]  # fmt: skip
 
 PIXEL_LIMIT = 178_956_970  # width x height; 512 MiB of 8-bit RGB, the size at which Pillow refuses too
 
@@ -117,7 +121,7 @@ def _open(path: Path) -> Image.Image | None:
     try:
         with warnings.catch_warnings():  # of sizes, but the limit below is the one that counts
             warnings.simplefilter("ignore")
-            image = Image.open(path)
+            image = Image.open(path, formats=image_formats())
     except Image.DecompressionBombError as error:
         raise _too_large(path, _header_size(path)) from error
     except UnidentifiedImageError as error:

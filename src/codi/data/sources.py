@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, nearest
-from .crops import SUFFIXES, ZOOM
+from .crops import ZOOM
+from .formats import list_files, list_images, read_file
 from .render import COLUMNS, check_size, chunk, render_chunk
 from .samples import CorruptSample, PictureSource, Row, Sample, Source, words
 from .scenes import SPLITS
@@ -84,7 +85,7 @@ def _open(spec: str, columns: Sequence[str], optional: Sequence[str]) -> Source:
             )
         return TarSource(spec, [path], columns, optional)
     shards = sorted(path.glob("*.tar"))
-    if shards and not any(p.suffix.lower() in SUFFIXES or p.name == "metadata.jsonl" for p in path.iterdir()):
+    if shards and not (path / "metadata.jsonl").exists() and not list_images(path):
         return TarSource(spec, shards, columns, optional)
     return FolderSource(path, columns, optional)
 
@@ -98,11 +99,6 @@ def _open_shards(spec: str, names: Sequence[str], columns: Sequence[str], option
     return TarSource(spec, names, columns, optional)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """Those below it, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-
-
 class FolderSource(PictureSource):
     """A folder of pictures. With metadata.jsonl (anywhere in it; names are relative to it) its lines are the list, in
     their order; without, every picture below the folder, sorted, with text ""."""
@@ -110,7 +106,7 @@ class FolderSource(PictureSource):
     def __init__(self, folder: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
         self.folder, self.columns, self.optional = folder, tuple(columns), tuple(optional)
         self._rows: list[tuple[Path, str, str, dict[str, Path]]] = []
-        self.metadata = sorted(folder.rglob("metadata.jsonl"))
+        self.metadata = [path for path in list_files(folder, below=True) if path.name == "metadata.jsonl"]
         for path in self.metadata:
             self._rows.extend(self._listed(path))
         if not self.metadata:
@@ -118,12 +114,12 @@ class FolderSource(PictureSource):
                 raise UserError(
                     f"{folder}: no metadata.jsonl, so no {columns[0]}: add one with a line for each picture"
                 )
-            self._rows = [(p, "", "", {}) for p in _pictures(folder)]
+            self._rows = [(p, "", "", {}) for p in list_images(folder, below=True)]
         if not self._rows:
-            raise UserError(f"{folder}: no pictures in it: put {', '.join(SUFFIXES)} files there")
+            raise UserError(f"{folder}: no pictures in it: put PNG, JPEG, WebP or other pictures there")
 
     def _listed(self, metadata: Path) -> Iterator[tuple[Path, str, str, dict[str, Path]]]:
-        for number, line in enumerate(metadata.read_bytes().splitlines(), 1):
+        for number, line in enumerate(read_file(metadata).splitlines(), 1):
             where = f"{metadata}: line {number}"
             if not line.strip():
                 continue
@@ -154,7 +150,7 @@ class FolderSource(PictureSource):
             if line.strip()
         ]
         named = {folder / value for folder, row in rows for value in row.values() if isinstance(value, str)}
-        found = _pictures(self.folder) if self.metadata else []
+        found = list_images(self.folder, below=True) if self.metadata else []
         return [str(path.relative_to(self.folder)) for path in found if path not in named]
 
     def __len__(self) -> int:
@@ -169,7 +165,7 @@ class FolderSource(PictureSource):
 
     def row(self, index: int) -> Row:
         image, text, instruction, files = self._rows[index]
-        return Row(image.read_bytes(), text, instruction, {c: p.read_bytes() for c, p in files.items()})
+        return Row(read_file(image), text, instruction, {c: p.read_bytes() for c, p in files.items()})
 
 
 class DatasetsSource(PictureSource):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .crops import SUFFIXES
+from .formats import image_suffixes
 from .samples import PictureSource, Row, words
 from .shards import RemoteShard, open_shard
 
@@ -70,7 +70,7 @@ class TarSource(PictureSource):
 
     def _read_index(self, number: int) -> _Index:
         shard, samples, strays = self.shards[number], [], []
-        suffixes = [s[1:] for s in SUFFIXES]
+        suffixes = [s[1:] for s in image_suffixes()]
         try:
             groups, fault = shard.members()
         except OSError as error:
