@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from codi import CoDiPipeline
 from codi.models import codec
@@ -119,6 +121,21 @@ def test_neutral_before_training(family, form):
                 parameter.add_(0.1)
     assert not torch.equal(student(z, time, given), plain)
     assert torch.equal(student(z, time, given, strength=0.0), plain)
+
+
+@pytest.mark.parametrize("limit", [VERY_LARGE_INTEGER, 2000])
+def test_a_tokenizer_without_a_limit_reads_as_many_tokens_as_its_text_encoder(family, limit):
+    """As without `model_max_length`, or without tokenizer_config.json."""
+    backbone = FAMILIES[family]().freeze()
+    parts = vars(backbone)
+    tokenizers = {name: copy.deepcopy(part) for name, part in parts.items() if name.startswith("tokenizer") and part}
+    for tokenizer in tokenizers.values():
+        tokenizer.model_max_length = limit
+    unlimited = type(backbone)(**{**parts, **tokenizers})
+    expected = backbone.text.encode([PROMPT, ""])
+    for text in (unlimited.text, CoDiPipeline(**vars(unlimited)).text):
+        for key, value in text.encode([PROMPT, ""]).items():
+            assert torch.equal(value, expected[key])
 
 
 def test_prompts_do_not_depend_on_their_batch(family):

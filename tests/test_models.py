@@ -1,10 +1,13 @@
 """The backbone's seam, the forms of adapters, codec and text."""
 
+import json
+
 import pytest
 import torch
 
 from codi.models import codec, text
 from codi.models.adapter import FORMS, ControlNetAdapter, FusedAdapter, LoraAdapter
+from codi.models.backbones import load_backbone
 from codi.models.backbones.stable_diffusion import unet_down, unet_up
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student, cat_conditionings
@@ -18,6 +21,7 @@ from tiny import (
     randn,
     tiny_backbone,
     tiny_unet,
+    tiny_xl,
 )
 
 BACKBONE = tiny_backbone().freeze()
@@ -266,6 +270,23 @@ def test_prompts_become_features():
     assert torch.equal(features[0], features[2]) and not torch.equal(features[0], features[1])
     alone, _ = text.embed_prompts(BACKBONE.text, [CAPTIONS[1]])
     torch.testing.assert_close(alone, features[1:2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny_backbone, tiny_xl])
+@pytest.mark.parametrize("missing", ["model_max_length", "tokenizer_config.json"])
+def test_a_tokenizer_without_a_limit_reads_as_many_tokens_as_its_text_encoder(tmp_path, make, missing):
+    backbone = make().freeze()
+    backbone.pipeline().save_pretrained(tmp_path)
+    for file in tmp_path.glob("tokenizer*/tokenizer_config.json"):
+        config = json.loads(file.read_text())
+        del config["model_max_length"]
+        file.write_text(json.dumps(config)) if missing == "model_max_length" else file.unlink()
+    loaded = load_backbone(tmp_path).freeze()
+    expected = backbone.text.encode(CAPTIONS[:2])
+    for key, value in loaded.text.encode(CAPTIONS[:2]).items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
+    with pytest.warns(UserWarning, match=f"the text encoder reads {backbone.tokenizer.model_max_length}"):
+        loaded.text.encode(["ball " * 200])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -20,6 +20,18 @@ Bundle = dict[str, Tensor]
 FEATURES = "features"
 
 
+def limit_tokenizers(parts: Mapping[str, Any]) -> None:
+    """Let no tokenizer among a checkpoint's parts keep more tokens than its text encoder has positions.
+
+    One without `model_max_length`, or without tokenizer_config.json, would keep any number and pad to 10^30.
+    """
+    for suffix in ("", "_2", "_3"):
+        tokenizer, encoder = parts.get(f"tokenizer{suffix}"), parts.get(f"text_encoder{suffix}")
+        positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)  # T5 has none
+        if tokenizer is not None and positions and getattr(tokenizer, "model_max_length", 0) > positions:
+            tokenizer.model_max_length = positions
+
+
 class PromptEncoder:
     """A checkpoint's text encoders. `run` makes the bundle of a list of prompts; `limits` are pairs (tokenizer, tokens
     that it keeps); `run_negative` makes that of negative prompts, where a family reads these in another way."""

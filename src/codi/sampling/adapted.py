@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from ..models.adapter import Adapter
 from ..models.backbones import Family, Hub, family_of, find_model, load_backbone
 from ..models.student import Student
-from ..models.text import PromptEncoder
+from ..models.text import PromptEncoder, limit_tokenizers
 from ..models.tiny import mark_saved, open_decoder, saved_decoder
 from ..schedule import Schedule
 from ..tasks import Task, get_task
@@ -51,6 +51,7 @@ class AdaptedPipeline(DiffusionPipeline):
             "text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2, "tiny_vae": tiny_vae,
             "transformer": transformer, "text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3,
         }  # fmt: skip
+        limit_tokenizers(parts)
         self.register_modules(**parts)
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled)
         for part in parts.values():

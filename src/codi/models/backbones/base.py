@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...schedule import Schedule
 from .. import codec
-from ..text import PromptEncoder
+from ..text import PromptEncoder, limit_tokenizers
 from .stock_forms import StockForms
 
 # (index of a feature, the feature) -> the feature with the adapter's own in it.
@@ -289,6 +289,9 @@ class Backbone:
     tokenizer_3: Any = None
     is_distilled: bool = False
     """Of FLUX.2 klein: to a few steps, without classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        limit_tokenizers(vars(self))
 
     @property
     def network(self) -> Any:
