@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import (
     benchmark,
     cache,
@@ -103,7 +103,7 @@ def _unforeseen(error: Exception) -> int:
         return getattr(error, "exit_code", 2)
     if os.environ.get("CODI_DEBUG"):
         traceback.print_exception(error)
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         say_error("not enough memory: use a smaller --batch or --tile, or smaller pictures")
     elif isinstance(error, OSError) and error.strerror:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -145,7 +145,7 @@ def one_voice() -> Iterator[None]:
 
 def say_error(error: object) -> None:
     """The one line of an error, on stderr."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error, UserError.MOST)}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

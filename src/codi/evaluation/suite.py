@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 
 SUITES = Path(__file__).resolve().parents[1] / "suites"
 WARMUP = 1000  # images, of recipes that do not say
@@ -129,4 +129,4 @@ def load_suite(name: str | Path) -> Suite:
         known = ", ".join(sorted(p.stem for p in SUITES.glob("*.yaml")))
         raise UserError(f"{name}: no such suite: give a YAML file or one of {known}") from error
     except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a suite ({' '.join(str(error).split())}): see the shipped one, mini") from error
+        raise UserError(f"{path}: not a suite ({one_line(error)}): see the shipped one, mini") from error

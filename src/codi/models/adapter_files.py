@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .adapter import FORMS, Adapter
 from .backbones import EMBEDDED, FAMILIES, find_model, require_finite
 from .lora import FILE, load_lora
@@ -112,14 +112,10 @@ def _updates(network: Any, folder: Path, name: str) -> Any:
     try:
         adapted = load_lora(network, folder, name)
     except Exception as error:  # peft, diffusers and safetensors raise many kinds
-        raise UserError(f"{folder / FILE}: the low-rank updates could not be read ({_short(error)}): "
+        raise UserError(f"{folder / FILE}: the low-rank updates could not be read ({one_line(error)}): "
                         "train or fetch the adapter again") from error  # fmt: skip
     require_finite(adapted, str(folder / FILE))
     return adapted
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _weights(cls: Any, folder: Path) -> Any:
@@ -131,7 +127,7 @@ def _weights(cls: Any, folder: Path) -> Any:
             raise ValueError(f"weight {sorted(report['missing_keys'])[0]!r} is missing")
     except Exception as error:  # diffusers and safetensors raise many kinds; the user needs one line
         raise UserError(
-            f"{folder}: the weights could not be read ({_short(error)}): train or fetch the adapter again"
+            f"{folder}: the weights could not be read ({one_line(error)}): train or fetch the adapter again"
         ) from error
     require_finite(module, str(folder))
     return module

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import codec
 from .backbones import Hub, find_model, require_finite
 
@@ -98,8 +98,9 @@ def open_decoder(
     except UserError:
         raise
     except Exception as error:  # as many kinds as for a model
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"decoder {decoder}: could not be loaded ({reason}): check the folder or id") from error
+        raise UserError(
+            f"decoder {decoder}: could not be loaded ({one_line(error)}): check the folder or id"
+        ) from error
     require_finite(tiny, f"decoder {decoder}")
     has, wants = ((codec.channels(v), codec.downscale(v)) for v in (tiny, vae))
     if has != wants:

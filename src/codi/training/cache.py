@@ -32,7 +32,7 @@ from torch import Tensor
 from ..data.batches import Batch, collate, judge
 from ..data.samples import CorruptSample, Sample, order
 from ..data.sources import SceneSource, Source, open_source
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models import codec
 from ..models.backbones import Backbone, digest, load_backbone
 from ..models.text import FEATURES, Bundle, join
@@ -97,7 +97,7 @@ def _fault(shard: Path) -> str:
     except FileNotFoundError:
         return "missing"
     except (OSError, SafetensorError) as error:
-        return f"truncated or damaged ({' '.join(str(error).split())})"
+        return f"truncated or damaged ({one_line(error)})"
 
 
 @contextmanager
@@ -306,7 +306,7 @@ class CachedSource:
                 columns = {LATENT: file.get_slice(LATENT)[at, variant]}
                 columns |= {name: file.get_slice(name)[row] for name in names}
         except (OSError, SafetensorError) as error:
-            raise _unusable(_shard(self.folder, number), " ".join(str(error).split())) from error
+            raise _unusable(_shard(self.folder, number), one_line(error)) from error
         return replace(sample, extras=sample.extras | columns)
 
 

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..data.sources import open_source
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models import codec
 from ..models.adapter import FORMS
 from ..models.adapter_files import read_config
@@ -111,9 +111,8 @@ def blank_backbone(model: str | Path) -> Backbone:
     except UserError:
         raise
     except Exception as error:  # of as many kinds as for weights
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{model}: its configurations could not be read ({reason}): a dry run wants a diffusers folder "
-                        "or hub id, or `config` beside a single file") from error  # fmt: skip
+        raise UserError(f"{model}: its configurations could not be read ({one_line(error)}): a dry run wants a "
+                        "diffusers folder or hub id, or `config` beside a single file") from error  # fmt: skip
     kind.require_scheduler(parts["scheduler"], str(model))
     return Backbone(**kind.prepare_parts(parts))
 

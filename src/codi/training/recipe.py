@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 
 S = TypeVar("S")
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
@@ -39,9 +39,8 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     path = find_recipe(name)
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML ({reason}): mend the line it names") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, a date or number that is none
+        raise UserError(f"{path}: not valid YAML ({one_line(error)}): mend the line it names") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a list of `key: value` lines: mend the file")
     return values
@@ -54,13 +53,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise UserError(f"{word}: not a flag: write --key value")
+            raise UserError(f"{one_line(word, 80)}: not a flag: write --key value")
         key, equals, text = word[2:].partition("=")
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
             values[key.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError:  # a path such as @x is no YAML, but a fine string
+        except (yaml.YAMLError, ValueError):  # a path such as @x is no YAML, but a fine string
             values[key.replace("-", "_")] = text
     return values
 
@@ -74,9 +73,8 @@ def build(cls: type[S], values: dict[str, Any], origin: str) -> S:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in known:
-            raise UserError(
-                f"{origin}: unknown key {key!r}{nearest(key, known)}: known keys are {', '.join(sorted(known))}"
-            )
+            unknown = f"unknown key {one_line(repr(key), 80)}{nearest(key, known)}"
+            raise UserError(f"{origin}: {unknown}: known keys are {', '.join(sorted(known))}")
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{origin}: {name!r} is missing: add a line `{name}: ...`")
@@ -109,4 +107,4 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if kind in (list, dict) and isinstance(value, kind):
             return value
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    raise UserError(f"{where} is {value!r}: should be {names}: mend the value")
+    raise UserError(f"{where} is {one_line(repr(value), 80)}: should be {names}: mend the value")

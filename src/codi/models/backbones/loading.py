@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from ...errors import UserError, nearest
+from ...errors import UserError, nearest, one_line
 from .. import codec
 from .base import Backbone, Family, named_parts
 from .registry import FAMILIES, family_of_index
@@ -78,7 +78,7 @@ def load_backbone(
         fix = "check the path or id"
         if Path(source).is_file() and not hub.get("config"):
             fix = "its configs are fetched from the hub: connect, or pass config (--config), a folder or id of its kind"
-        raise UserError(f"{name}: the model could not be loaded ({_short(error)}): {fix}") from error
+        raise UserError(f"{name}: the model could not be loaded ({one_line(error)}): {fix}") from error
     for lora, weight in (loras or {}).items():
         try:
             pipe.load_lora_weights(str(lora), use_safetensors=True)
@@ -90,7 +90,9 @@ def load_backbone(
             if not text:  # it may have updates of the text encoders, which then have to be there
                 whole = load_backbone(name, dtype, loras, **hub)
                 return replace(whole, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")))
-            raise UserError(f"{lora}: not a LoRA for {name} ({_short(error)}): check the file and the model") from error
+            raise UserError(
+                f"{lora}: not a LoRA for {name} ({one_line(error)}): check the file and the model"
+            ) from error
     kind.require_scheduler(pipe.scheduler, str(name))
     values = named_parts(pipe)
     parts = {field.name: values.get(field.name, field.default) for field in fields(Backbone)}
@@ -116,7 +118,7 @@ def load_vae(model: str | Path) -> Any:
         kind: Any = codec.vae_class(source, **{k: v for k, v in options.items() if k == "revision"})
         vae = kind.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
     except Exception as error:
-        raise UserError(f"{model}: its VAE could not be loaded ({_short(error)}): check the path or id") from error
+        raise UserError(f"{model}: its VAE could not be loaded ({one_line(error)}): check the path or id") from error
     require_finite(vae, f"{model}/vae")
     return vae.float()
 
@@ -174,10 +176,6 @@ def resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
         weights = [file.name for file in (folder / part).glob("*.safetensors")]
         return source, {"variant": "fp16"} if weights and all(".fp16" in name for name in weights) else {}
     return revision_of(source)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def require_finite(module: torch.nn.Module, name: str) -> None:
