@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling.pipeline import CoDiPipeline
-from ..training.checkpoint import complete
+from ..training.checkpoint import CHECKPOINTS, complete, read_state
 from ..training.distill import DistillRecipe, distill
 from .common import watched
 
@@ -31,11 +31,11 @@ def lesson(
     rows = {row["images"]: {} for row in _log(done)}
     for row in _log(done):  # losses and obedience come in lines of their own; a killed run's lines are passed again
         rows[row["images"]].update(row)
-    state = json.loads((complete(done / "checkpoints")[-1] / "state.json").read_text())
+    progress, _ = read_state(complete(done / CHECKPOINTS)[-1])
     return {
-        "images": state["progress"]["images"],
+        "images": progress.images,
         "of": recipe.images,
-        "seconds": state["progress"]["seconds"],
+        "seconds": progress.seconds,
         "objective": recipe.objective,
         "curve": [rows[images] for images in sorted(rows)],
         "previews": [f"training/{done.name}/previews/{p.name}" for p in sorted((done / "previews").glob("*.png"))],

@@ -116,10 +116,10 @@ def read(cls: Callable[..., Any], words: list[str] | None) -> Any:
 
 
 def _reached(checkpoints: Path) -> int:
-    from ..training.checkpoint import complete
+    from ..training.checkpoint import complete, read_state
 
     found = complete(checkpoints)
-    return json.loads((found[-1] / "state.json").read_text())["progress"]["images"] if found else 0
+    return read_state(found[-1])[0].images if found else 0
 
 
 def _metrics(out: Path) -> dict[str, float]:

@@ -16,15 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,6 +36,7 @@ from ..models.backbones import Backbone, digest, load_backbone
 from ..models.text import FEATURES, Bundle, join
 from ..tasks import Task
 from .distill_recipe import DistillRecipe, recipe_task
+from .lock import locked
 from .prompt_cache import PROMPTS, PromptCache, held_out_batch
 from .trainer import make_accelerator
 
@@ -100,23 +99,6 @@ def _fault(shard: Path) -> str:
         return f"truncated or damaged ({one_line(error)})"
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from filling the folder; the lock goes with this process, however it ends."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{folder}: another process is filling this cache: wait for it, or name another -o") from error
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _mark(name: str, prompt: str) -> int:
     told = f"{name.rpartition('/')[2]}\0{prompt}".encode()
     return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little", signed=True)
@@ -159,7 +141,7 @@ def make_cache(
         part.to(accelerator.device)
     corrupt: list[CorruptSample] = []
     read, count = 0, len(source)
-    with _alone(folder):
+    with locked(folder, "another process is filling this cache: wait for it, or name another -o"):
         if _require_same(folder, index, [key for key in index if key != "model"]) is None:
             _write(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1) + "\n"))
         for number, start in enumerate(range(0, count, shard_size)):

@@ -1,15 +1,18 @@
 """Checkpoints: complete, atomic, and free of pickle.
 
-A checkpoint is a folder `step-00000123/` of safetensors (weights, average, optimiser moments, random state) and a
-`state.json` (progress, optimiser settings, loss scale, recipe). It is written under a temporary name, flushed to disk
-and renamed, so a folder with the final name is always whole; leftovers of a killed run are removed by the next one.
+A checkpoint is a folder `step-00000123/` of safetensors (weights, average, optimizer moments, random state) and a
+`state.json` (progress, loss scale, recipe, checksums of the other files). It is written under a temporary name, flushed
+to disk and renamed, and removed under another, so a folder with the final name is always whole; leftovers of a killed
+run are removed by the next one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..models.checksums import checksums, find_fault
 from . import processes, sharding
 
 _TEMPORARY = ".writing-"
+_OLD = f"{_TEMPORARY}old-"  # a folder that a new one is about to replace
+_GONE = f"{_TEMPORARY}gone-"  # one that is being removed
+CHECKPOINTS, STATE = "checkpoints", "state.json"
 
 
 @dataclass
@@ -43,8 +50,8 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
 
 
-def write_atomically(folder: Path, fill) -> None:
-    """Calls `fill(temporary)` on an empty folder beside `folder`, flushes it, then renames it over `folder`."""
+def write_atomically(folder: Path, fill: Callable[[Path], Any]) -> None:
+    """Call `fill(temporary)` on an empty folder beside `folder`, flush it, then rename it over `folder`."""
     temporary = folder.parent / f"{_TEMPORARY}{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -54,13 +61,14 @@ def write_atomically(folder: Path, fill) -> None:
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-        old = folder.parent / f"{_TEMPORARY}old-{folder.name}"
+        old = folder.with_name(f"{_OLD}{folder.name}")
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors says "no space left" in its own way
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = one_line(getattr(error, "strerror", None) or error)
         raise UserError(f"{folder}: could not be written ({reason}): free space or change --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -82,12 +90,11 @@ def save(
     scaler: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes `root/step-N`, then removes all but the newest `keep` checkpoints. Returns the folder. All processes call
+    """Write `root/step-N`, then remove all but the newest `keep` checkpoints. Returns the folder. All processes call
     it, and the first one writes."""
     names, averages = trainable(online), dict(average.named_parameters())
     state = optimizer.state_dict()
-    moments = flatten(state["state"])
-    parts = {"weights": names, "average": {k: averages[k] for k in names}, "optimizer": moments}
+    parts = {"weights": names, "average": {k: averages[k] for k in names}, "optimizer": flatten(state["state"])}
     parts = {file: sharding.gathered(tensors) for file, tensors in parts.items()}
     folder = root / f"step-{progress.updates:08d}"
     if processes.rank():
@@ -100,15 +107,22 @@ def save(
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
         save_file(random, folder / "random.safetensors")
-        text = json.dumps(
-            {"progress": vars(progress), "groups": state["param_groups"], "scaler": scaler, "recipe": recipe}, indent=1
-        )
-        (folder / "state.json").write_text(text)
+        files = checksums(folder, STATE)
+        state = {"progress": vars(progress), "scaler": scaler, "recipe": recipe, "files": files}
+        (folder / STATE).write_text(json.dumps(state, indent=1))
 
     write_atomically(folder, fill)
     for old in complete(root)[:-keep]:
-        shutil.rmtree(old)
+        _discard(old)
     return folder
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder; a kill on the way leaves nothing that looks whole."""
+    gone = folder.with_name(f"{_GONE}{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -123,23 +137,38 @@ def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
 
 
 def complete(root: Path) -> list[Path]:
-    """The whole checkpoints below `root`, oldest first."""
-    return sorted(p for p in root.glob("step-*") if (p / "state.json").is_file())
+    """Return the whole checkpoints below `root`, oldest first."""
+    return sorted(p for p in root.glob("step-*") if (p / STATE).is_file())
+
+
+def read_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """Return how far the run of a checkpoint was, and its state.json. Raises UserError where it cannot be read or
+    holds a value that no run has."""
+    file = folder / STATE
+    try:
+        state = json.loads(file.read_text())
+        progress = Progress(**state["progress"])
+        counts = (progress.updates, progress.images)
+        if not all(type(count) is int and 0 <= count < 2**53 for count in counts):
+            raise ValueError(f"updates and images are {counts}")
+        if isinstance(progress.seconds, bool) or not 0 <= progress.seconds < math.inf:
+            raise ValueError(f"seconds is {progress.seconds}")
+        scaler = state.get("scaler") or {}
+        if not isinstance(state["recipe"], dict) or not all(type(value) in (int, float) for value in scaler.values()):
+            raise ValueError("the recipe or the loss scale is none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fix = "delete its folder to go on from the one before"
+        raise UserError(f"{file}: not the state of a run ({one_line(repr(error))}): {fix}") from error
+    return progress, state
 
 
 def require_same_run(root: Path, recipe: Any, free: set[str]) -> None:
-    """Raises UserError if the newest checkpoint below `root` is of a different recipe (a dataclass): resuming would mix
+    """Raise UserError if the newest checkpoint below `root` is of a different recipe (a dataclass): resuming would mix
     two runs. Keys in `free` may differ; one that is newer than the checkpoint had its default then."""
     found = complete(root)
     if not found:
         return
-    file = found[-1] / "state.json"
-    try:
-        before = json.loads(file.read_text())["recipe"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({error!r}): delete its folder to go on from the one before"
-        ) from error
+    before = read_state(found[-1])[1]["recipe"]
     for field in (f for f in fields(recipe) if f.name not in free):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         values = before.get(field.name, default), getattr(recipe, field.name)
@@ -151,25 +180,32 @@ def require_same_run(root: Path, recipe: Any, free: set[str]) -> None:
             )
 
 
-def clean(root: Path) -> None:
-    """Removes what a killed run left half-written; puts back a folder caught between two renames."""
-    for left in root.glob(f"{_TEMPORARY}*"):
-        name = left.name.removeprefix(f"{_TEMPORARY}old-")
-        if left.name.startswith(f"{_TEMPORARY}old-") and not (root / name).exists():
-            left.rename(root / name)
+def clean(out: Path) -> None:
+    """Remove what a killed run left half-written or half-removed in `out` and its checkpoints; put back a folder caught
+    between two renames."""
+    root = out / CHECKPOINTS
+    for left in (*out.glob(f"{_TEMPORARY}*"), *root.glob(f"{_TEMPORARY}*")):
+        name = left.name.removeprefix(_OLD)
+        if left.name.startswith(_OLD) and not left.with_name(name).exists():
+            left.rename(left.with_name(name))
         else:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
+    for step in set(root.glob("step-*")) - set(complete(root)):
+        shutil.rmtree(step, ignore_errors=True)
 
 
 def load(
     folder: Path, online: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Any]]:
-    """Restores everything `save` wrote, in place. Returns the progress and the rest of state.json.
+    """Restore everything `save` wrote, in place. Returns the progress and the rest of state.json.
 
     Raises UserError if the checkpoint is broken or of a differently shaped run.
     """
+    progress, state = read_state(folder)
     try:
-        state = json.loads((folder / "state.json").read_text())
+        # The first process reads for all. Checkpoints from before there were checksums have none.
+        if processes.rank() == 0 and (fault := find_fault(folder, state.get("files", {}))):
+            raise ValueError(fault)
         for file, module in (("weights", online), ("average", average)):
             values, parameters = load_file(folder / f"{file}.safetensors"), dict(module.named_parameters())
             expected = trainable(online).keys()
@@ -189,16 +225,16 @@ def load(
             counts = value.ndim == 0 and value.dtype == torch.int64  # steps, which bitsandbytes wants as a number
             split = sharding.split_like(value, like) if value.shape == like.shape else value
             entry[last] = int(value) if counts else split
-        optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
+        # Rates and other settings are the recipe's.
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         random = load_file(folder / "random.safetensors")
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())[:160]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: the checkpoint is broken ({reason}): delete it to go on from the one before"
+            f"{folder}: the checkpoint is broken ({one_line(error)}): delete it to go on from the one before"
         ) from error
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
-    return Progress(**state["progress"]), state
+    return progress, state

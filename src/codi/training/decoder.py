@@ -21,9 +21,10 @@ from ..models import codec
 from ..models.backbones import load_backbone, load_vae
 from ..models.tiny import new_tiny
 from . import ema, processes
-from .checkpoint import Progress, edit_json, require_same_run
+from .checkpoint import CHECKPOINTS, Progress, edit_json, require_same_run
 from .codec import psnr
 from .latents import shuffled
+from .lock import only_run
 from .pairs import Pairs, make_pairs, of_pictures, of_samples, parse_samples, read_prompts
 from .pretrain_recipe import write_sheet
 from .saving import place, shareable
@@ -187,14 +188,19 @@ pipe = StableDiffusionPipeline.from_pretrained("MODEL", vae=AutoencoderTiny.from
 
 
 def distill_decoder(recipe: DecoderRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
-    """Runs or resumes `recipe`; returns its folder. `minutes` stops early, with what there is in place to go on."""
+    """Run or resume `recipe`; return its folder. `minutes` stops early, with what there is in place to go on. Raises
+    UserError for a recipe, data or a model that will not do, and where another process trains in that folder."""
     recipe.validate()
-    out, r = Path(recipe.out), recipe
-    require_same_run(out / "checkpoints", recipe, _FREE)
-    deadline = time.monotonic() + 60 * minutes if minutes else None
     device = make_accelerator(recipe).device
     if processes.count() > 1:
         raise UserError(f"{processes.count()} processes: a tiny decoder is trained in one: start it without a launcher")
+    with only_run(Path(recipe.out)):
+        return _distill_decoder(recipe, device, quiet, time.monotonic() + 60 * minutes if minutes else None)
+
+
+def _distill_decoder(recipe: DecoderRecipe, device: torch.device, quiet: bool, deadline: float | None) -> Path:
+    out, r = Path(recipe.out), recipe
+    require_same_run(out / CHECKPOINTS, recipe, _FREE)
     vae: Any = load_vae(recipe.model).requires_grad_(False).eval().to(device)
     codec.require_cells(vae, size=r.size, crop=r.crop or r.size)
     told = {key: getattr(r, key) for key in ("size", "prompts", "sample_steps", "sample_guidance", "seed")}

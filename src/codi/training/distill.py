@@ -28,8 +28,9 @@ from ..objectives.batch import Guidance, LatentBatch
 from ..sampling.sampler import initial_noise, sample, time_grid
 from ..tasks.base import means
 from . import cache, ema, processes
-from .checkpoint import Progress, require_same_run
+from .checkpoint import CHECKPOINTS, Progress, require_same_run
 from .distill_recipe import SCALES, DistillRecipe, configure_objective, recipe_task, require_fits
+from .lock import only_run
 from .prompt_cache import PromptCache, held_out_batch, kept_prompts
 from .saving import save_adapter, shareable
 from .trainer import Job, make_accelerator, train
@@ -78,7 +79,7 @@ class DistillJob(Job):
         self.trained_on = digest(backbone.network)  # now: a full adapter trains these very weights
         form = FORMS[recipe.adapter]
         if recipe.start:
-            adapter, network = load_adapter(recipe.start, recipe.task, backbone.family, backbone.network)
+            adapter, network = load_adapter(recipe.start, recipe.task, backbone.family, backbone.network, recipe.model)
             require_fits(recipe, type(adapter), adapter.config)
         else:
             inputs = (self.task.condition_channels, len(recipe.guidance), recipe.asked)
@@ -130,7 +131,7 @@ class DistillJob(Job):
         if self.recipe.teacher is None:
             return copy.deepcopy(student).requires_grad_(False).eval()
         adapter, network = load_adapter(
-            self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.network)
+            self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.network), self.recipe.model
         )
         self._require_scales(adapter, self.recipe.teacher)
         return Student(network, adapter).requires_grad_(False).eval()
@@ -275,12 +276,18 @@ class DistillJob(Job):
 
 
 def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
-    """Runs or resumes `recipe`; returns its folder. `minutes` stops early, with a checkpoint, to go on later."""
+    """Run or resume `recipe`; return its folder. `minutes` stops early, with a checkpoint, to go on later. Raises
+    UserError for a recipe, data or a model that will not do, and where another process trains in that folder."""
     recipe.validate()
-    out, accelerator = Path(recipe.out), make_accelerator(recipe)
-    deadline = time.monotonic() + 60 * minutes if minutes else None
+    accelerator = make_accelerator(recipe)
+    with only_run(Path(recipe.out)):
+        return _distill(recipe, accelerator, quiet, time.monotonic() + 60 * minutes if minutes else None)
+
+
+def _distill(recipe: DistillRecipe, accelerator: Any, quiet: bool, deadline: float | None) -> Path:
+    out = Path(recipe.out)
     with processes.together():
-        require_same_run(out / "checkpoints", recipe, _FREE)
+        require_same_run(out / CHECKPOINTS, recipe, _FREE)
         torch.manual_seed(recipe.seed)
         columns = recipe_task(recipe).columns
         source, held_out = (open_source(spec, columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))

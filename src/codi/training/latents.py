@@ -130,6 +130,7 @@ class LatentsJob(Job):
             )
 
         staged, index = out / "training" / "finished", "model_index.json"
+        shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed below
         write_atomically(staged, fill)
         # Without its index a folder is no model: gone first and back last, it never stands beside parts of two models.
         (out / index).unlink(missing_ok=True)

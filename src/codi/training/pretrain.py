@@ -21,30 +21,42 @@ from ..errors import UserError
 from ..models import codec
 from ..models.backbones import find_model, load_backbone
 from . import processes
-from .checkpoint import Progress, require_same_run, write_atomically
+from .checkpoint import CHECKPOINTS, Progress, require_same_run, write_atomically
 from .codec import CodecJob, DecoderJob, new_vae, open_vae
 from .flux import FluxJob, new_flux
 from .latents import EditedPictures, LatentsJob, encode_all
+from .lock import only_run
 from .pretrain_recipe import PretrainRecipe, first_pictures
 from .scene_store import stored
 from .tokenizer import load_unigram, train_tokenizer, train_unigram
 from .trainer import Job, RunSettings, SharedSettings, make_accelerator, train
 from .unet import UNetJob, new_ldm, new_scheduler
 
+STAGES = ("codec", "decoder", "ldm")  # folders below `training`
 # Keys that may differ between a run and its continuation.
 _FREE = {"out", "vae_images", "decoder_images", "ldm_images", "max_corrupt", "device", "keep", "scene_store"}
 _FREE |= {"log_every", "preview_every", "checkpoint_every"}
 
 
 def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
-    """Trains the codec, then the latent diffusion model, and writes the checkpoint to `recipe.out`.
+    """Train the codec, then the latent diffusion model, and write the checkpoint to `recipe.out`.
 
     Each stage resumes from its own checkpoints; a finished stage is not repeated. `minutes` ends the run early with
-    everything in place to go on. Returns the folder.
+    everything in place to go on. Returns the folder. Raises UserError for a recipe, data or a model that will not do,
+    and where another process trains in that folder.
     """
     recipe.validate()
-    run = _open(recipe, quiet, time.monotonic() + 60 * minutes if minutes else None)
-    vae = _codec(run)
+    shared = RunSettings(
+        optimizer=recipe.optimizer, **{field.name: getattr(recipe, field.name) for field in fields(SharedSettings)}
+    )
+    accelerator, work = make_accelerator(shared), Path(recipe.out) / "training"
+    with only_run(Path(recipe.out), work, *(work / stage for stage in STAGES)):
+        deadline = time.monotonic() + 60 * minutes if minutes else None
+        return _pretrain(_open(recipe, shared, accelerator, quiet, deadline))
+
+
+def _pretrain(run: _Run) -> Path:
+    recipe, vae = run.recipe, _codec(run)
     if vae is None:
         return run.out
     latents, captions = _encode(run, vae) if recipe.ldm_images else (np.zeros(0), [])
@@ -101,14 +113,12 @@ class _Run:
         return folder if (folder / "config.json").is_file() else None
 
 
-def _open(recipe: PretrainRecipe, quiet: bool, deadline: float | None) -> _Run:
-    shared = RunSettings(
-        optimizer=recipe.optimizer, **{field.name: getattr(recipe, field.name) for field in fields(SharedSettings)}
-    )
-    accelerator = make_accelerator(shared)
+def _open(
+    recipe: PretrainRecipe, shared: RunSettings, accelerator: Accelerator, quiet: bool, deadline: float | None
+) -> _Run:
     with processes.together():
-        for stage in ("codec", "decoder", "ldm"):
-            require_same_run(Path(recipe.out) / "training" / stage / "checkpoints", recipe, _FREE)
+        for stage in STAGES:
+            require_same_run(Path(recipe.out) / "training" / stage / CHECKPOINTS, recipe, _FREE)
         source, held_out = (_pictures(spec, recipe, accelerator.device) for spec in (recipe.data, recipe.held_out))
         torch.manual_seed(recipe.seed)
         begin = open_start(recipe.start, recipe.network) if recipe.start else None

@@ -39,11 +39,12 @@ def save_adapter(out: Path, adapter: Any, network: Any, full: bool, half: bool) 
     place(out, fill, ("config.json", FILE, *{kind.component for kind in FAMILIES}))
 
 
-def place(out: Path, fill: Callable[[Path], None], stale: Sequence[str]) -> None:
-    """Writes into `out`, which may hold other things, the files that `fill(folder)` leaves in an empty folder; its
+def place(out: Path, fill: Callable[[Path], Any], stale: Sequence[str]) -> None:
+    """Write into `out`, which may hold other things, the files that `fill(folder)` leaves in an empty folder; its
     config.json comes last. `stale`: what an earlier model may have left there, its config first, so that there never
     is one over a mixture."""
     staged = out / ".finished"
+    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed below
     write_atomically(staged, fill)
     for old in (out / name for name in stale):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)

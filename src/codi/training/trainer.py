@@ -239,10 +239,10 @@ def train(
     groups = job.groups(settings.learning_rate)
     optimizer: Any = make_optimizer(settings, groups)
     peaks = [g["lr"] for g in optimizer.param_groups]
-    root, progress = out / "checkpoints", Progress()
+    root, progress = out / checkpoint.CHECKPOINTS, Progress()
     with processes.together():
         if accelerator.is_main_process:
-            checkpoint.clean(root)
+            checkpoint.clean(out)
     with processes.together():
         if found := checkpoint.complete(root):
             progress, state = checkpoint.load(found[-1], job.online, job.average, optimizer)

@@ -1,0 +1,32 @@
+"""Which files belong to an adapter or a checkpoint, and whether they are still as they were written."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+
+def checksum(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def checksums(folder: Path, apart: str) -> dict[str, str]:
+    """Return {path within `folder`: SHA-256} of all files there but `apart`, which will hold the list."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: checksum(file) for name, file in names.items() if name != apart}
+
+
+def find_fault(folder: Path, files: Any) -> str | None:
+    """Return what is wrong with the files that `checksums` listed, None for nothing."""
+    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
+        return "its list of files is none"
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if checksum(folder / name) != expected:
+            return f"{name} was altered or damaged since it was written"
+    return None
