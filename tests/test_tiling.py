@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from codi.errors import UserError
-from codi.sampling.colour import low_frequencies, match_bands, match_colour, wavelet_levels
-from codi.sampling.tiles import noise_rows
+from codi.sampling.colour import back_projected, low_frequencies, match_bands, match_colour, wavelet_levels
+from codi.sampling.tiles import Tiles, noise_rows
 from codi.sampling.tiling import covered_size, cut, feather, join, mirror_pad, starts, upscaled_bands
 
 
@@ -102,6 +102,24 @@ def test_mirrored_borders():
     assert mirror_pad(row, (1, 8)).flatten().tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
     assert mirror_pad(row[..., :1], (2, 3)).eq(0).all()
     assert mirror_pad(row, (1, 3)) is row
+
+
+@pytest.mark.parametrize("height, width", [(3, 200), (200, 3), (1, 97), (97, 1), (2, 98), (98, 2), (17, 200)])
+def test_tiles_of_a_thin_picture_are_thin(height: int, width: int):
+    """No more is made than what covers it, and it is the untiled result."""
+    low, tiles = noise(1, 3, height, width), Tiles(64, 4, 8)
+    made = 0
+
+    def make(noise: torch.Tensor, part: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        nonlocal made
+        made += part[:, 0].numel()
+        assert noise.shape[-2:] == (part.shape[-2] // 2, part.shape[-1] // 2) and len(prompts) == len(part)
+        return enlarge(part)
+
+    out = join(tiles.bands(make, low, "", 0, 4, 2), 4 * height)
+    assert torch.allclose(out, enlarge(low), atol=1e-6)
+    assert made <= 1.6 * (height + 1) * (width + 1)
+    assert tiles.shape(low) == (min(64, -(-height // 2) * 2), min(64, -(-width // 2) * 2))
 
 
 def test_progress_counts_tiles_and_scale_may_be_one():
@@ -231,6 +249,27 @@ def test_colours_of_a_picture_in_bands_are_those_of_the_whole(method: str, rows:
     picture, reference = noise(1, 3, 200, 150), noise(1, 3, 200, 150, seed=1)
     bands = match_bands(iter(picture.split(rows, dim=2)), lambda a, b: reference[:, :, a:b], 200, method)
     torch.testing.assert_close(join(bands, 200), match_colour(picture, reference, method), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["wavelet", "back-projection"])
+def test_grain_is_removed_where_the_input_is_flat_and_texture_stays(method: str):
+    enlarged, half = scene(128) * 0.05 + 0.5, (..., slice(16, -16), slice(80, 120))
+    enlarged[..., :64] += 0.2 * F.interpolate(noise(1, 3, 32, 16), scale_factor=4, mode="bicubic")  # a textured half
+    grain = F.interpolate(noise(1, 3, 32, 32) - 0.5, scale_factor=4, mode="bicubic") * 4 / 255  # 1 level, as a cell
+    out = match_colour(enlarged + grain, enlarged, method)
+    added = out - enlarged
+    plain = {"wavelet": lambda x: x - low_frequencies(x, wavelet_levels(128, 128)), "back-projection": unresolved}
+    before = plain[method](grain)
+    assert added[half].square().mean() < 0.02 * before[half].square().mean()
+    busy = (..., slice(16, -16), slice(8, 48))
+    assert added[busy].square().mean() > 0.97 * before[busy].square().mean()
+    strong = match_colour(enlarged + texture(128), enlarged, method) - enlarged  # more than any grain: it was meant
+    assert strong[half].square().mean() > 0.94 * texture(128)[half].square().mean()
+
+
+def unresolved(image: torch.Tensor) -> torch.Tensor:
+    """Return what a quarter of the size does not hold of (B, C, H, W)."""
+    return back_projected(image, torch.zeros_like(image), 4)
 
 
 def test_any_rows_of_a_noise_field_can_be_drawn_alone():

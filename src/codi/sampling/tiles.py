@@ -28,8 +28,8 @@ def alignment(downscale: int, scale: int) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of `side` input pixels, enlarged `scale` times into latent cells of `downscale` pixels, `patch` of which
-    along a side are a token of the network."""
+    """Tiles of at most `side` input pixels a side, enlarged `scale` times into latent cells of `downscale` pixels,
+    `patch` of which along a side are a token of the network."""
 
     side: int
     scale: int
@@ -62,10 +62,16 @@ class Tiles:
         """With the neighbours, in input pixels."""
         return max(self.align, self.side // OVERLAP // self.align * self.align)
 
+    def shape(self, given: Tensor) -> tuple[int, int]:
+        """Return the (height, width) of the tiles of a picture: no more than covers it, if it is thin."""
+        height, width = (min(self.side, math.ceil(side / self.align) * self.align) for side in given.shape[-2:])
+        return height, width
+
     def batches(self, given: Tensor, batch: int) -> int:
         """How many of at most `batch` tiles, of one row each, cover one picture of `given`."""
-        covered = covered_size(given.shape[-2], given.shape[-1], self.side, self.align)
-        rows, columns = (len(starts(length, self.side, self.overlap, self.align)) for length in covered)
+        shape = self.shape(given)
+        covered = covered_size(given.shape[-2], given.shape[-1], shape, self.align)
+        rows, columns = (len(starts(*pair, self.overlap, self.align)) for pair in zip(covered, shape, strict=True))
         return rows * math.ceil(columns / batch)
 
     def bands(
@@ -80,19 +86,20 @@ class Tiles:
     ) -> Iterator[Tensor]:
         """A picture (1, C, h, w) -> bands (1, 3, rows, scale w) of its enlargement, from the top, by
         `make(noise, tiles, prompts)` on at most `batch` tiles at a time; noise has `channels`, in so many `fields`."""
-        width = covered_size(given.shape[-2], given.shape[-1], self.side, self.align)[1]
+        shape = self.shape(given)
+        width = covered_size(given.shape[-2], given.shape[-1], shape, self.align)[1]
         ratio = self.scale / self.downscale
 
         def run(low: Tensor, corners: list[tuple[int, int]]) -> Tensor:
             # One noise field for the whole picture, so that neighbouring tiles agree where they overlap.
             first = corners[0][0]
             field = noise_rows(
-                (channels, round(width * ratio)), seed, round(first * ratio), round(self.side * ratio), fields
+                (channels, round(width * ratio)), seed, round(first * ratio), round(shape[0] * ratio), fields
             )
-            noise = cut(field, [(y - first, x) for y, x in corners], self.side, ratio)
+            noise = cut(field, [(y - first, x) for y, x in corners], shape, ratio)
             return make(noise, low, [prompt] * len(low))
 
-        return upscaled_bands(run, given, self.scale, self.side, self.overlap, batch, self.align)
+        return upscaled_bands(run, given, self.scale, shape, self.overlap, batch, self.align)
 
     def enlarged(self, enlarge: Callable[[Tensor], Tensor], given: Tensor, first: int, end: int) -> Tensor:
         """Rows `first` to `end` of `enlarge(given)`, (1, 3, end - first, scale w), where no row depends on others that

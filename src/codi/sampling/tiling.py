@@ -24,6 +24,7 @@ from ..errors import UserError
 
 BAND = 2**19  # pixels of a band at most: what follows works on copies of bands, and should not grow with the width
 Corner = tuple[int, int]
+Side = int | tuple[int, int]  # of a tile in low-resolution pixels: of a square, or (height, width)
 Run = Callable[[Tensor, list[Corner]], Tensor]
 """(low tiles (n, C, tile, tile), their (y, x) in low-resolution pixels) -> (n, C', scale * tile, scale * tile)."""
 
@@ -33,7 +34,7 @@ def upscaled_bands(
     run: Run,
     low: Tensor,
     scale: int = 4,
-    tile: int = 64,
+    tile: Side = 64,
     overlap: int = 16,
     batch: int = 4,
     align: int = 1,
@@ -42,28 +43,31 @@ def upscaled_bands(
     """`low` (1, C, h, w) -> its enlargement (1, C', scale h, scale w) from the top, in bands (1, C', rows, scale w) of
     float32 on the CPU, by `run` on at most `batch` tiles of one row at a time.
 
-    Tiles are `tile` low-resolution pixels wide, overlap by at least `overlap`, and start at multiples of `align`. A
-    side shorter than a tile, or that aligned tiles do not fill, is continued by its mirror image, later cut off again.
+    Tiles have `tile` low-resolution pixels, overlap by at least `overlap`, and start at multiples of `align`. A side
+    shorter than a tile, or that aligned tiles do not fill, is continued by its mirror image, later cut off again; one
+    that a single tile fills needs no overlap.
     `progress(done, total)` hears of finished tiles. Memory: one row of tiles, and a batch; it grows with the width.
 
     Raises UserError if the numbers do not go together.
     """
-    _check(tile, overlap, batch, align)
+    _check(max(_sides(tile)), overlap, batch, align)
     height, width = low.shape[-2:]
     padded = mirror_pad(low, covered_size(height, width, tile, align))
-    rows, columns = (starts(side, tile, overlap, align) for side in padded.shape[-2:])
-    weights_y, weights_x = feather(rows, tile, scale), feather(columns, tile, scale)
+    (rows, weights_y), (columns, weights_x) = (
+        _axis(length, side, overlap, align, scale) for length, side in zip(padded.shape[-2:], _sides(tile), strict=True)
+    )
+    high, wide = (side * scale for side in _sides(tile))
     sums: Tensor | None = None
     for number, (y, wy) in enumerate(zip(rows, weights_y, strict=True)):
         for first in range(0, len(columns), batch):
             part = [(y, x) for x in columns[first : first + batch]]
             tiles = run(cut(padded, part, tile), part).float().cpu()
-            if tiles.shape[0] != len(part) or tuple(tiles.shape[-2:]) != (tile * scale, tile * scale):
+            if tiles.shape[0] != len(part) or tuple(tiles.shape[-2:]) != (high, wide):
                 raise ValueError(f"run gave {tuple(tiles.shape)} for {len(part)} tiles of {tile} px at scale {scale}")
             if sums is None:
-                sums = torch.zeros(1, tiles.shape[1], tile * scale, width * scale)
+                sums = torch.zeros(1, tiles.shape[1], high, width * scale)
             for (_, x), wx, piece in zip(part, weights_x[first : first + batch], tiles, strict=True):
-                window = sums[0, :, :, x * scale : (x + tile) * scale]  # less, where mirrored
+                window = sums[0, :, :, x * scale : x * scale + wide]  # less, where mirrored
                 w = window.shape[-1]
                 window += piece[:, :, :w] * (wy[:, None] * wx[:w])
             if progress is not None:
@@ -74,8 +78,8 @@ def upscaled_bands(
         for band in sums[:, :, :finished].split(max(1, BAND // sums.shape[-1]), dim=2):
             yield band.clone()
         # What the next row of tiles adds to moves to the top; below it there is nothing yet.
-        sums[:, :, : tile * scale - finished] = sums[:, :, finished:].clone()
-        sums[:, :, tile * scale - finished :] = 0
+        sums[:, :, : high - finished] = sums[:, :, finished:].clone()
+        sums[:, :, high - finished :] = 0
 
 
 def join(bands: Iterator[Tensor], height: int) -> Tensor:
@@ -89,20 +93,35 @@ def join(bands: Iterator[Tensor], height: int) -> Tensor:
     return out
 
 
-def covered_size(height: int, width: int, tile: int, align: int = 1) -> tuple[int, int]:
+def _sides(tile: Side) -> tuple[int, int]:
+    return (tile, tile) if isinstance(tile, int) else tile
+
+
+def _axis(side: int, tile: int, overlap: int, align: int, scale: int) -> tuple[list[int], Tensor]:
+    """Return where tiles start along one axis of `side` pixels, and their weights."""
+    if side != tile:
+        _check(tile, overlap, 1, align)
+    first = starts(side, tile, overlap, align)
+    return first, feather(first, tile, scale)
+
+
+def covered_size(height: int, width: int, tile: Side, align: int = 1) -> tuple[int, int]:
     """The size (height, width) >= the picture's that aligned tiles fill exactly: that of a noise field for `cut`."""
 
-    def covered(side: int) -> int:
+    def covered(side: int, tile: int) -> int:
         return tile + max(0, math.ceil((side - tile) / align) * align)
 
-    return covered(height), covered(width)
+    high, wide = _sides(tile)
+    return covered(height, high), covered(width, wide)
 
 
 def starts(side: int, tile: int, overlap: int, align: int = 1) -> list[int]:
     """Evenly spread first pixels of the tiles that cover `side` (one of covered_size), from 0 to side - tile."""
+    if side == tile:
+        return [0]
     steps = (side - tile) // align
     count = math.ceil(steps / ((tile - overlap) // align))  # of gaps
-    return [0] if count == 0 else [i * steps // count * align for i in range(count + 1)]
+    return [i * steps // count * align for i in range(count + 1)]
 
 
 def feather(first: list[int], tile: int, scale: int) -> Tensor:
@@ -128,7 +147,7 @@ def feather(first: list[int], tile: int, scale: int) -> Tensor:
     return torch.stack([window / total[start * scale : (start + tile) * scale] for start, window in pairs]).float()
 
 
-def cut(field: Tensor, corners: list[Corner], tile: int, ratio: float = 1) -> Tensor:
+def cut(field: Tensor, corners: list[Corner], tile: Side, ratio: float = 1) -> Tensor:
     """(1, C, H, W) -> (n, C, ratio * tile, ratio * tile): what lies under tiles at `corners` (low-resolution pixels).
 
     `ratio` is the field's pixels per low-resolution pixel, e.g. 0.5 for latents of f = 8 at x4. Raises UserError where
@@ -142,8 +161,8 @@ def cut(field: Tensor, corners: list[Corner], tile: int, ratio: float = 1) -> Te
                             f"use tile and align that are multiples of {round(1 / ratio)}")  # fmt: skip
         return int(position)
 
-    size = scaled(tile)
-    return torch.cat([field[:, :, (a := scaled(y)) : a + size, (b := scaled(x)) : b + size] for y, x in corners])
+    high, wide = map(scaled, _sides(tile))
+    return torch.cat([field[:, :, (a := scaled(y)) : a + high, (b := scaled(x)) : b + wide] for y, x in corners])
 
 
 def mirror_pad(image: Tensor, size: tuple[int, int]) -> Tensor:
