@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .common import BadUsage, Json, Overwrite, Seed, print_json, progress, usage, working
 
 if TYPE_CHECKING:
@@ -142,16 +142,15 @@ def latent_cell(model: str) -> int:
 
 
 def _task(name: str, options: str | None) -> Task:
-    import yaml
-
+    from ..data.text_files import parse_yaml
     from ..tasks import get_task
 
     try:
-        values = yaml.safe_load(options) if options else {}
-    except yaml.YAMLError:
+        values = parse_yaml(options) if options else {}
+    except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise BadUsage(f"--task-options {options}: not `key: value` pairs: write '{{scale: 8}}'")
+        raise BadUsage(f"--task-options {one_line(options)}: not `key: value` pairs: write '{{scale: 8}}'")
     with usage():
         return get_task(name, **values)
 

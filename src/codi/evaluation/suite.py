@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..data.text_files import read_yaml
 from ..errors import UserError, nearest, one_line
 
 SUITES = Path(__file__).resolve().parents[1] / "suites"
@@ -122,11 +121,10 @@ def load_suite(name: str | Path) -> Suite:
     """A YAML file, or the name of a shipped suite. Raises UserError where it is missing or lacks a key."""
     shipped = SUITES / f"{name}.yaml"
     path = shipped if shipped.is_file() else Path(name)
-    try:
-        told = yaml.safe_load(path.read_text())
-        return Suite(name=path.stem, **told)
-    except OSError as error:
+    if not path.is_file():
         known = ", ".join(sorted(p.stem for p in SUITES.glob("*.yaml")))
-        raise UserError(f"{name}: no such suite: give a YAML file or one of {known}") from error
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise UserError(f"{name}: no such suite: give a YAML file or one of {known}")
+    try:
+        return Suite(name=path.stem, **read_yaml(path))
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a suite ({one_line(error)}): see the shipped one, mini") from error

@@ -9,8 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from ..data.text_files import parse_yaml, read_yaml
 from ..errors import UserError, nearest, one_line
 
 S = TypeVar("S")
@@ -35,15 +34,8 @@ def shipped_recipes() -> list[str]:
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """The keys and values of a recipe file. Raises UserError where it is missing or not a YAML mapping."""
-    path = find_recipe(name)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, a date or number that is none
-        raise UserError(f"{path}: not valid YAML ({one_line(error)}): mend the line it names") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a list of `key: value` lines: mend the file")
-    return values
+    """Read the keys and values of a recipe file. Raises UserError where it is missing or not a YAML mapping."""
+    return read_yaml(find_recipe(name))
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -58,8 +50,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
-            values[key.replace("-", "_")] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # a path such as @x is no YAML, but a fine string
+            values[key.replace("-", "_")] = parse_yaml(text)
+        except ValueError:  # a path such as @x is no YAML, but a fine string
             values[key.replace("-", "_")] = text
     return values
 
