@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    before, after, adapter = load(args.model), load(args.model), find_adapter(args.adapter)
+    before, after, adapter = load(args.model), load(args.model), find_adapter(args.adapter, args.model)
     shown = NightScenes("train", args.scenes).read(range(args.scenes), args.size)
     pictures = collate([s for s in shown if isinstance(s, Sample)])
     finetune(after, pictures, args.updates, args.batch, args.learning_rate)

@@ -135,9 +135,9 @@ def composition_judge(read: Read) -> Judge:
     return judge
 
 
-def folder_of(adapter: str, *places: Path | None) -> Path | None:
-    """Where an adapter lies: in the first of `places` that has it, else embedded; None where it is nowhere."""
-    folders = [*(place / adapter for place in places if place), find_adapter(adapter)]
+def folder_of(adapter: str, model: str, place: Path | None) -> Path | None:
+    """Where an adapter lies: in `place` if it is there, else among those of `model`; None where it is nowhere."""
+    folders = [*([place / adapter] if place else []), find_adapter(adapter, model)]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
@@ -152,12 +152,12 @@ def adapters_of(entry: str, args: argparse.Namespace) -> dict[str, Path]:
     """What an entry is measured with: method -> adapter folder, of composition name -> folder; {} where its adapter is
     nowhere."""
     if entry == COMPOSITION:
-        parts = {name: folder_of(name, args.adapters) for name in ("inpaint", "depth")}
+        parts = {name: folder_of(name, args.model, args.adapters) for name in ("inpaint", "depth")}
         return {name: folder for name, folder in parts.items() if folder} if all(parts.values()) else {}
-    own = folder_of(entry, args.adapters)
+    own = folder_of(entry, args.model, args.adapters)
     if own is None:
         return {}
-    many = None if entry == "generate" else folder_of(f"{entry}-finetuned", args.finetuned)
+    many = None if entry == "generate" else folder_of(f"{entry}-finetuned", args.model, args.finetuned)
     more = {name: folder for name, folder in args.rows if measured_task(folder) == measured_task(own)}
     return {PE: own, **more, **({REFERENCE: many} if many else {})}
 

@@ -299,7 +299,7 @@ def measured_by(name, monkeypatch, tmp_path, pipes):
     rows = [("codi", tmp_path / f"{name}-full")] if f"{name}-full" in pipes else []
     load = lambda args, task=None, adapter=None: pipes[adapter.name if adapter else ""]  # noqa: E731
     monkeypatch.setattr(task_figures, "load", load)
-    args = argparse.Namespace(adapters=tmp_path, finetuned=tmp_path, rows=rows, guidance=3.0)
+    args = argparse.Namespace(model="mini", adapters=tmp_path, finetuned=tmp_path, rows=rows, guidance=3.0)
     methods, task = task_figures.methods_of(name, args)
     rows = []
     for method in methods:
@@ -343,7 +343,7 @@ def test_entries_have_the_adapters_that_are_there(monkeypatch, tmp_path):
     for name, task in (("upscale-x8", get_task("upscale", scale=8)), ("depth", get_task("depth"))):
         write_adapter(runs / name, task)
     more = [("hint", write_adapter(tmp_path / "a", soft)), ("codi", write_adapter(tmp_path / "b", get_task("upscale")))]
-    args = argparse.Namespace(adapters=runs, finetuned=runs, rows=more)
+    args = argparse.Namespace(model="mini", adapters=runs, finetuned=runs, rows=more)
     assert task_figures.adapters_of("depth", args) == {"pe-codi": runs / "depth", "hint": tmp_path / "a"}
     assert task_figures.adapters_of("upscale-x8", args) == {"pe-codi": runs / "upscale-x8"}  # codi's is x4
     assert task_figures.adapters_of("upscale", args) == task_figures.adapters_of("composition", args) == {}
@@ -358,7 +358,7 @@ def test_an_entry_is_stale_when_an_adapter_at_hand_is_another(tmp_path):
     task = get_task("depth")
     adapters = {name: write_adapter(tmp_path / name, task, backbone="a" * 12) for name in ("depth", "depth-finetuned")}
     (adapters["depth"] / "a.safetensors").write_bytes(bytes(7))
-    args = argparse.Namespace(adapters=tmp_path, finetuned=tmp_path, rows=[])
+    args = argparse.Namespace(model="mini", adapters=tmp_path, finetuned=tmp_path, rows=[])
     told = {"adapters": task_figures.described(task_figures.adapters_of("depth", args))}
     assert told["adapters"]["pe-codi"] == {"images": 16, "bytes": 7, "backbone": "a" * 12}
     assert task_figures.stale("depth", {}, args) and not task_figures.stale("depth", json.loads(json.dumps(told)), args)

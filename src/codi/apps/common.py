@@ -35,7 +35,7 @@ ModelOrDefault = Annotated[
     str | None,
     typer.Option(
         help="mini, photo, a diffusers folder, a .safetensors file or a hub id\\[@revision]; by default photo for "
-        "upscale and inpaint, mini for others and for its adapters.",
+        "upscale, mini for other tasks and its own adapters.",
         rich_help_panel=_MODEL,
         show_default=False,
     ),

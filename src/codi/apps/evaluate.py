@@ -18,7 +18,7 @@ from .common import (
     DType,
     Guidance,
     Json,
-    Model,
+    ModelOrDefault,
     Overwrite,
     Seed,
     check_seed,
@@ -29,7 +29,6 @@ from .common import (
     usage,
     working,
 )
-from .models import WEIGHTS
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Method
@@ -50,7 +49,7 @@ def evaluate(
         typer.Argument(help="A recipe: its adapter, model, task, size and held-out data.", show_default=False),
     ] = None,
     task: Annotated[str | None, typer.Option(help="The task, where no recipe says it.")] = None,
-    model: Model = "mini",
+    model: ModelOrDefault = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="An embedded adapter's name or a folder. May be repeated.")
     ] = None,
@@ -87,16 +86,22 @@ def evaluate(
         from ..data.writing import check_writable
         from ..evaluation import contact_sheet, pipeline_method, rich_table, write_json
         from ..evaluation import evaluate as measure
+        from ..models.adapter_files import default_model
         from ..tasks import get_task
 
         if recipe is not None:
             told = _recipe(recipe)
-            task, model, options = told.task, told.model if model == "mini" else model, dict(told.task_options)
+            task, model, options = told.task, model or told.model, dict(told.task_options)
             data, size = data or told.held_out, size or told.size
             degradation = degradation or told.degradation
             adapters, loras = adapters or [told.out], told.loras
         if task is None:
             raise BadUsage("give a recipe or --task: codi evaluate --task upscale")
+        adapters = adapters or [task]
+        models = {model or default_model(name) for name in adapters}
+        if len(models) > 1:
+            raise BadUsage(f"--adapter {', '.join(adapters)}: of different models: name one with --model")
+        model = models.pop()
         with usage():
             get_task(task, **options)
             if degradation is not None:
@@ -107,12 +112,12 @@ def evaluate(
 
     methods: list[Method] = []
     reference = None
-    for name in adapters or [task]:
+    for name in adapters:
         pipe = load_pipeline(model, task, name, device, dtype, loras, decoder)
         reference = reference or pipe
         methods.append(pipeline_method(pipe, counts, _name(pipe, name, methods), guidance))
     assert reference is not None
-    if (name := _reference(task, finetuned, reference)) is not None:
+    if (name := _reference(task, finetuned, reference, model)) is not None:
         pipe = load_pipeline(model, task, name, device, dtype, loras, decoder)
         methods.append(pipeline_method(pipe, MANY_STEPS, _name(pipe, name, methods), guidance))
     assert reference.task is not None
@@ -158,13 +163,14 @@ def _recipe(name: str) -> Any:
     return build(DistillRecipe, read_recipe(name), name)
 
 
-def _reference(task: str, finetuned: str | None, pipe: CoDiPipeline) -> str | None:
-    """The fine-tuned adapter to compare with: the one asked for, else the embedded one if it fits the backbone."""
+def _reference(task: str, finetuned: str | None, pipe: CoDiPipeline, model: str) -> str | None:
+    """The fine-tuned adapter to compare with: `finetuned`, else the one that `model` has, if it fits the backbone."""
+    from ..models.adapter_files import find_adapter
 
     if finetuned is not None:
         return None if finetuned == "none" else finetuned
     name = f"{task}-finetuned"
-    config = WEIGHTS / "adapters" / name / "config.json"
+    config = find_adapter(name, model) / "config.json"
     if not config.is_file():
         return None
     fits = json.loads(config.read_text())["info"]["family"] == pipe.kind.fingerprint(

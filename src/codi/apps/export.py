@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
-from .common import BadUsage, Config, Json, Lora, Model, Steps, hide_loading_bars, parse_loras, print_json, working
+from .common import (
+    BadUsage,
+    Config,
+    Json,
+    Lora,
+    ModelOrDefault,
+    Steps,
+    hide_loading_bars,
+    parse_loras,
+    print_json,
+    working,
+)
 from .generate import parse_size
 
 EXAMPLE = "Example: codi export runs/my-depth --to diffusers -o my-depth-diffusers"
@@ -23,7 +34,7 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="What to write; it must not exist yet.")],
-    model: Model = "mini",
+    model: ModelOrDefault = None,
     lora: Lora = None,
     config: Config = None,
     steps: Steps = 4,
@@ -43,10 +54,15 @@ def export(
     with working(f"exporting {adapter}"):
         hide_loading_bars()
         pixels = (height, width) if height and width else None
+        from ..models.adapter_files import default_model
+
+        model = model or default_model(adapter)
         files, told = _write(adapter, to, out, model, parse_loras(lora), config, steps, pixels)
     sizes = [{"path": str(path), "bytes": path.stat().st_size} for path in files]
     if json_:
-        print_json({"adapter": adapter, "to": to, "out": str(out), "steps": steps, **told, "files": sizes})
+        print_json(
+            {"adapter": adapter, "model": model, "to": to, "out": str(out), "steps": steps, **told, "files": sizes}
+        )
         return
     for row in sizes:
         print(f"{row['path']}  {row['bytes'] / 1e6:.1f} MB")

@@ -86,7 +86,7 @@ class Settings:
             return self.model
         from ..models.adapter_files import default_model
 
-        return default_model(task, self.adapter)
+        return default_model(self.adapter or task)
 
 
 def shared(command: Callable[..., None]) -> Callable[..., None]:

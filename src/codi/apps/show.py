@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.samples import Sample
 from ..errors import UserError
 from ..models import codec
-from ..models.adapter_files import find_adapter
+from ..models.adapter_files import default_model, find_adapter
 from ..sampling.pipeline import CoDiPipeline
 from ..tasks import TASKS
 from .common import progress
@@ -139,8 +139,9 @@ class Show:
 
     def _options(self, kind: str) -> list[str]:
         """What the commands name, beside the defaults."""
-        options = ["--model", self.model] if self.model != "mini" else []
-        return [*options, "--adapter", str(self.folder / kind)] if self.folder else options
+        adapter = str(self.folder / kind) if self.folder else None
+        options = ["--model", self.model] if self.model != default_model(adapter or kind) else []
+        return [*options, "--adapter", adapter] if adapter else options
 
     def _make(self, section: Section, what: Subject, ways: list[Way]) -> dict[str, Tensor]:
         with progress("pictures") as bar:

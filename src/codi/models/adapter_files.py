@@ -20,7 +20,6 @@ from .backbones import EMBEDDED, FAMILIES, find_model, require_finite
 from .lora import FILE, load_lora
 
 ADAPTERS = "adapters"  # of a model's folder: its own ones, a folder each
-PHOTO_TASKS = ("upscale", "inpaint")  # what people do to photographs of their own
 
 
 def libraries(model: str | Path = "mini") -> list[Path]:
@@ -36,17 +35,16 @@ def find_adapter(name: str | Path, model: str | Path = "mini") -> Path:
     return next((folder for folder in named if (folder / "config.json").is_file()), Path(name))
 
 
-def default_model(task: str, adapter: str | Path | None = None) -> str:
-    """The embedded model for a task and, if one is named, an adapter: "photo" for pictures that users bring, unless the
-    adapter is not among its own; "mini" otherwise. An adapter's folder may say which of them it was trained on."""
-    config = Path(adapter or "") / "config.json"
-    if adapter is not None and config.is_file():
+def default_model(adapter: str | Path) -> str:
+    """Return the embedded model for an adapter by its name, by default the task's, or its folder: "photo" for its own
+    ones and for folders that say that they were trained on it, "mini" otherwise."""
+    config = Path(adapter) / "config.json"
+    if config.is_file():
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # load_adapter says what is wrong
-            told = json.loads(config.read_text())["info"]["recipe"]["model"]
-            return "photo" if told == "photo" else "mini"
+            model = json.loads(config.read_text())["info"]["recipe"]["model"]
+            return "photo" if model == "photo" else "mini"
         return "mini"
-    own = EMBEDDED / "photo" / ADAPTERS / str(adapter or task) / "config.json"
-    return "photo" if task in PHOTO_TASKS and own.is_file() else "mini"
+    return "photo" if (EMBEDDED / "photo" / ADAPTERS / adapter / "config.json").is_file() else "mini"
 
 
 def own_network(folder: Path) -> Path | None:

@@ -49,10 +49,10 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     backbone = blank_backbone(recipe.config if single else recipe.model).freeze()  # type: ignore[arg-type]
     codec.require_cells(backbone.vae, backbone.kind.patch(backbone.network.config), size=recipe.size)
     if recipe.start:
-        _, started, config = read_config(recipe.start, recipe.task, backbone.family)
+        _, started, config = read_config(recipe.start, recipe.task, backbone.family, recipe.model)
         require_fits(recipe, started, config)
     if recipe.taught and recipe.teacher:
-        read_config(recipe.teacher, recipe.task, backbone.family)
+        read_config(recipe.teacher, recipe.task, backbone.family, recipe.model)
     form: Any = FORMS[recipe.adapter]
     inputs = (task.condition_channels, len(recipe.guidance), recipe.asked)
     with torch.device("meta"):
