@@ -251,6 +251,18 @@ def test_colours_of_a_picture_in_bands_are_those_of_the_whole(method: str, rows:
     torch.testing.assert_close(join(bands, 200), match_colour(picture, reference, method), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(37, 1), (1, 37), (37, 2), (2, 37), (1, 1)])
+@pytest.mark.parametrize("method", ["wavelet", "back-projection", "adain"])
+def test_colours_of_thin_pictures_are_kept(method: str, shape: tuple[int, int]):
+    low = torch.stack([torch.linspace(0.3, 0.7, max(shape)), torch.linspace(0.6, 0.4, max(shape))])[[0, 1, 0]]
+    low = low[None, :, :, None] if shape[1] <= 2 else low[None, :, None, :]
+    low = low.expand(1, 3, *shape) if max(shape) > 1 else low
+    enlarged = F.interpolate(low, scale_factor=4, mode="bicubic")
+    for reference in (enlarged, low):
+        out = match_colour(enlarged + 0.1, reference, method)
+        assert (F.avg_pool2d(out, 4) - low).abs().max() < 0.03
+
+
 @pytest.mark.parametrize("method", ["wavelet", "back-projection"])
 def test_grain_is_removed_where_the_input_is_flat_and_texture_stays(method: str):
     enlarged, half = scene(128) * 0.05 + 0.5, (..., slice(16, -16), slice(80, 120))

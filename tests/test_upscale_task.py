@@ -12,7 +12,7 @@ from scipy import special
 
 from codi.errors import UserError
 from codi.tasks import get_task
-from codi.tasks.degradations import RealWorld, Stage, bicubic, blur_kernel, second_order, sinc_kernel
+from codi.tasks.degradations import RealWorld, Stage, bicubic, blur_kernel, resize, second_order, sinc_kernel
 from codi.tasks.upscale import Upscale
 
 
@@ -34,6 +34,21 @@ def batch(image: torch.Tensor) -> Any:
 def obedience(task: Upscale, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     (figures,) = task.obedience(output, given, batch(output)).values()
     return figures
+
+
+@pytest.mark.parametrize("sides", [(148, 37), (37, 148), (37, 1), (1, 37), (2, 37), (37, 2), (1, 1), (5, 1), (4, 2)])
+@pytest.mark.parametrize("across", [(1, 1), (4, 1), (1, 4), (8, 2), (2, 8), (2, 1), (1, 2)])
+def test_each_row_and_column_is_resized_alike(sides: tuple[int, int], across: tuple[int, int]):
+    """Also one pixel wide, where torch repeats a row: resizing is linear, and separable."""
+
+    def matrix(old: int, new: int) -> torch.Tensor:
+        return resize(torch.eye(old, dtype=torch.float64)[None, None].repeat(1, 1, 1, 2), (new, 2 * old))[0, 0, :, :old]
+
+    picture = torch.rand(1, 3, sides[0], across[0], generator=generator(), dtype=torch.float64)
+    rows, columns = matrix(sides[0], sides[1]), matrix(across[0], across[1])
+    for image, wanted in ((picture, rows @ picture @ columns.T), (picture.mT, columns @ picture.mT @ rows.T)):
+        for copy in (image.contiguous(), image.to(memory_format=torch.channels_last)):
+            torch.testing.assert_close(resize(copy, (wanted.shape[-2], wanted.shape[-1])), wanted)
 
 
 CLEAN = Stage(0.0, (1.0, 1.0), (0, 0, 1), (1, 1), (0.0, 0.0), (0.0, 0.0), jpeg_quality=(100, 100))

@@ -154,9 +154,9 @@ def enlarged_already(rgb: Tensor) -> bool:
 
 
 def _resized(image: Tensor, height: int, width: int) -> Tensor:
-    """(C, h, w) in [0, 1] at another size: bicubic, antialiased where it shrinks."""
-    import torch.nn.functional as F
+    """Resize (C, h, w) in [0, 1] by antialiased bicubic interpolation."""
+    from ..tasks.degradations import resize
 
     if image.shape[-2:] == (height, width):
         return image
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return resize(image[None], (height, width))[0].clamp(0, 1)

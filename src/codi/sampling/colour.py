@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from ..tasks.degradations import resize
 
 METHODS = ("wavelet", "back-projection", "adain", "none")
 # Some of the sampler's noise stays in its result: 3 % of a latent's deviation, in a flat area 1.3 levels of 255 at
@@ -37,7 +38,7 @@ def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet", sca
     levels = wavelet_levels(*output.shape[-2:])
     reference = reference.to(output)
     if reference.shape[-2:] != output.shape[-2:]:
-        reference = F.interpolate(reference, size=output.shape[-2:], mode="bicubic", antialias=True).clamp_(0, 1)
+        reference = resize(reference, (output.shape[-2], output.shape[-1])).clamp_(0, 1)
     contrast = None if method == "adain" else local_contrast(reference, scale)
     for c in range(output.shape[1]):  # one channel at a time: at 4096 x 4096 px each copy of one is 67 MB
         own, other = output[:, c : c + 1], reference[:, c : c + 1]
@@ -103,7 +104,7 @@ def back_projected(own: Tensor, enlarged: Tensor, scale: int) -> Tensor:
     height, width = (-(-side // scale) for side in own.shape[-2:])
     # At the bottom of a part of a picture a small pixel may be cut: what depends on it is not used.
     whole = F.pad(own, (0, width * scale - own.shape[-1], 0, height * scale - own.shape[-2]), mode="replicate")
-    small = F.interpolate(whole, size=(height, width), mode="bicubic", antialias=True)
+    small = resize(whole, (height, width))
     large = F.interpolate(small, size=whole.shape[-2:], mode="bicubic")
     return own + enlarged - large[..., : own.shape[-2], : own.shape[-1]]
 

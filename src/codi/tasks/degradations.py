@@ -69,8 +69,14 @@ class RealWorld:
 
 def bicubic(image: Tensor, scale: int) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> (B, 3, H / scale, W / scale), antialiased bicubic, clamped."""
-    size = (image.shape[-2] // scale, image.shape[-1] // scale)
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return resize(image, (image.shape[-2] // scale, image.shape[-1] // scale)).clamp(0, 1)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, C, H, W) to `size` (h, w) by antialiased bicubic interpolation."""
+    if size[1] == 1 < size[0]:  # torch (up to 2.13 at least) then repeats one row; of a single row it gets all columns
+        return resize(image.mT, (1, size[0])).mT
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True)
 
 
 def second_order(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from .base import CAP, Task
-from .degradations import RealWorld, bicubic, second_order
+from .degradations import RealWorld, bicubic, resize, second_order
 
 if TYPE_CHECKING:
     from ..data.batches import Batch
@@ -60,6 +60,6 @@ class Upscale(Task):
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
         """PSNR in dB of `output`, brought to the size of `given` by antialiased bicubic, to `given`; at most 60."""
-        small = F.interpolate(output.float(), size=given.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+        small = resize(output.float(), (given.shape[-2], given.shape[-1])).clamp(0, 1)
         error = (small - given.float()).square().mean(dim=(1, 2, 3))
         return {"input_psnr": (-10 * error.clamp_min(1e-12).log10()).clamp_max(CAP)}
