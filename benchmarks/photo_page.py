@@ -24,6 +24,15 @@ Written by `benchmarks/photo_page.py` from `benchmarks/results/photographs*.json
 Distance: ENLite0 distance to the true picture, smaller is better; of patches: the same of patches of 224 px, where
 texture counts more. Ratio: median over the pictures of the distance over the reference's (Real-ESRGAN; Telea for
 inpainting). CPU s: of one core, a picture.
+
+`photo` was trained on photographs of several collections, some of them for non-commercial research only or without a
+stated licence: [what it was trained on](../src/codi/weights/photo/README.md).
+
+What the commands below name: `set14` and `bsd100` are folders of the published test sets; `models` and `x4` hold the
+weights of Real-ESRGAN and ESRGAN (`benchmarks/baselines.py` says where they come from). `photos-val-00.tar`, the
+held-out photographs, comes from the same collections and is not published: name a folder of your own pictures.
+`photo-ft-bp` and `photo-inpaint2` are adapters that are not in the package: train them by `codi distill photo-upscale
+--objective finetune` and `codi distill photo-inpaint`, with `--data` of your own.
 """
 
 
