@@ -22,6 +22,7 @@ from codi.apps.cli import main
 from codi.errors import UserError
 from codi.training import checkpoint
 from codi.training.distill import DistillJob, DistillRecipe, distill
+from families import tiny_flux
 from folders import noise
 from launch import launch
 from tiny import tiny_checkpoint, tiny_tokenizer
@@ -118,6 +119,30 @@ def test_split_over_two_going_on_where_one_stopped(recipe, one, tmp_path):
     assert ended.codes == [0, 0], ended.err
     assert_same(one, out)
     assert logged(out, "obedience_4") == pytest.approx(logged(one, "obedience_4"), abs=1e-2)
+
+
+@pytest.mark.parametrize("adapter", ["fused", "lora"])
+def test_a_transformer_split_over_two_trains_as_in_one(adapter, tmp_path):
+    """FSDP over the blocks of FLUX.1's layout, as the recipes train it: low-rank updates, gradient checkpointing."""
+    tiny_flux().pipeline().save_pretrained(tmp_path / "model")
+    recipe = DistillRecipe(
+        out=str(tmp_path / "one"), task="generate" if adapter == "lora" else "depth", model=str(tmp_path / "model"),
+        data="scenes:train:8", held_out="scenes:held-out:2", size=32, images=8, batch_size=2, adapter=adapter,
+        lora_rank=2, train_backbone=False, learning_rate=1e-3, preview_every=100, gradient_checkpointing=True,
+        accumulate=2, warmup=0, device="cpu",
+    )  # fmt: skip
+    one, out = distill(recipe, quiet=True), tmp_path / "two"
+    ended = launch(tmp_path / "said", *words(recipe, out=out, shard=True))
+    assert ended.codes == [0, 0], ended.err
+    files = [file.relative_to(one) for file in one.glob("*.safetensors")]
+    assert files
+    for file in files:
+        mine, theirs = load_file(one / file), load_file(out / file)
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], **CLOSE)
+    ended = launch(tmp_path / "said", *words(recipe, out=tmp_path / "bf16", shard=True, precision="bf16"))
+    assert ended.codes == [0, 0], ended.err
 
 
 def fails(how: Callable[[], dict[str, torch.Tensor]], share: int) -> Callable[[int], None]:
