@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor
 
 from codi.models.adapter import FORMS
@@ -13,9 +14,10 @@ from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
 from codi.objectives.batch import Guidance, LatentBatch
 from codi.objectives.codi import codi
+from codi.objectives.consistency import consistency
 from codi.objectives.distances import latent
 from codi.objectives.finetune import finetune
-from codi.schedule import DiscreteSchedule
+from codi.schedule import PREDICTIONS, DiscreteSchedule
 from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, seeded, tiny_scheduler, tiny_unet, tiny_vae
 
 LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
@@ -84,18 +86,20 @@ def test_the_paper_s_choices_are_the_defaults():
     assert torch.equal(default["signal"], again) and not torch.equal(default["signal"], other)
 
 
+@pytest.mark.parametrize("consistency", ["noise", "signal"])
 @pytest.mark.parametrize("dt", [1, 100])
 @pytest.mark.parametrize("shared", [True, False])
-def test_times_of_a_batch(shared, dt):
+def test_times_of_a_batch(shared, dt, consistency):
     student, target, _ = trio()
     for seed in range(200):
-        codi(student, target, float64_batch(4), LEVELS, seeded(seed), dt=dt, shared_t=shared)
+        codi(student, target, float64_batch(4), LEVELS, seeded(seed), dt=dt, shared_t=shared, consistency=consistency)
     asked, later = torch.stack(student.timesteps), torch.stack(target.timesteps)
     assert asked.shape == (200, 1 if shared else 4)
     assert shared or (asked.diff(dim=1) != 0).any(dim=1).all()
     # The network is told t - 1, and the first level's number where s = 0 is below it.
     assert torch.equal(later, (asked - dt).clamp_min(0))
-    assert asked.min() >= dt - 1 and asked.max() <= 999 and asked.max() - asked.min() > 850 - dt
+    # No noise is asked for where s = 0: a clean latent has none.
+    assert asked.min() >= dt - (consistency == "signal") and asked.max() <= 999 and asked.max() - asked.min() > 850 - dt
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -154,6 +158,26 @@ def test_boundary_scaling():
     # u = t / T, sd = 0.5: at T, c_skip = .25 / 1.25 = 0.2 and c_out = 0.5 / sqrt(1.25).
     torch.testing.assert_close(scaled[5], 0.2 * z[5] + 0.5 / 1.25**0.5 * x[5])
     torch.testing.assert_close(scaled[3], 0.5 * z[3] + 0.5**0.5 * 0.5 * x[3])
+
+
+def test_in_the_unit_of_the_authors_release_boundary_scaling_is_the_identity():
+    """Theirs is that of diffusers' LCM: its unit is 10 times the level, numbered from 0."""
+    scheduler = LCMScheduler()
+    for level in range(1, 1000):
+        skip, out = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(float(level)))
+        assert skip <= 0.0025 / level**2 + 1e-7 and 1 - out <= 0.00125 / level**2 + 1e-7
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_signals_are_compared_with_the_teacher_s_own_where_no_noise_is_left(prediction):
+    """At t = dt: x(z_0, 0) = z_0 whatever the target network says, so the loss is |x_t - x_T|^2."""
+    schedule = DiscreteSchedule(LEVELS.alphas[1:].square(), prediction)
+    batch, t = float64_batch(), torch.tensor([20])
+    student, target, teacher = trio()
+    loss = consistency(student, target, batch, schedule, seeded(3), teacher=teacher, dt=20, t=t)["consistency"]
+    z_t = student.z[0]
+    x_t, taught = (schedule.signal_noise(net(z_t, t, batch.conditioning), z_t, t)[0] for net in (student, teacher))
+    torch.testing.assert_close(loss, (x_t - taught).square().mean(), rtol=1e-12, atol=0)
 
 
 def test_codi_uses_the_boundary_scaling_for_both_networks():

@@ -78,6 +78,8 @@ def test_time_0_gives_back_what_it_was_given(prediction):
     x_back, eps_back = schedule.signal_noise(schedule.output(x, eps, clean), z, clean)
     assert torch.equal(x_back, x)
     assert eps_back.isfinite().all()
+    anything, eps_back = schedule.signal_noise(randn(2, 4, 3, 3, seed=3), z, clean)
+    assert torch.equal(anything, x) and eps_back.isfinite().all()
 
 
 def test_shapes_and_dtypes_follow_the_latent():

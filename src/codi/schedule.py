@@ -35,15 +35,16 @@ SIGMA_DATA = 0.5
 def to_signal_noise(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """Network output -> (x, eps), whatever the network predicts. All of one broadcastable shape.
 
-    `prediction` is one of PREDICTIONS. "epsilon" needs alpha > 0. A "sample" network says nothing about the noise where
-    sigma = 0: eps is 0 there.
+    `prediction` is one of PREDICTIONS. "epsilon" needs alpha > 0. Where sigma = 0 all of them give x = z / alpha; a
+    "sample" network says nothing about the noise there, and eps is 0.
     """
     if prediction == "v_prediction":
         return alpha * z - sigma * output, alpha * output + sigma * z
     if prediction == "epsilon":
         return (z - sigma * output) / alpha, output
     if prediction == "sample":
-        return output, torch.where(sigma > 0, (z - alpha * output) / sigma.clamp_min(1e-12), torch.zeros_like(z))
+        x = torch.where(sigma > 0, output, z)
+        return x, torch.where(sigma > 0, (z - alpha * x) / sigma.clamp_min(1e-12), torch.zeros_like(z))
     if prediction == "flow_prediction":
         # On the linear path m = 1; elsewhere the output is still u = eps - x.
         m = alpha + sigma
@@ -139,7 +140,9 @@ class Schedule(ABC):
     def boundary_scaling(self, x: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CoDi's x <- c_skip z_t + c_out x: c_skip = sd^2 / (u^2 + sd^2), c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5.
 
-        The paper does not say what its t is in units; here u = t / T, in [0, 1]. Returns (x, eps) with
+        The paper does not give the unit of its t; here u = t / T, in [0, 1]. In the authors' release u is 10 times the
+        level and c_out = u / sqrt(u^2 + sd^2), as in LCM: the identity at all levels but the first (c_skip = 0.0025 at
+        the second), so that their setting is to leave the scaling out. Returns (x, eps) with
         eps = (z_t - alpha_t x) / sigma_t; where sigma_t = 0 the signal is z_t and eps is 0.
         """
         u = (t.double() / self.horizon).to(z).reshape(-1, *[1] * (z.ndim - 1))

@@ -1,6 +1,6 @@
 r"""Conditional diffusion distillation (CoDi, CVPR 2024, arXiv 2310.01407), one training step.
 
-    t ~ [dt, T],  s = t - dt,  z_t = alpha_t x + sigma_t eps
+    t ~ (dt, T],  s = t - dt,  z_t = alpha_t x + sigma_t eps
     x_t, e_t = prediction of w_theta(z_t, c, t)                       online network
     z_s      = alpha_s x_t + sigma_s e_t                              one DDIM step of the adapted model itself
     e_s      = noise prediction of w_theta-(z_s, c, s)                average network, no gradient
@@ -8,6 +8,8 @@ r"""Conditional diffusion distillation (CoDi, CVPR 2024, arXiv 2310.01407), one 
 
 Every argument's default is the paper's choice, but for one: its boundary scaling is off, because x = alpha z - sigma v
 meets the boundary condition already and the scaling halves a pretrained network's signal prediction at high noise.
+The paper's t may also be dt; then s = 0, where z_s holds no noise that e_s could be a prediction of. So noise is
+compared from the earliest level on; signals meet the boundary x(z_0, 0) = z_0 at s = 0.
 
 Where the batch asks for guidance, x in the data term is the guided signal (see batch.guided_signal), and the network,
 which is told the scales, learns to answer as if it had been guided.
@@ -61,7 +63,8 @@ def codi(
     if ode not in ("own", "teacher") or (ode == "teacher" and teacher is None):
         raise ValueError(f"ode {ode!r}: use 'own', or 'teacher' together with a teacher network")
     x, c = batch.x, batch.conditioning
-    t = schedule.draw(len(x), dt, shared_t, generator) if t is None else t
+    if t is None:
+        t = schedule.draw(len(x), dt + (schedule.least if consistency == "noise" else 0), shared_t, generator)
     s = t - dt
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z_t = schedule.mix(x, eps, t)

@@ -5,7 +5,8 @@ r"""Consistency distillation (CM, Song et al., ICML 2023), and its latent form L
     z_s      = alpha_s x_T + sigma_s e_T                               one DDIM step of the teacher
     loss     = d(x(w_theta(z_t, c, t)), x(w_theta-(z_s, c, s)))        average network, no gradient
 
-The boundary x(z_0, 0) = z_0 holds exactly. In the paper's tables: CM-II distils a fine-tuned teacher; CM-I distils
+The boundary x(z_0, 0) = z_0 holds exactly, whatever the network predicts, so that s = 0 may be drawn: there the target
+is the teacher's x_T itself. In the paper's tables: CM-II distils a fine-tuned teacher; CM-I distils
 text-to-image first and is fine-tuned after; LCM takes a skipping step of `dt` = 20 along the guided ("augmented") ODE
 with the Huber distance.
 """
