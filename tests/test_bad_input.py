@@ -137,8 +137,13 @@ def test_no_space_left(shell, tiny, tmp_path, monkeypatch):
 
 
 def spoilt(folder: Path, copy: Path) -> Path:
-    """A copy of a model's part whose first weight holds a NaN."""
+    """A copy of a model, or of an adapter that does not list its files, whose first weight holds a NaN."""
     shutil.copytree(folder, copy)
+    config = copy / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text())
+        del values["info"]["files"]
+        config.write_text(json.dumps(values))
     path = next(copy.rglob("diffusion_pytorch_model.safetensors"))
     weights = load_file(path)
     name = sorted(weights)[0]

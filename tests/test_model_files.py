@@ -16,6 +16,7 @@ from codi.models.adapter import FORMS, FusedAdapter
 from codi.models.adapter_files import load_adapter
 from codi.models.backbones import EMBEDDED, digest, load_backbone
 from codi.models.backbones.stable_diffusion import fingerprint as family
+from codi.models.checksums import find_fault
 from codi.models.lora import FILE
 from codi.models.student import Conditioning, Student
 from codi.sampling.pipeline import CoDiPipeline
@@ -57,10 +58,12 @@ def test_an_adapter_s_round_trip_through_its_folder(form, channels, tmp_path):
     adapter: Any = student.adapter
     adapter.register_to_config(info=info)
     save_adapter(tmp_path / "adapter", adapter, student.network, full=False, half=False)
-    assert json.loads((tmp_path / "adapter/config.json").read_text())["info"] == info
+    written = json.loads((tmp_path / "adapter/config.json").read_text())["info"]
+    names = {p.name for p in (tmp_path / "adapter").iterdir()} - {"config.json"}
+    assert written.keys() - info.keys() == {"files"} and written["files"].keys() == names and written | info == written
     assert not list(tmp_path.rglob("*.bin"))
     loaded, unet = load_adapter(tmp_path / "adapter", "upscale", BACKBONE.family, UNET)
-    assert type(loaded) is type(adapter) and dict(loaded.config["info"]) == info
+    assert type(loaded) is type(adapter) and dict(loaded.config["info"]) == written
     assert (unet is UNET) == (form != "lora")
     assert loaded.state_dict().keys() == adapter.state_dict().keys()
     assert all(
@@ -179,6 +182,15 @@ def pickled(path: Path) -> None:
     torch.save(tensors, path.with_name(name))
 
 
+def unlisted(folder: Path, **info: Any) -> Path:
+    """The adapter as earlier versions wrote it, without a list of its files."""
+    config = folder / "config.json"
+    values = json.loads(config.read_text())
+    values["info"] = {key: value for key, value in {**values["info"], **info}.items() if key != "files"}
+    config.write_text(json.dumps(values))
+    return folder
+
+
 def test_adapters_of_others_are_refused(adapter_folder):
     other = "4ch-f8-320/640/1280/1280x2-text768-epsilon"
     refused(lambda: load_adapter(adapter_folder, None, other, UNET), str(adapter_folder), BACKBONE.family, other)
@@ -196,14 +208,94 @@ def test_a_missing_adapter_is_refused(missing, tmp_path):
     [(nan, "NaN"), (truncate, "could not be read"), (drop, "is missing"), (pickled, "could not be read")],
 )
 def test_broken_adapter_weights_are_refused(change, said, adapter_folder, tmp_path):
-    bad = broken(adapter_folder, tmp_path / "bad", "diffusion_pytorch_model.safetensors", change)
+    bad = unlisted(broken(adapter_folder, tmp_path / "bad", "diffusion_pytorch_model.safetensors", change))
     refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad), said)
 
 
 @pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "could not be read")])
 def test_broken_low_rank_updates_are_refused(change, said, adapter_folder, tmp_path):
-    bad = broken(adapter_folder, tmp_path / "bad", FILE, change)
+    bad = unlisted(broken(adapter_folder, tmp_path / "bad", FILE, change))
     refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad / FILE), said)
+
+
+@pytest.fixture(scope="module")
+def full_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    adapter = FusedAdapter.from_backbone(UNET, VAE)
+    adapter.register_to_config(info={"task": "upscale", "family": BACKBONE.family, "full": True})
+    save_adapter(folder, adapter, tiny_unet(seed=9), full=True, half=False)
+    return folder
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("change", [nan, drop, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", [WEIGHTS, FILE, f"unet/{WEIGHTS}", "unet/config.json"])
+def test_every_file_that_an_adapter_lists_is_as_it_was(adapter_folder, full_folder, name, change, tmp_path):
+    folder = full_folder if name.startswith("unet") else adapter_folder
+    load_adapter(folder, "upscale", BACKBONE.family, UNET)
+    if name.endswith(".json") and change in (nan, drop):
+        change = lambda path: path.write_text(path.read_text().replace("8", "9"))  # noqa: E731
+    bad = broken(folder, tmp_path / "bad", name, change)
+    words = "was altered or damaged" if (bad / name).exists() else "is missing"
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), f"{bad}: {name} {words}")
+
+
+@pytest.mark.parametrize("files", [None, [], "x", {WEIGHTS: 3}, {"../../no": "0"}])
+def test_a_list_of_files_that_is_none(files, adapter_folder, tmp_path):
+    bad = unlisted(shutil.copytree(adapter_folder, tmp_path / "bad"))
+    config = json.loads((bad / "config.json").read_text())
+    config["info"]["files"] = files
+    (bad / "config.json").write_text(json.dumps(config))
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad))
+
+
+def test_older_adapters_load_unless_they_are_evidently_incomplete(adapter_folder, full_folder, tmp_path):
+    shared = unlisted(shutil.copytree(adapter_folder, tmp_path / "shared"), recipe={"lora_rank": 2}, full=False)
+    full = unlisted(shutil.copytree(full_folder, tmp_path / "full"))
+    for folder in (shared, full):
+        load_adapter(folder, "upscale", BACKBONE.family, UNET)
+    (shared / FILE).unlink()
+    shutil.rmtree(full / "unet")
+    refused(lambda: load_adapter(shared, "upscale", BACKBONE.family, UNET), f"{shared}: {FILE} is missing")
+    refused(lambda: load_adapter(full, "upscale", BACKBONE.family, UNET), f"{full}: the network that belongs to it")
+    FORMS["lora"].from_backbone(UNET, VAE).save_pretrained(tmp_path / "lora")  # which does nothing without updates
+    refused(lambda: load_adapter(tmp_path / "lora", None, None, UNET), f"{FILE} is missing")
+    unlisted(shared, recipe={"lora_rank": 0})
+    load_adapter(shared, "upscale", BACKBONE.family, UNET)
+
+
+def test_shipped_adapters_list_their_files():
+    for config in EMBEDDED.rglob("adapters/*/config.json"):
+        files = {p.relative_to(config.parent).as_posix() for p in config.parent.rglob("*") if p.is_file()}
+        listed = json.loads(config.read_text())["info"]["files"]
+        assert listed.keys() == files - {"config.json"} and find_fault(config.parent, listed) is None, config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("condition_channels", value) for value in (-1, 0, 10**12, "3", 3.5, True)),
+        *(("guidance_scales", value) for value in (-1, 3, "1")),
+        *(("downscale", value) for value in (0, -8, 10**9)),
+        *(("depth", value) for value in (0, -1, 10**9, "2")),
+        *(("info.guidance_scale", value) for value in (-1, "2", [2], float("nan"), float("inf"), True)),
+        *(("info.shift", value) for value in (0, -1, "3", float("nan"), {})),
+        ("info.embedded_guidance", "x"), ("info.image_guidance_scale", -1e9),
+        *(("info.guidance", value) for value in (3, "text", [1, 4], {"text": 3}, {"text": "14"}, {"text": [4, 1]},
+                                                 {"text": [1]}, {"text": [0, "x"]}, {"text": None})),
+        *(("info.task_options", value) for value in (3, "x", [1])),
+        ("info.recipe", "x"), ("info.task", 3), ("info.family", ["x"]), ("info.colour", 1), ("info", [3]),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_in_an_adapters_config(key, value, adapter_folder, tmp_path):
+    bad = shutil.copytree(adapter_folder, tmp_path / "bad")
+    values = json.loads((bad / "config.json").read_text())
+    group, _, name = key.rpartition(".")
+    (values[group] if group else values)[name] = value
+    (bad / "config.json").write_text(json.dumps(values))
+    refused(lambda: load_adapter(bad, "upscale", None, UNET), str(bad), "not an adapter's config")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Adapters on disk: a folder with config.json, safetensors, and what else belongs to it.
 
-config.json, diffusion_pytorch_model.safetensors    the adapter itself
+config.json, diffusion_pytorch_model.safetensors    the adapter itself; config.json's info.files lists the other files
 pytorch_lora_weights.safetensors                    its low-rank updates of the backbone, if it has any
 unet/ or transformer/                               the backbone trained with it (full CoDi only)
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from ..errors import UserError, one_line
 from .adapter import FORMS, Adapter
 from .backbones import EMBEDDED, FAMILIES, find_model, require_finite
+from .checksums import find_fault
 from .lora import FILE, load_lora
 
 ADAPTERS = "adapters"  # of a model's folder: its own ones, a folder each
@@ -69,6 +71,8 @@ def load_adapter(
     (None: not checked).
     """
     folder, cls, config = read_config(name, task, family, model)
+    if fault := _find_fault(folder, cls, config.get("info") or {}):
+        raise UserError(f"{folder}: {fault}: fetch or train the adapter again")
     adapter = _weights(cls, folder)
     if own := own_network(folder):
         network = _weights(type(network), own).to(device=network.device, dtype=network.dtype)
@@ -92,9 +96,10 @@ def read_config(
         config = json.loads(config_file.read_text())
         cls = {c.__name__: c for c in FORMS.values()}[config["_class_name"]]
         info = dict(config.get("info") or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _require_sound(config, info)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{config_file}: not an adapter's config ({error!r}): train or fetch the adapter again"
+            f"{config_file}: not an adapter's config ({one_line(repr(error))}): train or fetch the adapter again"
         ) from error
     if family and info.get("family") and info["family"] != family:
         raise UserError(
@@ -104,6 +109,42 @@ def read_config(
     if task and info.get("task") and info["task"] != task:
         raise UserError(f"{name}: this adapter does {info['task']!r}, not {task!r}: give an adapter of that task")
     return folder, cls, config
+
+
+# Of an adapter's numbers, the least and the most.
+_SHAPE = {"condition_channels": (3, 64), "guidance_scales": (0, 2), "downscale": (1, 64), "depth": (1, 1_000)}
+_NUMBERS = dict.fromkeys(("guidance_scale", "image_guidance_scale", "embedded_guidance"), (0, 1e6)) | {
+    "shift": (1e-6, 1e6)
+}
+
+
+def _require_sound(config: dict[str, Any], info: dict[str, Any]) -> None:
+    """Raise ValueError for a value of the wrong type or out of range in an adapter's configuration."""
+
+    def positive(value: Any) -> bool:
+        return type(value) in (int, float) and 0 < value < math.inf
+
+    for values, ranges, kinds in ((config, _SHAPE, (int,)), (info, _NUMBERS, (int, float))):
+        for key, (low, high) in ranges.items():
+            if values.get(key) is not None and not (type(values[key]) in kinds and low <= values[key] <= high):
+                raise ValueError(f"{key} is {values[key]!r}")
+    for kind, keys in ((dict, ("task_options", "recipe", "guidance")), (str, ("task", "family", "backbone", "colour"))):
+        for key in keys:
+            if info.get(key) is not None and not isinstance(info[key], kind):
+                raise ValueError(f"{key} is {info[key]!r}")
+    for key, span in (info.get("guidance") or {}).items():
+        if not isinstance(span, list) or len(span) != 2 or not all(map(positive, span)) or span[0] > span[1]:
+            raise ValueError(f"guidance of {key} is {span!r}")
+
+
+def _find_fault(folder: Path, cls: type[Adapter], info: dict[str, Any]) -> str | None:
+    """Return what an adapter lacks, None for nothing. Older ones do not list their files."""
+    if "files" in info:
+        return find_fault(folder, info["files"])
+    if info.get("full"):
+        return None if own_network(folder) else "the network that belongs to it is missing"
+    updates = cls is FORMS["lora"] or (info.get("recipe") or {}).get("lora_rank")
+    return f"{FILE} is missing" if updates and not (folder / FILE).is_file() and not own_network(folder) else None
 
 
 def _updates(network: Any, folder: Path, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,14 +14,18 @@ from typing import Any
 import torch
 
 from ..models.backbones import FAMILIES, family_of
+from ..models.checksums import checksums
 from ..models.lora import FILE, lora_names, save_lora
 from .checkpoint import edit_json, write_atomically
 
+CONFIG = "config.json"
+
 
 def save_adapter(out: Path, adapter: Any, network: Any, full: bool, half: bool) -> None:
-    """Writes an adapter folder into `out`, which may hold other things: config.json comes last, so that a folder with
-    one is whole. `network`: that which it works with; of a `full` adapter all of it is kept, in `unet/` or
-    `transformer/`, otherwise its low-rank updates, if it has any. Neither argument is changed."""
+    """Write an adapter folder into `out`, which may hold other things: config.json, which lists the other files with
+    their checksums, comes last, so that a folder with one is whole. `network`: that which it works with; of a `full`
+    adapter all of it is kept, in `unet/` or `transformer/`, otherwise its low-rank updates, if it has any. Neither
+    argument is changed."""
 
     def stored(module: Any) -> Any:
         return copy.deepcopy(module).to(torch.float16) if half else module
@@ -31,12 +36,20 @@ def save_adapter(out: Path, adapter: Any, network: Any, full: bool, half: bool) 
             stored(network).save_pretrained(folder / family_of(network).component, safe_serialization=True)
         for name in [] if full else lora_names(network):
             save_lora(network, folder, name, half)
-        for config in folder.rglob("config.json"):
+        for config in folder.rglob(CONFIG):
             edit_json(config, _name_or_path=None)  # where it lay on this machine
         for weights in folder.rglob("*.safetensors"):
             weights.chmod(0o644)  # safetensors leaves them to their owner alone
+        list_files(folder)
 
-    place(out, fill, ("config.json", FILE, *{kind.component for kind in FAMILIES}))
+    place(out, fill, (CONFIG, FILE, *{kind.component for kind in FAMILIES}))
+
+
+def list_files(folder: Path) -> None:
+    """Write into an adapter's config.json which files belong to it, with their checksums."""
+    config = folder / CONFIG
+    info = json.loads(config.read_text()).get("info") or {}
+    edit_json(config, info={**info, "files": checksums(folder, CONFIG)})
 
 
 def place(out: Path, fill: Callable[[Path], Any], stale: Sequence[str]) -> None:
@@ -48,9 +61,7 @@ def place(out: Path, fill: Callable[[Path], Any], stale: Sequence[str]) -> None:
     write_atomically(staged, fill)
     for old in (out / name for name in stale):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    for item in sorted(
-        staged.rglob("*"), key=lambda p: (p.name == "config.json", len(p.parts) == len(staged.parts) + 1)
-    ):
+    for item in sorted(staged.rglob("*"), key=lambda p: (p.name == CONFIG, len(p.parts) == len(staged.parts) + 1)):
         if item.is_file():
             target = out / item.relative_to(staged)
             target.parent.mkdir(parents=True, exist_ok=True)
