@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -138,10 +139,46 @@ def test_where_pictures_go(tmp_path):
     assert plan([a], tmp_path / "o")[0].targets == [tmp_path / "o/a.png"]
     with pytest.raises(UserError, match="is an input"):
         plan([a], a, overwrite=True)
-    with pytest.raises(UserError, match="written there too"):
-        plan([a, picture(tmp_path / "a.jpg")], tmp_path / "p")
+    assert plan([a], f"{tmp_path}/new/")[0].targets == [tmp_path / "new/a.png"]
+    assert plan([a, b], f"{tmp_path}/v1.png/")[1].targets == [tmp_path / "v1.png/b.png"]
     with pytest.raises(common.BadUsage, match="one file for 2 pictures"):
         plan([a, b], tmp_path / "d.png")
+
+
+def test_inputs_of_one_name_have_results_of_their_own(tmp_path):
+    names = ["a.jpg", "a.png", "b.png", "x/c.png", "y/c.png", "c-png.png"]
+    files = [picture(tmp_path / name) for name in names]
+    targets = [[one.name for one in job.targets] for job in plan(files, tmp_path / "o")]
+    assert targets == [["a-jpg.png"], ["a-png.png"], ["b.png"], ["c-png.png"], ["c-png-2.png"], ["c-png-3.png"]]
+    jobs = plan([picture(tmp_path / "d-1.png"), picture(tmp_path / "d.png")], tmp_path / "o", count=2)
+    assert [one.name for job in jobs for one in job.targets] == ["d-1-0.png", "d-1-1.png", "d-0.png", "d-1.png"]
+    (tmp_path / "link.png").symlink_to("a.png")
+    with pytest.warns(UserWarning, match="named twice: read once") as caught:
+        jobs = plan([files[1], tmp_path / "x" / ".." / "a.png", tmp_path / "link.png"], tmp_path / "o")
+    assert [job.targets[0].name for job in jobs] == ["a.png", "link.png"] and len(caught) == 1
+
+
+def test_a_folder_of_odd_things_is_worked_through(shell, tiny, tmp_path, monkeypatch):
+    """A pipe, links to nowhere and to themselves: each a line, and no waiting. One picture goes into a new folder/."""
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "in" / "a.png")
+    os.mkfifo("in/pipe.png")
+    Path("in/self.png").symlink_to("self.png")
+    Path("in/gone.png").symlink_to("nowhere.png")
+    Path("in/sub.png").mkdir()
+    options = (*tiny.options, "--steps", 1)
+    ran = shell("upscale", "in", "-o", "out", *options)
+    assert ran.code == 1 and os.listdir("out") == ["a.png"]
+    assert [line.split(": ")[1:3] for line in ran.err.splitlines()] == [
+        ["in/gone.png", "is a link to nowhere.png, which is not there"],
+        ["in/pipe.png", "is no ordinary file"],
+        ["in/self.png", "is a link to self.png, which is not there"],
+    ]
+    assert shell("upscale", "in/a.png", "-o", "new/", *options).code == 0 and os.listdir("new") == ["a.png"]
+    for words in (("in/*.jpg", "no file matches"), ("https://host/a.png", "https://host/a.png: is an address")):
+        shell("upscale", words[0], "-o", "x.png", *options).failed(1, words[1])
+    for other in ("pipe", "self", "gone"):
+        shell("depth", f"in/{other}.png", "-o", "x.png", *options).failed(1, f"in/{other}.png: is ")
 
 
 def test_a_full_adapter_has_no_degrees(shell, tiny, tmp_path):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .common import BadUsage, Prompt, working
-from .pictures import Order, Settings, deliver, open_pipeline, shared, variants
+from .pictures import Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import plan_new
 
 EXAMPLE = 'Example: codi generate --prompt "a red ball and a blue box" -o scene.png'
@@ -17,9 +16,7 @@ EXAMPLE = 'Example: codi generate --prompt "a red ball and a blue box" -o scene.
 
 @shared
 def generate(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The file to write, or a folder for it.", show_default=False)
-    ],
+    out: Out,
     settings: Settings,
     prompt: Prompt = "",
     size: Annotated[

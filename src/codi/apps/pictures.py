@@ -50,7 +50,10 @@ if TYPE_CHECKING:
     from ..data.images import Picture
     from ..sampling.pipeline import CoDiPipeline
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write, or a folder for it.", show_default=False)]
+Out = Annotated[  # a string: a Path would lose the slash that a folder's name may end in
+    str,
+    typer.Option("--out", "-o", metavar="PATH", help="The file to write, or a folder/ for it.", show_default=False),
+]
 ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.", show_default=False)]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,56 +22,88 @@ class Job:
 
 
 def plan(
-    inputs: Sequence[Path], out: Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
+    inputs: Sequence[Path], out: str | Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
 ) -> list[Job]:
-    """Which file becomes which: `out` itself for one picture file, else `out`/NAME.png; variants are
-    NAME-0.png, ... `beside` are further files that are read.
+    """Which file becomes which: `out` itself for one picture file, else, or if it ends in "/", `out`/NAME.png; variants
+    are NAME-0.png, ... `beside` are further files that are read. An input that is named twice is read once, with a
+    warning; of inputs that differ in their suffixes alone, the targets are called after these too.
 
-    Every target is checked before anything is computed. Raises UserError for one that cannot be written, that is an
-    input, or that two inputs share, and for a folder without pictures.
+    Every target is checked before anything is computed. Raises UserError for one that cannot be written or that is an
+    input, and for a folder without pictures.
     """
     from ..data.writing import WRITABLE
 
-    sources = [file for path in inputs for file in _pictures(path)]
-    into = len(sources) > 1 or inputs[0].is_dir() or out.is_dir()
-    if into and out.suffix.lower() in WRITABLE and not out.is_dir():
+    sources = _named_once([file for path in inputs for file in _pictures(path)])
+    folder, out = is_folder(out), Path(out)
+    into = len(sources) > 1 or os.path.isdir(inputs[0]) or folder
+    if into and out.suffix.lower() in WRITABLE and not folder:
         raise BadUsage(f"{out}: is one file for {len(sources)} pictures: name a folder after -o")
-    jobs, taken = [], {path.resolve(): path for path in (*sources, *beside)}
-    for source in sources:
-        targets = _variants(out / f"{source.stem}.png" if into else out, count, overwrite)
+    read, jobs = {os.path.realpath(path) for path in (*sources, *beside)}, []
+    for source, name in zip(sources, _names(sources, count), strict=True):
+        targets = _variants(out / f"{name}.png" if into else out, count, overwrite)
         for one in targets:
-            owner = taken.setdefault(one.resolve(), source)
-            if owner.resolve() == one.resolve():
+            if os.path.realpath(one) in read:
                 raise UserError(f"{one}: is an input: name another file or folder")
-            if owner is not source:
-                raise UserError(f"{one}: {owner} is written there too: rename one of the pictures")
         jobs.append(Job(source, targets))
     return jobs
 
 
-def plan_one(source: Path, out: Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()) -> Job:
+def is_folder(out: str | Path) -> bool:
+    """Whether results go into `out`: it is a folder, or its name ends as that of one."""
+    return os.path.isdir(out) or str(out).endswith(("/", os.sep))
+
+
+def _named_once(sources: Sequence[Path]) -> list[Path]:
+    """Leave out, with a warning, what is named again; links have names of their own."""
+    found: dict[str, Path] = {}
+    for source in sources:
+        place = os.path.join(os.path.realpath(source.parent), source.name)
+        if found.setdefault(place, source) is not source:
+            warnings.warn(f"{source}: is named twice: read once", stacklevel=1)
+    return list(found.values())
+
+
+def _names(sources: Sequence[Path], count: int) -> Iterator[str]:
+    """Name the results of each source: its stem, and its suffix or a number where others would be called the same."""
+    stems, used, taken = Counter(source.stem for source in sources), Counter[str](), set[str]()
+    for source in sources:
+        first = name = source.stem if stems[source.stem] == 1 else f"{source.stem}-{source.suffix[1:]}"
+        while not taken.isdisjoint(_variant_stems(name, count)):
+            used[first] += 1
+            name = f"{first}-{used[first] + 1}"
+        taken.update(_variant_stems(name, count))
+        yield name
+
+
+def _variant_stems(stem: str, count: int) -> list[str]:
+    return [stem] if count == 1 else [f"{stem}-{number}" for number in range(count)]
+
+
+def plan_one(
+    source: Path, out: str | Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
+) -> Job:
     """`plan` for a command that takes one file."""
-    if source.is_dir():
+    if os.path.isdir(source):
         raise UserError(f"{source}: is a folder: name one file in it")
     return plan([source], out, count, overwrite, beside)[0]
 
 
-def plan_new(out: Path, name: str, count: int = 1, overwrite: bool = False) -> Job:
+def plan_new(out: str | Path, name: str, count: int = 1, overwrite: bool = False) -> Job:
     """Where pictures that have no input go: `out`, or `name`.png in it if it is a folder."""
-    return Job(None, _variants(out / f"{name}.png" if out.is_dir() else out, count, overwrite))
+    return Job(None, _variants(Path(out) / f"{name}.png" if is_folder(out) else Path(out), count, overwrite))
 
 
 def _variants(target: Path, count: int, overwrite: bool) -> list[Path]:
     from ..data.writing import check_writable
 
-    targets = [target] if count == 1 else [target.with_stem(f"{target.stem}-{k}") for k in range(count)]
+    targets = [target.with_stem(stem) for stem in _variant_stems(target.stem, count)]
     for one in targets:
         check_writable(one, overwrite)
     return targets
 
 
 def _pictures(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir it answers whatever the name is
         return [path]
     from ..data.images import list_images
 

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UserError
 from .common import BadUsage, Prompt, working
-from .pictures import Item, Order, Settings, deliver, open_pipeline, shared, variants
+from .pictures import Item, Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import Job, plan
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ def upscale(
     inputs: Annotated[
         list[Path], typer.Argument(metavar="IN", help="Picture files, or folders of them.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="A file for one picture, a folder for several.", show_default=False)
-    ],
+    out: Out,
     settings: Settings,
     scale: Annotated[
         float | None,

@@ -7,8 +7,10 @@ too if that is asked for. Every fault of a file is a `UserError` of one line.
 
 from __future__ import annotations
 
+import glob
 import math
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -28,7 +30,7 @@ from .formats import image_formats, image_suffixes, list_images
 from .writing import WRITABLE, check_writable, write_image, write_png
 
 __all__ = [
-    "PIXEL_LIMIT", "WRITABLE", "Picture", "check_writable", "image_suffixes", "list_images", "read_image",
+    "PIXEL_LIMIT", "WRITABLE", "Picture", "check_file", "check_writable", "image_suffixes", "list_images", "read_image",
     "write_image", "write_png",
 ]  # fmt: skip
 
@@ -67,7 +69,7 @@ def read_image(path: str | os.PathLike[str], own_profile: bool = False) -> Pictu
     A broken colour profile is only a warning: the colours are then read as sRGB.
     """
     path = Path(path)
-    _check_file(path)
+    check_file(path)
     image = _open(path)
     if image is None:  # multi-channel or 64-bit floating-point TIFF, which Pillow does not know
         colour, alpha, bits = _split(_decode_deep(path), path)
@@ -101,19 +103,33 @@ def read_image(path: str | os.PathLike[str], own_profile: bool = False) -> Pictu
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises UserError for what is not there, empty or no ordinary file: reading a pipe would wait forever."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder: name an image file in it")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there: restore it or name another")
         if not path.exists():
-            hint = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
-            raise UserError(f"{path}: no such file{hint}: check the name")
+            raise _missing(path)
+        if not path.is_file():
+            raise UserError(f"{path}: is no ordinary file: name an image file")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty (0 bytes): copy or download it again")
         with path.open("rb"):
             pass
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check name and permissions") from error
+
+
+def _missing(path: Path) -> UserError:
+    if address := re.match(r"([a-z][a-z0-9+.-]+):/+", str(path), re.IGNORECASE):
+        named = f"{address[1]}://{str(path)[address.end() :]}"  # as typed: a Path has one slash
+        return UserError(f"{named}: is an address: download the file first, and name it")
+    if glob.has_magic(str(path)):
+        return UserError(f"{path}: no file matches: check the folder and the pattern")
+    hint = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+    return UserError(f"{path}: no such file{hint}: check the name")
 
 
 def _open(path: Path) -> Image.Image | None:
