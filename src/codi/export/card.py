@@ -8,6 +8,7 @@ from typing import Any
 from ..models import codec
 from ..models.backbones import find_model
 from ..models.lora import FILE
+from ..schedule import FlowSchedule
 from .source import Source
 
 CARD = """\
@@ -31,7 +32,7 @@ def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool)
     backbone, kind = source.backbone, source.kind
     pipeline = kind.pipeline_for(backbone).__name__
     walk = type(scheduler).__name__
-    classes, lines, parts = {walk}, [], _loading(source)
+    classes, lines, parts = {walk}, [], kind.loading_arguments(backbone)
     if source.control:
         pipeline, net = pipeline.replace("Pipeline", "ControlNetPipeline"), type(source.control.net).__name__
         lines.append(f"controlnet = {net}.from_pretrained(folder)")
@@ -57,7 +58,7 @@ def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool)
 
 def _head(source: Source, classes: set[str]) -> list[str]:
     """What comes before the pipeline."""
-    given = "a picture" if source.backbone.unet is not None else "a tensor (1, 3, height, width) in [0, 1]"
+    given = "a picture" if source.kind.takes_pictures else "a tensor (1, 3, height, width) in [0, 1]"
     return [
         "import torch",
         f"from diffusers import {', '.join(sorted(classes))}",
@@ -71,18 +72,9 @@ def _head(source: Source, classes: set[str]) -> list[str]:
     ]
 
 
-def _loading(source: Source) -> list[str]:
-    """The arguments with which the backbone's pipeline is loaded, besides the model."""
-    backbone = source.backbone
-    if backbone.unet is not None:
-        return ["safety_checker=None" if backbone.text_encoder_2 is None else "use_safetensors=True"]
-    names = inspect.signature(source.kind.pipeline_for(backbone).__init__).parameters
-    return [f"{name}=None" for name in names if getattr(backbone, name, 0) is None]  # e.g. SD3's third text encoder
-
-
 def _size(source: Source) -> dict[str, Any]:
     """The arguments for the size of a transformer's picture, which the stock pipelines take to be their own."""
-    if source.backbone.unet is not None:
+    if source.kind.takes_pictures:
         return {}
     if source.reads:
         return {"height": _Code("condition.shape[-2]"), "width": _Code("condition.shape[-1]")}
@@ -106,7 +98,7 @@ def _remarks(source: Source, scheduler: Any) -> list[str]:
     task, remarks = source.task, []
     if source.reads:
         given = [" ".join((inspect.getdoc(thing) or "").split()) for thing in (type(task), task.condition)]
-        kind = "a tensor (1, 3, H, W)" if source.backbone.unet is None else "a PIL picture, or a tensor"
+        kind = "a PIL picture, or a tensor" if source.kind.takes_pictures else "a tensor (1, 3, H, W)"
         remarks.append(f"- `condition`: {kind} in [0, 1]. {' '.join(given)} It is what "
                        f"`codi.tasks.get_task({task.name!r}, ...).condition(given)` returns.")  # fmt: skip
         remarks.append("- `codi` may treat what comes out once more (an upscaled picture gets the colours of the small "
@@ -121,7 +113,7 @@ def _remarks(source: Source, scheduler: Any) -> list[str]:
                        "that are not empty; the pipeline's `guidance_scale` has nothing to do with it.")  # fmt: skip
     if find_model(source.model) != source.model:
         remarks.append(f"- `{source.model}` lies inside codi: `codi models --json` says where.")
-    if source.backbone.unet is None:
+    if isinstance(source.backbone.schedule, FlowSchedule):
         remarks += _flow_remarks(source, scheduler)
     remarks.append("- For another number of steps export again with `--steps`.")  # fmt: skip
     return remarks

@@ -46,7 +46,7 @@ def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
     """Writes the files, each whole or not at all; returns how to sample with them. Raises UserError for an adapter that
     these programs cannot express."""
     where = "the LDM format"
-    source.require_unet(where)
+    source.require_format("ldm")
     source.refuse_form(where)
     source.require_stock_sampler(where)
     control, unet, updates = source.control, source.full_network(steps), source.updates(steps)

@@ -72,7 +72,7 @@ def export_onnx(source: Source, out: Path, steps: int, size: tuple[int, int] | N
     Raises UserError for a size that does not fit, and where the packages for ONNX are missing.
     """
     require_packages()
-    source.require_unet("ONNX")
+    source.require_format("onnx")
     if source.backbone.text_encoder_2 is not None:
         raise UserError(f"{source.name}: is for XL, whose two text encoders the graph has no place for yet: "
                         "export --to diffusers")  # fmt: skip

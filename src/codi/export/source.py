@@ -169,11 +169,12 @@ class Source:
         shares = values / (values.square() + 1e-12)  # ridge regression: directions of almost no weight have no say
         return (right.T @ (shares * (left.T @ heavy)[:, 0])).float()
 
-    def require_unet(self, where: str) -> None:
-        """Raises UserError for transformers, which `where` has no export for."""
-        if self.backbone.unet is None:
-            raise UserError(f"{self.name}: {where} is for Stable Diffusion's U-Nets so far, and {self.model} is of "
-                            f"{self.kind.name}: export --to diffusers, or sample with codi")  # fmt: skip
+    def require_format(self, form: str) -> None:
+        """Raise UserError for a family that `codi export --to` does not write this `form` of."""
+        if form not in self.kind.formats:
+            others = " or ".join(self.kind.formats)
+            raise UserError(f"{self.name}: --to {form} is for Stable Diffusion's U-Nets so far, and {self.model} is of "
+                            f"{self.kind.name}: export --to {others}, or sample with codi")  # fmt: skip
 
     def require_stock_sampler(self, where: str) -> None:
         """Raises UserError for adapters that no sampler of `where`, stock diffusers or another program, samples as
@@ -188,11 +189,11 @@ class Source:
     @property
     def instead(self) -> str:
         """What an adapter can do that other programs have no place for."""
-        return "sample with codi" if self.backbone.unet is None else "export --to onnx"
+        return "export --to onnx" if "onnx" in self.kind.formats else "sample with codi"
 
     def refuse_form(self, where: str) -> None:
         """Raises UserError for forms that `where` has no place for, which knows ControlNets, LoRA and networks."""
-        part = "transformer" if self.backbone.unet is None else "U-Net"
+        part = self.kind.network_kind
         ways = {FusedAdapter: f"mixes a condition encoder's features into the {part}",
                 HintAdapter: f"adds the condition to the {part}'s input"}  # fmt: skip
         form = type(self.adapter)

@@ -31,6 +31,7 @@ class StableDiffusion(Family):
     channel_dim = 1
     time_layer = "time_embedding.linear_1"
     stock_controlnet, control_argument, draws_condition = True, "image=condition", False
+    network_kind, formats, takes_pictures = "U-Net", ("diffusers", "ldm", "onnx"), True
 
     # ---- loading
 
@@ -49,6 +50,9 @@ class StableDiffusion(Family):
 
     def fingerprint(self, network: Any, vae: Any, scheduler: Any) -> str:
         return fingerprint(network, vae, scheduler)
+
+    def loading_arguments(self, parts: Any) -> list[str]:
+        return ["safety_checker=None" if parts.text_encoder_2 is None else "use_safetensors=True"]
 
     def pipeline_for(self, parts: Any) -> Any:
         return stock(self.pipelines[parts.text_encoder_2 is not None])

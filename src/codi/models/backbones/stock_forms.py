@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,12 @@ class StockForms:
     """A part of `base.Family`; the defaults are those of a family with no place for a condition."""
 
     name: str
+    network_kind: str = "transformer"
+    """What messages call the network."""
+    formats: tuple[str, ...] = ("diffusers",)
+    """What `codi export --to` writes for it."""
+    takes_pictures: bool = False
+    """Whether the stock pipelines take a condition as a picture, and its size. Others are given a tensor and a size."""
     time_layer: str
     """The linear layer by which a constant is added to the time embedding; see `time_constant`."""
     passes_sigmas: bool = True
@@ -35,6 +42,11 @@ class StockForms:
     def time_constant(self, network: Any, extra: Tensor) -> Tensor:
         """Return what `time_layer` has to give more, for `extra` of `predict` (W,) to be added."""
         return extra
+
+    def loading_arguments(self, parts: Any) -> list[str]:
+        """Return the arguments, as code, with which the stock pipeline of such `parts` is loaded, besides the model."""
+        names = inspect.signature(self.pipeline_for(parts).__init__).parameters  # type: ignore[attr-defined]
+        return [f"{name}=None" for name in names if getattr(parts, name, 0) is None]  # e.g. SD3's third text encoder
 
     def why_no_controlnet(self, controlnet: Any) -> str | None:
         """Return why no stock pipeline samples with this ControlNet as `predict` does; None: one does."""
