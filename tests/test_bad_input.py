@@ -19,7 +19,12 @@ from safetensors.torch import load_file, save_file
 from codi.apps import models as embedded
 from codi.data.samples import CorruptSample
 from codi.data.sources import open_source
+from codi.errors import UserError
 from codi.training.checkpoint import complete
+from codi.training.decoder import DecoderRecipe
+from codi.training.distill_recipe import DistillRecipe
+from codi.training.pretrain_recipe import PretrainRecipe
+from codi.training.recipe import read_recipe, shipped_recipes
 from shell import Models, make_adapter, picture
 from tiny import tiny_checkpoint
 
@@ -260,6 +265,12 @@ def test_what_an_adapter_does_not_do(shell, command, tmp_path):
 
 def test_depth_files_that_hold_none(shell, command, tmp_path):
     flat, text = tmp_path / "flat.npy", tmp_path / "text.npy"
+    for number, header in enumerate(
+        (b"{'descr': ((((", b"{'shape': (99999999999999999999999,)}", b"{[]: 1}", b"(" * 9_000)
+    ):
+        bad = tmp_path / f"{number}.npy"
+        bad.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
+        shell(*command("depth", IN=bad)).failed(1, str(bad), "no whole array of numbers")
     np.save(flat, np.zeros((8, 12)))
     text.write_bytes(b"not numpy")
     shell(*command("depth", "--near", "dark", IN=flat)).failed(1, str(flat), "no depth")
@@ -336,6 +347,38 @@ def test_a_recipe_that_is_not_one(shell, tmp_path):
     broken.write_text("imags: 3\nout: there")
     shell("distill", broken).failed(1, str(broken), "'imags'", "did you mean 'images'")
     shell("evaluate", broken).failed(1, str(broken), "'imags'")
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        ("distill mini", "pretrain mini"), ("distill mini-flux --ldm-images 3", "pretrain mini-flux"),
+        ("distill sd-decoder", "distill-decoder sd-decoder"), ("pretrain depth", "distill depth"),
+        ("pretrain mini-decoder --out there", "distill-decoder mini-decoder"),
+        ("distill-decoder flux/depth", "distill flux/depth"), ("distill-decoder photo", "pretrain photo"),
+        ("data cache mini -o there", "pretrain mini"), ("evaluate mini", "pretrain mini"),
+    ],
+)  # fmt: skip
+def test_a_recipe_of_another_command(shell, tmp_path, monkeypatch, words, right):
+    monkeypatch.chdir(tmp_path)
+    shell(*words.split()).failed(1, f"not a recipe of codi distill-decoder: run codi {right}"
+                                 if words.startswith("distill-decoder") else f": run codi {right}")  # fmt: skip
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["distill", "pretrain", "distill-decoder"])
+def test_every_shipped_recipe_has_one_command(command):
+    from codi.apps.train import read_values
+
+    kinds = {"distill": DistillRecipe, "pretrain": PretrainRecipe, "distill-decoder": DecoderRecipe}
+    for name in shipped_recipes():
+        keys = read_recipe(name).keys()
+        right = "distill-decoder" if name.endswith("decoder") else "pretrain" if "ldm_images" in keys else "distill"
+        if command == right:
+            assert read_values(kinds[command], name)
+        else:
+            with pytest.raises(UserError, match=f"not a recipe of codi {command}: run codi {right} {name}$"):
+                read_values(kinds[command], name)
 
 
 def test_what_nobody_foresaw_is_one_line_too(shell, monkeypatch):

@@ -14,12 +14,13 @@ from codi.errors import UserError
 from codi.models import text
 from codi.models.adapter import FORMS, FusedAdapter
 from codi.models.adapter_files import load_adapter
-from codi.models.backbones import EMBEDDED, digest, load_backbone
+from codi.models.backbones import EMBEDDED, digest, load_backbone, load_vae
 from codi.models.backbones.stable_diffusion import fingerprint as family
 from codi.models.checksums import find_fault
 from codi.models.lora import FILE
 from codi.models.student import Conditioning, Student
 from codi.sampling.pipeline import CoDiPipeline
+from codi.training.codec import open_vae
 from codi.training.saving import save_adapter
 from tiny import (
     CAPTIONS,
@@ -336,11 +337,51 @@ def test_folders_that_are_no_backbone_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-@pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "loaded"), (pickled, "loaded")])
+@pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "loaded"), (pickled, "not as safetensors")])
 def test_broken_backbone_weights_are_refused(part, change, said, checkpoint_folder, tmp_path):
     weights = next((checkpoint_folder / part).glob("*.safetensors")).relative_to(checkpoint_folder)
     bad = broken(checkpoint_folder, tmp_path / "bad", str(weights), change)
     refused(lambda: load_backbone(bad), str(bad), said)
+
+
+def pickled_everywhere(folder: Path) -> Path:
+    for weights in list(folder.rglob("*.safetensors")):
+        pickled(weights)
+    return folder
+
+
+def test_pickled_weights_are_converted_as_the_message_says(checkpoint_folder, tmp_path):
+    old = pickled_everywhere(shutil.copytree(checkpoint_folder, tmp_path / "old"))
+    said = refused(lambda: load_backbone(old), "DiffusionPipeline.from_pretrained(MODEL, use_safetensors=False)")
+    code = said.partition("with diffusers: ")[2].replace("MODEL", "old").replace("NEW", "new")
+    exec(code, {"DiffusionPipeline": DiffusionPipeline, "old": old, "new": tmp_path / "new"})
+    assert digest(load_backbone(tmp_path / "new").unet) == digest(UNET)
+    refused(lambda: load_vae(old), "vae", "not as safetensors")
+    refused(lambda: open_vae(old / "vae"), "vae", "not as safetensors")
+    assert load_backbone(checkpoint_folder).unet  # .bin beside safetensors is nobody's concern
+    for weights in list(checkpoint_folder.rglob("*.safetensors")):
+        shutil.copy(weights, tmp_path / "new" / weights.parent.name / weights.with_suffix(".bin").name)
+    load_backbone(tmp_path / "new")
+
+
+UNUSED = {
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "tiny_vae": ["diffusers", "AutoencoderTiny"],
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in UNUSED] + [list(UNUSED)])
+@pytest.mark.parametrize("present", [False, True])
+def test_parts_that_nothing_reads_may_be_absent_or_broken(checkpoint_folder, names, present, tmp_path):
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **{name: UNUSED[name] for name in names}}))
+    for name in names if present else []:
+        (folder / name).mkdir()
+        torch.save({}, folder / name / "pytorch_model.bin")
+    assert digest(load_backbone(folder).unet) == digest(UNET)
 
 
 def test_a_backbone_s_missing_weight_is_named(checkpoint_folder, tmp_path):

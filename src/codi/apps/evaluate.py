@@ -158,9 +158,10 @@ def evaluate(
 
 def _recipe(name: str) -> Any:
     from ..training.distill import DistillRecipe
-    from ..training.recipe import build, read_recipe
+    from ..training.recipe import build
+    from .train import read_values
 
-    return build(DistillRecipe, read_recipe(name), name)
+    return build(DistillRecipe, read_values(DistillRecipe, name), name)
 
 
 def _reference(task: str, finetuned: str | None, pipe: CoDiPipeline, model: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from .common import BadUsage, Json, Minutes, hide_loading_bars, print_json, usage, watched, working
 
 DISTILL_EXAMPLE = "Example: codi distill smoke --out runs/mine --data photos --images 20000"
@@ -104,15 +105,32 @@ def _run(train: Callable[..., Path], recipe: Any, minutes: float | None) -> Path
 
 def read(cls: Callable[..., Any], words: list[str] | None) -> Any:
     """["smoke", "--images", "64", ...] -> the recipe. Raises BadUsage for a fault of the words, else UserError."""
-    from ..training.recipe import build, parse_overrides, read_recipe
+    from ..training.recipe import build, parse_overrides
 
     name, *changes = words or [""]
     if not name or name.startswith("-"):
         raise BadUsage("RECIPE: name it first, then the changes: codi distill smoke --images 64")
+    values = read_values(cls, name)
     with usage():
         overrides = parse_overrides(changes)
         build(cls, {"out": "", **overrides}, "command line")  # type: ignore[arg-type]
-    return build(cls, {**read_recipe(name), **overrides}, name)  # type: ignore[arg-type]
+    return build(cls, {**values, **overrides}, name)  # type: ignore[arg-type]
+
+
+def read_values(cls: Callable[..., Any], name: str) -> dict[str, Any]:
+    """Read a recipe's keys and values. Raises UserError for one that another command than that of `cls` runs."""
+    from ..training.decoder import DecoderRecipe
+    from ..training.distill_recipe import DistillRecipe
+    from ..training.pretrain_recipe import PretrainRecipe
+    from ..training.recipe import read_recipe
+
+    values = read_recipe(name)
+    commands = {"distill": DistillRecipe, "pretrain": PretrainRecipe, "distill-decoder": DecoderRecipe}
+    fitting = [command for command, kind in commands.items() if values.keys() <= {field.name for field in fields(kind)}]
+    own = next(command for command, kind in commands.items() if kind is cls)
+    if fitting and own not in fitting:
+        raise UserError(f"{name}: not a recipe of codi {own}: run codi {fitting[0]} {name}")
+    return values
 
 
 def _reached(checkpoints: Path) -> int:

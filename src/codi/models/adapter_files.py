@@ -17,7 +17,7 @@ import torch
 
 from ..errors import UserError, one_line
 from .adapter import FORMS, Adapter
-from .backbones import EMBEDDED, FAMILIES, find_model, require_finite
+from .backbones import EMBEDDED, FAMILIES, find_model, require_finite, require_safetensors
 from .checksums import find_fault
 from .lora import FILE, load_lora
 
@@ -158,6 +158,7 @@ def _updates(network: Any, folder: Path, name: str) -> Any:
 
 
 def _weights(cls: Any, folder: Path) -> Any:
+    require_safetensors(folder)
     try:
         module, report = cls.from_pretrained(
             folder, use_safetensors=True, low_cpu_mem_usage=False, dtype=torch.float32, output_loading_info=True

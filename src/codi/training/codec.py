@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..data.batches import Batch, batches
 from ..data.sources import Source
 from ..data.textures import dead_leaves
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..models import codec
+from ..models.backbones import require_finite, require_safetensors
 from . import ema
 from .adversarial import adversarial_losses, new_discriminator
 from .checkpoint import Progress, write_atomically
@@ -216,4 +217,10 @@ def open_vae(folder: str | Path) -> AutoencoderKL:
     """Returns the AutoencoderKL of a folder, in float32. Raises UserError where there is none."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"vae {folder}: no config.json there: give the folder of an AutoencoderKL")
-    return AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    require_safetensors(Path(folder))
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    except Exception as error:  # diffusers raises many kinds
+        raise UserError(f"vae {folder}: could not be loaded ({one_line(error)}): give another folder") from error
+    require_finite(vae, f"vae {folder}")
+    return vae

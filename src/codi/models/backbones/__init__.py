@@ -9,6 +9,7 @@ from .loading import (
     load_backbone,
     load_vae,
     require_finite,
+    require_safetensors,
     resolved,
     revision_of,
     with_network,
@@ -17,5 +18,5 @@ from .registry import FAMILIES, family_of, family_of_index
 
 __all__ = [
     "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "family_of", "family_of_index", "find_model",
-    "load_backbone", "load_vae", "require_finite", "resolved", "revision_of", "with_network",
+    "load_backbone", "load_vae", "require_finite", "require_safetensors", "resolved", "revision_of", "with_network",
 ]  # fmt: skip

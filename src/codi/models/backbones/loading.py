@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -15,9 +16,13 @@ from safetensors import safe_open
 
 from ...errors import UserError, nearest, one_line
 from .. import codec
-from .base import Backbone, Family, named_parts
+from .base import Backbone, Family, named_parts, stock
 from .registry import FAMILIES, family_of_index
 
+CONVERT = (
+    "if you trust it, convert it with diffusers: "
+    "DiffusionPipeline.from_pretrained(MODEL, use_safetensors=False).save_pretrained(NEW)"
+)
 EMBEDDED = Path(__file__).resolve().parents[2] / "weights"  # what ships inside the package
 
 
@@ -115,8 +120,11 @@ def load_vae(model: str | Path) -> Any:
         return load_backbone(model).vae
     try:
         source, options = resolved(source, "vae")
+        require_safetensors(Path(source) / "vae")
         kind: Any = codec.vae_class(source, **{k: v for k, v in options.items() if k == "revision"})
         vae = kind.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{model}: its VAE could not be loaded ({one_line(error)}): check the path or id") from error
     require_finite(vae, f"{model}/vae")
@@ -146,12 +154,33 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool) -> t
     # Those that are left out, or that the folder lacks, are named: diffusers refuses a folder that lacks one.
     encoders = {name: part for name, part in index.items() if name.startswith("text_encoder")}
     options |= {name: None for name, part in encoders.items() if not text or part[0] is None}
+    options |= dict.fromkeys(_unused(kind, index))
+    for name in {field.name for field in fields(Backbone)} & set(index) - set(options):
+        require_safetensors(path / name)
     return kind.open_folder(source, index, dtype, options), kind
+
+
+def _unused(kind: Family, index: Mapping[str, Any]) -> list[str]:
+    """Name the parts of a model_index.json that the stock pipeline would load and nothing here reads, as a safety
+    checker: they may be absent."""
+    taken = {name for pipeline in kind.pipelines for name in inspect.signature(stock(pipeline).__init__).parameters}
+    read = {field.name for field in fields(Backbone)}
+    return [name for name, part in index.items() if isinstance(part, list) and name in taken - read]
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise UserError for a folder on this machine that has weights in other formats alone."""
+    names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
+    others = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
+    if others and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"{folder}: has its weights in {others[0]}, which may run code when it is read, and not as "
+                        f"safetensors: {CONVERT}")  # fmt: skip
 
 
 def _open_file(path: Path, dtype: torch.dtype, hub: dict[str, Any]) -> tuple[Any, Family]:
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: not a .safetensors file, and others may run code: convert it first")
+        raise UserError(f"{path}: not a .safetensors file, and others may run code: if you trust it, convert it with "
+                        "diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(NEW)")  # fmt: skip
     # Only its configs are fetched: they have neither the model's revision nor its variants.
     fetching = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
     if fetching.get("config"):

@@ -42,7 +42,7 @@ class StableDiffusion(Family):
         two = (index.get("text_encoder_2") or [None])[0]
         extra = {} if two else {"safety_checker": None, "requires_safety_checker": False}
         kind: Any = stock(self.pipelines[bool(two)])
-        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra, **options)
+        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **{**extra, **options})
 
     def open_file(self, path: Path, keys: set[str], dtype: torch.dtype, fetching: dict[str, Any]) -> Any:
         kind: Any = stock(self.pipelines[any(key.startswith("conditioner.") for key in keys)])
