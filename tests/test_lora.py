@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from codi import CoDiPipeline
 from codi.models.adapter import FORMS
 from codi.models.adapter_files import find_adapter, load_adapter
 from codi.models.backbones import EMBEDDED, load_backbone
@@ -27,7 +28,7 @@ from codi.models.lora import (
 )
 from codi.models.student import Conditioning, Student
 from codi.training.saving import save_adapter
-from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_lora, tiny_unet, tiny_vae
+from tiny import DOWNSCALE, LATENT_CHANNELS, TEXT_WIDTH, rand, randn, tiny_backbone, tiny_lora, tiny_unet, tiny_vae
 
 UNET, VAE = tiny_unet().requires_grad_(False), tiny_vae()
 WORDS, Z = randn(2, 5, TEXT_WIDTH, seed=7), randn(2, LATENT_CHANNELS, 8, 8)
@@ -238,3 +239,31 @@ def test_the_stock_pipeline_reads_every_embedded_file():
         stock.load_lora_weights(find_adapter("generate"))
         made = stock.unet(*inputs).sample
     assert (made - plain).abs().max() > 1e-3 and (made - expected).abs().max() < 1e-6
+
+
+def test_a_saved_pipeline_s_updates_are_read_by_the_stock_one(tmp_path):
+    """Also those of an old file, whose keys lack the network's name: stock pipelines read that as nothing."""
+    adapter = FORMS["lora"].from_backbone(UNET, VAE)
+    adapter.register_to_config(info={"task": "generate"})
+    save_adapter(tmp_path / "old", adapter, tiny_lora(UNET), full=False, half=False)
+    old = tmp_path / "old" / FILE
+    with safe_open(old, "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    note = json.dumps({key.removeprefix("unet."): value for key, value in settings.items()})
+    weights = {key.removeprefix("unet."): value for key, value in load_file(old).items()}
+    save_file(weights, old, {"lora_adapter_metadata": note, "format": "pt"})
+    config = json.loads((old.parent / "config.json").read_text())
+    config["info"].pop("files", None)  # old adapters list none
+    (old.parent / "config.json").write_text(json.dumps(config))
+    before = old.read_bytes()
+    pipe = CoDiPipeline(**vars(tiny_backbone()))
+    pipe.load_adapter(tmp_path / "old")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert old.read_bytes() == before  # the user's own stays
+    stock = tiny_backbone().pipeline()
+    stock.load_lora_weights(tmp_path / "saved" / "adapters" / "old", weight_name=FILE)
+    expected = predicted(load_adapter(tmp_path / "old", "generate", None, UNET)[1])
+    assert not torch.equal(expected, EXPECTED)
+    torch.testing.assert_close(predicted(stock.unet), expected)
+    again = CoDiPipeline.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(predicted(again.student.network), expected)

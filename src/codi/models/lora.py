@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from .backbones import family_of
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: a stock pipeline's load_lora_weights reads it
+NOTE = "lora_adapter_metadata"  # where diffusers keeps the ranks and scales
 
 
 def shared_copy(network: Any) -> Any:
@@ -79,16 +80,22 @@ def save_lora(network: Any, folder: Path, name: str, half: bool = False) -> None
     """Writes the updates called `name` to `folder`/FILE, in float16 with `half`."""
     with _quiet():
         network.save_lora_adapter(folder, adapter_name=name, weight_name=FILE, safe_serialization=True)
-    with safe_open(folder / FILE, "pt") as file:
-        notes = file.metadata()
+    add_prefix(folder / FILE, family_of(network).component, half)
+
+
+def add_prefix(path: Path, part: str, half: bool = False) -> None:
+    """Rewrite a file of updates with `part`, a stock pipeline's name of the network, before each key, in float16 with
+    `half`. Without it a stock pipeline loads nothing, and says nothing. A file that has it stays as it is."""
+    with safe_open(path, "pt") as file:
+        keys, note = list(file.keys()), (file.metadata() or {}).get(NOTE)
+    if all(key.startswith(f"{part}.") for key in keys):
+        return
     # One note alone: safetensors writes several in random order, and the same weights shall give the same bytes.
-    del notes["format"]
-    part = family_of(network).component  # by which a stock pipeline knows whose weights these are
-    notes = {key: json.dumps({f"{part}.{k}": v for k, v in json.loads(value).items()}, sort_keys=True)
-             for key, value in notes.items()}  # fmt: skip
-    weights = load_file(folder / FILE)
+    settings = {f"{part}.{k}": v for k, v in json.loads(note).items()} if note else {}
+    notes = {NOTE: json.dumps(settings, sort_keys=True)} if note else None
+    weights = load_file(path)
     weights = {f"{part}.{k}": v.to(torch.float16 if half else v.dtype, copy=True) for k, v in weights.items()}
-    save_file(weights, folder / FILE, notes)
+    save_file(weights, path, notes)
 
 
 def merge_lora(network: Any) -> Any:

@@ -18,8 +18,9 @@ from torch import nn
 from ..errors import UserError, nearest
 from ..models.adapter import Adapter
 from ..models.adapter_files import ADAPTERS, find_adapter, load_adapter, own_network
+from ..models.backbones import family_of
 from ..models.composition import compose
-from ..models.lora import lora_names, merge_lora
+from ..models.lora import FILE, add_prefix, lora_names, merge_lora
 from ..models.student import Student
 from ..tasks import Task, get_task
 
@@ -191,6 +192,8 @@ class Shelf:
                 (temporary / name).mkdir()
                 for part in (shelved.folder / "config.json", *shelved.folder.glob("*.safetensors")):
                     shutil.copyfile(part, temporary / name / part.name)
+                if (temporary / name / FILE).is_file():
+                    add_prefix(temporary / name / FILE, family_of(self.network).component)  # which old files lack
                 if own := own_network(shelved.folder):
                     shutil.copytree(own, temporary / name / own.name)
             (temporary / SET).write_text(json.dumps(self.weights))
