@@ -118,6 +118,10 @@ class Schedule(ABC):
         u = torch.rand(1 if shared else count, generator=generator, dtype=torch.float64)
         return dt + u * (self.horizon - dt)
 
+    def between(self, earlier: Tensor, later: Tensor, share: Tensor) -> Tensor:
+        """Return the times (B,) at a `share` in [0, 1] of the way from `earlier` to `later`."""
+        return earlier + share * (later - earlier)
+
     def at(self, share: Tensor) -> Tensor:
         """The time at a share of the horizon, in [0, 1]."""
         return share.double() * self.horizon
@@ -196,6 +200,10 @@ class DiscreteSchedule(Schedule):
         u = torch.rand(1 if shared else count, generator=generator, dtype=torch.float64)
         levels = int(self.horizon) - int(dt) + 1
         return int(dt) + (u * levels).long().clamp_max(levels - 1)
+
+    def between(self, earlier: Tensor, later: Tensor, share: Tensor) -> Tensor:
+        """Return the levels nearest to that."""
+        return super().between(earlier, later, share).round().long()
 
     def at(self, share: Tensor) -> Tensor:
         """The level nearest to a share of the horizon."""

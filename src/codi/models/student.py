@@ -108,6 +108,19 @@ def cat_conditionings(*parts: C) -> C:
     return type(first)(**{f.name: _join([getattr(p, f.name) for p in parts]) for f in fields(first)})
 
 
+def conditioning_rows(conditioning: C, rows: slice) -> C:
+    """Return the `rows` of a batch of conditionings, of any dataclass of tensors (B, ...)."""
+    return type(conditioning)(**{f.name: _rows(getattr(conditioning, f.name), rows) for f in fields(conditioning)})
+
+
+def _rows(part: Any, rows: slice) -> Any:
+    if isinstance(part, dict):
+        return {k: _rows(v, rows) for k, v in part.items()}
+    if isinstance(part, (list, tuple)):
+        return type(part)(_rows(item, rows) for item in part)
+    return part[rows] if isinstance(part, Tensor) else part
+
+
 def _join(parts: list[Any]) -> Any:
     first = parts[0]
     if first is None:

@@ -1,0 +1,123 @@
+r"""One-stage conditional flow maps by the semigroup property: one network that is told how far to go.
+
+On the linear path (z = (1 - s) x + s eps; schedule.to_linear maps every other path to it) the flow of the probability
+ODE from s to r <= s is X_{s->r}(z) = z - (s - r) u(z, s, r), with u(z, s, s) the instantaneous velocity. Going to a
+time m between and on from there is the same as going directly (Boffi et al., 2025; SplitMeanFlow, 2025):
+
+    rows r = s   u(z, s, s)  ->  eps - x                                       the data term: adapts to the condition
+    rows r < s   u(z, s, r)  ->  [(s - m) u1 + (m - r) u2] / (s - r)           no gradient, of the average network
+                 u1 = u-(z, s, m),   z_m = z - (s - m) u1,   u2 = u-(z_m, m, r)
+
+    loss = mean |u - target|^2 over rows r = s  +  weight * the same over rows r < s
+
+The network is told the share of the way (t - r) / t in `jump` (Conditioning): 0 is the instantaneous prediction, 1 the
+end. In terms of its (x, eps) at z_t a step to r is alpha_r x + sigma_r eps, so DDIM samples it, on any path. Both terms
+regress u; there is no derivative and no division by a small step, so it suits bf16. Half of the rows need two more
+passes of the average network: 4 passes an image, the price of `codi`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.student import conditioning_rows
+from ..schedule import Schedule
+from .batch import LatentBatch, Network, guided_signal, mean_square, prepared
+
+
+def flow_map(
+    student: Network,
+    target: Network,
+    batch: LatentBatch,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+    *,
+    weight: float = 7.0,
+    instant: float = 0.5,
+    ends: float = 0.5,
+    noisiest: float = 0.15,
+    warmup: float = 0.15,
+) -> dict[str, Tensor]:
+    """Return the losses {"signal", "consistency"} of one batch, whose conditioning has a field `jump`.
+
+    `student` trains, `target` is its average. `weight` multiplies the rows r < t. Of the batch a share `instant` has
+    r = t; of the other rows a share `ends` has r = 0 and `noisiest` starts from pure noise, t = T. For the first
+    `warmup` of the training all rows have r = t: a map is learned of an ODE that is there.
+    """
+    x, count = batch.x, len(batch.x)
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    uniform = torch.rand(4, count, generator=generator, dtype=torch.float64)
+    first = count if batch.progress < warmup else int(instant * count + float(uniform[0, 0]))  # rounded at random
+    t = schedule.draw(count, schedule.least, False, generator)
+    later = torch.arange(count) >= first
+    t = torch.where(later & (uniform[1] < noisiest), torch.full_like(t, schedule.horizon), t)
+    r = torch.where(uniform[2] < ends, torch.zeros_like(t), schedule.between(torch.zeros_like(t), t, uniform[3]))
+    r = torch.where(later, r, t)
+    z = schedule.mix(x, noise, t)
+    told = replace(batch.conditioning, jump=share_of_way(t, r).to(x))
+    u = velocity(student, z, t, told, schedule)
+
+    losses: dict[str, Tensor] = {}
+    if first:
+        goal = (noise - x)[:first] + guidance_push(target, batch, z, t, schedule)[:first]
+        losses["signal"] = mean_square(u[:first], goal)
+    if first < count:
+        rows = slice(first, count)
+        conditioning = conditioning_rows(batch.conditioning, rows)
+        middle = schedule.between(r[rows], t[rows], torch.rand(count - first, generator=generator, dtype=torch.float64))
+        goal = two_steps(target, z[rows], (t[rows], middle, r[rows]), conditioning, schedule)
+        losses["consistency"] = weight * mean_square(u[rows], goal)
+    return losses
+
+
+def share_of_way(t: Tensor, r: Tensor) -> Tensor:
+    """Return (t - r) / t, float64: 0 at r = t, 1 at r = 0."""
+    return (t - r).double() / t
+
+
+def velocity(network: Network, z: Tensor, t: Tensor, conditioning: Any, schedule: Schedule) -> Tensor:
+    """Return u = eps - x, that of the linear path, of the network's prediction at (z_t, t)."""
+    x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), conditioning), z, t)
+    return eps - x
+
+
+@torch.no_grad()
+def guidance_push(target: Network, batch: LatentBatch, z: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """Return what guidance adds to u at z_t: (x - guided x) / s at s of the linear path; 0 without guidance."""
+    if batch.guidance is None:
+        return torch.zeros_like(batch.x)
+    alpha, sigma = schedule.alpha_sigma(t, z)
+    return (batch.x - guided_signal(batch, target, z, t, schedule)) * (alpha + sigma) / sigma
+
+
+@torch.no_grad()
+def two_steps(
+    network: Network, z: Tensor, times: tuple[Tensor, Tensor, Tensor], conditioning: Any, schedule: Schedule
+) -> Tensor:
+    """Return the mean velocity from t to r of the network's two steps t -> m -> r, for `times` (t, m, r)."""
+    t, m, r = times
+    c = prepared(network, conditioning)
+    u1, z_m = step(network, z, t, m, c, schedule)
+    u2, _ = step(network, z_m, m, r, c, schedule)
+    s_t, s_m, s_r = (linear_time(schedule, time, z) for time in times)
+    part = (s_t - s_m) / (s_t - s_r).clamp_min(1e-12)
+    return part * u1 + (1 - part) * u2
+
+
+def step(
+    network: Network, z: Tensor, t: Tensor, r: Tensor, conditioning: Any, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
+    """Return the mean velocity from t to r and z_r = alpha_r x + sigma_r eps. Where t = 0 nothing is left to go."""
+    told = replace(conditioning, jump=share_of_way(t.clamp_min(schedule.least), r).clamp(0, 1).to(z))
+    x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), told), z, t)
+    return eps - x, schedule.mix(x, eps, r)
+
+
+def linear_time(schedule: Schedule, t: Tensor, like: Tensor) -> Tensor:
+    """Return s = sigma / (alpha + sigma), the time of the linear path, shaped to broadcast against `like`."""
+    alpha, sigma = schedule.alpha_sigma(t, like)
+    return sigma / (alpha + sigma)
