@@ -39,7 +39,11 @@ def shard(folder, path, rows):
         key = row["file_name"].replace("/", "_").removesuffix(".png")
         members.append((f"{key}.png", (folder / row["file_name"]).read_bytes()))
         members.append((f"{key}.json", json.dumps({k: row[k] for k in ("text", "instruction")}).encode()))
-        members += [(f"{key}.{c}.png", (folder / row[c]).read_bytes()) for c in COLUMNS if c in row]
+        members += [
+            (f"{key}.{c}.png", (folder / row[f"{c}_file_name"]).read_bytes())
+            for c in COLUMNS
+            if f"{c}_file_name" in row
+        ]
     write_tar(path, members)
 
 

@@ -1,7 +1,9 @@
 """`codi data check`: what a data set holds is counted rightly, and exit code 1 means that training would fail."""
 
 import json
+import os
 import tarfile
+import time
 from types import SimpleNamespace
 
 import cv2
@@ -11,9 +13,11 @@ import torch
 from PIL import Image
 
 from codi.apps.data import rehearse
+from codi.data import check
 from codi.data.batches import batches
 from codi.data.check import check_data, contact_sheet
 from codi.data.duplicates import near_groups, perceptual_hash
+from codi.data.samples import PictureSource
 from codi.data.sources import open_source
 from codi.errors import UserError
 from codi.tasks import TASKS, get_task
@@ -52,7 +56,7 @@ def test_pictures_are_counted_and_measured(tmp_path):
 def test_columns_are_measured(rendered):
     columns = ("conditioning_image", "mask", "edited_image")
     depth, mask = (
-        np.stack([cv2.imread(str(rendered / row[c]), cv2.IMREAD_UNCHANGED) for row in rows_of(rendered)])
+        np.stack([cv2.imread(str(rendered / row[f"{c}_file_name"]), cv2.IMREAD_UNCHANGED) for row in rows_of(rendered)])
         for c in columns[:2]
     )
     (rendered / "edited" / "000003.png").write_bytes((rendered / "000003.png").read_bytes())
@@ -69,7 +73,7 @@ def test_every_kind_of_source_is_read(rendered, tmp_path, monkeypatch):
     shard(rendered, tmp_path / "x.tar", rows_of(rendered))
     rows = [
         {"image": (rendered / row["file_name"]).read_bytes(), "text": row["text"], "instruction": row["instruction"]}
-        | {"mask": (rendered / row["mask"]).read_bytes()}
+        | {"mask": (rendered / row["mask_file_name"]).read_bytes()}
         for row in rows_of(rendered)
     ]
     serve(monkeypatch, rows, ("image", "mask"))
@@ -102,17 +106,38 @@ def test_copies_are_found(tmp_path):
     assert found.faults() == []
 
 
+def test_copies_are_decoded_once(rendered, monkeypatch):
+    """With the captions of each: a list may name one picture many times."""
+    rows, decoded, original = rows_of(rendered), [], PictureSource.decode
+    other = {**rows[0], "mask_file_name": rows[1]["mask_file_name"]}
+    rows = [*({**rows[0], "text": "word " * n} for n in (1, 2, 3)), other]
+    (rendered / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(PictureSource, "decode", staticmethod(lambda row: decoded.append(row) or original(row)))
+    report = check_data(rendered, ("mask",), size=32)
+    assert len(decoded) == 2 and report.looked == 4 and report.columns["mask"].found == 4
+    assert report.caption_words[:2] == (1, 2) and report.duplicates == [["000000.png"] * 4]
+
+
+def test_names_that_are_no_text_are_shown(shell, tmp_path):
+    noise(20, 20).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    ran = shell("data", "check", tmp_path, "--task", "canny", "--size", "32")
+    assert ran.code == 0 and "caf\\udce9.png" in ran.out
+    ran = shell("data", "check", tmp_path, "--task", "canny", "--size", "32", "--json")
+    assert ran.code == 0 and json.loads(ran.out)["too_small"] == ["caf\udce9.png"]
+
+
 def test_what_is_left_out_is_told(rendered, tmp_path, shell):
     """A picture that no line names; a caption in a tar without its picture. Neither is a fault."""
     rows = rows_of(rendered)
     (rendered / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
-    lost = [rows[0][key] for key in ("file_name", "conditioning_image", "mask", "edited_image")]
+    lost = [rows[0][key] for key in rows[0] if key.endswith("file_name")]
     found = check_data(rendered, ("mask",), size=32)
     assert found.unused == sorted(lost) and found.faults() == [] and found.images == 5
     ran = shell("data", "check", rendered, "--task", "inpaint", "--size", "32")
     assert (
-        ran.code == 0
-        and f"4 left out, without a line in metadata.jsonl or a picture in the tar: {min(lost)}" in ran.out
+        ran.code == 0 and f"4 left out, without a line in the metadata or a picture in the tar: {min(lost)}" in ran.out
     )
     shard(rendered, tmp_path / "x.tar", rows[1:3])
     with tarfile.open(tmp_path / "x.tar", "a") as tar:
@@ -126,6 +151,9 @@ def test_near_hashes_are_linked_and_no_others():
     hashes = [int(h) for h in rng.integers(0, 2**63, 200, dtype=np.uint64)]
     hashes += [hashes[0] ^ 0b111, hashes[0] ^ 0b111 ^ (0b11 << 40), hashes[1] ^ (0b1111 << 20), hashes[2]]
     assert sorted(near_groups(hashes)) == [[0, 200, 201], [2, 203]]
+    stuck = [int(h) << 16 for h in rng.integers(0, 2**48, 5_000)]  # one band in common: each with many, not with all
+    began = time.perf_counter()
+    assert near_groups([*stuck, stuck[7] ^ (1 << 20)]) == [[7, 5_000]] and time.perf_counter() - began < 5
     assert near_groups([]) == [] and near_groups([5]) == []
     assert perceptual_hash(noise(40, 40)) < 2**64
 
@@ -136,7 +164,7 @@ def test_near_hashes_are_linked_and_no_others():
 def test_missing_columns_are_a_fault(rendered):
     def drop(number, row):
         if number in (2, 4):
-            del row["mask"]
+            del row["mask_file_name"]
 
     rewrite(rendered, drop)
     report = check_data(rendered, ("mask",))
@@ -148,7 +176,7 @@ def test_missing_columns_are_a_fault(rendered):
 def test_two_bit_depths_are_a_fault(rendered):
     noise(32, 32).convert("L").save(rendered / "depth" / "000001.png")
     assert "8 and of 16 bits" in check_data(rendered, ("conditioning_image",)).faults()[0]
-    mask = rendered / rows_of(rendered)[1]["mask"]  # but ids are ids
+    mask = rendered / rows_of(rendered)[1]["mask_file_name"]  # but ids are ids
     Image.fromarray(np.asarray(Image.open(mask)).astype(np.uint8)).save(mask)
     report = check_data(rendered, ("mask",))
     assert report.columns["mask"].bits == [8, 16] and report.faults() == []
@@ -156,7 +184,7 @@ def test_two_bit_depths_are_a_fault(rendered):
 
 
 def test_sixteen_bits_of_a_picture_are_brightness_not_numbers(rendered):
-    name = rows_of(rendered)[1]["edited_image"]
+    name = rows_of(rendered)[1]["edited_image_file_name"]
     grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(grey).save(rendered / name)
     assert check_data(rendered, ("edited_image",)).faults() == []
@@ -258,7 +286,7 @@ def test_faults_are_told_at_the_end_and_in_json(shell, rendered):
     ran.failed(1, "6 of 6 pictures have no instruction")
     told = json.loads(ran.out)
     assert told["faults"] == ["6 of 6 pictures have no instruction"] and told["columns"]["edited_image"]["found"] == 6
-    rewrite(rendered, lambda number, row: row.pop("edited_image"))
+    rewrite(rendered, lambda number, row: row.pop("edited_image_file_name"))
     shell("data", "check", rendered, "--task", "edit", "--size", 32).failed(1, "6 of 6 pictures have no edited_image")
     assert shell("data", "check", rendered, "--task", "depth", "--size", 32).code == 0
 

@@ -3,27 +3,22 @@
 import json
 import sys
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from codi.data.batches import batches
-from codi.data.render import render_folder
+from codi.data.render import COLUMNS, render_folder
 from codi.data.sources import CorruptSample, Sample, open_source
 from folders import noise, read, refused, rows_of, same, serve, shard
 
 
 def test_datasets_are_read_through_their_library(monkeypatch, tmp_path):
+    import datasets
+
     noise(20, 20).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-
-    class Table(list):
-        column_names = ("image", "text")
-
-        def cast_column(self, column, kind):
-            assert column == "image" and kind == {"decode": False}
-            return self
 
     def load_dataset(name, split):
         assert split == "train"
@@ -31,9 +26,9 @@ def test_datasets_are_read_through_their_library(monkeypatch, tmp_path):
             raise FileNotFoundError(f"no {name}\non the hub")
         on_disk = {"bytes": None, "path": str(tmp_path / "a.png")}
         rows = [{"image": {"bytes": data, "path": None}, "text": "one"}, {"image": on_disk, "text": None}]
-        return Table([*rows, {"image": {"bytes": b"junk", "path": None}, "text": ""}])
+        return datasets.Dataset.from_list([*rows, {"image": {"bytes": b"junk", "path": None}, "text": ""}])
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, Image=dict))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source("datasets:some/photos")
     (one, two), three = read(source, range(2), 20), source.read([2], 20)[0]
     assert one.text == "one" and two.text == "" and torch.equal(one.image, two.image)
@@ -53,7 +48,7 @@ def test_folder_tar_and_datasets_give_the_same_batches(tmp_path, monkeypatch):
     shard(folder, tmp_path / "b.tar", rows[4:])
     served = [
         {"image": (folder / row["file_name"]).read_bytes(), "text": row["text"], "instruction": row["instruction"]}
-        | {c: (folder / row[c]).read_bytes() for c in columns}
+        | {c: (folder / row[f"{c}_file_name"]).read_bytes() for c in columns}
         for row in rows
     ]
     serve(monkeypatch, served, ("image", *columns))
@@ -83,8 +78,8 @@ def test_names_that_the_hub_gives_to_columns_are_understood(tmp_path, monkeypatc
 
 def test_columns_may_be_optional(rendered, tmp_path, monkeypatch):
     rows = rows_of(rendered)
-    del rows[1]["mask"]
-    rows[2]["mask"] = "mask/gone.png"
+    del rows[1]["mask_file_name"]
+    rows[2]["mask_file_name"] = "mask/gone.png"
     shard(rendered, tmp_path / "x.tar", [*rows[:2], *rows[3:]])
     (rendered / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = read(open_source(rendered, ("edited_image",), optional=("mask",)), range(4), 32)
@@ -108,3 +103,44 @@ def test_columns_may_be_optional(rendered, tmp_path, monkeypatch):
     ]
     needed = open_source("datasets:x", ("mask",)).read([0, 1], 32)
     assert isinstance(needed[0], Sample) and isinstance(needed[1], CorruptSample) and "no mask" in needed[1].why
+
+
+def test_datasets_itself_reads_a_rendered_folder(rendered, tmp_path, monkeypatch):
+    """As diffusers' training scripts load it: pictures, not their names."""
+    import datasets
+
+    cache = str(tmp_path / "cache")
+    table = datasets.load_dataset("imagefolder", data_dir=str(rendered), split="train", cache_dir=cache)
+    assert isinstance(table, datasets.Dataset) and len(table) == 6
+    assert [isinstance(table.features[c], datasets.Image) for c in ("image", *COLUMNS)] == [True] * 4
+    row = table[2]
+    assert row["image"].size == row["mask"].size == (32, 32) and row["text"] == rows_of(rendered)[2]["text"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    pairs = (read(open_source(spec, COLUMNS), range(6), 32) for spec in (rendered, "datasets:x"))
+    assert all(map(same, *pairs))
+
+
+def test_the_old_names_of_columns_are_still_read(rendered):
+    expected = read(open_source(rendered, COLUMNS), range(6), 32)
+    text = (rendered / "metadata.jsonl").read_text()
+    for column in COLUMNS:
+        text = text.replace(f"{column}_file_name", column)
+    (rendered / "metadata.jsonl").write_text(text)
+    assert "_file_name" not in text
+    assert all(map(same, expected, read(open_source(rendered, COLUMNS), range(6), 32)))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"image": "a.png"}, ("image is not an image column, it holds string", "image_file_name")),
+        ({"image": b"a", "conditioning_image": "a.png"}, ("conditioning_image is not an image", "_image_file_name")),
+        ({"image": 3}, ("image is not an image column, it holds int64: cast it",)),
+        ({"image": ["a", "b"]}, ("image is not an image column, it holds List",)),
+        ({"image": b"a", "caption": ["one", "two"]}, ("caption is not a text column", "List")),
+        ({"image": b"a", "text": 3}, ("text is not a text column", "int64")),
+    ],
+)
+def test_columns_of_another_kind_are_named(monkeypatch, row, words):
+    serve(monkeypatch, [row], ())
+    refused(lambda: open_source("datasets:x", [c for c in row if c in COLUMNS]), "datasets:x: ", *words)

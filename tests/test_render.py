@@ -1,12 +1,20 @@
 """Rendering scenes into a folder: it holds what it says, and the same seed gives the same bytes."""
 
+import errno
+import io
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from codi.data.render import render_folder
+from codi.data import render as module
+from codi.data.render import COLUMNS, render_folder
 from codi.data.scenes import sample_edit, sample_scene
-from folders import png, refused, rows_of
+from codi.data.sources import open_source
+from folders import png, read, refused, rows_of
 
 
 def test_a_rendered_folder_holds_what_it_says(rendered):
@@ -17,11 +25,11 @@ def test_a_rendered_folder_holds_what_it_says(rendered):
         assert row["text"] == scene.caption and row["instruction"] == edit.instruction and row["edit"] == edit.kind
         assert [s["colour"] for s in row["scene"]["solids"]] == [s.colour for s in scene.solids]
         assert row["scene"]["camera_height"] == scene.camera_height
-        depth, mask = (png(rendered / row[c]) for c in ("conditioning_image", "mask"))
+        depth, mask = (png(rendered / row[f"{c}_file_name"]) for c in ("conditioning_image", "mask"))
         assert depth.dtype == mask.dtype == np.uint16 and depth.shape == mask.shape == (32, 32)
         assert depth.max() <= 65_000 and mask.max() == len(scene.solids)
-        assert png(rendered / row["edited_image"]).shape == (32, 32, 3)
-    assert not list(rendered.glob("**/*.partial"))
+        assert png(rendered / row["edited_image_file_name"]).shape == (32, 32, 3)
+    assert not list(rendered.glob("**/.*"))
 
 
 def test_the_same_seed_writes_the_same_bytes_and_progress_is_told(tmp_path, rendered):
@@ -38,20 +46,125 @@ def test_the_same_seed_writes_the_same_bytes_and_progress_is_told(tmp_path, rend
 def test_start_and_no_edits(tmp_path, rendered):
     render_folder(2, tmp_path / "part", size=32, seed=1, edits=False, start=4)
     assert [r["file_name"] for r in rows_of(tmp_path / "part")] == ["000004.png", "000005.png"]
-    assert "edited_image" not in rows_of(tmp_path / "part")[0] and not (tmp_path / "part" / "edited").exists()
+    assert "edited_image_file_name" not in rows_of(tmp_path / "part")[0] and not (tmp_path / "part" / "edited").exists()
     assert (tmp_path / "part" / "000004.png").read_bytes() == (rendered / "000004.png").read_bytes()
 
 
-def test_an_interrupted_render_has_no_metadata(tmp_path, rendered):
+class Killed(BaseException):
+    """As SIGKILL: nothing after it runs."""
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def killed(monkeypatch, moment, call):
+    """Run `call`, killed before it renames or removes the file of number `moment`. Return whether it ended before."""
+    replace, unlink, left = os.replace, Path.unlink, [moment]
+
+    def count():
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    def killed_unlink(path, missing_ok=False):
+        if path.suffix != ".tmp":  # a killed process does not clean up
+            count()
+            unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda source, target: (count(), replace(source, target)))
+        patch.setattr(Path, "unlink", killed_unlink)
+        try:
+            call()
+        except Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("before", [0, 2, 6])
+def test_wherever_a_render_is_killed_no_reader_takes_what_is_there(tmp_path, monkeypatch, before):
+    """Of `before` other scenes in the folder. The same command completes it."""
+    render_folder(3, tmp_path / "whole", size=32, seed=1)
+    whole, texts = contents(tmp_path / "whole"), [row["text"] for row in rows_of(tmp_path / "whole")]
+    if before:
+        render_folder(before, tmp_path / "before", size=32, seed=2)
+    old = contents(tmp_path / "before")
+    for moment in range(40):
+        folder = tmp_path / f"killed-{moment}"
+        if before:
+            shutil.copytree(tmp_path / "before", folder)
+        overwrite = before > 0
+        if killed(monkeypatch, moment, lambda: render_folder(3, folder, size=32, seed=1, overwrite=overwrite)):  # noqa: B023
+            assert contents(folder).items() >= whole.items() and moment > 12
+            return
+        listed = (folder / "metadata.jsonl").exists()
+        renewed = listed and [row["text"] for row in rows_of(folder)] == texts
+        if renewed or (before and not old.items() <= contents(folder).items()):
+            refused(lambda: open_source(folder, COLUMNS), "which is missing")  # noqa: B023
+        render_folder(3, folder, size=32, seed=1, overwrite=overwrite and not renewed)
+        assert contents(folder).items() >= whole.items() and not list(folder.rglob("*.tmp"))
+    pytest.fail("the render needs more steps than were tried")
+
+
+def test_the_same_command_renders_only_what_is_missing(rendered, monkeypatch):
+    calls, original = [], module.render_chunk
+    monkeypatch.setattr(module, "render_chunk", lambda *args: calls.append(list(args[1])) or original(*args))
+    before = (rendered / "mask" / "000005.png").read_bytes()
+    render_folder(6, rendered, size=32, seed=1)
+    assert calls == []
+    (rendered / "mask" / "000005.png").write_bytes(before[:-1])  # cut by a loss of power
+    (rendered / ".000004.png.0123abcd.tmp").write_bytes(b"half")
+    (rendered / ".notes.tmp").write_bytes(b"the user's")
+    done = []
+    render_folder(6, rendered, size=32, seed=1, progress=done.append)
+    assert calls and all(5 in call for call in calls) and done[-1] == 6
+    assert (rendered / "mask" / "000005.png").read_bytes() == before
+    assert [p.name for p in rendered.iterdir() if p.name.startswith(".")] == [".notes.tmp"]
+    for other in ({"size": 64, "seed": 1}, {"size": 32, "seed": 2}, {"size": 32, "seed": 1, "edits": False}):
+        refused(lambda other=other: render_folder(6, rendered, **other), "not empty")
+
+
+def test_a_full_disk_leaves_whole_files_and_says_so(tmp_path, monkeypatch):
+    """Of a file that no longer fits nothing stays; the rest is rendered once there is room."""
+    written, folder, original = [0], tmp_path / "full", Path.open
+
+    class Full(io.FileIO):
+        def writelines(self, lines):
+            data = b"".join(lines)
+            written[0] += len(data)
+            super().write(data if written[0] < 12_000 else data[:100])
+            if written[0] >= 12_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_open(path, mode="r", *args, **kwargs):
+        return Full(path, mode) if mode == "xb" else original(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full_open)
+        refused(lambda: render_folder(6, folder, size=32, seed=1), ".png: no space left on the disk")
+    pictures = list(folder.rglob("*.png"))
+    assert pictures and all(map(module._is_whole, pictures)) and not list(folder.rglob("*.tmp"))
+    refused(lambda: open_source(folder), "which is missing")
+    render_folder(6, folder, size=32, seed=1)
+    assert len(read(open_source(folder, COLUMNS), range(6), 32)) == 6
+
+
+def test_two_renders_into_one_folder_do_not_mix(tmp_path):
+    def second(done):
+        refused(lambda: render_folder(2, tmp_path / "x", size=32), "another process renders into it")
+
+    render_folder(2, tmp_path / "x", size=32, progress=second)
+
+
+def test_an_interrupted_render_gives_the_threads_back(tmp_path):
     def interrupt(done):
         raise KeyboardInterrupt
 
-    for folder, overwrite in ((tmp_path / "new", False), (rendered, True)):
-        threads = torch.get_num_threads()
-        with pytest.raises(KeyboardInterrupt):
-            render_folder(6, folder, size=32, overwrite=overwrite, progress=interrupt)
-        assert torch.get_num_threads() == threads
-        assert (folder / "000000.png").exists() and not (folder / "metadata.jsonl").exists()
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        render_folder(6, tmp_path / "new", size=32, progress=interrupt)
+    assert torch.get_num_threads() == threads
 
 
 def test_what_cannot_be_rendered_is_said(tmp_path, rendered):

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,44 @@ def test_braces():
     assert expand("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
     assert expand("plain{}.tar") == ["plain{}.tar"]
     refused(lambda: expand("a-{3..1}.tar"), "a-{3..1}.tar", "{1..3}")
+
+
+@pytest.mark.parametrize("spec", ["x-{0..99999999}.tar", "x-" + "{0..9}" * 8 + ".tar", "x-" + "{a,b}" * 40 + ".tar"])
+def test_more_shards_than_fit_the_memory_are_refused(spec):
+    refused(lambda: open_source(spec), spec, "name at most 100,000 in one data set")
+    assert expand("x-{0..9999999999999999999}") == ["x-0..9999999999999999999"]  # no number of shards
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"members": []}, {"members": {"a": []}}, {"members": {"a": {"png": 3}}}, {"members": {"a": {"png": [0]}}},
+        {"members": {"a": {"png": [-1, 2]}}}, {"members": {"a": {"png": [0, 10**9]}}}, {"members": None},
+        {"members": {"a": {"png": [0.5, 2]}}}, {"members": {"a": {"png": ["0", "2"]}}}, {"fault": 3}, {"size": "x"},
+        {"stamp": [1]}, None,
+    ],
+)  # fmt: skip
+def test_an_index_of_another_shape_is_none(parts, remote, kept, change):
+    """Beside the shard, where it is made again, and uploaded with it, where the shard is fetched."""
+    local = read(open_source(parts), range(12), 32)
+    file = parts / ".part-001.tar.index.json"
+    good = json.loads(file.read_text())
+    text = "[" * 50_000 if change is None else json.dumps({**good, **change})
+    file.write_text(text)
+    assert all(map(same, local, read(open_source(parts), range(12), 32)))
+    assert json.loads(file.read_text()) == good
+    fsspec.filesystem("memory").pipe("/bucket/.part-001.tar.index.json", text.encode())
+    assert all(map(same, local, read(open_source(remote), range(12), 32)))
+    assert not list((kept / "indexes").glob("*.uploaded"))
+
+
+def test_what_a_killed_process_left_beside_a_shard_is_removed(parts):
+    old, young = (parts / f".{name}.12-34.partial" for name in (".part-000.tar.index.json", ".part-001.tar.index.json"))
+    for file in (old, young):
+        file.write_text("half")
+    os.utime(old, (0, 0))
+    open_source(parts)
+    assert not old.exists() and young.exists()
 
 
 def test_names_with_braces_are_the_folder(parts, tmp_path):

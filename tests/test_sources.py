@@ -13,6 +13,7 @@ from PIL import Image
 
 from codi.data.batches import batches
 from codi.data.check import check_data
+from codi.data.samples import PictureSource
 from codi.data.scenes import sample_scene
 from codi.data.sources import CorruptSample, Sample, open_source
 from folders import noise, png, read, refused, rows_of, same, shard, smooth, write_tar
@@ -103,7 +104,7 @@ def test_columns_are_read_and_cut_like_the_image(rendered):
     rows = rows_of(rendered)
     source = open_source(rendered, columns=("conditioning_image", "mask", "edited_image"))
     sample = read(source, [2], 32)[0]
-    depth = png(rendered / rows[2]["conditioning_image"])
+    depth = png(rendered / rows[2]["conditioning_image_file_name"])
     assert torch.equal(sample.extras["conditioning_image"][0], torch.from_numpy(depth.astype(np.float32)))
     assert sample.extras["mask"].shape == (1, 32, 32) and sample.extras["edited_image"].shape == (3, 32, 32)
     assert sample.extras["mask"].max() == len(rows[2]["scene"]["solids"])
@@ -222,7 +223,7 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
     good = '{"file_name": "a.png"}\n'
     refused(listed(good + "\n{nonsense}\n"), "metadata.jsonl: line 3", "not JSON")
     refused(listed(good + '{"text": "no file"}'), "line 2", "no file_name")
-    refused(listed(good + '["a.png"]'), "line 2", "no file_name")
+    refused(listed(good + '["a.png"]'), "line 2", "not a JSON object")
     refused(listed(good + '{"file_name": "b.png"}'), "line 2", "b.png", "missing")
     refused(listed('{"file_name": "a.png", "text": 3}'), "line 1", "text is 3")
     refused(listed('{"file_name": "a.png", "mask": "m.png"}'), "line 1", "m.png", "missing")
@@ -293,3 +294,103 @@ def test_a_damaged_member_of_a_tar_and_a_vanished_file_are_corrupt_samples(tmp_p
     (photos / "06.png").unlink()
     gone = source.read([0], 32)[0]
     assert isinstance(gone, CorruptSample) and gone.file == "06.png" and "No such file" in gone.why
+
+
+# What other people call things, and where they put them.
+
+
+def test_metadata_csv_is_metadata_jsonl(photos):
+    expected = read(open_source(photos), range(12), 32)
+    rows = [f'{row["file_name"]},"{row["text"]}",{row["instruction"]}' for row in rows_of(photos)]
+    (photos / "metadata.csv").write_text("\n".join(["file_name,text,instruction", *rows]))
+    refused(lambda: open_source(photos), "metadata.jsonl: there is metadata.csv beside it: keep one of them")
+    (photos / "metadata.jsonl").unlink()
+    source = open_source(photos)
+    assert isinstance(source, PictureSource) and source.unused() == [] and "metadata.csv" in source.describe()
+    assert all(map(same, expected, read(source, range(12), 32)))
+    (photos / "metadata.parquet").write_bytes(b"PAR1")
+    refused(lambda: open_source(photos), "metadata.parquet: cannot be read here: give datasets:")
+
+
+def test_captions_beside_pictures_are_read(tmp_path):
+    for name in ("a.png", "b.jpg", "c.png"):
+        noise(20, 20).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("\ufeffa caf\u00e9\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes("a hill".encode("utf-16"))
+    source = open_source(tmp_path)
+    one, two, three = source.read(range(3), 16)
+    assert "3 pictures, 2 with captions" in source.describe()
+    assert isinstance(one, Sample) and one.text == "a caf\u00e9" and isinstance(three, Sample) and three.text == ""
+    assert isinstance(two, CorruptSample) and "its b.txt: is UTF-16 text: save it as UTF-8" in two.why
+    rows = [{"file_name": "a.png"}, {"file_name": "c.png", "caption": "a lake"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [s.text for s in read(open_source(tmp_path), range(2), 16)] == ["a caf\u00e9", "a lake"]
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def test_members_as_other_writers_name_them(tmp_path):
+    """KEY.image.jpg, `caption` in the json, distances as numpy arrays."""
+    picture = io.BytesIO()
+    noise(32, 32).save(picture, "PNG")
+    depth = np.arange(1024, dtype=np.float32).reshape(32, 32) / 100
+    holes = depth.copy()
+    holes[0, 0], holes[0, 1] = np.nan, np.inf
+    arrays = {
+        "a": depth, "b": depth[None].astype(np.float64), "c": depth.astype(">f2"), "d": holes[..., None],
+        "e": (depth * 1000).astype(np.uint16), "f": (depth * 1000).astype(np.int64),
+    }  # fmt: skip
+    members = []
+    for number, (key, array) in enumerate(arrays.items()):
+        members.append((f"{key}.image.png" if number % 2 else f"{key}.png", picture.getvalue()))
+        members.append((f"{key}.depth.npy" if number % 3 else f"{key}.conditioning_image.npy", npy(array)))
+        members.append((f"{key}.json", json.dumps({"caption": key, "url": "x"}).encode()))
+    write_tar(tmp_path / "x.tar", members)
+    samples = read(open_source(tmp_path / "x.tar", ("conditioning_image",)), range(6), 32)
+    assert [s.text for s in samples] == list("abcdef")
+    expected = np.nan_to_num(holes, nan=0, posinf=0)
+    found = [s.extras["conditioning_image"][0].numpy() for s in samples]
+    assert np.array_equal(found[0], depth) and np.array_equal(found[1], depth) and np.array_equal(found[3], expected)
+    assert np.allclose(found[2], depth, rtol=1e-3)
+    assert all(np.array_equal(f, (depth * 1000).astype(np.uint16)) for f in found[4:])
+    column = check_data(tmp_path / "x.tar", ("conditioning_image",), 16).columns["conditioning_image"]
+    assert column.found == 6 and column.bits == [16, 32] and column.low == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 3)), np.zeros(4), np.zeros((4, 4), complex), np.zeros((0, 4)), np.array([[{}]])]
+)
+def test_arrays_that_are_no_maps_are_corrupt_samples(tmp_path, array):
+    noise(4, 4).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    row = {"file_name": "a.png", "conditioning_image_file_name": "a.npy"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (found,) = open_source(tmp_path, ("conditioning_image",)).read([0], 16)
+    assert isinstance(found, CorruptSample) and "its conditioning_image: " in found.why
+
+
+@pytest.mark.parametrize("name", ["text", "caption", "instruction", "edit_prompt"])
+def test_half_of_a_character_in_a_caption_is_named(tmp_path, name):
+    """No tokenizer takes one; json.loads makes whole ones of pairs."""
+    noise(16, 16).save(tmp_path / "a.png")
+    row = {"file_name": "a.png", name: "a \U0001f600"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    open_source(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, name: "a \ud83d cat"}))
+    refused(lambda: open_source(tmp_path), f"line 1: {name} holds U+D83D, half of a character")
+    fields = json.dumps({name: "\udc00"}).encode()
+    write_tar(tmp_path / "x.tar", [("a.png", (tmp_path / "a.png").read_bytes()), ("a.json", fields)])
+    (found,) = open_source(tmp_path / "x.tar").read([0], 16)
+    assert isinstance(found, CorruptSample) and f"its json: {name} holds U+DC00" in found.why
+
+
+@pytest.mark.parametrize("data", [b"[1]", b"[" * 50_000, b'{"text": ["a"]}', b"{"])
+def test_a_json_of_another_shape_is_a_corrupt_sample(tmp_path, data):
+    noise(16, 16).save(tmp_path / "a.png")
+    write_tar(tmp_path / "x.tar", [("a.png", (tmp_path / "a.png").read_bytes()), ("a.json", data)])
+    (found,) = open_source(tmp_path / "x.tar").read([0], 16)
+    assert isinstance(found, CorruptSample) and "its json" in found.why

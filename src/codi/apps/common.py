@@ -150,7 +150,8 @@ def say_error(error: object) -> None:
 
 def print_json(value: Any) -> None:
     """Machine output on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    print(text.encode(errors="backslashreplace").decode())  # names of files may be no text
 
 
 def watched() -> bool:

@@ -119,7 +119,7 @@ def check(
     else:
         print(f"{folder}: {_headline(report)}")
         for told in _lines(report, chosen, size) + remarks:
-            print(f"  {told}")
+            print(f"  {told}".encode(errors="backslashreplace").decode())  # names of files may be no text
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}: mend this before training")
 
@@ -215,7 +215,7 @@ def _lines(report: DataReport, task: Task, size: int) -> list[str]:
         parts = [f"{name}: {column.found:,} of {report.readable:,} pairs"]
         if column.found:
             bits = " and ".join(map(str, column.bits))
-            parts.append(f"{bits} bit, values {column.low} to {column.high}, {column.zero_share:.1%} of pixels 0")
+            parts.append(f"{bits} bit, values {column.low:g} to {column.high:g}, {column.zero_share:.1%} of pixels 0")
         for number, what in (
             (column.most_ids, "ids in one file at most"),
             (column.resized, "of another resolution than their picture, scaled to fit"),
@@ -232,7 +232,7 @@ def _lines(report: DataReport, task: Task, size: int) -> list[str]:
     if report.unused:
         names = ", ".join(report.unused[:3])
         lines.append(
-            f"{len(report.unused):,} left out, without a line in metadata.jsonl or a picture in the tar: {names}"
+            f"{len(report.unused):,} left out, without a line in the metadata or a picture in the tar: {names}"
         )
     for groups, what in ((report.duplicates, "the same file"), (report.near_duplicates, "look alike")):
         if groups:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 from collections.abc import Generator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .samples import CorruptSample, Sample, Source, order
+from .writing import write_whole
 
 MIN_READ = 20  # distinct files read before the share of corrupt ones is judged
 
@@ -180,16 +180,10 @@ def judge(
 
 
 def report_corrupt(path: Path, read: int, corrupt: Sequence[CorruptSample]) -> None:
-    """Writes the report that `batches` describes, whole or not at all. Raises UserError where it cannot be written."""
+    """Write the report that `batches` describes, whole or not at all. Raises UserError where it cannot be written."""
     files = [{"file": c.file, "why": c.why} for c in corrupt]
     content = {"read": read, "skipped": len(files), "files": files}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): name another report file") from None
+    write_whole(path, [json.dumps(content, indent=1).encode() + b"\n"])
 
 
 def _prefetched(drawn: Generator[Batch, None, None]) -> Generator[Batch, None, None]:

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -34,8 +34,8 @@ class ColumnReport:
     """Of another resolution than their pictures, in the same aspect: they are scaled to fit."""
     bits: list[int] = field(default_factory=list)
     """Bits a channel, each kind that occurs."""
-    low: int = 0
-    high: int = 0
+    low: float = 0
+    high: float = 0
     zero_share: float = 0.0
     """Share of pixels that are 0: sky in a depth map, nothing in a mask."""
     most_ids: int = 0
@@ -64,7 +64,7 @@ class DataReport:
     too_small: list[str] = field(default_factory=list)
     """Would have to be enlarged to the training size, which teaches blur."""
     unused: list[str] = field(default_factory=list)
-    """There, but no sample: pictures that metadata.jsonl does not name, members of a tar without a picture."""
+    """There, but no sample: pictures that no line of metadata names, members of a tar without a picture."""
     duplicates: list[list[str]] = field(default_factory=list)
     """Groups of the same bytes."""
     near_duplicates: list[list[str]] = field(default_factory=list)
@@ -88,7 +88,8 @@ class DataReport:
             if column.missing:
                 lacking, first = len(column.missing), column.missing[0]
                 faults.append(f"{lacking} of {self.readable} pictures have no {name} ({first} is the first)")
-            if len(column.bits) > 1 and name in NUMBERS and name != "mask":  # ids are ids, of however many bits
+            mixed = len(column.bits) > 1 and 8 in column.bits
+            if mixed and name in NUMBERS and name != "mask":  # ids are ids, of however many bits
                 faults.append(f"{name} has files of {' and of '.join(map(str, column.bits))} bits, which do not mix")
         if prompt_column == "instruction" and self.instructions_missing > max_corrupt * self.readable:
             faults.append(f"{self.instructions_missing} of {self.readable} pictures have no instruction")
@@ -105,7 +106,7 @@ class _Look:
     instruction: str
     digest: bytes
     looks: int
-    columns: dict[str, tuple[int, int, int, float, int, bool, bool]]
+    columns: dict[str, tuple[int, float, float, float, int, bool, bool]]
 
 
 def check_data(
@@ -154,20 +155,26 @@ def _looks(source: Source, count: int, size: int) -> Iterator[_Look | CorruptSam
         return
     assert isinstance(source, PictureSource)
     waiting: deque[Future[_Look | CorruptSample]] = deque()
+    known: dict[bytes, _Look] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for index in range(count):
-            waiting.append(pool.submit(_look_at_files, source, index))
+            waiting.append(pool.submit(_look_at_files, source, index, known))
             if len(waiting) > 64:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _look_at_files(source: PictureSource, index: int) -> _Look | CorruptSample:
+def _look_at_files(source: PictureSource, index: int, known: dict[bytes, _Look]) -> _Look | CorruptSample:
+    """`known` holds what was found of files before, by their bytes: copies are decoded once."""
     name = source.name(index)
     try:
-        row, picture, others = source.decode(index)
-        return _look(name, row.text, row.instruction, row.image, picture, others)
+        row = source.row(index)
+        files = [_digest(data) for data in (row.image, *(row.pictures[c] for c in sorted(row.pictures)))]
+        key = b"".join([" ".join(sorted(row.pictures)).encode(), *files])
+        if key not in known:
+            known[key] = _look("", "", "", row.image, *source.decode(row))
+        return replace(known[key], name=name, text=row.text, instruction=row.instruction)
     except Exception as error:  # whatever a decoder raises on damaged bytes
         return CorruptSample(index, name, why_unreadable(error))
 
@@ -190,13 +197,17 @@ def _look(
     for column, other in others.items():
         grid = np.asarray(other)
         some = grid[grid > 0]
-        low, high = (int(some.min()), int(some.max())) if some.size else (0, 0)
+        low, high = (some.min().item(), some.max().item()) if some.size else (0, 0)
         same = other.size == picture.size and other.mode == picture.mode and other.tobytes() == picture.tobytes()
         ids = len(np.unique(some)) if column == "mask" else 0
         zero, resized = 1 - some.size / grid.size, other.size != picture.size
-        columns[column] = (16 if is_deep(other) else 8, low, high, zero, ids, resized, same)
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return _Look(name, min(picture.size), text, instruction, digest, perceptual_hash(picture), columns)
+        bits = 32 if other.mode == "F" else 16 if is_deep(other) else 8
+        columns[column] = (bits, low, high, zero, ids, resized, same)
+    return _Look(name, min(picture.size), text, instruction, _digest(data), perceptual_hash(picture), columns)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _add(report: DataReport, look: _Look) -> None:

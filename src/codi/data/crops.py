@@ -32,6 +32,25 @@ def load_picture(data: bytes, least: int | None = None) -> Image.Image:
     return ImageOps.exif_transpose(picture)
 
 
+def load_column(data: bytes, column: str) -> Image.Image:
+    """Decode the file of a picture column: a picture, as load_picture, or for numbers an array that numpy.save wrote,
+    one number a pixel, (H, W), (1, H, W) or (H, W, 1). Numbers that are not finite become 0, which is "none"."""
+    if column not in NUMBERS or not data.startswith(b"\x93NUMPY"):
+        return load_picture(data)
+    grid = np.load(BytesIO(data), allow_pickle=False)
+    shape, kind = grid.shape, grid.dtype
+    grid = grid.squeeze(tuple(axis for axis in (0, 2) if shape[axis] == 1)[:1]) if len(shape) == 3 else grid
+    if grid.ndim != 2 or not 0 < grid.size <= MAX_PIXELS or kind.kind not in "buif":
+        raise ValueError(f"an array of {kind} of shape {shape}: it needs one number a pixel, (H, W)")
+    if kind.kind == "b" or kind == np.uint8:
+        return Image.fromarray(grid * np.uint8(255) if kind.kind == "b" else grid)
+    if kind.kind == "f":
+        return Image.fromarray(np.nan_to_num(grid.astype(np.float32), nan=0, posinf=0, neginf=0))
+    if grid.min() < 0 or grid.max() > 65535:
+        return Image.fromarray(grid.astype(np.float32))
+    return Image.fromarray(grid.astype(np.uint16))
+
+
 def why_unreadable(error: Exception) -> str:
     """One line for a report: what Pillow or the operating system said."""
     if isinstance(error, Image.UnidentifiedImageError):
@@ -41,14 +60,18 @@ def why_unreadable(error: Exception) -> str:
 
 
 def is_deep(picture: Image.Image) -> bool:
-    """Whether it holds 16-bit numbers."""
-    return picture.mode.startswith("I")
+    """Whether it holds numbers of more than 8 bits."""
+    return picture.mode.startswith(("I", "F"))
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB; 16-bit pictures are scaled down."""
-    if is_deep(picture):  # Pillow's own conversion clips 16 bits at 255
-        return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    """Convert to 8-bit RGB; 16-bit and floating-point pictures are scaled down. Raises ValueError for floating-point
+    pixels beyond [0, 1]."""
+    if is_deep(picture):  # Pillow's own conversion clips at 255
+        grid, most = np.asarray(picture), 1 if picture.mode == "F" else 65535
+        if picture.mode == "F" and not (np.isfinite(grid).all() and grid.min() >= -1e-3 and grid.max() <= 1 + 1e-3):
+            raise ValueError("floating-point pixels beyond 0..1")
+        return Image.fromarray((grid.clip(0, most) * (255 / most)).round().astype(np.uint8)).convert("RGB")
     return picture.convert("RGB")
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from .crops import to_rgb
 
 BITS = 64
+REACH = 1000  # hashes to compare one with, where very many have a band in common: bounds the work
 DISTANCE = 3  # bits by which the hashes of one picture differ after another JPEG quality or a small change of size
 
 
@@ -33,16 +34,22 @@ def near_groups(hashes: Sequence[int], distance: int = DISTANCE) -> list[list[in
         return i
 
     # Cut into one band more than bits may differ, two near hashes agree in at least one whole band: only hashes with a
-    # band in common are compared.
+    # band in common are compared, of very many with one in common each with the REACH that follow it in order.
     edges = np.linspace(0, BITS, distance + 2).astype(int)
     for low, high in zip(edges, edges[1:], strict=False):
         band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
-        for bucket in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            for at, one in enumerate(bucket[:-1]):
-                rest = bucket[at + 1 :]
-                for other in rest[np.bitwise_count(values[rest] ^ values[one]) <= distance]:
-                    parent[root(int(other))] = root(int(one))
+        ends = np.searchsorted(band[order], band[order], side="right")
+        at = np.arange(len(order))
+        for step in range(1, REACH + 1):
+            at = at[at + step < ends[at]]
+            if not len(at):
+                break
+            one, other = order[at], order[at + step]
+            near = np.bitwise_count(values[one] ^ values[other]) <= distance
+            for i, j in zip(one[near].tolist(), other[near].tolist(), strict=True):
+                if parent[i] != parent[j]:
+                    parent[root(j)] = root(i)
     groups: dict[int, list[int]] = {}
     for i, value in enumerate(which.ravel().tolist()):
         groups.setdefault(root(value), []).append(i)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,9 +19,11 @@ from torch import Tensor
 from ..errors import UserError, nearest
 from .raycast import render
 from .scenes import SPLITS, Edit, Scene, sample_edit, sample_scene
+from .writing import write_whole
 
 COLUMNS = ("conditioning_image", "mask", "edited_image")
 FOLDERS = {"conditioning_image": "depth", "mask": "mask", "edited_image": "edited"}  # column -> sub-folder
+PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclass
@@ -67,14 +72,16 @@ def render_folder(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes scenes `start` ... `start + count - 1` of (`seed`, `split`) as an imagefolder; returns its metadata.jsonl.
+    """Write scenes `start` ... `start + count - 1` of (`seed`, `split`) as an imagefolder; return its metadata.jsonl.
 
     000000.png (8-bit RGB), depth/000000.png (16-bit millimetres, 0 = sky), mask/000000.png (16-bit instance ids,
     0 = none), with `edits` edited/000000.png (the scene after `instruction`), and metadata.jsonl: a line a scene with
-    all the numbers that made it. metadata.jsonl is written last, so that a folder without one is an interrupted
-    render. Same arguments, same bytes. `progress` is told the number of scenes done so far.
-    Raises UserError for a count, size, split or seed that cannot be rendered, for a folder that is not empty (unless
-    `overwrite`) and for one that cannot be written.
+    all the numbers that made it, and its files as `datasets` names them (`mask_file_name`). metadata.jsonl is written
+    first and every file whole or not at all, so that an interrupted render lacks files that it names, which every
+    reader refuses; the same arguments complete it. Same arguments, same bytes. `progress` gets the number of scenes
+    done so far.
+    Raises UserError for a count, size, split or seed that cannot be rendered, for a folder that holds anything else
+    (unless `overwrite`), for one into which another process renders and for one that cannot be written.
     """
     folder = Path(folder)
     check_size(size)
@@ -84,20 +91,22 @@ def render_folder(
         if value < least:
             raise UserError(f"{name} {value}: too small: give at least {least}")
     metadata = folder / "metadata.jsonl"
+    rows = {index: _row(index, size, split, seed, edits) for index in range(start, start + count)}
+    text = "".join(json.dumps(row) + "\n" for row in rows.values()).encode()
     try:
-        if folder.exists() and any(folder.iterdir()) and not overwrite:
-            raise UserError(f"{folder}: not empty: name a new folder, or allow --overwrite")
-        for sub in ("", *(FOLDERS[c] for c in COLUMNS[: 2 + edits])):
-            (folder / sub).mkdir(parents=True, exist_ok=True)
-        metadata.unlink(missing_ok=True)
-        lines = []
-        for rows in _rendered(folder, range(start, start + count), size, split, seed, edits):
-            lines += rows
-            if progress is not None:
-                progress(len(lines))
-        partial = folder / "metadata.jsonl.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
-        os.replace(partial, metadata)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            _remove_leftovers(folder)
+            if overwrite or not metadata.is_file() or metadata.read_bytes() != text:
+                if any(folder.iterdir()) and not overwrite:
+                    raise UserError(f"{folder}: not empty: name a new folder, or allow --overwrite")
+                for row in rows.values():  # before new metadata names them: these may be of other scenes
+                    for file in _files(folder, row).values():
+                        file.unlink(missing_ok=True)
+                write_whole(metadata, [text])
+            for done in _rendered(folder, rows, size, split, seed, edits):
+                if progress is not None:
+                    progress(done)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}): choose a folder with room and rights"
@@ -105,35 +114,82 @@ def render_folder(
     return metadata
 
 
-def _rendered(folder: Path, indices: range, size: int, split: str, seed: int, edits: bool) -> Iterator[list[dict]]:
-    """Renders and writes chunk after chunk; yields the metadata rows in order."""
-    threads = torch.get_num_threads()
+def _row(index: int, size: int, split: str, seed: int, edits: bool) -> dict[str, Any]:
+    """Return the line of metadata of a scene."""
+    scene, name = sample_scene(seed, split, index), f"{index:06d}.png"
+    row: dict[str, Any] = {"file_name": name, "text": scene.caption}
+    row |= {f"{column}_file_name": f"{FOLDERS[column]}/{name}" for column in COLUMNS[: 2 + edits]}
+    if edits:
+        edit = sample_edit(scene, seed, split, index)
+        row |= {"instruction": edit.instruction, "edit": edit.kind, "edited_text": edit.target.caption}
+    return row | {"size": size, "scene": asdict(scene)}
+
+
+def _files(folder: Path, row: dict[str, Any]) -> dict[str, Path]:
+    """Return the files of a scene: "image" and the columns -> path."""
+    columns = {column: row[key] for column in COLUMNS if (key := f"{column}_file_name") in row}
+    return {"image": folder / row["file_name"]} | {column: folder / name for column, name in columns.items()}
+
+
+def _rendered(
+    folder: Path, rows: dict[int, dict[str, Any]], size: int, split: str, seed: int, edits: bool
+) -> Iterator[int]:
+    """Render and write chunk after chunk what is not there yet; yield how many scenes are done."""
+    threads, indices = torch.get_num_threads(), list(rows)
     torch.set_num_threads(1)  # chunks are too small to share out: more threads only wait for one another
     try:
         for at in range(0, len(indices), chunk(size)):
             mine = indices[at : at + chunk(size)]
-            yield _write(folder, mine, render_chunk(split, mine, size, seed, edits))
+            files = [_files(folder, rows[index]) for index in mine]
+            if not all(_is_whole(file) for group in files for file in group.values()):
+                out = render_chunk(split, mine, size, seed, edits)
+                for k, group in enumerate(files):
+                    for column, file in group.items():
+                        write_whole(file, [_png(out.image[k] if column == "image" else out.columns[column][k])])
+            yield at + len(mine)
     finally:
         torch.set_num_threads(threads)
 
 
-def _write(folder: Path, indices: Sequence[int], out: Chunk) -> list[dict]:
-    rows = []
-    for k, index in enumerate(indices):
-        name, scene, edit = f"{index:06d}.png", out.scenes[k], out.edits[k]
-        _write_png(folder / name, out.image[k])
-        row = {"file_name": name, "text": scene.caption}
-        for column, pixels in out.columns.items():
-            _write_png(folder / FOLDERS[column] / name, pixels[k])
-            row[column] = f"{FOLDERS[column]}/{name}"
-        if "edited_image" in out.columns:
-            row |= {"instruction": edit.instruction, "edit": edit.kind, "edited_text": edit.target.caption}
-        rows.append(row | {"scene": asdict(scene)})
-    return rows
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process, by a lock that ends with it. Raises UserError where another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: without the lock two renders at once may end with an error, not with wrong files
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process renders into it: wait, or name another folder") from None
+        yield
+    finally:
+        os.close(handle)
 
 
-def _write_png(path: Path, pixels: Tensor) -> None:
-    """(3, H, W) uint8 as 8-bit RGB, (1, H, W) of any integer type as 16-bit grey; fast rather than small."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a render that was killed."""
+    for sub in ("", *FOLDERS.values()):
+        for file in (folder / sub).glob(".*.tmp"):
+            if re.fullmatch(r"\.(metadata\.jsonl|\d{6,}\.png)\.[0-9a-f]{8}\.tmp", file.name):
+                file.unlink(missing_ok=True)
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether a PNG is there up to its end, which a loss of power may have cut."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(-len(PNG_END), os.SEEK_END)
+            return stream.read() == PNG_END
+    except OSError:
+        return False
+
+
+def _png(pixels: Tensor) -> bytes:
+    """Encode (3, H, W) uint8 as 8-bit RGB, (1, H, W) of any integer type as 16-bit grey; fast rather than small."""
     grid = pixels.permute(1, 2, 0).numpy()
     grid = np.ascontiguousarray(grid[..., ::-1]) if grid.shape[2] == 3 else grid.astype(np.uint16)
-    path.write_bytes(cv2.imencode(".png", grid, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
+    return cv2.imencode(".png", grid, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()

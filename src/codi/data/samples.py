@@ -12,8 +12,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
-from .crops import ZOOM, cut, draw_square, load_picture, why_unreadable
+from ..errors import UserError, one_line
+from .crops import ZOOM, cut, draw_square, load_column, load_picture, why_unreadable
+
+NAMES = {  # what fields are called in data sets: our name first, then other people's
+    "image": ("image", "original_image", "input_image"),
+    "text": ("text", "caption"),
+    "instruction": ("instruction", "edit_prompt", "edit_instruction"),
+    "conditioning_image": ("conditioning_image", "depth"),
+}
 
 
 @dataclass
@@ -67,10 +74,17 @@ class Row:
 
 
 def words(row: dict[str, Any], key: str, where: str) -> str:
-    """A text of a line of metadata, "" for none. Raises UserError, naming `where`, for anything but a string."""
-    value = row.get(key)
+    """Return a text of a line of metadata, "" for none, under one of its NAMES. Raises UserError, naming `where`, for
+    anything but a string, and for one with half of a surrogate pair, which no tokenizer takes."""
+    name = next((n for n in NAMES[key] if row.get(n) not in (None, "")), key)
+    value = row.get(name)
     if not isinstance(value, str | None):
-        raise UserError(f"{where}: {key} is {value!r}, not a string: put it in quotes")
+        raise UserError(f"{where}: {name} is {one_line(repr(value), 80)}, not a string: put it in quotes")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(error.object[error.start]):04X}"
+        raise UserError(f"{where}: {name} holds {half}, half of a character: write that character again") from None
     return value or ""
 
 
@@ -103,7 +117,7 @@ class PictureSource(ABC):
         """The undecoded sample. Raises OSError or ValueError where it cannot be had."""
 
     def unused(self) -> list[str]:
-        """What lies there and is no sample, by name: pictures that no line of metadata.jsonl names, captions and masks
+        """What lies there and is no sample, by name: pictures that no line of metadata names, captions and masks
         of a tar without their picture."""
         return []
 
@@ -112,22 +126,23 @@ class PictureSource(ABC):
     ) -> list[Sample | CorruptSample]:
         return [self._read(i, size, None if crops is None else crops[at]) for at, i in enumerate(indices)]
 
-    def decode(self, index: int, least: int | None = None) -> tuple[Row, Image.Image, dict[str, Image.Image]]:
-        """The sample's row, its picture and its columns' pictures, whole. `least` as `crops.load_picture`. Raises what
-        a decoder raises on damaged bytes, and ValueError, naming the column, for a fault of a column's picture."""
-        row = self.row(index)
+    @staticmethod
+    def decode(row: Row, least: int | None = None) -> tuple[Image.Image, dict[str, Image.Image]]:
+        """Return the sample's picture and its columns' pictures, whole. `least` as `crops.load_picture`. Raises what a
+        decoder raises on damaged bytes, and ValueError, naming the column, for a fault of a column's picture."""
         picture, others = load_picture(row.image, least), {}
         for column, data in row.pictures.items():
             try:
-                others[column] = load_picture(data)
+                others[column] = load_column(data, column)
             except Exception as error:
                 raise ValueError(f"its {column}: {why_unreadable(error)}") from error
             _same_shape(picture.size, others[column].size, column)
-        return row, picture, others
+        return picture, others
 
     def _read(self, index: int, size: int, rng: np.random.Generator | None) -> Sample | CorruptSample:
         try:
-            row, picture, others = self.decode(index, least=math.ceil(self.zoom[1] * size))
+            row = self.row(index)
+            picture, others = self.decode(row, least=math.ceil(self.zoom[1] * size))
             square = draw_square(picture.width, picture.height, size, rng, self.zoom)
             extras = {column: cut(other, square, size, column) for column, other in others.items()}
             return Sample(index, self.name(index), cut(picture, square, size), row.text, row.instruction, extras)

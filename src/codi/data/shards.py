@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ from typing import Any, BinaryIO
 from ..errors import UserError
 
 Members = dict[str, dict[str, tuple[int, int]]]  # key -> extension -> offset and length in the tar
+MOST_SHARDS = 100_000  # of one data set: the names alone of many more fill the memory
 TRIES = 5  # of a download, over half a minute
 PAUSE = 600  # seconds for which a shard that could not be fetched is left alone: a server's bad quarter of an hour
 STALE = 3600  # seconds without a write, after which a partial download is what a killed process left
@@ -37,20 +39,24 @@ SECONDS = 60  # without a byte, after which a connection is given up
 
 
 def expand(spec: str) -> list[str]:
-    """Braces as WebDataset has them: "a-{00..02}.{x,y}" -> "a-00.x", "a-00.y", "a-01.x", ... Raises UserError for a
-    range that runs backwards."""
+    """Expand braces as WebDataset has them: "a-{00..02}.{x,y}" -> "a-00.x", "a-00.y", "a-01.x", ... Raises UserError
+    for a range that runs backwards and for more than MOST_SHARDS names."""
     parts = re.split(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}", spec)
     choices = [_range(part, spec) if at % 2 else [part] for at, part in enumerate(parts)]
+    if (count := math.prod(map(len, choices))) > MOST_SHARDS:
+        raise UserError(f"{spec}: names {count:,} files: name at most {MOST_SHARDS:,} in one data set")
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
 def _range(inside: str, spec: str) -> list[str]:
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
     if not numbers:
         return inside.split(",")
     first, last = numbers.groups()
     if int(first) > int(last):
         raise UserError(f"{spec}: {{{inside}}} runs backwards: write {{{last}..{first}}}")
+    if (count := int(last) - int(first) + 1) > MOST_SHARDS:
+        raise UserError(f"{spec}: {{{inside}}} names {count:,} files: name at most {MOST_SHARDS:,} in one data set")
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
@@ -84,8 +90,8 @@ class Shard:
         cut. Raises OSError where it cannot be read at all."""
         size, stamp = self._state()
         for text in self._kept():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half of an index is none
-                index = json.loads(text)
+            with contextlib.suppress(ValueError):  # half of an index is none
+                index = _parse_index(text)
                 if index["size"] == size and (stamp is None or index["stamp"] in (stamp, None)):
                     return index["members"], index["fault"]
         with self.open() as file:
@@ -213,11 +219,13 @@ class RemoteShard(Shard):
         folder, _, base = (self.name if self._http else self._path).rpartition("/")
         uploaded = self._index_files()[0].with_suffix(".uploaded")
         with contextlib.suppress(OSError, ValueError):
-            _replace(uploaded, lambda partial: self._get(f"{folder}/{index_name(base)}", partial))
-            text = uploaded.read_text(encoding="utf-8")
-            uploaded.unlink()
+            try:
+                _replace(uploaded, lambda partial: self._get(f"{folder}/{index_name(base)}", partial))
+                text = uploaded.read_text(encoding="utf-8")
+            finally:
+                uploaded.unlink(missing_ok=True)
             # Its stamp is that of the file that was uploaded: the size has to do.
-            text = json.dumps({**json.loads(text), "stamp": None})
+            text = json.dumps({**_parse_index(text), "stamp": None})
             self._keep(text)
             yield text
 
@@ -225,6 +233,23 @@ class RemoteShard(Shard):
 def index_name(shard: str) -> str:
     """What the index beside a shard of this name is called."""
     return f".{shard}.index.json"
+
+
+def _parse_index(text: str) -> dict[str, Any]:
+    """Return the index that a JSON text holds. Raises ValueError for anything else: a server may send what it likes."""
+    try:
+        index = json.loads(text)
+        size, members = index["size"], index["members"]
+        spans = [span for group in members.values() for span in group.values()]
+        fits = all(
+            type(offset) is type(length) is int and offset >= 0 and length >= 0 and offset + length <= size
+            for offset, length in spans
+        )
+        if fits and type(size) is int and isinstance(index["fault"], str) and isinstance(index["stamp"], str | None):
+            return index
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError("not an index") from error
+    raise ValueError("not an index")
 
 
 def _walk(file: BinaryIO) -> tuple[Members, str]:
@@ -258,6 +283,10 @@ def _replace(file: Path, fill: Callable[[Path], object]) -> None:
     """Calls `fill(temporary)`, then renames that to `file`: who reads it meanwhile has the old one or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
     try:
         fill(partial)
         partial.replace(file)

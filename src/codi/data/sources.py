@@ -2,36 +2,34 @@
 
 A source is a numbered list of samples. Reading picture files never raises: a file that cannot be decoded comes back
 as a `CorruptSample`, so that the caller decides how many of them are too many. What is wrong with the data set as a
-whole (a missing folder, a broken metadata.jsonl) is a `UserError` when the source is opened.
+whole (a missing folder, broken metadata) is a `UserError` when the source is opened.
 """
 
 from __future__ import annotations
 
 import glob
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 from .crops import ZOOM
-from .formats import list_files, list_images, read_file
+from .formats import image_suffixes, list_files, list_images, read_file
 from .render import COLUMNS, check_size, chunk, render_chunk
-from .samples import CorruptSample, PictureSource, Row, Sample, Source, words
+from .samples import NAMES, CorruptSample, PictureSource, Row, Sample, Source, words
 from .scenes import SPLITS
 from .shards import expand
 from .tars import TarSource
+from .text_files import METADATA, decode_text, read_rows
 
 SCHEMES = ("scenes", "datasets")
-ALIASES = {  # what columns are also called on the hub, in `datasets:` alone: InstructPix2Pix's names, mostly
-    "image": ("original_image", "input_image"),
-    "text": ("caption",),
-    "instruction": ("edit_prompt", "edit_instruction", "edit"),
-}
+CAPTION = ".txt"  # among the files of a sample, its caption
 SCENE_COUNTS = {"train": 20_000, "held-out": 500, "composition": 500}
 
 
@@ -44,9 +42,10 @@ def open_source(
     """Opens training data.
 
     `spec` is one of: a folder (Hugging Face imagefolder: pictures, in sub-folders too, and optionally metadata.jsonl
-    with `file_name`, `text`, `instruction` and columns that name further pictures); WebDataset shards (a .tar, a glob,
-    a folder of them, or paths or URLs with braces, `https://host/train-{0000..0999}.tar`);
-    `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of a `datasets` data set).
+    or metadata.csv with `file_name`, `text`, `instruction` and further pictures by names such as `mask_file_name`, or
+    captions as .txt files beside the pictures); WebDataset shards (a .tar, a glob, a folder of them, or paths or URLs
+    with braces, `https://host/train-{0000..0999}.tar`); `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of
+    a `datasets` data set).
     `columns` names the picture columns to read into `extras`, e.g. `("mask",)`; every sample must have them, those in
     `optional` it may lack. In a tar, column `mask` is member KEY.mask.png. `zoom` of random crops, as crops.draw_square
     has it; None: 1 to 2.
@@ -85,7 +84,7 @@ def _open(spec: str, columns: Sequence[str], optional: Sequence[str]) -> Source:
             )
         return TarSource(spec, [path], columns, optional)
     shards = sorted(path.glob("*.tar"))
-    if shards and not (path / "metadata.jsonl").exists() and not list_images(path):
+    if shards and not any((path / name).exists() for name in METADATA) and not list_images(path):
         return TarSource(spec, shards, columns, optional)
     return FolderSource(path, columns, optional)
 
@@ -100,13 +99,21 @@ def _open_shards(spec: str, names: Sequence[str], columns: Sequence[str], option
 
 
 class FolderSource(PictureSource):
-    """A folder of pictures. With metadata.jsonl (anywhere in it; names are relative to it) its lines are the list, in
-    their order; without, every picture below the folder, sorted, with text ""."""
+    """A folder of pictures. With metadata.jsonl or metadata.csv (anywhere in it; names are relative to it) its lines
+    are the list, in their order; without, every picture below the folder, sorted. A sample without text has that of a
+    .txt file of the same name beside its picture, if there is one."""
 
     def __init__(self, folder: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
         self.folder, self.columns, self.optional = folder, tuple(columns), tuple(optional)
-        self._rows: list[tuple[Path, str, str, dict[str, Path]]] = []
-        self.metadata = [path for path in list_files(folder, below=True) if path.name == "metadata.jsonl"]
+        files = list_files(folder, below=True)
+        self.metadata = [path for path in files if path.name in METADATA]
+        for path in files:
+            if path.name == "metadata.parquet":
+                raise UserError(f"{path}: cannot be read here: give datasets:{folder}, or write metadata.jsonl")
+        for one, two in pairwise(self.metadata):
+            if one.parent == two.parent:
+                raise UserError(f"{two}: there is {one.name} beside it: keep one of them")
+        self._rows: list[tuple[str, str, str, dict[str, str]]] = []  # picture, text, instruction, other files
         for path in self.metadata:
             self._rows.extend(self._listed(path))
         if not self.metadata:
@@ -114,63 +121,76 @@ class FolderSource(PictureSource):
                 raise UserError(
                     f"{folder}: no metadata.jsonl, so no {columns[0]}: add one with a line for each picture"
                 )
-            self._rows = [(p, "", "", {}) for p in list_images(folder, below=True)]
+            suffixes = frozenset(image_suffixes())
+            self._rows = [(str(p), "", "", {}) for p in files if p.suffix.lower() in suffixes]
         if not self._rows:
             raise UserError(f"{folder}: no pictures in it: put PNG, JPEG, WebP or other pictures there")
+        for image, text, _, others in self._rows:
+            if not text and os.path.isfile(beside := f"{os.path.splitext(image)[0]}.txt"):
+                others[CAPTION] = beside
 
-    def _listed(self, metadata: Path) -> Iterator[tuple[Path, str, str, dict[str, Path]]]:
-        for number, line in enumerate(read_file(metadata).splitlines(), 1):
-            where = f"{metadata}: line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON ({error}): write one JSON object a line") from None
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+    def _listed(self, metadata: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+        folder = str(metadata.parent)
+        for where, row in read_rows(metadata):
+            if not isinstance(row.get("file_name"), str):
                 raise UserError(f'{where} has no file_name: write {{"file_name": "a.png", "text": "..."}}')
-            files = {}
-            for column in ("file_name", *self.columns):
-                if not isinstance(row.get(column), str):
-                    raise UserError(f"{where} has no {column}: name the picture of every sample")
-                files[column] = metadata.parent / row[column]
-                if not files[column].is_file():
-                    raise UserError(f"{where} names {row[column]}, which is missing: restore it or drop the line")
-            for column in self.optional:
-                if isinstance(row.get(column), str) and (metadata.parent / row[column]).is_file():
-                    files[column] = metadata.parent / row[column]
-            image = files.pop("file_name")
-            yield image, words(row, "text", where), words(row, "instruction", where), files
+            files = {"image": os.path.join(folder, row["file_name"])}
+            for column in (*self.columns, *self.optional):
+                name = file_of(row, column)
+                if name is not None:
+                    files[column] = os.path.join(folder, name)
+                elif column in self.columns:
+                    raise UserError(f"{where} has no {column}: name each one's file as {column}_file_name")
+            for column, file in list(files.items()):
+                if os.path.isfile(file):
+                    continue
+                if column not in self.optional:
+                    name = os.path.relpath(file, folder)
+                    raise UserError(f"{where} names {name}, which is missing: restore it or drop the line")
+                del files[column]
+            yield files.pop("image"), words(row, "text", where), words(row, "instruction", where), files
 
     def unused(self) -> list[str]:
-        rows = [
-            (path.parent, json.loads(line))
+        if not self.metadata:
+            return []
+        named = {
+            os.path.normpath(os.path.join(path.parent, value))
             for path in self.metadata
-            for line in path.read_bytes().splitlines()
-            if line.strip()
-        ]
-        named = {folder / value for folder, row in rows for value in row.values() if isinstance(value, str)}
-        found = list_images(self.folder, below=True) if self.metadata else []
-        return [str(path.relative_to(self.folder)) for path in found if path not in named]
+            for _, row in read_rows(path)
+            for value in row.values()
+            if isinstance(value, str)
+        }
+        return [str(p.relative_to(self.folder)) for p in list_images(self.folder, below=True) if str(p) not in named]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def describe(self) -> str:
-        return f"{self.folder}: {len(self):,} pictures, {'metadata.jsonl' if self.metadata else 'no captions'}"
+        beside = sum(CAPTION in files for *_, files in self._rows)
+        captions = self.metadata[0].name if self.metadata else f"{beside:,} with captions" if beside else "no captions"
+        return f"{self.folder}: {len(self):,} pictures, {captions}"
 
     def name(self, index: int) -> str:
-        path = self._rows[index][0]  # anywhere, where metadata.jsonl names it from the root
+        path = Path(self._rows[index][0])  # anywhere, where the metadata names it from the root
         return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
 
     def row(self, index: int) -> Row:
         image, text, instruction, files = self._rows[index]
-        return Row(read_file(image), text, instruction, {c: p.read_bytes() for c, p in files.items()})
+        data = {column: read_file(Path(file)) for column, file in files.items()}
+        if CAPTION in data:
+            text = decode_text(data.pop(CAPTION), f"its {Path(files[CAPTION]).name}").strip()
+        return Row(read_file(Path(image)), text, instruction, data)
+
+
+def file_of(row: dict[str, Any], column: str) -> str | None:
+    """Return the file that a row of metadata names for a column: `mask_file_name`, as datasets has it, else `mask`."""
+    keys = (key for name in NAMES.get(column, (column,)) for key in (f"{name}_file_name", name))
+    return next((row[key] for key in keys if isinstance(row.get(key), str) and row[key]), None)
 
 
 class DatasetsSource(PictureSource):
     """The train split of a data set of the Hugging Face `datasets` library: columns `image`, `text`, `instruction`,
-    under these names or their `ALIASES`."""
+    under these names or other people's (see NAMES)."""
 
     def __init__(self, dataset: str, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
         try:
@@ -180,20 +200,41 @@ class DatasetsSource(PictureSource):
         try:
             self._table: Any = datasets.load_dataset(dataset, split="train")
         except Exception as error:  # a missing name, no network, a broken script: each has a type of its own
-            why = " ".join(str(error).split())
+            why = one_line(error)
             raise UserError(f"datasets:{dataset}: cannot be loaded ({why}): check the name and the network") from None
         self.dataset, has = dataset, self._table.column_names
         self._named = {  # column -> what it is called in this data set
             column: name
             for column in ("image", "text", "instruction", *columns, *optional)
-            if (name := next((n for n in (column, *ALIASES.get(column, ())) if n in has), None)) is not None
+            if (name := next((n for n in _hub_names(column) if n in has), None)) is not None
         }
         for column in ("image", *columns):
             if column not in self._named:
                 raise UserError(f"datasets:{dataset}: no column {column}: it has {', '.join(has)}")
         self.needed, self.columns = ("image", *columns), [c for c in (*columns, *optional) if c in self._named]
         for column in ("image", *self.columns):
+            self._require_pictures(self._named[column])
             self._table = self._table.cast_column(self._named[column], datasets.Image(decode=False))
+        for column in ("text", "instruction"):
+            self._require_text(self._named.get(column))
+        if not len(self._table):
+            raise UserError(f"datasets:{dataset}: holds no rows: give another data set")
+
+    def _require_pictures(self, name: str) -> None:
+        feature = self._table.features[name]
+        kind = getattr(feature, "dtype", type(feature).__name__)
+        stored = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+        if type(feature).__name__ != "Image" and not stored and "binary" not in str(kind):
+            fix = "cast it to datasets.Image"
+            if "string" in str(kind):
+                fix = f"of a folder, write the key {name}_file_name in its metadata; elsewhere {fix}"
+            raise UserError(f"datasets:{self.dataset}: {name} is not an image column, it holds {kind}: {fix}")
+
+    def _require_text(self, name: str | None) -> None:
+        feature = self._table.features[name] if name else None
+        if name and "string" not in str(getattr(feature, "dtype", "")):
+            kind = one_line(feature, 80)
+            raise UserError(f"datasets:{self.dataset}: {name} is not a text column, it holds {kind}: map it to strings")
 
     def __len__(self) -> int:
         return len(self._table)
@@ -209,10 +250,15 @@ class DatasetsSource(PictureSource):
         row, data = {column: stored[name] for column, name in self._named.items()}, {}
         for column in ("image", *self.columns):
             if row[column] is not None:
-                data[column] = row[column]["bytes"] or Path(row[column]["path"]).read_bytes()
+                data[column] = row[column]["bytes"] or read_file(Path(row[column]["path"]))
             elif column in self.needed:
                 raise ValueError(f"it has no {column}")
-        return Row(data.pop("image"), str(row.get("text") or ""), str(row.get("instruction") or ""), data)
+        return Row(data.pop("image"), row.get("text") or "", row.get("instruction") or "", data)
+
+
+def _hub_names(column: str) -> tuple[str, ...]:
+    names = NAMES.get(column, (column,))
+    return (*names, "edit") if column == "instruction" else names  # InstructPix2Pix's, but in ours the edit's kind
 
 
 def _open_scenes(spec: str, rest: str, columns: Sequence[str]) -> SceneSource:

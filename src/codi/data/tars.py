@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import threading
 import warnings
 from collections.abc import Sequence
@@ -15,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from .crops import NUMBERS
 from .formats import image_suffixes
-from .samples import PictureSource, Row, words
+from .samples import NAMES, PictureSource, Row, words
 from .shards import RemoteShard, open_shard
+from .text_files import decode_text, parse_json
 
 FEW = 32  # shards, up to which samples come in any order: above, in one that reads a few shards at a time
 WINDOW = 8  # shards that are read at a time
@@ -33,8 +34,9 @@ class _Index:
 
 
 class TarSource(PictureSource):
-    """WebDataset shards: KEY.jpg (.png, .webp, ...) with KEY.json (`text`, `instruction`) or KEY.txt beside it and
-    KEY.<column>.png for further pictures. Each tar is walked once, ever (see `shards`); nothing is unpacked.
+    """WebDataset shards: KEY.jpg or KEY.image.jpg (.png, .webp, ...) with KEY.json (`text`, `instruction`) or KEY.txt
+    beside it, and KEY.<column>.png for further pictures, .npy too where they hold numbers. Each tar is walked once,
+    ever (see `shards`); nothing is unpacked.
 
     What a broken shard has lost, estimated by the others, counts as corrupt samples."""
 
@@ -70,21 +72,19 @@ class TarSource(PictureSource):
 
     def _read_index(self, number: int) -> _Index:
         shard, samples, strays = self.shards[number], [], []
-        suffixes = [s[1:] for s in image_suffixes()]
+        rank = {suffix[1:]: number for number, suffix in enumerate(image_suffixes())}
         try:
             groups, fault = shard.members()
         except OSError as error:
             return _Index([], [], f"cannot be read ({error.strerror or error})")
         for key, members in groups.items():
-            named = {c: next((f"{c}.{s}" for s in suffixes if f"{c}.{s}" in members), "") for c in self.columns}
-            image = next((s for s in suffixes if s in members), None)
-            if image is None:
+            found = _pictures(members, rank, self.columns)
+            if "image" not in found:
                 strays.append(f"{Path(shard.name).name}: {key}")
                 continue
             for column in self.needed:
-                if not named[column]:
+                if column not in found:
                     raise UserError(f"{shard}: {key} has no {column}: add a member {key}.{column}.png")
-            found = {"image": members[image]} | {c: members[e] for c, e in named.items() if e}
             samples.append((key, found | {e: members[e] for e in ("json", "txt") if e in members}))
         return _Index(samples, strays, fault)
 
@@ -132,9 +132,9 @@ class TarSource(PictureSource):
             for name, (offset, length) in found.samples[at][1].items():
                 file.seek(offset)
                 data[name] = file.read(length)
-        text, instruction = data.get("txt", b"").decode().strip(), ""
+        text, instruction = decode_text(data.get("txt", b""), "its txt").strip(), ""
         if "json" in data:
-            fields = json.loads(data["json"])
+            fields = parse_json(data["json"], "its json", "pack it again")
             text, instruction = words(fields, "text", "its json") or text, words(fields, "instruction", "its json")
         return Row(data["image"], text, instruction, {c: data[c] for c in self.columns if c in data})
 
@@ -150,3 +150,23 @@ class TarSource(PictureSource):
                     self.shards[after].open().close()
 
         threading.Thread(target=fetch, name="shards", daemon=True).start()
+
+
+def _pictures(
+    members: dict[str, tuple[int, int]], rank: dict[str, int], columns: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Return where the picture ("image") and the columns of a sample are, as far as it has them; of several files for
+    one the suffix that comes first in `rank`."""
+    by_name: dict[str, dict[str, tuple[int, int]]] = {}
+    for extension, span in members.items():
+        name, _, suffix = extension.rpartition(".")
+        by_name.setdefault(name, {})[suffix] = span
+    found = {}
+    for column in ("image", *columns):
+        names = ("", *NAMES["image"]) if column == "image" else NAMES.get(column, (column,))
+        usable = {*rank, "npy"} if column in NUMBERS else rank
+        for files in (by_name.get(name, {}) for name in names):
+            suffixes = [suffix for suffix in files if suffix in usable]
+            if suffixes and column not in found:
+                found[column] = files[min(suffixes, key=lambda suffix: rank.get(suffix, len(rank)))]
+    return found

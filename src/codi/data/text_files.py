@@ -70,9 +70,8 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(f"{where} has more values than the header has names: put text with commas in quotes")
             yield where, {name: value for name, value in row.items() if value}
     except csv.Error as error:
-        raise UserError(
-            f"{path}: line {reader.line_num} is not CSV ({error}): put text with quotes in quotes"
-        ) from None
+        where = f"{path}: after line {reader.reader.line_num - 1}"
+        raise UserError(f"{where}: not CSV ({error}): double the quotes within a quoted text") from None
 
 
 class _BoundedLoader(yaml.SafeLoader):

@@ -52,7 +52,7 @@ def write_png(
     header = 8 + 25  # signature, IHDR
     # OpenCV writes 16 bits but no text, Pillow text but not 16-bit RGB.
     data = png.tobytes()
-    _write(path, [data[:header], _noted(metadata, exif, icc), data[header:]])
+    write_whole(path, [data[:header], _noted(metadata, exif, icc), data[header:]])
 
 
 def write_png_bands(
@@ -94,7 +94,7 @@ def write_png_bands(
             yield _chunk(b"IDAT", packer.compress(filtered.tobytes()))
         yield _chunk(b"IDAT", packer.flush()) + _chunk(b"IEND", b"")
 
-    _write(path, parts())
+    write_whole(path, parts())
 
 
 def write_image(
@@ -134,7 +134,7 @@ def write_image(
         Image.fromarray(pixels).save(buffer, "JPEG" if jpeg else "WEBP", quality=quality, exif=notes, icc_profile=icc)
     except (OSError, ValueError) as error:  # sides above 65,535 (JPEG) or 16,383 px (WebP)
         raise UserError(f"{path}: {' '.join(str(error).split())}: write it as .png") from error
-    _write(path, [buffer.getvalue()])
+    write_whole(path, [buffer.getvalue()])
 
 
 def check_writable(
@@ -198,8 +198,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _write(path: Path, parts: Iterable[bytes]) -> None:
-    """All of `parts` at `path`, or nothing: written beside it under a temporary name, then renamed."""
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """Write all of `parts` to `path`, or nothing: beside it under a temporary name, then renamed; missing folders are
+    made. Raises UserError where that cannot be done."""
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
