@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,20 @@ import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+import codi
 from codi.errors import UserError
+from codi.export import comfyui
 from codi.export import onnx as export_to_onnx
+from codi.export.comfyui import Graph
 from codi.export.diffusers import export_diffusers, make_scheduler
 from codi.export.ldm import export_ldm, rename
 from codi.export.onnx import export_onnx
 from codi.export.source import load_source
+from codi.models import codec
 from codi.models.adapter import FORMS, ControlNetAdapter
 from codi.models.student import Conditioning, Student
 from codi.models.text import tokenize
@@ -42,6 +49,7 @@ def make(
     lora: bool = False,
     full: bool = False,
     downscale: int = 4,
+    half: bool = False,
     **info: Any,
 ) -> Path:
     """An adapter of `tiny_checkpoint` as training leaves one: everything in it matters."""
@@ -64,7 +72,7 @@ def make(
     unet = tiny_lora(backbone.unet, task) if lora else backbone.unet
     known = {"task": task, "task_options": made.config(), "family": backbone.family, "full": full}
     adapter.register_to_config(info={**known, **info})
-    save_adapter(folder, adapter, unet, full, half=False)
+    save_adapter(folder, adapter, unet, full, half)
     return folder
 
 
@@ -322,6 +330,110 @@ def test_low_rank_updates_come_back_from_kohya_s_names(tmp_path, model, pipe):
     assert (ours(pipe, adapter) - other).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_ldm_files_keep_the_precision_of_the_adapter(tmp_path, model, half):
+    """Each file that of its own weights, unless another is named."""
+    stored = torch.float16 if half else torch.float32
+    for name, options in {"full": {"full": True}, "lora": {"lora": True}}.items():
+        adapter = make(tmp_path / name, "controlnet", downscale=8, half=half, **options, **GUIDED)
+        source, out = load_source(adapter, model), tmp_path / f"{name}.safetensors"
+        export_ldm(source, out, steps=4)
+        other = tmp_path / f"{name}-bf16.safetensors"
+        export_ldm(source, other, 4, torch.bfloat16)
+        kind = "unet" if name == "full" else "lora"
+        for path, expected in ((out, stored), (other, torch.bfloat16)):
+            for file in (path, path.with_name(f"{path.stem}-{kind}.safetensors")):
+                kinds = {v.dtype for key, v in load_file(file).items() if not key.endswith(".alpha")}
+                assert kinds == {expected}, file
+
+
+# ComfyUI's nodes and their required inputs, as its own code and its users' workflows have them.
+COMFYUI = {
+    "CheckpointLoaderSimple": {"ckpt_name"},
+    "UNETLoader": {"unet_name", "weight_dtype"},
+    "LoraLoaderModelOnly": {"model", "lora_name", "strength_model"},
+    "ModelSamplingDiscrete": {"model", "sampling", "zsnr"},
+    "CLIPTextEncode": {"text", "clip"},
+    "CLIPTextEncodeSDXL": {
+        "clip", "width", "height", "crop_w", "crop_h", "target_width", "target_height", "text_g", "text_l",
+    },
+    "ConditioningZeroOut": {"conditioning"},
+    "LoadImage": {"image"},
+    "ImageScale": {"image", "upscale_method", "width", "height", "crop"},
+    "ControlNetLoader": {"control_net_name"},
+    "ControlNetApplyAdvanced": {
+        "positive", "negative", "control_net", "image", "strength", "start_percent", "end_percent",
+    },
+    "EmptyLatentImage": {"width", "height", "batch_size"},
+    "KSamplerSelect": {"sampler_name"},
+    "ManualSigmas": {"sigmas"},
+    "SamplerCustom": {
+        "model", "add_noise", "noise_seed", "cfg", "positive", "negative", "sampler", "sigmas", "latent_image",
+    },
+    "VAEDecode": {"samples", "vae"},
+    "SaveImage": {"images", "filename_prefix"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "nodes"),
+    [
+        ("controlnet", {"task": "upscale", "full": True}, {"UNETLoader", "ControlNetApplyAdvanced", "ImageScale"}),
+        ("controlnet", {"lora": True}, {"LoraLoaderModelOnly", "ControlNetApplyAdvanced"}),
+        ("lora", {"task": "generate", "lora": True, "jumps": True}, {"LoraLoaderModelOnly"}),
+    ],
+)
+def test_a_comfyui_workflow_names_the_files_and_only_stock_nodes(tmp_path, model, form, options, nodes):
+    source = load_source(make(tmp_path / "adapter", form, downscale=8 if form == "controlnet" else 4, **options), model)
+    export_ldm(source, tmp_path / "out.safetensors", 4)
+    graph = json.loads((tmp_path / "out-comfyui.json").read_text())
+    kinds = {node["class_type"] for node in graph.values()}
+    assert nodes <= kinds and ("UNETLoader" in kinds) == bool(options.get("full"))
+    files = set()
+    for node in graph.values():
+        assert set(node["inputs"]) == COMFYUI[node["class_type"]]
+        for value in node["inputs"].values():
+            if isinstance(value, list):
+                assert value[0] in graph and isinstance(value[1], int)
+            elif str(value).startswith("out"):
+                files.add(value)
+    assert files == {path.name for path in tmp_path.glob("*.safetensors")}
+    sampler = next(node["inputs"] for node in graph.values() if node["class_type"] == "KSamplerSelect")
+    assert sampler == {"sampler_name": "lcm" if options.get("jumps") else "euler"}
+
+
+def test_a_comfyui_workflow_of_xl_gives_the_size_and_zeros(tmp_path):
+    backbone = tiny_xl().freeze()
+    source = SimpleNamespace(backbone=backbone)
+    graph = Graph()
+    assert [comfyui._prompt(graph, source, ["1", 1], text, 64) for text in ("a", "")] == [["1", 0], ["3", 0]]  # type: ignore[arg-type]
+    assert [node["class_type"] for node in graph.nodes.values()] == [*["CLIPTextEncodeSDXL"] * 2, "ConditioningZeroOut"]
+    assert all(set(node["inputs"]) == COMFYUI[node["class_type"]] for node in graph.nodes.values())
+
+
+def test_the_sigmas_of_a_comfyui_workflow_make_the_same_picture(tmp_path, model, pipe):
+    """By ComfyUI's arithmetic: x = z sqrt(1 + sigma^2), Euler in sigma, the level of the nearest log sigma."""
+    adapter = make(tmp_path / "adapter", "lora", "generate", lora=True, shift=3.0)
+    source = load_source(adapter, model)
+    export_ldm(source, tmp_path / "out.safetensors", 4)
+    graph = json.loads((tmp_path / "out-comfyui.json").read_text())
+    text = next(node["inputs"]["sigmas"] for node in graph.values() if node["class_type"] == "ManualSigmas")
+    grid = [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]  # as the node reads them
+    assert len(grid) == 5 and grid[-1] == 0
+    schedule: Any = source.schedule(4)
+    table = (schedule.sigmas / schedule.alphas)[1:].log()
+    words = pipe.text.encode(["a red ball"])["features"]
+    x = initial_noise((4, 8, 8), [0]) * (1 + grid[0] ** 2) ** 0.5
+    for now, after in itertools.pairwise(grid):
+        level = (table - torch.tensor(now).log()).abs().argmin()
+        with torch.no_grad():
+            v = source.shelved.network(x / (1 + now**2) ** 0.5, level, words).sample
+        clean = x / (1 + now**2) - v * now / (1 + now**2) ** 0.5  # ComfyUI's V_PREDICTION
+        x = clean + (x - clean) * after / now
+    picture = codec.decode(source.backbone.vae, x)
+    assert (picture - ours(pipe, adapter)).abs().max() < 1e-4
+
+
 def test_a_controlnet_of_other_cells_has_no_ldm_form(tmp_path, model):
     source = load_source(make(tmp_path / "adapter", "controlnet"), model)
     with pytest.raises(UserError, match="reads 4 px a latent cell, the original one 8: export --to diffusers"):
@@ -349,6 +461,15 @@ def test_onnxruntime_makes_the_same_pictures(tmp_path, model, pipe, form, option
     config = export_onnx(source, tmp_path / "out", steps, size=(32, 24))
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.onnx", "config.json", "tokenizer"}
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert {thing.name: thing.shape for thing in session.get_outputs()} == {"picture": ["batch", 3, 32, 24]}
+    assert {thing.name: thing.shape for thing in session.get_inputs()} == {
+        name: about["shape"] for name, about in config["inputs"].items()
+    }
+    assert session.get_modelmeta().custom_metadata_map == {
+        "name": "adapter", "task": options["task"], "base": f"{model.name} ({source.backbone.family})",
+        "licence": "not stated", "version": f"codi {codi.__version__}", "steps": str(steps),
+    }  # fmt: skip
     prompts = ["a red ball", "", "a blue box and a green cone"]
     given, inputs = {}, {}
     if "image" in config["inputs"]:
@@ -383,12 +504,14 @@ def test_large_models_keep_their_weights_beside(tmp_path, monkeypatch):
     node, other = onnx.helper.make_node("Add", ["x", "w"], ["y"]), onnx.helper.make_tensor_value_info("y", 1, [1024])
     graph = onnx.helper.make_graph([node], "g", [value], [other], [weight])
     (tmp_path / "parts").mkdir()
+    config = {name: "" for name in ("name", "task", "base", "licence", "version", "steps")}
+    config |= {"output": {"y": {"shape": [1024]}}}
     built = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
     onnx.save_model(
         built, str(tmp_path / "parts" / "model.onnx"), save_as_external_data=True, all_tensors_to_one_file=False
     )
     monkeypatch.setattr(export_to_onnx, "LARGEST", 1000)
-    export_to_onnx.gather(tmp_path / "parts", tmp_path / "model.onnx")
+    export_to_onnx.gather(tmp_path / "parts", tmp_path / "model.onnx", config)
     assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": np.ones(1024, np.float32)})[0][-1] == 1024
@@ -421,6 +544,7 @@ def test_bad_usage_is_one_line(shell, tmp_path, model, monkeypatch):
     shell("export", adapter, "--to", "ldm", *to).failed(2, "writes a .safetensors file", "out.safetensors")
     shell("export", adapter, "--to", "onnx", *to, "--steps", 1, "--size", "30x32").failed(1, "size 30 x 32")
     shell("export", adapter, "--to", "ldm", *to, "--size", "32x32").failed(2, "only ONNX fixes the size")
+    shell("export", adapter, "--to", "onnx", *to, "--dtype", "float16").failed(2, "only --to ldm chooses it")
     shell("export", adapter, "--to", "diffusers", "-o", tmp_path / "a.safetensors").failed(2, "writes a folder")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     shell("export", adapter, "--to", "onnx", *to).failed(1, "onnx: this package is missing", "pip install codi[export]")

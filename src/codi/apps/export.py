@@ -38,6 +38,10 @@ def export(
     lora: Lora = None,
     config: Config = None,
     steps: Steps = 4,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="ldm: precision of the files; by default as the adapter is stored.", show_default=False),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="ONNX: pixels made; by default the model's own.")
     ] = None,
@@ -47,6 +51,8 @@ def export(
     width, height = parse_size(size)
     if size and to != "onnx":
         raise BadUsage(f"--size {size}: only ONNX fixes the size: leave it out")
+    if dtype and to != "ldm":
+        raise BadUsage(f"--dtype {dtype}: only --to ldm chooses it: leave it out")
     if to == "ldm" and out.suffix != ".safetensors":
         raise BadUsage(f"{out}: --to ldm writes a .safetensors file: call it {out.name}.safetensors")
     if to != "ldm" and out.suffix == ".safetensors":
@@ -57,7 +63,7 @@ def export(
         from ..models.adapter_files import default_model
 
         model = model or default_model(adapter)
-        files, told = _write(adapter, to, out, model, parse_loras(lora), config, steps, pixels)
+        files, told = _write(adapter, to, out, model, parse_loras(lora), config, steps, pixels, dtype)
     sizes = [{"path": str(path), "bytes": path.stat().st_size} for path in files]
     if json_:
         print_json(
@@ -77,6 +83,7 @@ def _write(
     config: str | None,
     steps: int,
     size: tuple[int, int] | None,
+    dtype: str | None,
 ) -> tuple[list[Path], dict[str, Any]]:
     """(the files written, what is told of them)"""
     from ..export.diffusers import export_diffusers
@@ -95,6 +102,10 @@ def _write(
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "onnx":
         told = export_onnx(source, out, steps, size)
+    elif to == "ldm":
+        import torch
+
+        told = export_ldm(source, out, steps, getattr(torch, dtype) if dtype else None)
     else:
-        told = (export_ldm if to == "ldm" else export_diffusers)(source, out, steps)
+        told = export_diffusers(source, out, steps)
     return [file for path in targets for file in [path, *sorted(path.rglob("*"))] if file.is_file()], told

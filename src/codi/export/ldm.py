@@ -3,12 +3,15 @@
 PATH.safetensors         a ControlNet (`control_model.`); without one, what stands first of the others
 PATH-unet.safetensors    the U-Net of a full adapter (`model.diffusion_model.`)
 PATH-lora.safetensors    updates of the backbone, by the names of kohya's sd-scripts (`lora_unet_`)
+PATH-comfyui.json        a ComfyUI workflow that samples with them
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.lora import FILE
+from .comfyui import workflow
 from .source import Source
 
 _FIXED = {
@@ -39,12 +44,13 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an adapter itself
 HINT_CELL = 8  # pixels a latent cell: the original hint block halves three times
 
 
-def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
-    """Writes the files, each whole or not at all; returns how to sample with them. Raises UserError for an adapter that
-    these programs cannot express."""
+def export_ldm(source: Source, out: Path, steps: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Write the files, each whole or not at all, in `dtype` (None: as the adapter is stored); return how to sample with
+    them. Raises UserError for an adapter that these programs cannot express."""
     where = "the LDM format"
     source.require_format("ldm")
     source.refuse_form(where)
@@ -54,7 +60,7 @@ def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
         raise UserError(f"{source.name}: its ControlNet reads {cell} px a latent cell, the original one {HINT_CELL}: "
                         "export --to diffusers")  # fmt: skip
     schedule: Any = source.schedule(steps)
-    told = {
+    told = {  # what the files say of themselves
         "task": source.task.name,
         "family": source.backbone.family,
         "sampler": "lcm" if source.jumps else "ddim",
@@ -63,21 +69,35 @@ def export_ldm(source: Source, out: Path, steps: int) -> dict[str, Any]:
         "prediction": schedule.prediction,
         "zero_terminal_snr": bool(schedule.alphas[-1] == 0),
     }
-    files = {}
+    folder = source.shelved.folder
+
+    def cast(weights: dict[str, Tensor], stored: Path) -> dict[str, Tensor]:
+        return {key: value.to(dtype or source.stored_dtype(stored)) for key, value in weights.items()}
+
+    files: dict[str, dict[str, Tensor]] = {}
     if control is not None:
-        files[""] = rename(control.net.state_dict(), control.net.config, "control_model.")
+        weights = cast(control.net.state_dict(), folder / WEIGHTS)
+        files["control"] = rename(weights, control.net.config, "control_model.")
     if unet is not None:
-        files["-unet" if files else ""] = rename(unet.state_dict(), unet.config, "model.diffusion_model.")
+        weights = cast(unet.state_dict(), folder / source.kind.component)
+        files["unet"] = rename(weights, unet.config, "model.diffusion_model.")
     if updates:
-        files["-lora" if files else ""] = kohya(updates)
-    for ending, weights in files.items():
-        _write(out.with_name(f"{out.stem}{ending}.safetensors"), weights, told)
+        files["lora"] = kohya(cast(updates, folder / FILE))
+    paths = {kind: out if not i else out.with_name(f"{out.stem}-{kind}.safetensors") for i, kind in enumerate(files)}
+    nodes = workflow(source, steps, {kind: path.name for kind, path in paths.items()})
+    # One note alone: safetensors writes several in random order, and the same weights shall give the same bytes.
+    note = {"codi": json.dumps(told)}
+    for kind, weights in files.items():
+        whole = {key: value.detach().contiguous() for key, value in weights.items()}
+        _write(paths[kind], functools.partial(save_file, whole, metadata=note))
+    _write(beside(out)[-1], lambda path: path.write_text(json.dumps(nodes, indent=2) + "\n"))
     return told
 
 
 def beside(out: Path) -> list[Path]:
     """All files that `export_ldm` may write for this path."""
-    return [out.with_name(f"{out.stem}{ending}.safetensors") for ending in ("", "-unet", "-lora")]
+    return [out.with_name(f"{out.stem}{ending}") for ending in
+            (".safetensors", "-unet.safetensors", "-lora.safetensors", "-comfyui.json")]  # fmt: skip
 
 
 def rename(weights: dict[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
@@ -136,11 +156,10 @@ def kohya(updates: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _write(path: Path, weights: dict[str, Tensor], told: dict[str, Any]) -> None:
+def _write(path: Path, fill: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        # One note alone: safetensors writes several in random order, and the same weights shall give the same bytes.
-        save_file({k: v.detach().contiguous() for k, v in weights.items()}, temporary, {"codi": json.dumps(told)})
+        fill(temporary)
         temporary.chmod(0o644)  # safetensors leaves them to their owner alone
         temporary.rename(path)
     finally:

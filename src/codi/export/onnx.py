@@ -1,6 +1,7 @@
 """For ONNX: the whole few-step sampler as one graph, from token ids, noise and a picture to a picture.
 
-model.onnx                            and model.onnx.data, where a file may not be as large
+model.onnx                            with its name, task, base, licence, version and steps as metadata;
+                                      and model.onnx.data, where a file may not be as large
 config.json                           its inputs and output, size, steps, task
 tokenizer/                            the prompt's, for `CLIPTokenizer.from_pretrained`
 """
@@ -90,7 +91,7 @@ def export_onnx(source: Source, out: Path, steps: int, size: tuple[int, int] | N
                 sampler, (), str(parts / "model.onnx"), kwargs=inputs, dynamo=False, opset_version=OPSET,
                 input_names=list(inputs), output_names=["picture"], dynamic_axes=axes,
             )  # fmt: skip
-        gather(parts, folder / "model.onnx")
+        gather(parts, folder / "model.onnx", config)
         source.backbone.tokenizer.save_pretrained(folder / "tokenizer")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -138,7 +139,7 @@ def describe(source: Source, steps: int, inputs: dict[str, Tensor]) -> dict[str,
     f = codec.downscale(source.backbone.vae)
     height, width = (side * f for side in inputs["noise"].shape[-2:])
     return {
-        "task": source.task.name,
+        **source.notes,
         "task_options": source.task.config(),
         "family": source.backbone.family,
         "steps": steps,
@@ -157,12 +158,22 @@ def describe(source: Source, steps: int, inputs: dict[str, Tensor]) -> dict[str,
     }
 
 
-def gather(parts: Path, target: Path) -> None:
-    """Moves the model in the folder `parts`, where torch leaves a file a weight of a large one, to `target`."""
+def gather(parts: Path, target: Path, config: dict[str, Any]) -> None:
+    """Move the model in the folder `parts`, where torch leaves a file a weight of a large one, to `target`, with what
+    its `config` says: the shape of the picture, which torch cannot tell, and metadata."""
     import onnx
 
     size = sum(part.stat().st_size for part in parts.iterdir())
     model = onnx.load(str(parts / "model.onnx"))
+    for output in model.graph.output:
+        shape = config["output"][output.name]["shape"]
+        for dimension, length in zip(output.type.tensor_type.shape.dim, shape, strict=True):
+            if isinstance(length, int):
+                dimension.dim_value = length
+            else:
+                dimension.dim_param = length
+    notes = ("name", "task", "base", "licence", "version", "steps")
+    onnx.helper.set_model_props(model, {name: str(config[name]) for name in notes})
     data = f"{target.name}.data"
     onnx.save_model(model, str(target), save_as_external_data=size > LARGEST, location=data)
     for part in parts.iterdir():

@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor
 
+from .. import __version__
 from ..errors import UserError
 from ..models.adapter import Adapter, ControlNetAdapter, FusedAdapter, HintAdapter
-from ..models.backbones import Backbone, Family, load_backbone
+from ..models.backbones import EMBEDDED, Backbone, Family, load_backbone
 from ..models.lora import lora_names, shared_copy
 from ..sampling.guidance import Guidance, resolve
 from ..sampling.sampler import time_grid
 from ..sampling.shelf import Shelf, Shelved
 from ..schedule import Schedule
 from ..tasks import Task
+
+LICENCE = "Apache-2.0"  # of embedded adapters that state no other
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,28 @@ class Source:
         """The size (h, w) of latents that the backbone was trained on."""
         side = self.kind.sample_size(self.backbone.network, self.backbone.vae)
         return side, side
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What an exported file says of itself: name, task, base, licence and the version of codi; no local paths."""
+        base = Path(self.model).name if Path(self.model).exists() else self.model
+        own = LICENCE if self.shelved.folder.is_relative_to(EMBEDDED) else "not stated"
+        return {
+            "name": Path(self.name).name,
+            "task": self.task.name,
+            "base": f"{base} ({self.backbone.family})",
+            "licence": self.info.get("licence") or own,
+            "version": f"codi {__version__}",
+        }
+
+    def stored_dtype(self, part: Path) -> torch.dtype:
+        """Return the precision of the weights in an adapter's safetensors file, or in the first of a folder; float32
+        where there are none."""
+        for file in sorted(part.glob("*.safetensors")) if part.is_dir() else [part] if part.is_file() else []:
+            with safe_open(file, "pt") as weights:
+                dtypes = {weights.get_tensor(key).dtype for key in weights.keys()}  # noqa: SIM118 - no dict
+            return max((kind for kind in dtypes if kind.is_floating_point), key=lambda kind: kind.itemsize)
+        return torch.float32
 
     def schedule(self, steps: int) -> Schedule:
         """Return the noise schedule at that size."""
