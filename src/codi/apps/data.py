@@ -38,7 +38,10 @@ def render(
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Render scenes with captions, depth, masks and edit pairs, as an imagefolder with metadata.jsonl."""
+    """Render scenes with captions, depth, masks and edit pairs, as an imagefolder with metadata.jsonl.
+
+    The same command again completes a render that was interrupted.
+    """
     from ..data.render import render_folder
     from ..data.scenes import SPLITS
 

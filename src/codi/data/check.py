@@ -170,8 +170,8 @@ def _look_at_files(source: PictureSource, index: int, known: dict[bytes, _Look])
     name = source.name(index)
     try:
         row = source.row(index)
-        files = [_digest(data) for data in (row.image, *(row.pictures[c] for c in sorted(row.pictures)))]
-        key = b"".join([" ".join(sorted(row.pictures)).encode(), *files])
+        columns = sorted(row.pictures)
+        key = " ".join(columns).encode() + b"".join(map(_digest, (row.image, *(row.pictures[c] for c in columns))))
         if key not in known:
             known[key] = _look("", "", "", row.image, *source.decode(row))
         return replace(known[key], name=name, text=row.text, instruction=row.instruction)
