@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from .. import __version__
 from ..errors import UserError
 from ..models.adapter import Adapter, ControlNetAdapter, FusedAdapter, HintAdapter
 from ..models.backbones import EMBEDDED, Backbone, Family, load_backbone
@@ -99,7 +99,7 @@ class Source:
             "task": self.task.name,
             "base": f"{base} ({self.backbone.family})",
             "licence": self.info.get("licence") or own,
-            "version": f"codi {__version__}",
+            "version": f"codi {version('codi')}",
         }
 
     def stored_dtype(self, part: Path) -> torch.dtype:
