@@ -38,6 +38,10 @@ def test_a_folder_in_which_nothing_was_left_goes(tmp_path):
     with locked(tmp_path / "out", "busy"):
         assert (tmp_path / "out" / LOCK).is_file()
     assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine", "busy"):
+        pass
+    assert names(tmp_path / "mine") == []
     with pytest.raises(UserError, match="no such|could not|not supported|no picture"):
         distill(DistillRecipe(out=str(tmp_path / "out"), data=str(tmp_path), device="cpu"), quiet=True)
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,9 @@ from codi.tasks import TASKS, get_task
 from codi.training import checkpoint
 from codi.training import recipe as recipes
 from codi.training.checkpoint import Progress
+from codi.training.decoder import DecoderRecipe
 from codi.training.distill import DistillRecipe, distill, recipe_task
+from codi.training.pretrain_recipe import PretrainRecipe
 from codi.training.trainer import RunSettings, learning_rate_factor, make_optimizer
 from tiny import randn, tiny_checkpoint
 
@@ -380,6 +382,30 @@ def test_every_shipped_recipe_builds(name):
     values = recipes.read_recipe(name)
     kind = DecoderRecipe if name.endswith("decoder") else PretrainRecipe if "ldm_images" in values else DistillRecipe
     recipes.build(kind, values, name).validate()
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 1e300, 10**400])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((DistillRecipe, name) for name in ("learning_rate", "weight_decay", "decay_to", "warmup", "seed", "images",
+                                             "accumulate", "max_corrupt", "mu_rate", "size", "keep")),
+        *((PretrainRecipe, name) for name in ("vae_learning_rate", "textures", "kl_weight", "decoder_noise", "warmup",
+                                              "prompt_dropout", "vae_images", "ldm_batch")),
+        *((DecoderRecipe, name) for name in ("learning_rate", "max_corrupt", "sample_guidance", "pairs", "seed")),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range(kind, name, value):
+    with pytest.raises(UserError, match=rf"^{name} .*: (must|not) ") as error:
+        kind(out="x", **{name: value}).validate()
+    assert len(str(error.value)) < 200
+
+
+def test_a_clip_that_is_none():
+    for clip in (0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="clip .*: must be above 0"):
+            RunSettings(clip=clip).validate()
+    RunSettings(clip=float("inf")).validate()
 
 
 @pytest.mark.parametrize(

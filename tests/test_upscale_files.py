@@ -11,6 +11,7 @@ from PIL import Image
 from codi.apps.upscale import enlarged_already
 from codi.data.images import read_image
 from codi.models.backbones import load_backbone
+from codi.training.lock import locked
 from folders import smooth
 from originals import save_original
 from pixels import SWAPPED, icc
@@ -30,6 +31,10 @@ def test_resume_makes_what_is_missing_and_no_more(tiny, shell, tmp_path):
     assert ran.code == 0 and "b.png" in ran.out and "a.png" not in ran.out and len(first) > 100
     assert (tmp_path / "out/a.png").read_bytes() == b"kept" and (tmp_path / "out/b.png").stat().st_size > 100
     assert shell(*words, "--resume").code == 0  # nothing is left
+    (tmp_path / "out" / "b.png").unlink()
+    with locked(tmp_path / "out", "busy"):
+        shell(*words, "--resume").failed(1, "out: another codi upscale --resume is at work there")
+    assert shell(*words, "--resume").code == 0 and (tmp_path / "out" / "b.png").is_file()
     shell(*words, "--resume", "--overwrite").failed(2, "--resume --overwrite")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def upscale(
     """
     with working("starting"):
         from ..data.images import read_image
+        from ..training.lock import locked
 
         if resume and settings.overwrite:
             raise BadUsage("--resume --overwrite: contradict each other: give one of them")
@@ -79,7 +81,12 @@ def upscale(
 
     arguments = {"prompt": prompt, "tile": tile, "colour": colour}
     order = Order("upscale", arguments, {"prompt": prompt, "scale": f"{enlargement:g}"}, fit, rows)
-    deliver(pipe, _items(jobs, settings, resume), order, settings)
+    folder = {target.parent for job in jobs for target in job.targets}
+    with contextlib.ExitStack() as stack:
+        if resume and len(folder) == 1:
+            busy = "another codi upscale --resume is at work there: wait for it to end, or give another -o"
+            stack.enter_context(locked(folder.pop(), busy))
+        deliver(pipe, _items(jobs, settings, resume), order, settings)
 
 
 def check(pipe: CoDiPipeline, scale: float | None, tile: int | None) -> None:

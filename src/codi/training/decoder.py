@@ -85,6 +85,8 @@ class DecoderRecipe(RunSettings):
         for key in ("gradient_checkpointing", "shard"):
             if getattr(self, key):
                 raise UserError(f"{key}: so small a network needs none: leave it out")
+        self._within(0, 1, "max_corrupt")
+        self._within(0, 1e6, "sample_guidance")
         if self.crop is not None and not 1 <= self.crop <= self.size:
             raise UserError(f"crop {self.crop}: must lie between 1 and size {self.size}: change it")
         for name in ("noise", "encoder_weight", "textures"):

@@ -196,6 +196,9 @@ class DistillRecipe(RunSettings):
         for key in ("prompt_dropout", "guidance_share"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key} {getattr(self, key)}: must lie in [0, 1]: use for example 0.5")
+        self._within(0, 1, "max_corrupt")
+        self._within(0, 1e6, "mu_rate")
+        self._at_least_1("size", *(["depth"] if self.depth is not None else []))
         numbers = [z for z in self.zoom if isinstance(z, int | float)]
         if len(self.zoom) != 2 or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] < math.inf:
             raise UserError(f"zoom {list(self.zoom)}: not a range from 1 up: use for example [1, 2] or [4, 8]")

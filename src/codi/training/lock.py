@@ -17,9 +17,9 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of `folder`, which is made if need be and removed again where nothing was left in it. Raises
+    """Hold the lock of `folder`, which is made if need be, and then removed again where nothing was left in it. Raises
     UserError `busy` where another process holds it, and for a folder that cannot be written."""
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock, made = FileLock(folder / LOCK, timeout=0), not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -32,7 +32,8 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
     finally:
         with suppress(OSError):  # while it is held: whoever opened this file cannot take it for the new one
             (folder / LOCK).unlink()
-            folder.rmdir()
+            if made:
+                folder.rmdir()
         lock.release()
 
 

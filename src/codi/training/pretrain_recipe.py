@@ -105,6 +105,10 @@ class PretrainRecipe(SharedSettings):
         """Raises UserError for values that no run can have."""
         super().validate()
         self._at_least_1("vae_images", "vae_batch", "latent_channels", "ldm_batch", "text_layers")
+        self._within(0, 1, "max_corrupt", "textures", "prompt_dropout", "adversarial_from")
+        self._within(0, 1_000, "vae_learning_rate", "ldm_learning_rate", "decoder_learning_rate")
+        weights = ("kl_weight", "squared_weight", "absolute_weight", "feature_weight", "adversarial_weight")
+        self._within(0, 1e6, *weights, "decoder_noise")
         if self.ldm_images < 0:
             raise UserError(f"ldm_images {self.ldm_images}: must be at least 0, for the codec alone: raise it")
         if len(self.flux_layers) != 2 or any(not isinstance(n, int) or n < 1 for n in self.flux_layers):

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from . import checkpoint, ema, processes
 from .checkpoint import Progress
 from .events import Events
@@ -54,6 +54,8 @@ class SharedSettings:
     def validate(self) -> None:
         """Raises UserError for a value that no run can have."""
         self._at_least_1("accumulate", "log_every", "preview_every", "checkpoint_every", "keep")
+        self._within(0, 1, "decay_to")
+        self._within(0, 2**53, "warmup", "seed")
         for name, allowed in (("device", ("auto", "cpu", "cuda")), ("precision", ("no", "bf16", "fp16"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r}: not known: use one of {', '.join(allowed)}")
@@ -68,6 +70,13 @@ class SharedSettings:
         for name in names:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1: raise it")
+        self._within(1, 2**53, *names)
+
+    def _within(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            if not low <= getattr(self, name) <= high:  # false for NaN
+                value = one_line(getattr(self, name), 80)
+                raise UserError(f"{name} {value}: must lie between {low:g} and {high:g}: change it")
 
 
 @dataclass(kw_only=True)
@@ -95,6 +104,9 @@ class RunSettings(SharedSettings):
         """Raises UserError for a value that no run can have."""
         super().validate()
         self._at_least_1("images", "batch_size")
+        self._within(0, 1_000, "learning_rate", "weight_decay")
+        if not self.clip > 0:
+            raise UserError(f"clip {self.clip}: must be above 0: 1 is usual, inf clips nothing")
         if self.optimizer not in ("adamw", "adamw8bit", "muon"):
             raise UserError(f"optimizer {self.optimizer!r}: not known: use one of adamw, adamw8bit, muon")
         if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
