@@ -15,12 +15,14 @@ from ..errors import UserError
 
 class LatentSpace:
     """How one class of VAE makes latents, and the affine map that gives these about unit variance. This one is
-    AutoencoderKL's and AutoencoderTiny's: a scalar factor and shift. Families with another VAE define a subclass."""
+    AutoencoderKL's, and of what takes its place: a scalar factor and shift. Families with another VAE define a
+    subclass."""
 
     def downscale(self, vae: Any) -> int:
         """Pixels a latent cell along a side."""
         factor = vae.config.get("upsampling_scaling_factor", 2)  # a tiny one may have another
-        return factor ** (len(vae.config["block_out_channels"]) - 1)
+        names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
+        return factor ** (len(next(vae.config[name] for name in names if name in vae.config)) - 1)
 
     def channels(self, vae: Any) -> int:
         """Channels of a latent."""
@@ -32,7 +34,10 @@ class LatentSpace:
 
     def moments(self, vae: Any, image: Tensor) -> Tensor:
         """Picture (B, 3, H, W) in [-1, 1] -> means and log-variances (B, 2C, h, w) before the affine map."""
-        return vae.encode(image).latent_dist.parameters
+        encoded = vae.encode(image)
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.parameters
+        return torch.cat([encoded.latents, torch.full_like(encoded.latents, -30.0)], dim=1)  # of AutoencoderTiny
 
     def normalize(self, vae: Any, latent: Tensor) -> Tensor:
         """The affine map."""
@@ -47,7 +52,8 @@ class LatentSpace:
         return vae.decode(latent).sample
 
 
-SPACES: dict[str, LatentSpace] = {name: LatentSpace() for name in ("AutoencoderKL", "AutoencoderTiny")}
+LIKE_KL = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "ConsistencyDecoderVAE")
+SPACES: dict[str, LatentSpace] = {name: LatentSpace() for name in LIKE_KL}
 
 
 def space(vae: Any) -> LatentSpace:

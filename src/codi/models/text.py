@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..errors import UserError
+from .hooks import device_of
+
 Bundle = dict[str, Tensor]
 FEATURES = "features"
+LONGEST = 100_000  # letters of a prompt: no encoder reads a tenth of them, and tokenizers take seconds for more
 
 
 def limit_tokenizers(parts: Mapping[str, Any]) -> None:
@@ -51,6 +55,8 @@ class PromptEncoder:
         """Return the bundle of the prompts, without gradient. Equal prompts are computed once; with `warn`, a warning
         says what was cut of one that is too long. `negative`: prompts that guidance leads away from."""
         unique = list(dict.fromkeys(prompts))
+        for prompt in unique:
+            require_readable(prompt)
         rows = [unique.index(p) for p in prompts]
         for tokenizer, limit in self.limits if warn else ():
             warn_of_cuts(tokenizer, unique, limit)
@@ -69,6 +75,14 @@ class PromptEncoder:
         and the rest by name (None: nothing)."""
         rest = {name: value for name, value in bundle.items() if name != FEATURES}
         return bundle[FEATURES], rest or None
+
+
+def require_readable(prompt: str, name: str = "prompt") -> None:
+    """Raise UserError for a prompt that no tokenizer should be given: a whole file, or half a character."""
+    if len(prompt) > LONGEST:
+        raise UserError(f"{name} of {len(prompt)} letters: no text encoder reads so many: give at most {LONGEST}")
+    if surrogate := next((letter for letter in prompt if "\ud800" <= letter <= "\udfff"), None):
+        raise UserError(f"{name} {prompt[:50]!a}: {surrogate!a} is half a character: save the text as UTF-8")
 
 
 def warn_of_cuts(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
@@ -102,7 +116,7 @@ class TextEncoders(PromptEncoder):
         if len(self.encoders) == 1:
             return {FEATURES: embed(self.encoders[0], tokenize(self.tokenizers[0], prompts))}
         outputs = [
-            encoder(tokenize(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
+            encoder(tokenize(tokenizer, prompts).to(device_of(encoder)), output_hidden_states=True)
             for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
         ]
         features, pooled = torch.cat([t.hidden_states[-2] for t in outputs], dim=-1), outputs[-1].text_embeds
@@ -131,7 +145,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 def embed(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
     """Token ids (B, L) -> features (B, L, D): the encoder's last layer after its final norm."""
-    return text_encoder(tokens.to(text_encoder.device))[0]
+    return text_encoder(tokens.to(device_of(text_encoder)))[0]
 
 
 def embed_prompts(

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self, Unpack
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
+from ..errors import UserError
+from ..models import codec
 from ..models.adapter import Adapter
-from ..models.backbones import Family, Hub, family_of, find_model, load_backbone
+from ..models.backbones import Backbone, Family, family_of, family_of_text, find_model, load_backbone
+from ..models.hooks import device_of
 from ..models.student import Student
 from ..models.text import PromptEncoder, limit_tokenizers
-from ..models.tiny import mark_saved, open_decoder, saved_decoder
+from ..models.tiny import TINY, mark_saved, open_decoder, saved_decoder
 from ..schedule import Schedule
 from ..tasks import Task, get_task
 from .guidance import Guidance, resolve
+from .manners import StockManners
+from .options import ENTRY, name_class, sorted_options
 from .shelf import Shelf
+from .tiles import Tiles
 
 
-class AdaptedPipeline(DiffusionPipeline):
+class AdaptedPipeline(StockManners):
     """What CoDiPipeline is made of, without the sampling."""
 
     # Families have different parts; those that a checkpoint lacks are None.
@@ -52,12 +62,18 @@ class AdaptedPipeline(DiffusionPipeline):
             "transformer": transformer, "text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3,
         }  # fmt: skip
         limit_tokenizers(parts)
-        self.register_modules(**parts)
+        self._shelf = Shelf(unet if unet is not None else transformer, "")
+        # Parts of other families are no attributes: users of diffusers look for `pipe.transformer` by hasattr.
+        always = ("vae", "text_encoder", "tokenizer", "scheduler", "tiny_vae")
+        self.register_modules(**{name: part for name, part in parts.items() if part is not None or name in always})
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled)
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
-        self._shelf = Shelf(self.network, self.kind.fingerprint(self.network, vae, scheduler))
+        # Of this family: diffusers saves without those, and may be asked to leave them out.
+        self._optional_components = [name for name, part in parts.items() if part is None or name == "tiny_vae"]
+        self._shelf.family = self._family()
+        self._set_up_vae(vae)
         self.solver: Any = None
         """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
         self.shift: float | None = None
@@ -71,46 +87,101 @@ class AdaptedPipeline(DiffusionPipeline):
         model: str | Path,
         task: str | None = None,
         adapter: str | Path | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | dict[str, torch.dtype] | None = None,
         loras: Mapping[str, float] | None = None,
         decoder: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **hub: Unpack[Hub],
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        **options: Any,
     ) -> Self:
-        """Loads a checkpoint of a supported family or a saved CoDiPipeline, and sets an adapter.
+        """Load a checkpoint of a supported family or a saved CoDiPipeline, and set an adapter.
 
         `model`: "mini", "photo", a diffusers folder, a single .safetensors file or a hub id, which may end in
         "@revision". `adapter`: the name of one in the model's folder `adapters` or of an embedded one, or a folder;
         None takes that of `task`. `dtype`: float32 by default; `torch_dtype` is its older name. `loras`: low-rank
         updates made part of the backbone, with weights. `decoder`: "full", "tiny", the one in the model's folder, or an
-        AutoencoderTiny folder or hub id; None: as the pipeline was saved, else the full one. `hub`: revision, variant,
-        token, cache_dir, local_files_only and config of the model, as diffusers knows them.
+        AutoencoderTiny folder or hub id; None: as the pipeline was saved, else the full one. `options`: revision,
+        variant, token, cache_dir, local_files_only and config of the model; parts in its place (`vae=...`,
+        `text_encoder=None`); device_map, quantization_config and what else diffusers loads by (see options.LOADING).
         Raises UserError for a missing or broken model, adapter or decoder, or one made for another backbone or task.
         """
         if task is not None:
             get_task(task)
-        dtype = dtype or torch_dtype or torch.float32
-        backbone, folder = load_backbone(model, dtype, loras, **hub), Path(find_model(model))
-        tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, dtype, **hub)
+        hub, given = sorted_options(options)
+        chosen: Any = dtype or torch_dtype or torch.float32
+        backbone, folder = load_backbone(model, chosen, loras, given=given, **hub), Path(find_model(model))
+        of_tiny = chosen.get("tiny_vae", chosen.get("default", torch.float32)) if isinstance(chosen, dict) else chosen
+        tiny = options.get("tiny_vae")
+        if tiny is None:
+            tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, of_tiny, **hub)
         pipe = cls(**vars(backbone), tiny_vae=tiny)
-        shelf = pipe._shelf
-        shelf.model = model
-        shelf.load_saved(folder)
+        if (device_map := given.get("device_map")) is not None:
+            placed = {name: str(device_of(part)) for name, part in pipe.components.items() if hasattr(part, "device")}
+            pipe.hf_device_map = placed if device_map == "balanced" else device_map
+        pipe._shelf.model = model
+        pipe.register_to_config(_name_or_path=str(folder))  # loads the adapters that were saved with it
+        pipe._set(task, adapter)
+        return pipe
+
+    def _set(self, task: str | None, adapter: str | Path | None) -> None:
+        """Set this adapter, or one of `task` if none is set."""
+        shelf = self._shelf
         of_task = [name for name, shelved in shelf.loaded.items() if shelved.task.name == task]
         if adapter is not None:
             shelf.set(shelf.load(adapter, task=task))
         elif task is not None and task not in [shelved.task.name for shelved in shelf.active.values()]:
             shelf.set(of_task[0] if of_task else shelf.load(task, task=task))
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Note settings. diffusers notes the folder last when it has opened one: then the adapters saved there are
+        loaded, so that they also come with its own `DiffusionPipeline.from_pretrained`."""
+        super().register_to_config(**kwargs)
+        folder = Path(str(kwargs.get("_name_or_path") or ""))
+        if not kwargs.get("_name_or_path") or self._shelf.loaded:
+            return
+        if self._shelf.network is not None:
+            self._shelf.load_saved(folder)
+        if (
+            self.tiny_vae is None
+            and self.vae is not None
+            and saved_decoder(folder) == TINY
+            and self._shelf.model == "mini"
+        ):
+            self.tiny_vae = open_decoder(TINY, folder, self.vae, self.vae.dtype)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Make a pipeline of another's parts, with its adapters if it has any; nothing is copied. `kwargs`: parts in
+        place of its own, and dtype."""
+        names = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        parts = {name: part for name, part in pipeline.components.items() if name in names}
+        config = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
+        source = SimpleNamespace(config=config, components=pipeline.components,
+                                 _optional_components=pipeline._optional_components)  # fmt: skip
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or pipeline.dtype)
+        pipe: Any = super().from_pipe(source, **{**parts, **kwargs})  # passed as parts, whose types are not looked up
+        if isinstance(pipeline, AdaptedPipeline):
+            pipe._shelf = pipeline._shelf.copy(pipe.network, pipe._family())
+            pipe.solver, pipe.shift = pipeline.solver, pipeline.shift
+            pipe._shelf.follow()
         return pipe
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Saves the checkpoint, its tiny decoder, every adapter loaded, and which ones are set with what weights."""
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save the checkpoint, its tiny decoder, every adapter loaded, and which ones are set with what weights.
+
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it with all of these, and without any
+        adapter, as the stock pipeline, needs no such trust. Raises UserError for pickled weights: nothing reads them.
+        """
+        if not safe_serialization:
+            raise UserError(f"{save_directory}: safe_serialization=False would pickle the weights, which codi does not "
+                            "read: leave it out")  # fmt: skip
         super().save_pretrained(save_directory, **kwargs)
         mark_saved(Path(save_directory), self.tiny_vae is not None)
+        stock = self.kind.pipeline_for(self.parts).__name__
+        name_class(Path(save_directory), [ENTRY, "CoDiPipeline"] if self._shelf.loaded else stock)
         self._shelf.save(Path(save_directory))
 
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
-        """Loads one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it
+        """Load one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it
         by: `as_`, or the folder's. It is set at once if no other is. Raises UserError for one that does not fit."""
         name = self._shelf.load(adapter, as_, task)
         if not self._shelf.weights:
@@ -152,17 +223,65 @@ class AdaptedPipeline(DiffusionPipeline):
     @property
     def network(self) -> Any:
         """The backbone's denoising network."""
-        return self.unet if self.unet is not None else self.transformer
+        unet = getattr(self, "unet", None)
+        return unet if unet is not None else getattr(self, "transformer", None)
 
     @property
     def kind(self) -> Family:
         """The backbone's family."""
-        return family_of(self.network)
+        return family_of(self.network) if self.network is not None else family_of_text(self.parts)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, without those of other families."""
+        names, _ = self._get_signature_keys(self)
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def _family(self) -> str:
+        whole = None not in (self.network, self.vae, self.scheduler)
+        return self.kind.fingerprint(self.network, self.vae, self.scheduler) if whole else ""
+
+    def infos(self, strength: float = 1.0) -> list[dict[str, Any]]:
+        """What the adapters with some influence say of themselves."""
+        return self._shelf.infos(strength)
+
+    @property
+    def cell(self) -> int:
+        """Pixels along a side of one token, or of one latent cell where the network has no tokens."""
+        return codec.downscale(self.vae) * self.kind.patch(self.network.config)
+
+    def cells_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the latent's (h, w) of pictures of `size` (height, width), on whole tokens."""
+        f, patch = codec.downscale(self.vae), self.kind.patch(self.network.config)
+        return (-(-size[0] // (f * patch)) * patch, -(-size[1] // (f * patch)) * patch)
+
+    def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return (height, width) of text-to-image. Raises UserError for sides that are no whole cells."""
+        f = self.cell
+        own = self.kind.sample_size(self.network, self.vae) * codec.downscale(self.vae)
+        for side in (height, width):
+            if side is not None and (not isinstance(side, int) or side < f or side % f):
+                fix = f"use {max(1, round(side / f)) * f}" if isinstance(side, int) else "use whole numbers"
+                raise UserError(f"size {width} x {height}: not multiples of {f} px: {fix}")
+        return height or own, width or own
+
+    def tiles(self, given: Tensor, side: int | None = None) -> Tiles | None:
+        """Return the tiles that a picture (B, C, h, w) is upscaled in, of `side` input pixels (0: none; None: as
+        needed)."""
+        scale, f = self.task.scale, codec.downscale(self.vae)  # type: ignore[union-attr]
+        return Tiles.choose(side, given, scale, f, max(self.size_of(None, None)), self.cell // f)
 
     @property
     def text(self) -> PromptEncoder:
         """What turns prompts into tensors."""
-        return self.kind.prompts(self)
+        return self.kind.prompts(self.parts)
+
+    @property
+    def parts(self) -> Backbone:
+        """The checkpoint's parts; those that its family lacks are None."""
+        settings = ("force_zeros_for_empty_prompt", "is_distilled")
+        values: Any = {field.name: getattr(self, field.name, None) for field in fields(Backbone)}
+        return Backbone(**values | {name: self.config[name] for name in settings})
 
     @property
     def schedule(self) -> Schedule:

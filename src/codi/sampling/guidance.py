@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,6 +38,30 @@ class Guidance:
         return 1.0 if self.distilled else self.scales["text"]
 
 
+def require_info(info: Any, source: str) -> dict[str, Any]:
+    """Return what an adapter says of itself. Raises UserError where what sampling reads of it is of a wrong type."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+    def ranges(value: Any) -> bool:
+        pairs = value.values() if isinstance(value, dict) and set(value) <= {"text", "image"} else [None]
+        return all(isinstance(p, (list, tuple)) and len(p) == 2 and all(map(number, p)) and p[0] <= p[1] for p in pairs)
+
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "guidance": (ranges, "ranges such as {'text': [1, 5]}"),
+        "task_options": (lambda value: isinstance(value, dict), "options by name"),
+        **dict.fromkeys(("guidance_scale", "image_guidance_scale", "embedded_guidance", "shift"), (number, "a number")),
+        **dict.fromkeys(("task", "family", "colour"), (lambda value: isinstance(value, str), "a word")),
+    }
+    if not isinstance(info, dict):
+        raise UserError(f"{source}: info is no table: train or fetch the adapter again")
+    for key, (right, what) in checks.items():
+        if info.get(key) is not None and not right(info[key]):
+            raise UserError(f"{source}: info.{key} {info[key]!r}: not {what}: train or fetch the adapter again")
+    return info
+
+
 def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, Any]]) -> Guidance:
     """Guidance for the scales asked for, None = the default of the first of `infos` (adapters') that has one.
 
@@ -45,8 +70,8 @@ def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, A
     """
     asked = {"guidance_scale": text, "image_guidance_scale": image}
     for name, scale in asked.items():
-        if scale is not None and not 0 <= scale < math.inf:
-            raise UserError(f"{name} {scale}: not a guidance scale: use a number from 0 up, 1 is none")
+        if scale is not None and (not isinstance(scale, Real) or not 0 <= scale < math.inf):
+            raise UserError(f"{name} {scale!r}: not a guidance scale: use a number from 0 up, 1 is none")
     ranges: dict[str, Sequence[float]] = {}
     for info in infos:
         ranges = {**(info.get("guidance") or {}), **ranges}

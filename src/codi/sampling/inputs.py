@@ -1,11 +1,10 @@
-"""What callers of the pipeline pass and get: pictures, masks, prompts and seeds of any usual kind <-> tensors."""
+"""Pictures and masks of any usual kind <-> tensors, as callers of the pipeline pass and get them."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,90 +16,88 @@ from ..errors import UserError
 from ..tasks import Task
 
 OUTPUTS = ("pil", "np", "pt", "latent", "bands")
-ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Image.Image]
+CALLBACK_TENSORS = ("latents", "denoised")
+ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Any]
 
 
-def require_possible(steps: int, most: int, strength: float, output_type: str, told: Sequence[str]) -> None:
-    """Raises UserError for numbers and names that no call can have: steps out of 1 to `most`, an influence that is
-    none, an unknown kind of output, or a tensor asked for by a callback that there is not."""
+def require_possible(steps: int, most: int, strength: float, output_type: str, wanted: Sequence[str]) -> None:
+    """Raise UserError for numbers and names that no call can have: steps out of 1 to `most`, a strength that is no
+    number from 0 up, an unknown kind of output, or a tensor for a callback that there is not."""
     if not 1 <= steps <= most:
         raise UserError(f"steps {steps}: must lie between 1 and {most}: use 1 to 4 with an adapter")
-    if not 0 <= strength < math.inf:
-        raise UserError(f"strength {strength}: not an influence: use 0 (none) to 1 (as trained)")
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength < math.inf:
+        raise UserError(f"strength {strength!r}: not an influence: use 0 (none) to 1 (as trained)")
     if output_type not in OUTPUTS:
         raise UserError(f"output_type {output_type!r}: not known: use {', '.join(OUTPUTS)}")
-    if unknown := set(told) - {"latents", "denoised"}:
-        raise UserError(f"callback_on_step_end_tensor_inputs {unknown.pop()!r}: not known: use latents, denoised")
+    if unknown := [name for name in wanted if name not in CALLBACK_TENSORS]:
+        raise UserError(
+            f"callback_on_step_end_tensor_inputs {unknown[0]!r}: not known: use {', '.join(CALLBACK_TENSORS)}"
+        )
 
 
 def to_tensor(image: ImageInput) -> Tensor:
-    """Whatever a caller brings -> float32 (B, C, h, w) in [0, 1]: a tensor (B, C, h, w) or (C, h, w), an array
-    (B, h, w, C), (h, w, C) or (h, w), PIL pictures (C = 3; of two levels, as edge maps are: 1).
+    """Return whatever a caller passes as float32 (B, C, h, w) in [0, 1] on the CPU: a tensor (B, C, h, w) or
+    (C, h, w), an array (B, h, w, C), (h, w, C) or (h, w), PIL pictures (C = 3; of two levels, as edge maps are: 1), or
+    a list of any of these. Whole numbers of 8 or 16 bits are levels.
 
     Raises UserError for another shape or range. What C may be is for the task to say.
     """
+    tensor = _joined(image, _picture, "image", "pictures")
+    if tensor.ndim != 4 or tensor.shape[1] > 4 or 0 in (len(tensor), *tensor.shape[-2:]):
+        raise UserError(f"image: shape {tuple(tensor.shape)} is not (B, 3, h, w): pass RGB pictures")
+    return _in_range(tensor, "image", "scale the picture to that range")
+
+
+def to_mask(mask: Any) -> Tensor:
+    """Return a mask, 1 (white) = make new, as float32 (B, 1, h, w) in [0, 1]: a tensor or array (h, w), (B, h, w) or
+    (B, 1, h, w), a PIL picture, or a list of any of these. Raises UserError for another shape or range."""
+    return _in_range(_joined(mask, _mask, "mask", "masks"), "mask", "1 is what to make new, 0 what to keep")
+
+
+def _joined(value: Any, convert: Callable[[Any], Tensor], what: str, plural: str) -> Tensor:
+    """Return one picture or mask, or all of a list, in one batch."""
+    if not isinstance(value, (list, tuple)):
+        return convert(value)
+    if not value:
+        raise UserError(f"{what}: an empty list: pass at least one")
+    tensors = [_joined(one, convert, what, plural) for one in value]
+    if len({tensor.shape[1:] for tensor in tensors}) != 1:
+        raise UserError(f"{what}: {plural} of one call must have one size: call once for each size")
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _picture(image: Any) -> Tensor:
     if isinstance(image, Image.Image):
-        image = [image]
-    if isinstance(image, (list, tuple)):
-        arrays = [_pixels(i) if isinstance(i, Image.Image) else np.asarray(i) for i in image]
-        if len({a.shape for a in arrays}) != 1:
-            raise UserError("image: pictures of one call must have one size: call once for each size")
-        image = np.stack(arrays)
+        image = _pixels(image)
     if isinstance(image, np.ndarray):
         array = image[..., None] if image.ndim == 2 else image
         array = array[None] if array.ndim == 3 else array
         if array.ndim != 4:
             raise UserError(f"image: shape {image.shape} is not (B, h, w, 3): pass RGB pictures")
-        image = torch.from_numpy(_scaled(array)).permute(0, 3, 1, 2)
+        return torch.from_numpy(_scaled(array)).permute(0, 3, 1, 2)
     if not isinstance(image, Tensor):
         raise UserError(f"image: {type(image).__name__} is no picture: pass a tensor, an array or PIL pictures")
-    tensor = (image[None] if image.ndim == 3 else image).float()
-    if tensor.ndim != 4 or tensor.shape[1] > 4 or 0 in (len(tensor), *tensor.shape[-2:]):
-        raise UserError(f"image: shape {tuple(image.shape)} is not (B, 3, h, w): pass RGB pictures")
-    return _in_range(tensor, "image", "scale the picture to that range")
+    return _floats(image[None] if image.ndim == 3 else image)
 
 
-def to_mask(mask: Tensor | Image.Image | np.ndarray) -> Tensor:
-    """A mask, 1 (white) = make new: a tensor or array (h, w), (B, h, w) or (B, 1, h, w), or a PIL picture -> float32
-    (B, 1, h, w) in [0, 1]. Raises UserError for another shape or range."""
+def _mask(mask: Any) -> Tensor:
     if isinstance(mask, Image.Image):
         mask = np.asarray(ImageOps.exif_transpose(mask).convert("L"))
-    tensor = torch.from_numpy(_scaled(mask)) if isinstance(mask, np.ndarray) else mask.float()
+    if not isinstance(mask, (np.ndarray, Tensor)):
+        raise UserError(f"mask: {type(mask).__name__} is no mask: pass a tensor, an array or PIL pictures")
+    tensor = torch.from_numpy(_scaled(mask)) if isinstance(mask, np.ndarray) else _floats(mask)
     if tensor.ndim in (2, 3):
         tensor = tensor.reshape(-1, 1, *tensor.shape[-2:])
     if tensor.ndim != 4 or tensor.shape[1] != 1 or 0 in tensor.shape:
         raise UserError(f"mask: shape {tuple(mask.shape)} is not (B, 1, h, w): pass one channel, 1 = make new")
-    return _in_range(tensor, "mask", "1 is what to make new, 0 what to keep")
+    return tensor
 
 
-def one_for_each(
-    given: dict[str, Tensor], prompt: str | Sequence[str] | None, seed: int | Sequence[int]
-) -> tuple[dict[str, Tensor], list[str], list[int]]:
-    """What each picture is made of: single ones are repeated, a single seed counts up, no prompt is an empty one.
-    Raises UserError where the numbers do not fit, and for prompts or seeds that are none."""
-    several = isinstance(prompt, Iterable) and not isinstance(prompt, str)
-    prompts: Any = list(prompt) if several else ["" if prompt is None else prompt]  # type: ignore[arg-type]
-    if odd := [one for one in prompts if not isinstance(one, str)]:
-        raise UserError(f"prompt {odd[0]!r}: not a text: give a string, or one for each picture")
-    try:
-        seeds = [operator.index(one) for one in ([seed] if isinstance(seed, Integral) else seed)]  # type: ignore[union-attr]
-    except TypeError as error:
-        raise UserError(f"seed {seed!r}: not a whole number: give one, or one for each picture") from error
-    sizes = {"prompts": len(prompts), "seeds": len(seeds), **{f"images of {n}": len(g) for n, g in given.items()}}
-    count = max(sizes.values())
-    if wrong := [f"{size} {what}" for what, size in sizes.items() if size not in (1, count)]:
-        raise UserError(f"prompt, seed, image: {', '.join(wrong)} for {count} pictures: give one, or one for each")
-    if isinstance(seed, Integral):
-        seeds = [seeds[0] + i for i in range(count)]
-    given = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in given.items()}
-    return given, prompts * (count // len(prompts)), seeds * (count // len(seeds))
-
-
-def brought(
+def inputs_of(
     tasks: dict[str, Task], image: ImageInput | dict[str, Any] | None, mask: Any, size: tuple[int, int] | None
 ) -> dict[str, Tensor]:
-    """What each task is given, by the name of its adapter. `size` (h, w) is that of tasks which take no picture; None
-    where only the others know it.
+    """Return what each task is given, by the name of its adapter. `size` (h, w) is that of tasks which take no picture;
+    None where only the others know it.
 
     Raises UserError for a picture or mask that is missing, in excess, or not of the kind that its task takes.
     """
@@ -121,20 +118,20 @@ def brought(
     }
     outputs = {name: output_size(tasks[name], g) for name, g in given.items()}
     if len(set(outputs.values())) > 1:
-        told = ", ".join(f"{name} {w} x {h} px" for name, (h, w) in outputs.items())
-        raise UserError(f"image: pictures of one size cannot come of {told}: bring them to the same output size")
+        sizes = ", ".join(f"{name} {w} x {h} px" for name, (h, w) in outputs.items())
+        raise UserError(f"image: pictures of one size cannot come of {sizes}: bring them to the same output size")
     height, width = next(iter(outputs.values()), size or (0, 0))
     return {name: given[name] if name in given else torch.zeros(1, 0, height, width) for name in tasks}
 
 
 def output_size(task: Task, given: Tensor) -> tuple[int, int]:
-    """(H, W) of what is made of `given`."""
+    """Return (H, W) of the result for `given`."""
     height, width = given.shape[-2:]
     return height * task.scale, width * task.scale
 
 
 def to_output(result: Tensor, output_type: str) -> Any:
-    """Pictures (B, 3, H, W) in [0, 1], or latents -> what `output_type` names: pil, np, pt or latent."""
+    """Return pictures (B, 3, H, W) in [0, 1], or latents, as `output_type` says: pil, np, pt or latent."""
     if output_type in ("pt", "latent"):
         return result
     array = result.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
@@ -142,15 +139,25 @@ def to_output(result: Tensor, output_type: str) -> Any:
 
 
 def _scaled(array: np.ndarray) -> np.ndarray:
-    """float32, whole numbers of 8 or 16 bits brought to [0, 1]."""
+    """Return float32, whole numbers of 8 or 16 bits scaled to [0, 1]."""
     levels = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(array.dtype, 1)
-    return array.astype(np.float32) / levels
+    try:
+        return array.astype(np.float32) / levels
+    except (TypeError, ValueError) as error:
+        raise UserError(f"image: an array of {array.dtype} holds no numbers: pass pixels in [0, 1]") from error
 
 
-def _in_range(tensor: Tensor, what: str, mend: str) -> Tensor:
+def _floats(tensor: Tensor) -> Tensor:
+    """Do the same for a tensor, of any device."""
+    levels = {torch.uint8: 255, torch.uint16: 65535}.get(tensor.dtype)
+    tensor = tensor.detach().cpu().float()
+    return tensor if levels is None else tensor / levels
+
+
+def _in_range(tensor: Tensor, what: str, fix: str) -> Tensor:
     least, most = map(float, tensor.aminmax()) if tensor.numel() else (0.0, 1.0)
     if not (least >= -1e-3 and most <= 1.001):  # nor where one is NaN
-        raise UserError(f"{what}: values outside [0, 1]: {mend}")
+        raise UserError(f"{what}: values outside [0, 1]: {fix}")
     return tensor if least >= 0 and most <= 1 else tensor.clamp(0, 1)  # large pictures are not copied in vain
 
 

@@ -6,13 +6,16 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from ..errors import UserError, nearest
@@ -20,9 +23,11 @@ from ..models.adapter import Adapter
 from ..models.adapter_files import ADAPTERS, find_adapter, load_adapter, own_network
 from ..models.backbones import family_of
 from ..models.composition import compose
+from ..models.hooks import called
 from ..models.lora import FILE, add_prefix, lora_names, merge_lora
 from ..models.student import Student
 from ..tasks import Task, get_task
+from .guidance import require_info
 
 SET = "set.json"  # among the adapters of a saved pipeline: {name: weight} of those that were set
 
@@ -53,6 +58,8 @@ class Shelf:
 
     def __init__(self, network: Any, family: str, model: str | Path = "mini") -> None:
         self.network, self.family, self.model = network, family, model
+        self.offload: Callable[[Any], Any] | None = None
+        """What is done to networks that a pipeline of diffusers does not know of, where its own are offloaded."""
         self.loaded: dict[str, Shelved] = {}
         self.weights: dict[str, float] = {}
         self._students: dict[tuple[str, ...], Student] = {}
@@ -66,6 +73,8 @@ class Shelf:
 
         Raises UserError for an adapter that does not fit or is not of `task`, and for a name that is taken.
         """
+        if self.network is None:
+            raise UserError(f"{source}: this pipeline has no network: pass unet=... or transformer=... first")
         folder = find_adapter(source, self.model).resolve()
         name = (name or folder.name).replace(".", "-")  # dots would part the names of modules
         if not name or "/" in name or "\\" in name:
@@ -75,7 +84,7 @@ class Shelf:
                 return name
             raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
         adapter, network = load_adapter(source, task, self.family, self.network, self.model)
-        info = adapter.config["info"] or {}
+        info = require_info(adapter.config["info"] or {}, str(folder / "config.json"))
         kind = info.get("task", task)
         if kind is None:
             raise UserError(f"{source}: does not say which task it does: name it with task=...")
@@ -177,8 +186,66 @@ class Shelf:
         for student in self._students.values():
             self._place(student)
 
+    @property
+    def networks(self) -> list[Any]:
+        """The backbone's network and those of adapters that have their own modules."""
+        found = [shelved.network for shelved in self.loaded.values()]
+        found += [student.network for student in self._students.values()]
+        return list({id(network): network for network in (self.network, *found)}.values())
+
+    @contextmanager
+    def at_work(self, student: Student, device: torch.device, lora_scale: float = 1.0) -> Iterator[None]:
+        """Hold the student's networks ready on `device` while they are called part by part. `lora_scale` weakens the
+        LoRAs that the backbone carries."""
+        with called(self.network, student.network):
+            if (
+                hasattr(self.network, "_hf_hook") and self.offload is None
+            ):  # it was moved as a whole, its weights with it
+                nn.Module.to(student, device=device)
+            if lora_scale != 1:
+                scale_lora_layers(student.network, lora_scale)
+            try:
+                yield
+            finally:
+                if lora_scale != 1:
+                    unscale_lora_layers(student.network, lora_scale)
+
+    def offloaded(self, how: Callable[[Any], Any] | None) -> None:
+        """Offload the networks of adapters by `how`, now and whenever there are new ones; None: no longer."""
+        if self.offload is not None:
+            for network in self.networks[1:]:
+                remove_hook_from_module(network, recurse=True)
+        self.offload, self._merged = how, None
+        for part in (*self.networks[1:], *(shelved.adapter for shelved in self.loaded.values())):
+            self._place(part)
+
+    def rebase(self, network: Any, family: str) -> None:
+        """Load all adapters again, for another network or one that was changed."""
+        loaded, weights, self.network, self.family = self.loaded, self.weights, network, family
+        self.loaded, self.weights, self._students, self._merged = {}, {}, {}, None
+        for name, shelved in loaded.items():
+            self.load(shelved.folder, name, shelved.task.name)
+        self.set(list(weights), list(weights.values()))
+
+    def copy(self, network: Any, family: str) -> Shelf:
+        """Return the same adapters for a pipeline of `network`: shared, if that is ours."""
+        other = Shelf(network, family, self.model)
+        other.loaded, other.weights, other.fused, other.layout = (
+            dict(self.loaded),
+            dict(self.weights),
+            self.fused,
+            self.layout,
+        )
+        if network is self.network:
+            other._students = dict(self._students)
+        else:
+            other.rebase(network, family)
+        return other
+
     def _place(self, module: Any) -> Any:
         """Past diffusers' own `to`, which warns of every cast. Parameters shared with the backbone stay shared."""
+        if self.offload is not None:
+            return module if module is self.network else self.offload(module)
         where: Any = {"device": self.network.device, "dtype": self.network.dtype, "memory_format": self.layout}
         return nn.Module.to(module, **where)
 

@@ -14,9 +14,10 @@ from .loading import (
     revision_of,
     with_network,
 )
-from .registry import FAMILIES, family_of, family_of_index
+from .registry import FAMILIES, family_of, family_of_index, family_of_text
 
 __all__ = [
-    "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "family_of", "family_of_index", "find_model",
-    "load_backbone", "load_vae", "require_finite", "require_safetensors", "resolved", "revision_of", "with_network",
+    "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "family_of", "family_of_index",
+    "family_of_text", "find_model", "load_backbone", "load_vae", "require_finite", "require_safetensors", "resolved",
+    "revision_of", "with_network",
 ]  # fmt: skip

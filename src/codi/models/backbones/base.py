@@ -11,7 +11,6 @@ Outside, one convention holds: a latent is (B, C, h, w) of about unit variance, 
 from __future__ import annotations
 
 import inspect
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,22 +24,13 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...schedule import Schedule
 from .. import codec
+from ..hooks import device_of
 from ..text import PromptEncoder, limit_tokenizers
+from .stock import opener, stock
 from .stock_forms import StockForms
 
 # (index of a feature, the feature) -> the feature with the adapter's own in it.
 Fuse = Callable[[int, Tensor], Tensor]
-
-
-def stock(name: str) -> Any:
-    """Return a class of diffusers by its name, without the warnings of transformers on what is not installed."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return getattr(diffusers, name)
-    finally:
-        logger.setLevel(level)
 
 
 def named_parts(parts: Any) -> dict[str, Any]:
@@ -69,6 +59,8 @@ class Family(StockForms, ABC):
     """The dimension of a feature that counts channels."""
     file_key: str | None = None
     """The end of a key by which a single file of the network in its authors' layout is recognized."""
+    samplers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
+    """Classes of its checkpoints' schedulers whose steps the sampler here makes itself."""
     embedded_guidance: float = 1.0
     """The default of the guidance scale that is an input of some networks of the family (not classifier-free)."""
 
@@ -83,7 +75,7 @@ class Family(StockForms, ABC):
 
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         """Return diffusers' pipeline of a folder or hub id; `index` is its model_index.json."""
-        return stock(self.pipelines[0]).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        return opener(self.pipelines[0]).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
 
     def holds(self, keys: set[str]) -> bool:
         """Whether a single file with these keys is of this family."""
@@ -187,7 +179,7 @@ class Family(StockForms, ABC):
                 raise UserError(f"embedded_guidance {scale:g}: this {self.name} has no such input: leave it out")
             return added
         value = self.embedded_guidance if scale is None else scale
-        return {**(added or {}), "embedded_guidance": torch.full((count,), value, device=network.device)}
+        return {**(added or {}), "embedded_guidance": torch.full((count,), value, device=device_of(network))}
 
     def require_guidance(self, parts: Any, scale: float) -> None:  # noqa: B027
         """Raise UserError for a checkpoint that is not meant for classifier-free guidance, of another scale than 1."""
@@ -199,6 +191,10 @@ class Family(StockForms, ABC):
     def to_stock(self, z: Tensor) -> Tensor:
         """Return a latent (B, C, h, w) in the layout of the stock pipeline's argument `latents`."""
         return z
+
+    def from_stock(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
+        """Return the latent (B, C, h, w) of `cells` (h, w) that `to_stock` gives in that layout."""
+        return latents
 
     # ---- the network
 

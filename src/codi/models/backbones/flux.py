@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from ..hooks import device_of
 from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .transformer import Stream, TransformerFamily, require_channels, spread
@@ -68,7 +69,7 @@ class Flux(TransformerFamily):
     def prompts(self, parts: Any) -> PromptEncoder:
         def run(prompts: list[str]) -> dict[str, Tensor]:
             pipe = self.build_pipeline(parts)
-            device = parts.text_encoder_2.device
+            device = device_of(parts.text_encoder_2)
             features, pooled, _ = pipe.encode_prompt(prompts, None, device=device, max_sequence_length=limit)
             return {FEATURES: features, "pooled": pooled}
 
@@ -84,6 +85,9 @@ class Flux(TransformerFamily):
 
     def to_stock(self, z: Tensor) -> Tensor:
         return pack(z)
+
+    def from_stock(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
+        return latents if latents.ndim != 3 else unpack(latents, (cells[0] // 2, cells[1] // 2))
 
     def width(self, config: Any) -> int:
         return config["num_attention_heads"] * config["attention_head_dim"]

@@ -14,8 +14,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ...errors import UserError
 from .. import codec
+from ..hooks import device_of
 from ..text import FEATURES, PromptEncoder
-from .base import named_parts, stock
+from .base import named_parts, opener, stock
 from .transformer import Stream, TransformerFamily, require_channels
 
 TEXT_TOKENS = 512
@@ -74,7 +75,7 @@ class Flux2(TransformerFamily):
     # ---- loading
 
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-        kind = stock(self.pipelines["Mistral" in str(index.get("text_encoder"))])
+        kind = opener(self.pipelines["Mistral" in str(index.get("text_encoder"))])
         return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
 
     def pipeline_for(self, parts: Any) -> Any:
@@ -91,7 +92,9 @@ class Flux2(TransformerFamily):
     def prompts(self, parts: Any) -> PromptEncoder:
         def run(prompts: list[str]) -> dict[str, Tensor]:
             pipe = self.build_pipeline(parts)
-            features, _ = pipe.encode_prompt(prompts, device=parts.text_encoder.device, max_sequence_length=TEXT_TOKENS)
+            features, _ = pipe.encode_prompt(
+                prompts, device=device_of(parts.text_encoder), max_sequence_length=TEXT_TOKENS
+            )
             return {FEATURES: features}
 
         # dev's own limit is not known here: its system message takes a part of the tokens.

@@ -60,6 +60,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     loras: Mapping[str, float] | None = None,
     text: bool = True,
+    given: Mapping[str, Any] | None = None,
     **hub: Unpack[Hub],
 ) -> Backbone:
     """Load 'mini', a diffusers folder of a supported family, a single .safetensors file, or a hub id, which may name a
@@ -67,16 +68,17 @@ def load_backbone(
 
     `loras`: files, folders or hub ids of low-rank updates in any format that diffusers reads, and how much of each is
     made part of the weights. `text`: with the text encoders; without, prompts cannot be read. Of a folder that has its
-    weights as the variant "fp16" alone, these are taken. Only safetensors are read. Raises UserError where there is no
+    weights as the variant "fp16" alone, these are taken. `given`: parts in place of the model's, and further options of
+    diffusers' `from_pretrained`, such as device_map. Only safetensors are read. Raises UserError where there is no
     such model, it is of another kind or its weights are broken, and for an option that is none of `Hub`.
     """
     for option in hub:
         if option not in Hub.__annotations__:
             known = tuple(Hub.__annotations__)
             raise UserError(f"{option}: no such option{nearest(option, known)}: use {', '.join(known)}")
-    source = find_model(name)
+    source, given = find_model(name), dict(given or {})
     try:
-        pipe, kind = _open(source, dtype, dict(hub), text)
+        pipe, kind = _open(source, dtype, dict(hub), text, given)
     except UserError:
         raise
     except Exception as error:  # diffusers raises many kinds; the user needs one line
@@ -101,9 +103,9 @@ def load_backbone(
     kind.require_scheduler(pipe.scheduler, str(name))
     values = named_parts(pipe)
     parts = {field.name: values.get(field.name, field.default) for field in fields(Backbone)}
-    backbone = Backbone(**kind.prepare_parts(parts))
+    backbone = Backbone(**{**kind.prepare_parts(parts), **{k: v for k, v in given.items() if k in parts}})
     kind.require_usable(backbone, str(name))
-    if text:
+    if text and not any(part.startswith("text_encoder") and value is None for part, value in given.items()):
         kind.require_text(backbone, str(name))
     for field in fields(backbone):
         part = getattr(backbone, field.name)
@@ -131,11 +133,13 @@ def load_vae(model: str | Path) -> Any:
     return vae.float()
 
 
-def _open(source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool) -> tuple[Any, Family]:
+def _open(
+    source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool, given: dict[str, Any]
+) -> tuple[Any, Family]:
     """Return diffusers' own pipeline of the model, and its family."""
     path = Path(source)
     if path.is_file():
-        return _open_file(path, dtype, hub)
+        return _open_file(path, dtype, {**hub, **given})
     options = {key: value for key, value in hub.items() if key != "config"}
     local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
     if local and not (path / "model_index.json").is_file():
@@ -155,9 +159,9 @@ def _open(source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool) -> t
     encoders = {name: part for name, part in index.items() if name.startswith("text_encoder")}
     options |= {name: None for name, part in encoders.items() if not text or part[0] is None}
     options |= dict.fromkeys(_unused(kind, index))
-    for name in {field.name for field in fields(Backbone)} & set(index) - set(options):
+    for name in {field.name for field in fields(Backbone)} & set(index) - set(options) - set(given):
         require_safetensors(path / name)
-    return kind.open_folder(source, index, dtype, options), kind
+    return kind.open_folder(source, index, dtype, {**options, **given}), kind
 
 
 def _unused(kind: Family, index: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ...errors import UserError
 from .. import codec
+from ..hooks import device_of
 from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .flux import pack, unpack
@@ -76,7 +77,7 @@ class QwenImage(TransformerFamily):
 
     def prompts(self, parts: Any) -> PromptEncoder:
         def run(prompts: list[str]) -> dict[str, Tensor]:
-            pipe, device = self.build_pipeline(parts), parts.text_encoder.device
+            pipe, device = self.build_pipeline(parts), device_of(parts.text_encoder)
             features, mask = pipe.encode_prompt(prompts, device=device, max_sequence_length=LENGTH)
             mask = features.new_ones(features.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             more = LENGTH - features.shape[1]  # so that bundles can be joined
@@ -97,6 +98,9 @@ class QwenImage(TransformerFamily):
 
     def to_stock(self, z: Tensor) -> Tensor:
         return pack(z)
+
+    def from_stock(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
+        return latents if latents.ndim != 3 else unpack(latents, (cells[0] // 2, cells[1] // 2))
 
     def width(self, config: Any) -> int:
         return config["num_attention_heads"] * config["attention_head_dim"]

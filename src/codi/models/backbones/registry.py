@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import UserError
-from .base import Family
+from .base import Family, stock
 from .flux import Flux
 from .flux2 import Flux2
 from .qwen_image import QwenImage
@@ -30,10 +30,24 @@ def family_of(network: Any) -> Family:
     return known[name]
 
 
+def family_of_text(parts: Any) -> Family:
+    """Return the family of a pipeline that has text encoders and no network, by their classes."""
+    encoders = {name: getattr(parts, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+    found = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+    for kind in FAMILIES:
+        for pipeline in kind.pipelines:
+            types = stock(pipeline)._get_signature_types()
+            same = bool(found) and set(found) == {name for name in types if name.startswith("text_encoder")}
+            if same and all(isinstance(encoder, types[name]) for name, encoder in found.items()):
+                return kind
+    raise UserError("pipeline: has no network: pass unet=... or transformer=...")
+
+
 def family_of_index(index: Mapping[str, Any], source: str) -> Family:
     """Return the family of a model, by its model_index.json. Raises UserError for one that is not supported, and for
     variants that take more than noise and a prompt."""
-    pipeline = str(index.get("_class_name"))
+    found: Any = index.get("_class_name")
+    pipeline = str(found[-1] if isinstance(found, list) and found else found)  # a list: with the file that defines it
     for kind in FAMILIES:
         part = index.get(kind.component)
         if part and part[-1] == kind.network:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from .. import codec
+from ..hooks import device_of
 from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .transformer import Stream, TransformerFamily, require_channels
@@ -87,7 +88,7 @@ class Sana(TransformerFamily):
         def run(prompts: list[str], negative: bool = False) -> dict[str, Tensor]:
             pipe = self.build_pipeline(parts)
             instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-            given = {"device": parts.text_encoder.device, "max_sequence_length": TOKENS}
+            given = {"device": device_of(parts.text_encoder), "max_sequence_length": TOKENS}
             rows = []
             for prompt in prompts:  # one at a time: its features do not depend on the batch, bit for bit
                 before = None if negative or not prompt.strip() else instruction

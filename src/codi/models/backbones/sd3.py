@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..hooks import device_of
 from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .transformer import Stream, TransformerFamily, require_channels
@@ -49,7 +50,7 @@ class StableDiffusion3(TransformerFamily):
 
     def prompts(self, parts: Any) -> PromptEncoder:
         def run(prompts: list[str]) -> dict[str, Tensor]:
-            pipe, device = self.build_pipeline(parts), parts.text_encoder.device
+            pipe, device = self.build_pipeline(parts), device_of(parts.text_encoder)
             features, _, pooled, _ = pipe.encode_prompt(
                 prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
             )

@@ -14,7 +14,7 @@ from ...errors import UserError
 from ...schedule import DiscreteSchedule, Schedule
 from .. import codec
 from ..text import FEATURES, PromptEncoder, TextEncoders
-from .base import Family, Fuse, stock
+from .base import Family, Fuse, opener, stock
 
 
 class StableDiffusion(Family):
@@ -28,6 +28,7 @@ class StableDiffusion(Family):
     # Attention, feed-forward and residual convolutions; a pattern, because peft stores a list in random order.
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2)"
     block_classes = ("ResnetBlock2D", "BasicTransformerBlock")
+    samplers = ("DDIMScheduler",)
     channel_dim = 1
     time_layer = "time_embedding.linear_1"
     stock_controlnet, control_argument, draws_condition = True, "image=condition", False
@@ -41,7 +42,7 @@ class StableDiffusion(Family):
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
         two = (index.get("text_encoder_2") or [None])[0]
         extra = {} if two else {"safety_checker": None, "requires_safety_checker": False}
-        kind: Any = stock(self.pipelines[bool(two)])
+        kind: Any = opener(self.pipelines[bool(two)])
         return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **{**extra, **options})
 
     def open_file(self, path: Path, keys: set[str], dtype: torch.dtype, fetching: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ...errors import UserError
 from .. import codec
+from ..hooks import device_of
 from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .transformer import Stream, TransformerFamily, require_channels
@@ -104,7 +105,7 @@ class ZImage(TransformerFamily):
 
     def prompts(self, parts: Any) -> PromptEncoder:
         def run(prompts: list[str]) -> dict[str, Tensor]:
-            device = parts.text_encoder.device
+            device = device_of(parts.text_encoder)
             # A copy: the stock method writes the templated prompts into the list.
             rows, _ = self.build_pipeline(parts).encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
             features = [pad(row, (0, 0, 0, LENGTH - len(row))) for row in rows]
