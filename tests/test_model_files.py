@@ -384,6 +384,14 @@ def test_parts_that_nothing_reads_may_be_absent_or_broken(checkpoint_folder, nam
     assert digest(load_backbone(folder).unet) == digest(UNET)
 
 
+@pytest.mark.parametrize("value", ["a" * 5_000, "", [], {"a": 1}])
+def test_a_tokenizer_s_length_of_the_wrong_type(checkpoint_folder, value, tmp_path):
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": value}))
+    refused(lambda: load_backbone(folder), str(folder))
+
+
 def test_a_backbone_s_missing_weight_is_named(checkpoint_folder, tmp_path):
     bad = broken(checkpoint_folder, tmp_path / "bad", "unet/diffusion_pytorch_model.safetensors", drop)
     refused(lambda: load_backbone(bad), str(bad), "is missing")

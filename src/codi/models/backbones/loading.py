@@ -103,7 +103,14 @@ def load_backbone(
     kind.require_scheduler(pipe.scheduler, str(name))
     values = named_parts(pipe)
     parts = {field.name: values.get(field.name, field.default) for field in fields(Backbone)}
-    backbone = Backbone(**{**kind.prepare_parts(parts), **{k: v for k, v in given.items() if k in parts}})
+    try:
+        backbone = Backbone(**{**kind.prepare_parts(parts), **{k: v for k, v in given.items() if k in parts}})
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{name}: a value of its configurations will not do ({one_line(error)}): fetch it again"
+        ) from error
     kind.require_usable(backbone, str(name))
     if text and not any(part.startswith("text_encoder") and value is None for part, value in given.items()):
         kind.require_text(backbone, str(name))
