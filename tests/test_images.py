@@ -18,12 +18,14 @@ from codi.data.sources import open_source
 from pixels import DEEP, RGB, fault, levels
 
 
-def png(width: int, height: int, rows: bytes, bits: int = 8, colour: int = 2) -> bytes:
+def png(width: int, height: int, rows: bytes, bits: int = 8, colour: int = 2, clear: int | None = None) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    clear_grey = b"" if clear is None else chunk(b"tRNS", struct.pack(">H", clear))
+    data = clear_grey + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data
 
 
 def float_tiff(array: np.ndarray) -> bytes:
@@ -113,7 +115,37 @@ def test_cmyk_and_lab(tmp_path: Path):
     lab = ImageCms.applyTransform(Image.fromarray(patches), to_lab)
     assert lab is not None
     lab.save(tmp_path / "lab.tif")
-    assert np.abs(levels(read_image(tmp_path / "lab.tif").rgb) - patches).max() < 5
+    picture = read_image(tmp_path / "lab.tif")
+    assert np.abs(levels(picture.rgb) - patches).max() < 5 and picture.alpha is None  # "A" is one of its channels
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "clear"),
+    [(1, b"\x50", 1), (2, b"\x1b", 1), (4, b"\x01\x23", 1), (8, bytes(range(4)), 1), (16, bytes(range(8)), 0x203)],
+)
+def test_the_clear_level_of_a_grey_png(tmp_path: Path, bits: int, row: bytes, clear: int):
+    (tmp_path / "a.png").write_bytes(png(4, 1, b"\0" + row, bits, 0, clear))
+    picture = read_image(tmp_path / "a.png")
+    assert picture.grey and picture.bits == (16 if bits == 16 else 8) and picture.alpha is not None
+    assert picture.alpha.flatten().tolist() == [1, 0, 1, 0 if bits == 1 else 1]
+    (tmp_path / "a.png").write_bytes(png(4, 1, b"\0" + row, bits, 0))
+    assert torch.equal(read_image(tmp_path / "a.png").rgb, picture.rgb)
+
+
+def test_what_the_channels_of_a_deep_tiff_mean(tmp_path: Path):
+    path, grey, colours = tmp_path / "a.tif", DEEP[..., :1], DEEP[..., :3]
+    path.write_bytes(_tiff16(grey, photometric=0))  # 0 is white
+    assert np.array_equal(levels(read_image(path).rgb, 65535)[..., :1], 65535 - grey.astype(int))
+    path.write_bytes(_tiff16(DEEP, extra=0))  # a fourth channel of unknown meaning
+    picture = read_image(path)
+    assert picture.alpha is None and np.array_equal(levels(picture.rgb, 65535), colours)
+    alpha = np.full((7, 5, 1), 32768, np.uint16)
+    path.write_bytes(_tiff16(np.dstack([colours // 2, alpha]), extra=1))  # premultiplied
+    picture = read_image(path)
+    assert picture.alpha is not None and np.abs(levels(picture.rgb, 65535) - colours.astype(int)).max() <= 2
+    for photometric in (1, 6, 8, 9, 10):  # grey of three channels, YCbCr, three kinds of LAB
+        path.write_bytes(_tiff16(colours, photometric=photometric))
+        fault(path, "unusual kind of TIFF")
 
 
 @pytest.mark.parametrize("extension", ["png", "tif"])
@@ -151,10 +183,16 @@ def test_float_tiff_within_0_and_1(tmp_path: Path):
 
 def test_first_frame_of_an_animation(tmp_path: Path):
     frames = [Image.new("RGB", (6, 4), colour) for colour in ((200, 0, 0), (0, 200, 0))]
-    for name in ("a.gif", "a.png", "a.webp"):
+    for name in ("a.gif", "a.png", "a.webp", "a.tif", "a.avif"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50)
-        red, green, _ = read_image(tmp_path / name).rgb.mean((1, 2))
+        with pytest.warns(UserWarning, match="several frames or pages: only the first is read"):
+            red, green, _ = read_image(tmp_path / name).rgb.mean((1, 2))
         assert red > 0.7 and green < 0.1
+    frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])  # a phone's photo and its preview
+    frames[0].save(tmp_path / "single.gif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "a.mpo").rgb.shape == read_image(tmp_path / "single.gif").rgb.shape
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -179,17 +217,19 @@ def test_exif_rotation(tmp_path: Path, orientation: int, kind: str):
     assert np.array_equal(levels(picture.rgb, top), upright[orientation](stored))
 
 
-def _tiff16(pixels: np.ndarray, orientation: int) -> bytes:
+def _tiff16(pixels: np.ndarray, orientation: int = 1, photometric: int = 2, extra: int | None = None) -> bytes:
     """A minimal little-endian TIFF of one strip."""
     height, width, channels = pixels.shape
     data = pixels.astype("<u2").tobytes()
-    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14),
-            (274, 3, 1, orientation), (277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, len(data))]  # fmt: skip
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, channels, 8 if channels > 1 else 16), (259, 3, 1, 1),
+            (262, 3, 1, photometric), (273, 4, 1, 16), (274, 3, 1, orientation), (277, 3, 1, channels),
+            (278, 3, 1, height), (279, 4, 1, len(data))]  # fmt: skip
+    tags += [] if extra is None else [(338, 3, 1, extra)]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     return (
         b"II*\0"
-        + struct.pack("<I", 14 + len(data))
-        + struct.pack("<HHH", 16, 16, 16)
+        + struct.pack("<I", 16 + len(data))
+        + struct.pack("<HHHH", 16, 16, 16, 16)
         + data
         + (struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0))
     )
@@ -247,6 +287,16 @@ def test_huge_headers_are_refused_before_decoding(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(images, "PIXEL_LIMIT", 34)
     Image.fromarray(RGB).save(tmp_path / "b.png")
     fault(tmp_path / "b.png", "5 x 7 pixels")
+
+
+@pytest.mark.parametrize("bits, compression", [(8, "raw"), (8, "tiff_deflate"), (16, "raw")])
+def test_a_tiff_of_countless_strips_is_refused(tmp_path: Path, bits: int, compression: str):
+    tall = np.zeros((70_000, 1), np.uint16 if bits == 16 else np.uint8)
+    path = tmp_path / "a.tif"
+    Image.fromarray(tall).save(path, compression=compression, tiffinfo={278: 1})  # rows a strip
+    fault(path, "70,000 strips", "above the limit of 65,536")
+    Image.fromarray(tall[:1000]).save(path, compression=compression, tiffinfo={278: 1})
+    assert read_image(path).rgb.shape == (3, 1000, 1)
 
 
 @pytest.mark.parametrize("value, words", [(np.nan, "NaN"), (np.inf, "infinite"), (255.0, "scale them to 0..1")])

@@ -1,6 +1,7 @@
 """Masks and depth maps of users: every bit depth and colour model, and numbers that are no depth."""
 
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -194,7 +195,9 @@ def test_what_is_no_depth_map_is_one_clear_line(tmp_path: Path):
         "words.npy": "array of <U1",
         "empty.npy": r"shape \(0, 4\): give one number a pixel|cannot be read",
         "objects.npy": "cannot be read",
-        "missing.npy": "cannot be read .No such file",
+        "missing.npy": "no such file",
+        "pipe.npy": "is no ordinary file",
+        "huge.npy": "40000 x 40000 pixels, above the limit",
         "missing.png": "no such file",
     }
     save(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), tmp_path / "colour.png")
@@ -203,6 +206,11 @@ def test_what_is_no_depth_map_is_one_clear_line(tmp_path: Path):
     np.save(tmp_path / "empty.npy", np.zeros((0, 4)))
     np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
     np.save(tmp_path / "objects.npy", np.array([[None]]), allow_pickle=True)
+    os.mkfifo(tmp_path / "pipe.npy")
+    with (tmp_path / "huge.npy").open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (40_000, 40_000)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 40_000**2)  # sparse: on the disk it is empty
     for name, words in cases.items():
         with pytest.raises(UserError, match=f"{name}: .*{words}") as error:
             read_depth(tmp_path / name, near="dark")

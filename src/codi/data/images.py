@@ -11,34 +11,31 @@ import glob
 import math
 import os
 import re
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from cv2.utils import logging
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..data import profiles
 from ..errors import UserError, nearest
+from .deep import DAMAGE, TiffHeader, decode, scale, straighten, tiff_header
 from .formats import image_formats, image_suffixes, list_images
 from .writing import WRITABLE, check_writable, write_image, write_png
 
 __all__ = [
     "PIXEL_LIMIT", "WRITABLE", "Picture", "check_file", "check_writable", "image_suffixes", "list_images", "read_image",
-    "write_image", "write_png",
+    "require_size", "write_image", "write_png",
 ]  # fmt: skip
 
 PIXEL_LIMIT = 178_956_970  # width x height; 512 MiB of 8-bit RGB, the size at which Pillow refuses too
 
 _ORIENTATION = 0x0112  # EXIF tags
-_DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError, struct.error, zlib.error)
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM")  # what common formats start with
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for files above 4 GB
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", *_TIFF)  # what common formats start with
 
 
 @dataclass(frozen=True)
@@ -71,33 +68,33 @@ def read_image(path: str | os.PathLike[str], own_profile: bool = False) -> Pictu
     path = Path(path)
     check_file(path)
     image = _open(path)
-    if image is None:  # multi-channel or 64-bit floating-point TIFF, which Pillow does not know
-        colour, alpha, bits = _split(_decode_deep(path), path)
-        return _picture(path, colour, alpha, bits)
+    if isinstance(image, TiffHeader):
+        return _picture(path, *_deep_tiff(path, image))
     with image:
-        # Pillow would cut 16-bit colour to 8 bits. `tile` says how the file stores pixels and is gone after load().
-        stored = str(getattr(image, "tile", ""))
-        deep = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA") and ";16" in stored
         try:
+            _warn_of_frames(path, image)
+            # Pillow would cut 16-bit colour to 8 bits. `tile` says how the file stores pixels and is gone after load().
+            stored = str(getattr(image, "tile", ""))
             with warnings.catch_warnings():  # Pillow's own, of odd metadata
                 warnings.simplefilter("ignore")
                 image.load()
                 # Pillow and OpenCV both turn a TIFF upright while decoding it; Pillow then drops the tag.
                 orientation = _orientation(image)
             icc, exif = image.info.get("icc_profile") or None, _exif(image)
-            if deep or image.mode in ("F", "I") or image.mode.startswith("I;16"):
-                colour, alpha, bits = _split(_decode_deep(path) if deep else np.asarray(image), path)
-                if "LA;16" in stored:  # OpenCV repeats the grey
-                    colour = colour[..., :1]
-                icc, used = _divided(icc, "L" if colour.shape[-1] == 1 else "RGB", alpha, own_profile)
-                colour = profiles.deep_to_srgb(colour, used, path)
+            cut = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA") and ";16" in stored
+            if cut or image.mode in ("F", "I") or image.mode.startswith("I;16"):
+                (colour, alpha, bits), kept = _deep(image, stored, path, cut), icc
+                kept, used = _divided(icc, "L" if len(colour) == 1 else "RGB", alpha, own_profile)
+                _convert_deep(colour, used, path)
             else:
-                (colour, alpha, icc), bits = _eight_bit(image, icc, path, own_profile), 8
+                (colour, alpha, kept), bits = _eight_bit(image, stored, icc, path, own_profile), 8
         except UserError:
             raise
-        except (*_DAMAGE, Image.DecompressionBombError, MemoryError) as error:
+        except MemoryError as error:
+            raise UserError(f"{path}: does not fit into memory: scale it down or cut it first") from error
+        except (*DAMAGE, Image.DecompressionBombError) as error:
             raise _damaged(path, error) from error
-    return _picture(path, colour, alpha, bits, orientation, icc, exif)
+    return _picture(path, colour, alpha, bits, orientation, kept, exif)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -132,8 +129,10 @@ def _missing(path: Path) -> UserError:
     return UserError(f"{path}: no such file{hint}: check the name")
 
 
-def _open(path: Path) -> Image.Image | None:
-    """The header of `path`, or None for a TIFF that OpenCV alone can decode."""
+def _open(path: Path) -> Image.Image | TiffHeader:
+    """The header of `path`; TiffHeader for a TIFF that OpenCV alone can decode."""
+    prefix = _prefix(path)
+    tiff = tiff_header(path) if prefix[:4] in _TIFF else None
     try:
         with warnings.catch_warnings():  # of sizes, but the limit below is the one that counts
             warnings.simplefilter("ignore")
@@ -141,21 +140,25 @@ def _open(path: Path) -> Image.Image | None:
     except Image.DecompressionBombError as error:
         raise _too_large(path, _header_size(path)) from error
     except UnidentifiedImageError as error:
-        prefix = _prefix(path)
-        if prefix[:4] in (b"II*\0", b"MM\0*"):
-            if _is_deep_tiff(path):
-                return None
+        if prefix[:4] in _TIFF:
+            if tiff and tiff.decodable:
+                require_size(path, tiff.size)
+                return tiff
             raise UserError(f"{path}: truncated or damaged, or an unusual kind of TIFF: "
                             "save it again as RGB of 8 or 16 bits") from error  # fmt: skip
         if prefix.startswith(_MAGIC):
             raise _damaged(path, error) from error
         raise UserError(f"{path}: is not an image: give a PNG, JPEG, WebP, TIFF, GIF or BMP file") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(path, error) from error
-    if image.width * image.height > PIXEL_LIMIT:
-        image.close()
-        raise _too_large(path, image.size)
+    require_size(path, image.size)
     return image
+
+
+def require_size(path: Path, size: tuple[int, int]) -> None:
+    """Raises UserError for (width, height) above PIXEL_LIMIT."""
+    if size[0] * size[1] > PIXEL_LIMIT:
+        raise _too_large(path, size)
 
 
 def _prefix(path: Path) -> bytes:
@@ -172,67 +175,60 @@ def _header_size(path: Path) -> tuple[int, int]:
                 try:
                     stream.seek(0)
                     return reader(stream, str(path)).size
-                except (*_DAMAGE, Image.DecompressionBombError):
+                except (*DAMAGE, Image.DecompressionBombError):
                     continue
     return (0, 0)
 
 
-def _is_deep_tiff(path: Path) -> bool:
-    """Whether the header promises what OpenCV decodes: 1, 3 or 4 channels of 16, 32 or 64 bits; refuses a huge one."""
-    try:
-        with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            header = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))
-            stream.seek(header.next)
-            header.load(stream)
-            width, height, bits = int(header[256]), int(header[257]), tuple(header.get(258, (1,)))
-            channels = int(header.get(277, 1))
-    except _DAMAGE:
-        return False
-    if width * height > PIXEL_LIMIT:
-        raise _too_large(path, (width, height))
-    return channels in (1, 3, 4) and set(bits) <= {16, 32, 64}
+def _warn_of_frames(path: Path, image: Image.Image) -> None:
+    try:  # of a JPEG or PSD the first is the picture, others are previews, gain maps or layers of it
+        several = image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
+    except DAMAGE:  # of another frame than the first
+        return
+    if several:
+        warnings.warn(f"{path}: holds several frames or pages: only the first is read", stacklevel=3)
 
 
-def _decode_deep(path: Path) -> np.ndarray:
-    """(H, W) or (H, W, 3 or 4) RGB(A) of the file's own type, by OpenCV, which keeps 16 bits and floats."""
-    level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)  # OpenCV would report damage on stderr, beside our one line
+def _deep_tiff(path: Path, header: TiffHeader) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Colour, alpha and bits, as _deep gives them, of a TIFF that OpenCV alone can decode."""
+    if header.pages:
+        warnings.warn(f"{path}: holds several pages: only the first is read", stacklevel=3)
     try:
-        # Via memory, since OpenCV's own file reading does not take every name.
-        array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:
+        planes = scale(decode(path), path)
+    except UserError:
+        raise
+    except ValueError as error:
         raise _damaged(path, error) from error
-    finally:
-        logging.setLogLevel(level)
-    if array is None:
-        raise _damaged(path, ValueError("OpenCV finds no picture in it"))
-    if array.ndim == 2:
-        return array
-    return cv2.cvtColor(array, cv2.COLOR_BGR2RGB if array.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    colour, alpha = planes[:3], planes[3] if len(planes) == 4 and header.extra != 0 else None
+    straighten(colour, alpha, header.photometric == 0, header.extra == 1)
+    return colour, alpha, 16
 
 
-def _split(array: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Pixels of any type -> colour float32 (H, W, 1 or 3) in [0, 1], alpha (H, W) or None, bits."""
-    if array.dtype == np.uint8:
-        scaled = array.astype(np.float32) / 255
-    elif array.dtype == np.uint16:
-        scaled = array.astype(np.float32) / 65535
-    elif np.issubdtype(array.dtype, np.integer):  # Pillow's "I": 16 bits in 32, from PGM and some TIFF files
-        if array.min() < 0 or array.max() > 65535:
-            raise UserError(f"{path}: integer pixels from {array.min()} to {array.max()}, beyond 16 bits: "
-                            "save it with 8 or 16 bits a channel")  # fmt: skip
-        scaled = array.astype(np.float32) / 65535
+def _deep(image: Image.Image, stored: str, path: Path, cut: bool) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Colour float32 (1 or 3, H, W), alpha (H, W) or None, and bits of a loaded picture of more than 8 bits. `cut`:
+    Pillow has 8 of them, so that OpenCV decodes it again."""
+    clear = image.info.get("transparency")
+    inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0
+    if cut:
+        image.close()  # which frees its pixels
+        channels = decode(path)
     else:
-        if not np.isfinite(array).all():
-            raise UserError(f"{path}: holds NaN or infinite pixels: replace them before giving it")
-        if array.min() < -1e-3 or array.max() > 1 + 1e-3:
-            raise UserError(f"{path}: floating-point pixels from {array.min():.4g} to {array.max():.4g}: "
-                            "scale them to 0..1")  # fmt: skip
-        scaled = array.astype(np.float32).clip(0, 1)
-    if scaled.ndim == 2:
-        scaled = scaled[..., None]
-    alpha = scaled[..., 3] if scaled.shape[-1] == 4 else None
-    return scaled[..., :3], alpha, 8 if array.dtype == np.uint8 else 16
+        channels = [np.asarray(image)]
+    planes = scale(channels, path)
+    alpha = planes[3] if len(planes) == 4 and "RGBX" not in stored else None
+    if len(channels) == 1 and isinstance(clear, int):
+        alpha = (channels[0] != clear).astype(np.float32)
+    colour = planes[:1] if "LA;16" in stored else planes[:3]  # OpenCV repeats the grey
+    straighten(colour, alpha, inverted, "RGBa" in stored)
+    return colour, alpha, 8 if channels[0].dtype == np.uint8 else 16
+
+
+def _convert_deep(colour: np.ndarray, icc: bytes | None, path: Path) -> None:
+    """From the profile to sRGB, in place, some rows at a time."""
+    rows = max(1, 2**24 // colour.shape[2])
+    for top in range(0, colour.shape[1] if icc else 0, rows):
+        part = colour[:, top : top + rows]
+        part[:] = profiles.deep_to_srgb(part.transpose(1, 2, 0), icc, path).transpose(2, 0, 1)
 
 
 def _divided(icc: bytes | None, mode: str, alpha: np.ndarray | None, own: bool) -> tuple[bytes | None, bytes | None]:
@@ -243,27 +239,27 @@ def _divided(icc: bytes | None, mode: str, alpha: np.ndarray | None, own: bool) 
 
 
 def _eight_bit(
-    image: Image.Image, icc: bytes | None, path: Path, own_profile: bool
+    image: Image.Image, stored: str, icc: bytes | None, path: Path, own_profile: bool
 ) -> tuple[np.ndarray, np.ndarray | None, bytes | None]:
-    """A loaded Pillow picture of 8 bits a channel, of any mode -> colour and alpha as _split gives them, and the
-    profile that it is in, None for sRGB."""
-    mode = image.mode
-    if "transparency" in image.info and mode in ("1", "L", "P", "RGB"):  # a palette entry or one colour is clear
+    """Colour and alpha, as _deep gives them, of a loaded picture of 8 bits a channel and any mode, and the profile that
+    it is in, None for sRGB."""
+    mode, clear = image.mode, image.info.get("transparency")
+    if isinstance(clear, int) and (packed := re.search(r"'L;([24])'", stored)):
+        image.info["transparency"] = clear * 255 // (2 ** int(packed[1]) - 1)  # Pillow scales the pixels alone
+    if clear is not None and mode in ("1", "L", "P", "RGB"):  # a palette entry or one colour is clear
         image = image.convert("LA" if mode in ("1", "L") else "RGBA")
     elif mode in ("La", "RGBa"):  # premultiplied
         image = image.convert("LA" if mode == "La" else "RGBA")
     elif mode == "PA":
         image = image.convert("RGBA")
-    alpha = None
-    if "A" in image.getbands():
-        alpha = np.asarray(image.getchannel("A"), np.float32) / 255
+    alpha = scale([np.asarray(image.getchannel("A"))], path)[0] if image.mode in ("LA", "RGBA") else None
     if image.mode in ("1", "L", "LA"):
         image = image.convert("L")
     elif image.mode not in ("CMYK", "LAB"):
         image = image.convert("RGB")
     icc, used = _divided(icc, image.mode, alpha, own_profile)
-    colour = np.asarray(profiles.to_srgb(image, used, path), np.float32) / 255
-    return colour if colour.ndim == 3 else colour[..., None], alpha, icc
+    pixels = np.asarray(profiles.to_srgb(image, used, path))
+    return scale([pixels] if pixels.ndim == 2 else [pixels[..., c] for c in range(3)], path), alpha, icc
 
 
 def _orientation(image: Image.Image) -> int:
@@ -285,13 +281,13 @@ def _exif(image: Image.Image) -> bytes | None:
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo EXIF orientation 1..8 of (H, W, ...)."""
+    """Undo EXIF orientation 1..8 of (..., H, W)."""
     if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
+        array = array.swapaxes(-1, -2)
     if orientation in (3, 4, 7, 8):
-        array = array[::-1]
+        array = array[..., ::-1, :]
     if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
+        array = array[..., ::-1]
     return array
 
 
@@ -304,15 +300,15 @@ def _picture(
     icc: bytes | None = None,
     exif: bytes | None = None,
 ) -> Picture:
-    """Channels as _split gives them -> the upright Picture."""
+    """Channels as _deep gives them -> the upright Picture."""
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(_upright(array, orientation).transpose(2, 0, 1)))
+        return torch.from_numpy(np.ascontiguousarray(_upright(array, orientation)))
 
     rgb = tensor(colour)
     return Picture(
         rgb=rgb.expand(3, -1, -1).contiguous(),
-        alpha=None if alpha is None else tensor(alpha[..., None]),
+        alpha=None if alpha is None else tensor(alpha[None]),
         grey=rgb.shape[0] == 1,
         bits=bits,
         icc=icc,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.images import read_image
+from ..data.images import check_file, read_image, require_size
 from ..errors import UserError, nearest
 from .base import Task, seeds
 from .canny import edges, widen
@@ -198,6 +198,7 @@ def _coloured(image: Tensor) -> bool:
 
 def _read_array(path: Path) -> tuple[Tensor, bool]:
     """As `_read_grey`; bool and 8-bit unsigned arrays hold levels, all others numbers."""
+    check_file(path)
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it takes nothing but one plain array
     except (OSError, ValueError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError) as error:
@@ -209,6 +210,7 @@ def _read_array(path: Path) -> tuple[Tensor, bool]:
         grid = array[0] if array.shape[0] == 1 else array[..., 0]
     if grid.ndim != 2 or not grid.size or array.dtype.kind not in "buif":
         raise UserError(f"{path}: an array of {array.dtype} of shape {array.shape}: give one number a pixel, (H, W)")
+    require_size(path, (grid.shape[1], grid.shape[0]))
     full = 255 if array.dtype == np.uint8 else 1
     return torch.from_numpy(grid.astype(np.float64))[None] / full, array.dtype in (np.bool_, np.uint8)
 
