@@ -69,7 +69,7 @@ def join_lora(network: Any, others: Mapping[str, Any]) -> Any:
     adapted = shared_copy(network)
     with _quiet():
         for name, other in others.items():
-            for own in lora_names(other):
+            for own in set(lora_names(other)) - set(stock_loras(other)):
                 state: Any = get_peft_model_state_dict(other, adapter_name=own)
                 notes = other.peft_config[own].to_dict()  # type: ignore[union-attr, operator]
                 adapted.load_lora_adapter(state, adapter_name=name, prefix=None, metadata=notes)  # type: ignore[arg-type]
@@ -119,9 +119,16 @@ def lora_names(network: Any) -> list[str]:
     return list(getattr(network, "peft_config", {}))
 
 
+def stock_loras(network: Any) -> dict[str, float]:
+    """Return the LoRAs of other programs that a user has loaded onto the backbone, with their weights."""
+    return getattr(network, "_codi_stock_loras", {})
+
+
 def scale_lora(network: Any, weights: dict[str, float]) -> None:
     """Sets the weight of each update of `network`; 0 is exactly the backbone. Names it does not carry are ignored."""
-    mine = {name: weight for name, weight in weights.items() if name in lora_names(network)}
+    stock = stock_loras(network)  # which stay as a user has set them
+    mine = {name: weight for name, weight in weights.items() if name in lora_names(network) and name not in stock}
+    mine = {**stock, **mine} if mine else {}
     if mine and getattr(network, "_codi_lora_weights", None) != mine:
         trained = [p.requires_grad for p in network.parameters()]
         # network.set_adapters does the same, but fails on a U-Net with as many layers as each level wants.

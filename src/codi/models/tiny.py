@@ -47,7 +47,7 @@ def mark_saved(folder: Path, tiny: bool) -> None:
     index = folder / "model_index.json"
     parts = json.loads(index.read_text())
     unknown = [FOLDER] + [name for name, part in parts.items() if part == [None, None]]
-    if "text_encoder_2" in unknown:
+    if "unet" not in parts or parts.get("text_encoder_2", [None, None]) == [None, None]:  # not XL
         unknown.append("force_zeros_for_empty_prompt")
     if not parts.get("is_distilled"):  # which pipelines of other families do not know
         unknown.append("is_distilled")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +24,14 @@ from ..models.tiny import TINY, mark_saved, open_decoder, saved_decoder
 from ..schedule import Schedule
 from ..tasks import Task, get_task
 from .guidance import Guidance, resolve
+from .loras import LoraManners
 from .manners import StockManners
 from .options import ENTRY, name_class, sorted_options
 from .shelf import Shelf
 from .tiles import Tiles
 
 
-class AdaptedPipeline(StockManners):
+class AdaptedPipeline(StockManners, LoraManners):
     """What CoDiPipeline is made of, without the sampling."""
 
     # Families have different parts; those that a checkpoint lacks are None.
@@ -70,8 +71,8 @@ class AdaptedPipeline(StockManners):
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
-        # Of this family: diffusers saves without those, and may be asked to leave them out.
-        self._optional_components = [name for name, part in parts.items() if part is None or name == "tiny_vae"]
+        # Of those here: what the class lists is for opening any family.
+        self._optional_components = [name for name in always if parts[name] is None or name == "tiny_vae"]
         self._shelf.family = self._family()
         self._set_up_vae(vae)
         self.solver: Any = None
@@ -188,13 +189,6 @@ class AdaptedPipeline(StockManners):
             self._shelf.set(name)
         return name
 
-    def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Sets one adapter or several at once, each with a weight (1: as trained); an empty list sets none.
-
-        Raises UserError for unknown names, and for several where one brings a backbone of its own.
-        """
-        self._shelf.set(names, weights)
-
     @property
     def adapters(self) -> list[str]:
         """Names of all adapters loaded."""
@@ -279,9 +273,9 @@ class AdaptedPipeline(StockManners):
     @property
     def parts(self) -> Backbone:
         """The checkpoint's parts; those that its family lacks are None."""
-        settings = ("force_zeros_for_empty_prompt", "is_distilled")
-        values: Any = {field.name: getattr(self, field.name, None) for field in fields(Backbone)}
-        return Backbone(**values | {name: self.config[name] for name in settings})
+        settings: Any = {name: self.config[name] for name in ("force_zeros_for_empty_prompt", "is_distilled")}
+        names = {field.name for field in fields(Backbone)} - set(settings)
+        return Backbone(**settings | {name: getattr(self, name, None) for name in names})
 
     @property
     def schedule(self) -> Schedule:

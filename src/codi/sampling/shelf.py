@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import CpuOffload, remove_hook_from_module
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
@@ -83,6 +83,7 @@ class Shelf:
             if self.loaded[name].folder == folder:
                 return name
             raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
+        self._require_free(name)
         adapter, network = load_adapter(source, task, self.family, self.network, self.model)
         info = require_info(adapter.config["info"] or {}, str(folder / "config.json"))
         kind = info.get("task", task)
@@ -113,6 +114,12 @@ class Shelf:
         if len(chosen) > 1:
             self._student(tuple(chosen))  # which may be refused
         self.weights = chosen
+
+    def _require_free(self, what: str) -> None:
+        """Raise UserError where the backbone is offloaded: its hooks cannot be copied along with its modules."""
+        if self.offload is not None or isinstance(getattr(self.network, "_hf_hook", None), CpuOffload):
+            raise UserError(f"{what}: the pipeline is offloaded: load and set adapters first, or call "
+                            "remove_all_hooks() and enable offloading again afterwards")  # fmt: skip
 
     @property
     def active(self) -> dict[str, Shelved]:
@@ -163,6 +170,7 @@ class Shelf:
             adapters = {name: self.loaded[name].adapter for name in names}
             networks = {name: self.loaded[name].network for name in names}
             if len(names) > 1:
+                self._require_free(", ".join(names))
                 student = compose(self.network, adapters, networks, dict.fromkeys(names, 1.0))
             else:
                 student = Student(networks[names[0]], adapters[names[0]]) if names else Student(self.network)
@@ -245,7 +253,10 @@ class Shelf:
     def _place(self, module: Any) -> Any:
         """Past diffusers' own `to`, which warns of every cast. Parameters shared with the backbone stay shared."""
         if self.offload is not None:
-            return module if module is self.network else self.offload(module)
+            for part in (module.network, module.adapter) if isinstance(module, Student) else (module,):
+                if part is not None and not hasattr(part, "_hf_hook") and not hasattr(part, "_diffusers_hook"):
+                    self.offload(part)
+            return module
         where: Any = {"device": self.network.device, "dtype": self.network.dtype, "memory_format": self.layout}
         return nn.Module.to(module, **where)
 

@@ -1,0 +1,101 @@
+"""LoRAs of other programs on the backbone, by diffusers' names; adapters then work on the backbone with these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
+
+from ..errors import UserError, one_line
+from ..models.lora import lora_names, stock_loras
+from ..tasks import TASKS
+from .shelf import Shelf
+
+
+class LoraManners(DiffusionPipeline):
+    """`load_lora_weights` and what belongs to it; codi's own adapters are `load_adapter`'s."""
+
+    _shelf: Shelf
+    network: Any
+    kind: Any
+    parts: Any
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **kwargs: Any) -> None:
+        """Load a LoRA in any format that diffusers reads onto the backbone and its text encoders, as stock pipelines
+        do: it is active at once. `kwargs`: weight_name and other options of diffusers.
+
+        Raises UserError for one that is not for this backbone, and for a name that is taken.
+        """
+        if adapter_name in (*TASKS, *lora_names(self.network)):
+            raise UserError(f"adapter_name {adapter_name!r}: is taken: give the LoRA another name")
+        before, stock = set(lora_names(self.network)), self.kind.build_pipeline(self.parts)
+        try:
+            stock.load_lora_weights(source, adapter_name=adapter_name, **{"use_safetensors": True, **kwargs})
+        except Exception as error:  # diffusers, peft and safetensors raise many kinds
+            shown = source if isinstance(source, str) else type(source).__name__
+            raise UserError(f"{shown}: not a LoRA for this model ({one_line(error)}): check the file") from error
+        found = set(lora_names(self.network)) - before
+        if not found and not stock.get_list_adapters():
+            raise UserError("load_lora_weights: none of its weights are for this model: check the file")
+        self._note({**stock_loras(self.network), **dict.fromkeys(found, 1.0)})
+
+    def unload_lora_weights(self) -> None:
+        """Remove what `load_lora_weights` has loaded; the weights are as they were."""
+        self.kind.build_pipeline(self.parts).unload_lora_weights()
+        self._note({})
+
+    def delete_adapters(self, names: str | Sequence[str]) -> None:
+        """Remove some of what `load_lora_weights` has loaded. Raises UserError for other names."""
+        names = [names] if isinstance(names, str) else list(names)
+        self._require_loras(names)
+        self.kind.build_pipeline(self.parts).delete_adapters(names)
+        self._note({name: weight for name, weight in stock_loras(self.network).items() if name not in names})
+
+    def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Set one adapter or several at once, each with a weight (1: as trained); an empty list sets none.
+
+        Names may be those of LoRAs, too: adapters and LoRAs are set each among their own kind. Raises UserError for
+        unknown names, and for several adapters where one brings a backbone of its own.
+        """
+        several: list[str] = [names] if isinstance(names, str) else list(names)
+        loras = [name for name in several if name in stock_loras(self.network)]
+        if not loras:
+            return self._shelf.set(names, weights)
+        values: list[Any] = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(several)
+        values = [1.0 if value is None else value for value in values]
+        if wrong := [value for value in values if not isinstance(value, Real)]:
+            raise UserError(f"weights {wrong[0]!r}: not a number: use 1 for a LoRA as it was trained, 0 for none of it")
+        if len(values) != len(several):
+            raise UserError(f"{', '.join(several)}: {len(values)} weights for {len(several)} adapters: give one each")
+        chosen = dict(zip(several, values, strict=True))
+        if own := {name: weight for name, weight in chosen.items() if name not in loras}:
+            self._shelf.set(list(own), list(own.values()))
+        weights_of = {name: float(chosen.get(name, 0.0)) for name in stock_loras(self.network)}  # type: ignore[arg-type]
+        for part in self.components.values():
+            if carried := [name for name in weights_of if name in getattr(part, "peft_config", {})]:
+                set_weights_and_activate_adapters(part, carried, [weights_of[name] for name in carried])
+        self._note(weights_of)
+        return None
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of adapters and LoRAs that are set."""
+        return [*self._shelf.weights, *(name for name, weight in stock_loras(self.network).items() if weight)]
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return the names of all LoRAs by the part that carries them, and of all adapters under "codi"."""
+        found = {name: list(part.peft_config) for name, part in self.components.items()
+                 if getattr(part, "peft_config", None)}  # fmt: skip
+        return {**found, "codi": list(self._shelf.loaded)} if self._shelf.loaded else found
+
+    def _require_loras(self, names: list[str]) -> None:
+        known = stock_loras(self.network)
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"{unknown[0]}: no such LoRA loaded: use {', '.join(known) or 'load_lora_weights'}")
+
+    def _note(self, loras: dict[str, float]) -> None:
+        """Have adapters work on the backbone with these LoRAs."""
+        self.network._codi_stock_loras = loras
+        self._shelf.rebase(self.network, self._shelf.family)

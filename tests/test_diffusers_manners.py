@@ -1,0 +1,323 @@
+"""What users and programs of diffusers expect of a pipeline, and ours does: names, noise, hooks, folders, LoRAs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from codi.errors import UserError
+from codi.models.lora import save_lora
+from codi.sampling.pipeline import CoDiPipeline
+from families import tiny_flux
+from pipelines import given, hole, make_folder, open_pipeline, run
+from tiny import rand, randn, seeded, tiny_backbone, tiny_lora, tiny_unet
+
+BLANK = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def shared(folder) -> CoDiPipeline:
+    return open_pipeline(folder)
+
+
+@pytest.fixture
+def pipe(shared) -> CoDiPipeline:
+    """With no adapter set."""
+    shared.set_adapters([])
+    return shared
+
+
+def opened(folder: Path, task: str) -> CoDiPipeline:
+    pipe = CoDiPipeline.from_pretrained(folder / "model", task=task, adapter=folder / task)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# ---- names and numbers of arguments
+
+
+def test_diffusers_names_are_the_short_ones(pipe):
+    pipe.set_adapters("inpaint")
+    image, mask = rand(1, 3, 16, 24, seed=3), hole(16, 24)
+    expected = run(pipe, image=image, mask=mask, steps=3)
+    called = {"prompt": "a red ball", "image": image, "num_inference_steps": 3, "output_type": "pt"}
+    assert torch.equal(pipe(**called, mask_image=mask).images, expected)
+    assert torch.equal(pipe("a red ball", image, mask, num_inference_steps=3, output_type="pt").images, expected)
+    for twice, words in (
+        ({"steps": 2, "num_inference_steps": 3}, "steps 2 and num_inference_steps 3"),
+        ({"mask": mask, "mask_image": mask.clone()}, "mask and mask_image"),
+        ({"generator": seeded(), "seed": 3}, "generator and seed"),
+        ({"prompt_embeds": torch.zeros(1, 4, 8)}, "prompt and prompt_embeds"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pipe(**{**called, "mask_image": mask, **twice})
+
+
+def test_pictures_per_prompt_follow_one_another(pipe):
+    pipe.set_adapters("depth")
+    image, prompts = given("depth", count=2)["image"], ["a red ball", "a blue box"]
+    made = run(pipe, image=image, prompt=prompts, num_images_per_prompt=2, seed=5)
+    for row in range(4):
+        alone = run(pipe, image=image[row // 2], prompt=prompts[row // 2], seed=5 + row)
+        torch.testing.assert_close(made[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_generators_draw_what_they_draw_for_stock_pipelines(pipe):
+    stock: Any = StableDiffusionPipeline(**{k: v for k, v in pipe.components.items() if k != "tiny_vae"}, **BLANK)
+    stock.set_progress_bar_config(disable=True)
+    asked = {"prompt": ["a red ball"] * 2, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    listed = [seeded(4), seeded(9)]
+    for generators in ([seeded(1), seeded(1)], [listed, [seeded(4), seeded(9)]]):
+        ours, theirs = (p(**asked, generator=g).images for p, g in zip((pipe, stock), generators, strict=True))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    noise = randn(1, 4, 8, 8, seed=7)
+    assert torch.equal(run(pipe, latents=noise), run(pipe, seed=7))  # what that seed draws
+    pipe.set_adapters("upscale")
+    tiled = [run(pipe, image=rand(1, 3, 9, 21), tile=8, steps=1, generator=seeded(k)) for k in (3, 3, 4)]
+    assert torch.equal(tiled[0], tiled[1]) and not torch.equal(tiled[0], tiled[2])
+
+
+@pytest.mark.parametrize("backbone", [tiny_backbone, tiny_flux])
+def test_embeddings_stand_for_texts_and_text_encoders(backbone):
+    parts = vars(backbone().freeze())
+    whole: Any = CoDiPipeline(**parts)
+    text = {k: v for k, v in parts.items() if "text" in k or "tokenizer" in k}
+    reader = CoDiPipeline(vae=None, scheduler=None, **text)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    found = dict(zip(names, reader.encode_prompt("a red ball", negative_prompt="blue"), strict=False))
+    blind: Any = CoDiPipeline(**{**parts, **dict.fromkeys(text)})
+    asked = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", "height": 16, "width": 16}
+    for pipe in (whole, blind):
+        pipe.set_progress_bar_config(disable=True)
+    expected = whole(prompt="a red ball", negative_prompt="blue", **asked).images
+    torch.testing.assert_close(blind(**found, **asked).images, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="prompt_embeds: missing, and this pipeline has no text encoder"):
+        blind(prompt="a red ball", **asked)
+    with pytest.raises(UserError, match="this model reads"):
+        whole(**{**found, "prompt_embeds": torch.zeros(1, 4, 5)}, **asked)
+
+
+def test_lists_of_anything_and_levels_of_8_bits(pipe):
+    pipe.set_adapters("inpaint")
+    levels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    marks = [Image.fromarray((hole(16, 24)[0, 0].numpy() * 255).astype(np.uint8))] * 2
+    tensor = torch.from_numpy(levels).permute(0, 3, 1, 2)
+    expected = run(pipe, image=tensor.float() / 255, mask=hole(16, 24), prompt=["a", "b"], steps=1)
+    for images in (tensor, list(tensor), list(levels), [Image.fromarray(one) for one in levels], list(tensor.split(1))):
+        made = run(pipe, image=images, mask=marks, prompt=["a", "b"], steps=1)
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+
+
+def test_a_negative_prompt_each(pipe):
+    pipe.set_adapters("depth")
+    asked = {"image": given("depth")["image"], "guidance_scale": 3.0}
+    both = run(pipe, **asked, negative_prompt=["blue", "green"], seed=[1, 1])
+    for row, words in enumerate(["blue", "green"]):
+        alone = run(pipe, **asked, negative_prompt=words, seed=1)
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"image": []}, "image: an empty list"),
+        ({"steps": 1.5}, "steps 1.5: not a whole number"),
+        ({"steps": "4"}, "steps '4': not a whole number"),
+        ({"seed": 2**64}, "seed 18446744073709551616: not of 64 bits"),
+        ({"seed": []}, "seed: an empty list"),
+        ({"prompt": "a" * 200_000}, "prompt of 200000 letters"),
+        ({"negative_prompt": "a" * 200_000}, "negative_prompt of 200000 letters"),
+        ({"prompt": "a \udc80 ball"}, "is half a character"),
+        ({"prompt": []}, "prompt: an empty list"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt 0"),
+        ({"batch_size": 0.5}, "batch_size 0.5: not a whole number"),
+        ({"generator": 3}, "generator: int is none"),
+        ({"latents": torch.zeros(1, 4, 3, 3)}, "latents of shape"),
+        ({"strength": "1"}, "strength '1'"),
+        ({"guidance_scale": "7"}, "guidance_scale '7'"),
+        ({"height": 16.0}, "not multiples of 4 px"),
+        ({"pooled_prompt_embeds": torch.zeros(1, 8)}, "without prompt_embeds"),
+        ({"cross_attention_kwargs": {"gligen": 1}}, "cross_attention_kwargs 'gligen'"),
+    ],
+)  # fmt: skip
+def test_what_no_call_can_have(pipe, arguments, words):
+    pipe.set_adapters("edit" if "image" in arguments else [])
+    with pytest.raises(UserError, match=words):
+        run(pipe, **arguments)
+
+
+@pytest.mark.parametrize("info", [{"text": "strong"}, {"text": [5, 1]}, [1, 5], {"text": [1, float("nan")]}])
+def test_an_adapter_whose_guidance_is_no_range(folder, tmp_path, info):
+    (tmp_path / "edit").mkdir()
+    for file in (folder / "edit").iterdir():
+        (tmp_path / "edit" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "edit" / "config.json").read_text())
+    config["info"]["guidance"] = info
+    (tmp_path / "edit" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json"):
+        CoDiPipeline.from_pretrained(folder / "model", adapter=tmp_path / "edit")
+
+
+# ---- callbacks and schedulers
+
+
+def test_a_callback_stops_and_changes_guidance(pipe):
+    pipe.set_adapters("depth")
+    seen: list[int] = []
+
+    def stop(which, step, t, tensors):
+        seen.append(step)
+        which._interrupt = step == 1
+        return tensors
+
+    run(pipe, **given("depth"), steps=4, callback_on_step_end=stop)
+    assert (seen, pipe.interrupt) == ([0, 1], True)
+
+    def drop(which, step, t, tensors):
+        which._guidance_scale = 1.0
+
+    asked = {**given("depth"), "steps": 3}
+    changed = run(pipe, **asked, guidance_scale=3.0, callback_on_step_end=drop)
+    assert (pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt) == (1.0, 3, False)
+    assert not torch.equal(changed, run(pipe, **asked, guidance_scale=3.0))
+    assert not torch.equal(changed, run(pipe, **asked))
+
+
+def test_another_scheduler_is_used_or_said_to_be_of_no_use(folder, monkeypatch):
+    pipe = opened(folder, "depth")
+    asked = {**given("depth"), "steps": 4}
+    own = run(pipe, **asked)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not torch.allclose(run(pipe, **asked), own, atol=1e-3)
+    monkeypatch.setitem(pipe.adapter.config["info"], "jumps", True)  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="scheduler EulerDiscreteScheduler: has no effect"):
+        run(pipe, **asked)
+
+
+# ---- parts and folders
+
+
+def test_from_pipe_keeps_adapters_and_shares_everything(folder):
+    pipe = opened(folder, "depth")
+    pipe.set_adapters("depth", 0.5)
+    other = CoDiPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert other.unet is pipe.unet and other.get_active_adapters() == ["depth"]
+    assert torch.equal(run(other, **given("depth")), run(pipe, **given("depth")))
+    stock = StableDiffusionPipeline.from_pipe(pipe, **BLANK)
+    bare = CoDiPipeline.from_pipe(stock)
+    assert bare.unet is pipe.unet and bare.adapters == [] and not hasattr(bare, "transformer")
+
+
+def test_diffusers_opens_a_saved_pipeline_with_its_adapters(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    pipe = opened(folder, "depth")
+    pipe.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="trust_remote_code"):  # not the backbone alone, unasked
+        DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert isinstance(again, CoDiPipeline) and list(again.tasks) == ["depth"]
+    assert torch.equal(run(again, **given("depth")), run(pipe, **given("depth")))
+    CoDiPipeline.from_pretrained(folder / "model").save_pretrained(tmp_path / "bare")
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "bare"), StableDiffusionPipeline)
+    with pytest.raises(UserError, match="safe_serialization=False would pickle"):
+        pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert not (tmp_path / "pickled").exists()
+
+
+def test_options_of_from_pretrained(folder):
+    model, euler = folder / "model", EulerDiscreteScheduler()
+    pipe = CoDiPipeline.from_pretrained(
+        model, text_encoder=None, scheduler=euler, safety_checker=None, use_safetensors=True, device_map="cpu",
+        low_cpu_mem_usage=True, dtype={"unet": torch.bfloat16, "default": torch.float32},
+    )  # fmt: skip
+    assert pipe.text_encoder is None and pipe.scheduler is euler and pipe.hf_device_map == "cpu"
+    assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    wrong: Any
+    for wrong, words in (({"varient": "fp16"}, "did you mean 'variant'"), ({"use_safetensors": False}, "pickled")):
+        with pytest.raises(UserError, match=words):
+            CoDiPipeline.from_pretrained(model, **wrong)
+
+
+# ---- hooks, on the CPU in an accelerator's place
+
+
+@pytest.mark.parametrize("task", ["depth", "upscale"])
+def test_offloading_models_and_groups_changes_nothing(folder, task):
+    expected = run(opened(folder, task), **given(task))
+    pipe = opened(folder, task)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        torch.testing.assert_close(run(pipe, **given(task)), expected, rtol=0, atol=1e-5)
+    grouped = opened(folder, task)
+    grouped.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(run(grouped, **given(task)), expected)
+
+
+def test_offloading_layers_takes_adapters_along(folder):
+    """That it samples so can be tried on a GPU alone: accelerate does not put layers of the CPU back."""
+    pipe = opened(folder, "depth")
+    expected = run(pipe, **given("depth"))
+    for _ in range(2):
+        pipe.enable_sequential_cpu_offload(device="cpu")
+        assert pipe.unet.device.type == pipe.student.network.device.type == "meta"
+        assert pipe.student.adapter.device.type == "cpu"  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="^canny: the pipeline is offloaded: load and set adapters first"):
+        pipe.load_adapter(folder / "canny")
+    pipe.remove_all_hooks()
+    assert torch.equal(run(pipe, **given("depth")), expected)
+
+
+def test_slicing_and_freeu_reach_adapters(folder):
+    pipe = opened(folder, "depth")
+    image = given("depth", count=2)["image"]
+    expected = run(pipe, image=image)
+    pipe.enable_vae_slicing()
+    pipe.enable_attention_slicing(1)
+    torch.testing.assert_close(run(pipe, image=image), expected, rtol=0, atol=1e-4)
+    pipe.disable_vae_slicing()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert not torch.allclose(run(pipe, image=image), expected, atol=1e-3)
+    pipe.disable_freeu()
+    torch.testing.assert_close(run(pipe, image=image), expected, rtol=0, atol=1e-4)
+
+
+# ---- LoRAs of other programs
+
+
+def test_loras_work_under_adapters_and_leave_no_trace(folder, tmp_path):
+    (tmp_path / "lora").mkdir()
+    save_lora(tiny_lora(tiny_unet(), "x", seed=3), tmp_path / "lora", "x")
+    pipe = opened(folder, "depth")
+    plain, backbone = run(pipe, **given("depth")), run(pipe, **given("depth"), strength=0)
+    pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="style")
+    assert pipe.get_active_adapters() == ["depth", "style"]
+    styled = run(pipe, **given("depth"))
+    assert not torch.allclose(styled, plain, atol=1e-3)
+    assert not torch.allclose(run(pipe, **given("depth"), strength=0), backbone, atol=1e-3)
+    pipe.set_adapters(["depth", "style"], [1.0, 0.0])
+    torch.testing.assert_close(run(pipe, **given("depth")), plain, rtol=0, atol=1e-5)
+    pipe.set_adapters("style")
+    assert torch.equal(run(pipe, **given("depth")), styled)
+    pipe.unload_lora_weights()
+    assert torch.equal(run(pipe, **given("depth")), plain) and pipe.get_active_adapters() == ["depth"]
+    with pytest.raises(UserError, match="not a LoRA for this model"):
+        pipe.load_lora_weights(str(folder / "model"))
+    with pytest.raises(UserError, match="'depth': is taken"):
+        pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="depth")
