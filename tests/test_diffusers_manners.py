@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
 
 from codi.errors import UserError
@@ -296,6 +297,18 @@ def test_slicing_and_freeu_reach_adapters(folder):
     assert not torch.allclose(run(pipe, image=image), expected, atol=1e-3)
     pipe.disable_freeu()
     torch.testing.assert_close(run(pipe, image=image), expected, rtol=0, atol=1e-4)
+
+
+def test_caches_of_a_transformer_start_empty_with_every_call():
+    pipe: Any = CoDiPipeline(**vars(tiny_flux().freeze()))
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"prompt": "a red ball", "num_inference_steps": 4, "height": 16, "width": 16, "output_type": "pt"}
+    plain = pipe(**asked).images
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.8))
+    cached = pipe(**asked).images
+    assert not torch.equal(cached, plain) and torch.equal(pipe(**asked).images, cached)
+    pipe.transformer.disable_cache()
+    assert torch.equal(pipe(**asked).images, plain)
 
 
 # ---- LoRAs of other programs

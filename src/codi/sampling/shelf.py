@@ -7,7 +7,7 @@ import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -204,19 +204,23 @@ class Shelf:
     @contextmanager
     def at_work(self, student: Student, device: torch.device, lora_scale: float = 1.0) -> Iterator[None]:
         """Hold the student's networks ready on `device` while they are called part by part. `lora_scale` weakens the
-        LoRAs that the backbone carries."""
-        with called(self.network, student.network):
+        LoRAs that the backbone carries. Caches that diffusers keeps between steps start empty."""
+        network = student.network
+        caching = network.cache_context("cond") if hasattr(network, "cache_context") else nullcontext()
+        with called(self.network, network), caching:
             if (
                 hasattr(self.network, "_hf_hook") and self.offload is None
             ):  # it was moved as a whole, its weights with it
                 nn.Module.to(student, device=device)
             if lora_scale != 1:
-                scale_lora_layers(student.network, lora_scale)
+                scale_lora_layers(network, lora_scale)
             try:
                 yield
             finally:
                 if lora_scale != 1:
-                    unscale_lora_layers(student.network, lora_scale)
+                    unscale_lora_layers(network, lora_scale)
+                if hasattr(network, "_reset_stateful_cache"):
+                    network._reset_stateful_cache()
 
     def offloaded(self, how: Callable[[Any], Any] | None) -> None:
         """Offload the networks of adapters by `how`, now and whenever there are new ones; None: no longer."""
