@@ -266,6 +266,8 @@ def test_offloading_models_and_groups_changes_nothing(folder, task):
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         torch.testing.assert_close(run(pipe, **given(task)), expected, rtol=0, atol=1e-5)
+    pipe.load_adapter(folder / "canny")
+    assert not hasattr(pipe._shelf.loaded["canny"].network, "_hf_hook")
     grouped = opened(folder, task)
     grouped.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     assert torch.equal(run(grouped, **given(task)), expected)

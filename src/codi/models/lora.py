@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,8 +30,11 @@ NOTE = "lora_adapter_metadata"  # where diffusers keeps the ranks and scales
 
 
 def shared_copy(network: Any) -> Any:
-    """A network of its own modules with the very parameters of `network`."""
-    return copy.deepcopy(network, {id(p): p for p in network.parameters()})
+    """Return a network of its own modules with the very parameters of `network`, without accelerate's hooks."""
+    hooks = [part._hf_hook for part in network.modules() if hasattr(part, "_hf_hook")]
+    # Hooks know other models, which are not to be copied along.
+    copied = copy.deepcopy(network, {id(kept): kept for kept in (*network.parameters(), *hooks)})
+    return remove_hook_from_module(copied, recurse=True) if hooks else copied
 
 
 def add_lora(network: Any, rank: int, name: str, seed: int = 0) -> Any:

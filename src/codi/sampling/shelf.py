@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import CpuOffload, remove_hook_from_module
+from accelerate.hooks import remove_hook_from_module
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
@@ -116,8 +116,8 @@ class Shelf:
         self.weights = chosen
 
     def _require_free(self, what: str) -> None:
-        """Raise UserError where the backbone is offloaded: its hooks cannot be copied along with its modules."""
-        if self.offload is not None or isinstance(getattr(self.network, "_hf_hook", None), CpuOffload):
+        """Raise UserError where the backbone's layers are offloaded, so that its weights cannot be shared."""
+        if self.offload is not None:
             raise UserError(f"{what}: the pipeline is offloaded: load and set adapters first, or call "
                             "remove_all_hooks() and enable offloading again afterwards")  # fmt: skip
 
