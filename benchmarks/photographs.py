@@ -105,7 +105,8 @@ def photographs(spec: str, count: int | None) -> Iterator[Photograph]:
     for position in range(min(len(source), count or len(source))):
         name = Path(source.name(position)).name
         try:
-            row, picture, _ = source.decode(position)
+            row = source.row(position)
+            picture, _ = source.decode(row)
         except Exception as error:  # as PictureSource._read: decoders raise nearly every type there is
             raise UserError(f"{name}: {why_unreadable(error)}: copy it again, or take it out of the set") from error
         rgb = torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1).float() / 255

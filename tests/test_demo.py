@@ -21,8 +21,9 @@ from codi.errors import UserError
 from codi.models.adapter import FORMS
 from codi.sampling.pipeline import CoDiPipeline
 from codi.tasks import TASKS, get_task
+from codi.training.saving import save_adapter
 from shell import Shell
-from tiny import tiny_backbone, tiny_checkpoint
+from tiny import tiny_backbone, tiny_checkpoint, tiny_lora
 
 TRAINING = {"images": 16, "batch_size": 4, "data": "scenes:train:8", "log_every": 4, "preview_every": 8}
 MANY = {"generate": 6, "finetuned": 6, "same": 5}  # steps: enough to differ from 4
@@ -42,7 +43,8 @@ def make_adapter(folder: Path, name: str) -> Path:
     info = {"task": name, "task_options": task.config(), "steps": [1, 2, 4], "family": parts.family, "full": False}
     info |= {"guidance": guidance, "guidance_scale": 2.0 if guidance else 1.0}
     adapter.register_to_config(info=info)
-    adapter.save_pretrained(folder)
+    network = tiny_lora(parts.unet, name) if name == "generate" else parts.unet
+    save_adapter(folder, adapter, network, full=False, half=False)
     return folder
 
 
