@@ -18,7 +18,6 @@ from pipelines import given, hole, make_folder, open_pipeline, run
 from shell import make_adapter
 from tiny import rand
 
-
 BLANK = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 
 
