@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,25 @@ def test_other_precision(folder):
     pipe.to(torch.float32)
     assert {p.dtype for p in pipe.student.parameters()} == {torch.float32}
     assert run(pipe).isfinite().all()
+
+
+def test_the_weights_decide_which_embedded_adapter_a_name_means(tmp_path):
+    photo = CoDiPipeline.from_pretrained("photo")
+    photo.save_pretrained(tmp_path / "copy")
+    halves = CoDiPipeline.from_pretrained(tmp_path / "copy", torch_dtype=torch.float16)
+    made = CoDiPipeline(**photo.components)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pipe in (CoDiPipeline.from_pretrained(tmp_path / "copy"), halves, made):
+            pipe.load_adapter("upscale")
+            assert pipe._shelf.loaded["upscale"].info["backbone"] == "7a511383d338"
+        mini = CoDiPipeline.from_pretrained("mini")
+        mini.load_adapter("upscale")
+        assert mini._shelf.loaded["upscale"].info["backbone"] == "b4af44ec249d"
+    tuned = CoDiPipeline(**mini.components)
+    with torch.no_grad():
+        next(tuned.unet.parameters()).add_(0.1)
+    with pytest.warns(
+        UserWarning, match=r"depth: .* backbone b4af44ec249d \(.*\), and the weights .* are [0-9a-f]{12}"
+    ):
+        tuned.load_adapter("depth")

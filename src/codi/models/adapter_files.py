@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from ..errors import UserError, one_line
 from .adapter import FORMS, Adapter
-from .backbones import EMBEDDED, FAMILIES, find_model, require_finite, require_safetensors
+from .backbones import EMBEDDED, FAMILIES, digest, find_model, require_finite, require_safetensors
 from .checksums import find_fault
 from .lora import FILE, load_lora
 
@@ -35,6 +36,41 @@ def find_adapter(name: str | Path, model: str | Path = "mini") -> Path:
     """The name of an adapter that `model` has (see libraries), or a folder -> the folder."""
     named = (library / str(name) for library in libraries(model))
     return next((folder for folder in named if (folder / "config.json").is_file()), Path(name))
+
+
+def fitting_adapter(name: str | Path, network: Any, family: str, model: str | Path = "mini") -> Path:
+    """Return the folder that find_adapter does, but of the embedded adapters of a name the one that was trained on the
+    weights of `network`, wherever they came from. Warns where an embedded one was trained on other weights of the same
+    family, which a fine-tune has."""
+    found = find_adapter(name, model)
+    kind, dtypes = _stated(found), {value.dtype for value in network.parameters() if value.is_floating_point()}
+    if (
+        (found / "config.json").is_file()
+        and not found.is_relative_to(EMBEDDED)  # a folder of the user's
+        or kind.get("family", family) != family
+        or any(value.is_meta for value in network.parameters())
+        or not dtypes <= {torch.float32, torch.float16}  # others round the weights, so that no digest is comparable
+    ):
+        return found
+    mine = digest(network)
+    for library in (EMBEDDED / ADAPTERS, *sorted(EMBEDDED.glob(f"*/{ADAPTERS}"))):
+        if _stated(library / str(name)).get("backbone") == mine:
+            return library / str(name)
+    if kind.get("backbone"):
+        warnings.warn(
+            f"{name}: this adapter was trained on the backbone {kind['backbone']} "
+            f"({(kind.get('recipe') or {}).get('model', 'unnamed')}), and the weights of this model are {mine}: "
+            "results are good only if it is a fine-tune of that one",
+            stacklevel=3,
+        )
+    return found
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    """Return the `info` of an adapter's configuration, {} where it cannot be read: read_config says what is wrong."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        return dict(json.loads((folder / "config.json").read_text())["info"])
+    return {}
 
 
 def default_model(adapter: str | Path) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import UserError, nearest
 from ..models.adapter import Adapter
-from ..models.adapter_files import ADAPTERS, find_adapter, load_adapter, own_network
+from ..models.adapter_files import ADAPTERS, find_adapter, fitting_adapter, load_adapter, own_network
 from ..models.backbones import family_of
 from ..models.composition import compose
 from ..models.hooks import called
@@ -75,7 +75,8 @@ class Shelf:
         """
         if self.network is None:
             raise UserError(f"{source}: this pipeline has no network: pass unet=... or transformer=... first")
-        folder = find_adapter(source, self.model).resolve()
+        chosen = fitting_adapter(source, self.network, self.family, self.model)
+        folder = chosen.resolve()
         name = (name or folder.name).replace(".", "-")  # dots would part the names of modules
         if not name or "/" in name or "\\" in name:
             raise UserError(f"{name!r}: not a name for an adapter: it becomes a folder's, so leave slashes out")
@@ -84,7 +85,8 @@ class Shelf:
                 return name
             raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
         self._require_free(name)
-        adapter, network = load_adapter(source, task, self.family, self.network, self.model)
+        wanted = source if chosen == find_adapter(source, self.model) else chosen  # messages repeat what was given
+        adapter, network = load_adapter(wanted, task, self.family, self.network, self.model)
         info = require_info(adapter.config["info"] or {}, str(folder / "config.json"))
         kind = info.get("task", task)
         if kind is None:
