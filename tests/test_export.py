@@ -331,6 +331,24 @@ def test_low_rank_updates_come_back_from_kohya_s_names(tmp_path, model, pipe):
 
 
 @pytest.mark.parametrize("half", [True, False])
+def test_diffusers_files_keep_the_precision_of_the_adapter(tmp_path, model, half):
+    """Each file that of its own weights, unless another is named; the adapter in memory stays as it was."""
+    stored = torch.float16 if half else torch.float32
+    for name, options in {"full": {"full": True}, "lora": {"lora": True}}.items():
+        adapter = make(tmp_path / name, "controlnet", downscale=8, half=half, **options)
+        source = load_source(adapter, model)
+        for dtype in (None, torch.bfloat16):
+            out = tmp_path / f"{name}-{dtype}"
+            export_diffusers(source, out, 4, dtype)
+            files = list(out.rglob("*.safetensors"))
+            assert len(files) == 2
+            for file in files:
+                assert {v.dtype for v in load_file(file).values()} == {dtype or stored}, file
+        assert source.control is not None
+        assert {v.dtype for v in source.control.net.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("half", [True, False])
 def test_ldm_files_keep_the_precision_of_the_adapter(tmp_path, model, half):
     """Each file that of its own weights, unless another is named."""
     stored = torch.float16 if half else torch.float32
@@ -544,7 +562,7 @@ def test_bad_usage_is_one_line(shell, tmp_path, model, monkeypatch):
     shell("export", adapter, "--to", "ldm", *to).failed(2, "writes a .safetensors file", "out.safetensors")
     shell("export", adapter, "--to", "onnx", *to, "--steps", 1, "--size", "30x32").failed(1, "size 30 x 32")
     shell("export", adapter, "--to", "ldm", *to, "--size", "32x32").failed(2, "only ONNX fixes the size")
-    shell("export", adapter, "--to", "onnx", *to, "--dtype", "float16").failed(2, "only --to ldm chooses it")
+    shell("export", adapter, "--to", "onnx", *to, "--dtype", "float16").failed(2, "--to onnx writes float32 alone")
     shell("export", adapter, "--to", "diffusers", "-o", tmp_path / "a.safetensors").failed(2, "writes a folder")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     shell("export", adapter, "--to", "onnx", *to).failed(1, "onnx: this package is missing", "pip install codi[export]")

@@ -40,7 +40,9 @@ def export(
     steps: Steps = 4,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="ldm: precision of the files; by default as the adapter is stored.", show_default=False),
+        typer.Option(
+            help="Precision of the weights, not for ONNX; by default as the adapter is stored.", show_default=False
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="ONNX: pixels made; by default the model's own.")
@@ -51,8 +53,8 @@ def export(
     width, height = parse_size(size)
     if size and to != "onnx":
         raise BadUsage(f"--size {size}: only ONNX fixes the size: leave it out")
-    if dtype and to != "ldm":
-        raise BadUsage(f"--dtype {dtype}: only --to ldm chooses it: leave it out")
+    if dtype and to == "onnx":
+        raise BadUsage(f"--dtype {dtype}: --to onnx writes float32 alone: leave it out")
     if to == "ldm" and out.suffix != ".safetensors":
         raise BadUsage(f"{out}: --to ldm writes a .safetensors file: call it {out.name}.safetensors")
     if to != "ldm" and out.suffix == ".safetensors":
@@ -102,10 +104,9 @@ def _write(
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "onnx":
         told = export_onnx(source, out, steps, size)
-    elif to == "ldm":
+    else:
         import torch
 
-        told = export_ldm(source, out, steps, getattr(torch, dtype) if dtype else None)
-    else:
-        told = export_diffusers(source, out, steps)
+        write = export_ldm if to == "ldm" else export_diffusers
+        told = write(source, out, steps, getattr(torch, dtype) if dtype else None)
     return [file for path in targets for file in [path, *sorted(path.rglob("*"))] if file.is_file()], told

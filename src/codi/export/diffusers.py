@@ -9,9 +9,11 @@ scheduler/, README.md                               how to sample
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from safetensors.torch import save_file
 
@@ -21,27 +23,34 @@ from ..schedule import FlowSchedule
 from ..training.checkpoint import edit_json, write_atomically
 from .card import write_card
 from .flow_scheduler import make_flow_scheduler
-from .source import Source
+from .source import WEIGHTS, Source
 
 STOCK = "stock diffusers"
 
 
-def export_diffusers(source: Source, out: Path, steps: int) -> dict[str, Any]:
-    """Writes the folder `out`, whole or not at all; returns how to sample with it: the scheduler's class, the arguments
-    of the pipeline's call. Raises UserError for an adapter that stock diffusers cannot express."""
+def export_diffusers(source: Source, out: Path, steps: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Write the folder `out`, whole or not at all, in `dtype` (None: as the adapter is stored); return how to sample
+    with it: the scheduler's class, the arguments of the pipeline's call. Raises UserError for an adapter that stock
+    diffusers cannot express."""
     require_place(source)
     source.require_stock_sampler(STOCK)
     scheduler, arguments = make_scheduler(source, steps)
     network, updates = source.full_network(steps), source.updates(steps)
+    part, stored = source.kind.component, source.shelved.folder
+    updates = {key: value.to(dtype or source.stored_dtype(stored / FILE)) for key, value in updates.items()}
     if source.hint is not None:
-        updates = {**updates, **source.kind.control_lora(source.hint.entry)}
-    part = source.kind.component
+        kind = dtype or source.stored_dtype(stored / WEIGHTS)
+        hint = source.kind.control_lora(source.hint.entry)
+        updates |= {key: value.to(kind) for key, value in hint.items()}
+
+    def save(module: Any, folder: Path, file: Path) -> None:
+        copy.deepcopy(module).to(dtype or source.stored_dtype(file)).save_pretrained(folder)
 
     def fill(folder: Path) -> None:
         if source.control is not None:
-            source.control.net.save_pretrained(folder)
+            save(source.control.net, folder, stored / WEIGHTS)
         if network is not None:
-            network.save_pretrained(folder / part)
+            save(network, folder / part, stored / part)
         if updates:
             weights = {f"{part}.{key}": value.contiguous() for key, value in updates.items()}
             save_file(weights, folder / FILE, {"format": "pt"})

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.lora import FILE
 from .comfyui import workflow
-from .source import Source
+from .source import WEIGHTS, Source
 
 _FIXED = {
     "time_embedding.linear_1": "time_embed.0",
@@ -44,7 +44,6 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an adapter itself
 HINT_CELL = 8  # pixels a latent cell: the original hint block halves three times
 
 

@@ -24,6 +24,7 @@ from ..sampling.shelf import Shelf, Shelved
 from ..schedule import Schedule
 from ..tasks import Task
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an adapter itself
 LICENCE = "Apache-2.0"  # of embedded adapters that state no other
 
 
