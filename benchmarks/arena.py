@@ -83,8 +83,8 @@ WORLDS = {"ring": World(ring, 2, 2, 128, 3), "pictures": World(pictures, 64, 4, 
 
 
 @dataclass
-class Told:
-    """What a network is told besides z and t: the condition and the share of the way to go."""
+class Inputs:
+    """What a network gets besides z and t: the condition and the share of the way to go."""
 
     c: Tensor
     jump: Tensor | None = None
@@ -106,11 +106,11 @@ class Net(nn.Module):
         self.leave = nn.Linear(width, world.size)
         nn.init.zeros_(self.condition.weight)
 
-    def forward(self, z: Tensor, t: Tensor, told: Told) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         angles = t.to(z).expand(len(z))[:, None] * torch.arange(1, 9)
-        features = self.time(torch.cat([angles.sin(), angles.cos()], 1)) + self.condition(told.c)
-        if told.jump is not None:
-            features = features + self.jump(told.jump)
+        features = self.time(torch.cat([angles.sin(), angles.cos()], 1)) + self.condition(inputs.c)
+        if inputs.jump is not None:
+            features = features + self.jump(inputs.jump)
         h = self.enter(z) + features
         for block, modulation in zip(self.blocks, self.modulations, strict=True):
             h = h + block(h + modulation(nn.functional.silu(features)))
@@ -124,7 +124,7 @@ def train(net: Net, world: World, objective: Callable[..., Any], updates: int, s
     generator = torch.Generator().manual_seed(1000 + seed)
     for k in range(updates):
         x, c = world.draw(BATCH, generator)
-        batch = LatentBatch(x, Told(0 * c if blind else c), progress=k / updates)
+        batch = LatentBatch(x, Inputs(0 * c if blind else c), progress=k / updates)
         loss = torch.stack(list(objective(online, average, batch, SCHEDULE, generator).values())).sum()
         rate = RATE * min(1, (k + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * k / updates))
         optimizer.param_groups[0]["lr"] = rate
@@ -140,15 +140,15 @@ def train(net: Net, world: World, objective: Callable[..., Any], updates: int, s
 
 @torch.no_grad()
 def sample(net: Net, c: Tensor, size: int, steps: int, how: str) -> Tensor:
-    """Return samples (len(c), size) by `how`: "ddim"; "map", steps that are told where they end; "jump", to the end and
-    back with fresh noise; "again", the same of a network that is told nothing."""
+    """Return samples (len(c), size) by `how`: "ddim"; "map", steps with a target time; "jump", to the end and back
+    with fresh noise; "consistency", the same for a network without a target time."""
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(len(c), size, generator=generator)
     grid = torch.linspace(SCHEDULE.horizon, 0, steps + 1)
     for t, s in zip(grid, grid[1:], strict=False):
         share = {"map": float((t - s) / t), "jump": 1.0}.get(how)
-        told = Told(c, None if share is None else torch.full((len(c),), share))
-        x, eps = SCHEDULE.signal_noise(net(z, t[None], told), z, t[None])
+        inputs = Inputs(c, None if share is None else torch.full((len(c),), share))
+        x, eps = SCHEDULE.signal_noise(net(z, t[None], inputs), z, t[None])
         noise = eps if how in ("ddim", "map") else torch.randn(z.shape, generator=generator)
         z = SCHEDULE.mix(x, noise, s[None])
     return z
@@ -190,7 +190,7 @@ def one_stage(objective: Callable[..., Any], cost: float, how: str = "ddim") -> 
 
 def release_method(backbone: Net, world: World, passes: int, seed: int) -> Trained:
     """The authors' release, whose ODE is the frozen backbone's."""
-    objective = release(backbone, lambda told: replace(told, c=0 * told.c), 50 * LEVEL)
+    objective = release(backbone, lambda inputs: replace(inputs, c=0 * inputs.c), 50 * LEVEL)
     return train(backbone, world, objective, int(passes / 5), seed), "ddim"
 
 
@@ -198,7 +198,7 @@ def two_stage_consistency(backbone: Net, world: World, passes: int, seed: int) -
     """CM-II: fine-tuning, then consistency distillation of the result, half of the passes each."""
     early = train(backbone, world, finetune, int(passes / 2 / 3), seed)
     distilled = partial(consistency, teacher=early, dt=250 * LEVEL, dt_end=2.5 * LEVEL)
-    return train(early, world, distilled, int(passes / 2 / 5), seed + 50), "again"
+    return train(early, world, distilled, int(passes / 2 / 5), seed + 50), "consistency"
 
 
 def two_stage_progressive(backbone: Net, world: World, passes: int, seed: int) -> Trained:
@@ -225,7 +225,7 @@ def methods() -> dict[str, Method]:
         "decoupled, one-step": one_stage(partial(decoupled, **decoupling, **one_step), 7, "jump"),
         "GD-II": two_stage_progressive,
         "CM-II": two_stage_consistency,
-        "tuning on data": one_stage(partial(tuning, dt=250 * LEVEL, dt_end=2.5 * LEVEL), 4, "again"),
+        "tuning on data": one_stage(partial(tuning, dt=250 * LEVEL, dt_end=2.5 * LEVEL), 4, "consistency"),
         "central difference": one_stage(central, 4, "map"),
         **maps,
     }

@@ -44,8 +44,8 @@ def central(
     r = torch.where(rest, r, t)
 
     def at(time: Tensor) -> Tensor:
-        told = replace(batch.conditioning, jump=share_of_way(time, r.clamp(max=time)).to(x))
-        return velocity(student, schedule.mix(x, eps, time), time, told, schedule)
+        inputs = replace(batch.conditioning, jump=share_of_way(time, r.clamp(max=time)).to(x))
+        return velocity(student, schedule.mix(x, eps, time), time, inputs, schedule)
 
     u, goal = at(t), eps - x
     if first < count:

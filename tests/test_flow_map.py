@@ -23,7 +23,7 @@ SCHEDULES = {
 
 
 @dataclass
-class Told:
+class Inputs:
     """What the networks here look at."""
 
     jump: Tensor
@@ -43,13 +43,13 @@ class Exact:
         else:
             self.time = lambda timestep: timestep
 
-    def __call__(self, z: Tensor, timestep: Tensor, told: Told) -> Tensor:
+    def __call__(self, z: Tensor, timestep: Tensor, inputs: Inputs) -> Tensor:
         self.rows += len(z)
         t = self.time(timestep)
         a, b = self.schedule.alpha_sigma(t, z)
         variance = a**2 * DEVIATION**2 + b**2
         x = MEAN + a * DEVIATION**2 * (z - a * MEAN) / variance  # the denoiser
-        r = (1 - told.jump.reshape(-1)) * t
+        r = (1 - inputs.jump.reshape(-1)) * t
         r = r.round() if self.schedule.whole else r
         if not self.blind and (r != t).any():
             c, e = self.schedule.alpha_sigma(r, z)
@@ -62,7 +62,7 @@ class Exact:
 def batch(count: int = 4000, progress: float = 0.5) -> LatentBatch:
     generator = torch.Generator().manual_seed(0)
     x = MEAN + DEVIATION * torch.randn(count, 1, dtype=torch.float64, generator=generator)
-    return LatentBatch(x, Told(torch.zeros(count, dtype=torch.float64)), progress=progress)
+    return LatentBatch(x, Inputs(torch.zeros(count, dtype=torch.float64)), progress=progress)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -79,7 +79,7 @@ def test_the_data_term_is_least_at_the_velocity_of_the_ode():
 
     def off_by(amount: float) -> float:
         exact = Exact(schedule)
-        shifted = lambda z, t, told: exact(z, t, told) + amount  # noqa: E731
+        shifted = lambda z, t, inputs: exact(z, t, inputs) + amount  # noqa: E731
         return float(flow_map(shifted, exact, batch(40_000), schedule, torch.Generator().manual_seed(1))["signal"])
 
     assert off_by(0) < min(off_by(0.05), off_by(-0.05))
@@ -107,5 +107,5 @@ def test_weight_multiplies_the_rows_that_jump():
 
 def test_shares_and_rows():
     assert share_of_way(torch.tensor([4, 4, 4]), torch.tensor([4, 1, 0])).tolist() == [0, 0.75, 1]
-    part = conditioning_rows(Told(torch.arange(6)), slice(2, 4))
+    part = conditioning_rows(Inputs(torch.arange(6)), slice(2, 4))
     assert part.jump.tolist() == [2, 3]

@@ -1,4 +1,4 @@
-r"""One-stage conditional flow maps by the semigroup property: one network that is told how far to go.
+r"""One-stage conditional flow maps by the semigroup property: one network with a target time.
 
 On the linear path (z = (1 - s) x + s eps; schedule.to_linear maps every other path to it) the flow of the probability
 ODE from s to r <= s is X_{s->r}(z) = z - (s - r) u(z, s, r), with u(z, s, s) the instantaneous velocity. Going to a
@@ -10,7 +10,7 @@ time m between and on from there is the same as going directly (Boffi et al., 20
 
     loss = mean |u - target|^2 over rows r = s  +  weight * the same over rows r < s
 
-The network is told the share of the way (t - r) / t in `jump` (Conditioning): 0 is the instantaneous prediction, 1 the
+The network gets the share of the way (t - r) / t as `jump` (Conditioning): 0 is the instantaneous prediction, 1 the
 end. In terms of its (x, eps) at z_t a step to r is alpha_r x + sigma_r eps, so DDIM samples it, on any path. Both terms
 regress u; there is no derivative and no division by a small step, so it suits bf16. Half of the rows need two more
 passes of the average network: 4 passes an image, the price of `codi`.
@@ -58,8 +58,8 @@ def flow_map(
     r = torch.where(uniform[2] < ends, torch.zeros_like(t), schedule.between(torch.zeros_like(t), t, uniform[3]))
     r = torch.where(later, r, t)
     z = schedule.mix(x, noise, t)
-    told = replace(batch.conditioning, jump=share_of_way(t, r).to(x))
-    u = velocity(student, z, t, told, schedule)
+    conditioned = replace(batch.conditioning, jump=share_of_way(t, r).to(x))
+    u = velocity(student, z, t, conditioned, schedule)
 
     losses: dict[str, Tensor] = {}
     if first:
@@ -112,8 +112,8 @@ def step(
     network: Network, z: Tensor, t: Tensor, r: Tensor, conditioning: Any, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
     """Return the mean velocity from t to r and z_r = alpha_r x + sigma_r eps. Where t = 0 nothing is left to go."""
-    told = replace(conditioning, jump=share_of_way(t.clamp_min(schedule.least), r).clamp(0, 1).to(z))
-    x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), told), z, t)
+    conditioned = replace(conditioning, jump=share_of_way(t.clamp_min(schedule.least), r).clamp(0, 1).to(z))
+    x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), conditioned), z, t)
     return eps - x, schedule.mix(x, eps, r)
 
 
