@@ -181,3 +181,18 @@ def test_a_prompt_that_is_cut_is_said_to_be():
 def test_a_single_file_wants_the_parts_that_it_lacks(tmp_path):
     save_file({"double_blocks.0.img_mod.lin.weight": rand(2, 2)}, tmp_path / "flux.safetensors")
     refused(lambda: load_backbone(tmp_path / "flux.safetensors"), "has a network of FLUX.1 alone", "--config")
+
+
+@pytest.mark.parametrize("value", [True, 7, "text", [1]])
+def test_a_configuration_that_is_no_object_is_refused_at_once(model, value):
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match="scheduler_config.json: holds .* and no object"):
+        load_backbone(model)
+
+
+@pytest.mark.parametrize(("part", "key"), [("vae", "layers_per_block"), ("transformer", "num_layers")])
+@pytest.mark.parametrize("count", [10**40, 10**6])
+def test_absurd_counts_of_layers_are_refused_at_once(model, part, key, count):
+    edit(model / part / "config.json", **{key: count})
+    with pytest.raises(UserError, match=f"{part}/config.json: {key} is above 1,000"):
+        load_backbone(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -24,6 +25,9 @@ CONVERT = (
     "DiffusionPipeline.from_pretrained(MODEL, use_safetensors=False).save_pretrained(NEW)"
 )
 EMBEDDED = Path(__file__).resolve().parents[2] / "weights"  # what ships inside the package
+
+
+MOST_LAYERS = 1_000  # of a part, where the largest known have some hundred
 
 
 class Hub(TypedDict, total=False):
@@ -168,6 +172,7 @@ def _open(
     options |= dict.fromkeys(_unused(kind, index))
     for name in {field.name for field in fields(Backbone)} & set(index) - set(options) - set(given):
         require_safetensors(path / name)
+        require_buildable(path / name)
     return kind.open_folder(source, index, dtype, {**options, **given}), kind
 
 
@@ -177,6 +182,23 @@ def _unused(kind: Family, index: Mapping[str, Any]) -> list[str]:
     taken = {name for pipeline in kind.pipelines for name in inspect.signature(stock(pipeline).__init__).parameters}
     read = {field.name for field in fields(Backbone)}
     return [name for name, part in index.items() if isinstance(part, list) and name in taken - read]
+
+
+def require_buildable(folder: Path) -> None:
+    """Raise UserError for the folder of a part whose configuration is no object, or has a count of layers or blocks
+    above MOST_LAYERS: diffusers would search the former for keys, or build the latter, without an end."""
+    for file in (folder / "config.json", folder / "scheduler_config.json"):
+        try:
+            config = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError):  # diffusers says what is wrong
+            continue
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: holds {one_line(repr(config))} and no object: fetch the model again")
+        for key, value in config.items():
+            counts = value if isinstance(value, list) else [value]
+            large = any(isinstance(n, int) and n > MOST_LAYERS for n in counts)
+            if large and ("layers" in key or "blocks" in key):
+                raise UserError(f"{file}: {key} is above {MOST_LAYERS:,}: fetch the model again")
 
 
 def require_safetensors(folder: Path) -> None:
