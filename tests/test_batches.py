@@ -6,12 +6,15 @@ from itertools import islice
 
 import cv2
 import numpy as np
+import pytest
 import torch
 
 from codi.data.batches import batches
 from codi.data.sources import open_source
 from codi.models import codec
-from codi.training.latents import encode_all
+from codi.training.checkpoint import Progress
+from codi.training.events import Events
+from codi.training.latents import encode_all, npy_bytes
 from codi.training.pretrain_recipe import first_pictures
 from folders import noise, read, refused, rows_of, same
 from tiny import tiny_vae
@@ -161,3 +164,22 @@ def test_corrupt_files_are_judged_over_all_that_a_backbone_learns(tmp_path):
     refused(lambda: first_pictures(none, 2, 16), "no picture could be read")
     assert torch.equal(first_pictures(source, 2, 16)[0], torch.stack([s.image for s in read(source, [70, 71], 16)]))
     assert len(first_pictures(source, 90, 16)[0]) == 40
+
+
+def test_latents_are_written_as_numpy_writes_them(tmp_path):
+    array = noise_latents()
+    np.save(tmp_path / "plain.npy", array)
+    assert b"".join(npy_bytes(array)) == (tmp_path / "plain.npy").read_bytes()
+
+
+def noise_latents() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float16)
+
+
+def test_a_full_disk_names_the_training_log(tmp_path):
+    events = Events(tmp_path, 8, Progress(), quiet=True)
+    events.log.close()
+    events.log = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError) as raised:
+        events.scalars(Progress(), {"loss": 1.0})
+    assert raised.value.filename == "/dev/full"

@@ -26,7 +26,12 @@ class Events:
         """Records `values`; prints one line with rate and time left."""
         for name, value in values.items():
             self.board.add_scalar(name, value, progress.images)
-        self.log.write(json.dumps({"images": progress.images, "seconds": round(progress.seconds, 1), **values}) + "\n")
+        row = {"images": progress.images, "seconds": round(progress.seconds, 1), **values}
+        try:
+            self.log.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk: an open file's error does not name it
+            error.filename = self.log.name
+            raise
         if self.quiet:
             return
         rate = (progress.images - self.start) / max(time.monotonic() - self.began, 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 from abc import abstractmethod
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..data.batches import judge, report_corrupt
 from ..data.samples import CorruptSample, Sample
 from ..data.sources import Source
+from ..data.writing import write_whole
 from ..models import codec
 from . import ema
 from .checkpoint import Progress, edit_json, write_atomically
@@ -217,6 +219,14 @@ def encode_all(
         captions, corrupt = captions + texts, corrupt + unread
         report_corrupt(report, indices.stop, corrupt)
     judge(corrupt, len(source), len(source), max_corrupt, report)
-    np.save(data, np.concatenate(chunks))
-    index.write_text(json.dumps({"mark": mark, "captions": captions}))
+    index.unlink(missing_ok=True)  # that of other latents: it must never stand beside these
+    write_whole(data, npy_bytes(np.concatenate(chunks)))
+    write_whole(index, [json.dumps({"mark": mark, "captions": captions}).encode()])
     return np.load(data, mmap_mode="r"), captions
+
+
+def npy_bytes(array: np.ndarray) -> list[bytes | memoryview]:
+    """Return what numpy.save writes of `array`, without a copy of its values."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return [header.getvalue(), np.ascontiguousarray(array).data.cast("B")]
