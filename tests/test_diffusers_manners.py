@@ -317,11 +317,9 @@ def test_caches_of_a_transformer_start_empty_with_every_call():
 
 
 def test_loras_work_under_adapters_and_leave_no_trace(folder, tmp_path):
-    (tmp_path / "lora").mkdir()
-    save_lora(tiny_lora(tiny_unet(), "x", seed=3), tmp_path / "lora", "x")
     pipe = opened(folder, "depth")
     plain, backbone = run(pipe, **given("depth")), run(pipe, **given("depth"), strength=0)
-    pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="style")
+    pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
     assert pipe.get_active_adapters() == ["depth", "style"]
     styled = run(pipe, **given("depth"))
     assert not torch.allclose(styled, plain, atol=1e-3)
@@ -336,3 +334,21 @@ def test_loras_work_under_adapters_and_leave_no_trace(folder, tmp_path):
         pipe.load_lora_weights(str(folder / "model"))
     with pytest.raises(UserError, match="'depth': is taken"):
         pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="depth")
+
+
+def lora_file(folder: Path) -> str:
+    """Write a LoRA for the tiny U-Net."""
+    folder.mkdir()
+    save_lora(tiny_lora(tiny_unet(), "x", seed=3), folder, "x")
+    return str(folder)
+
+
+def test_saving_leaves_loras_out_and_says_so(folder, tmp_path):
+    pipe = opened(folder, "depth")
+    plain = run(pipe, **given("depth"))
+    pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
+    styled = run(pipe, **given("depth"))
+    with pytest.warns(UserWarning, match="the LoRA style is not saved"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(run(CoDiPipeline.from_pretrained(tmp_path / "saved"), **given("depth")), plain)
+    assert torch.equal(run(pipe, **given("depth")), styled) and pipe.get_active_adapters() == ["depth", "style"]

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from codi.models.lora import (
     save_lora,
     scale_lora,
     shared_copy,
+    without_lora,
 )
 from codi.models.student import Conditioning, Student
 from codi.training.saving import save_adapter
@@ -219,6 +221,15 @@ def test_merged_updates_compute_the_same_beside_the_backbone():
     updated = {name.split(".lora_A")[0] + ".weight" for name in own}
     assert {name for name, p in merged.named_parameters() if id(p) not in shared} >= updated
     assert merged.conv_in.weight is UNET.conv_in.weight
+
+
+def test_merging_takes_updates_of_different_layers():
+    few = shared_copy(UNET)
+    few.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, use_dora=True), adapter_name="x")
+    joined = join_lora(UNET, {"few": few, "all": tiny_lora(UNET, "depth")})
+    scale_lora(joined, {"few": 1.0, "all": 1.0})
+    torch.testing.assert_close(predicted(merge_lora(joined)), predicted(joined), rtol=1e-4, atol=1e-5)
+    assert torch.equal(predicted(without_lora(joined)), EXPECTED)
 
 
 def test_the_stock_pipeline_reads_every_embedded_file():

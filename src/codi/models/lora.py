@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,19 +103,32 @@ def add_prefix(path: Path, part: str, half: bool = False) -> None:
 
 
 def merge_lora(network: Any) -> Any:
-    """A shared copy of `network` without updates that computes the same: W + weight B A, at the weights that are set,
-    in place of W. The layers updated have weights of their own, all others share those of `network`."""
-    merged = shared_copy(network)
-    for name, layer in list(merged.named_modules()):
+    """Return a shared copy of `network` without updates that computes the same: W + weight B A, at the weights that are
+    set, in place of W. The layers updated have weights of their own, all others share those of `network`."""
+
+    def merged(layer: Any) -> Any:
+        layer = copy.deepcopy(layer)
+        layer.merge()  # of the updates that are active those that this layer has
+        return layer.get_base_layer()
+
+    return _replaced(network, merged)
+
+
+def without_lora(network: Any) -> Any:
+    """Return a shared copy of `network`, also of a text encoder, without any updates."""
+    return _replaced(network, lambda layer: layer.get_base_layer())
+
+
+def _replaced(network: Any, plain: Callable[[Any], Any]) -> Any:
+    """Return a shared copy of `network` with `plain` of each layer that has updates in its place."""
+    copied = shared_copy(network)
+    for name, layer in list(copied.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            plain: Any = copy.deepcopy(layer.get_base_layer())
-            for update in layer.active_adapters:
-                plain.weight.data += layer.get_delta_weight(update)  # type: ignore[operator]
-            merged.set_submodule(name, plain)
-    if lora_names(merged):
-        del merged.peft_config
-        merged._hf_peft_config_loaded = False
-    return merged
+            copied.set_submodule(name, plain(layer))
+    if lora_names(copied):
+        del copied.peft_config
+        copied._hf_peft_config_loaded = False
+    return copied
 
 
 def lora_names(network: Any) -> list[str]:

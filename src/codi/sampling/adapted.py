@@ -170,12 +170,14 @@ class AdaptedPipeline(StockManners, LoraManners):
         """Save the checkpoint, its tiny decoder, every adapter loaded, and which ones are set with what weights.
 
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it with all of these, and without any
-        adapter, as the stock pipeline, needs no such trust. Raises UserError for pickled weights: nothing reads them.
+        adapter, as the stock pipeline, needs no such trust. LoRAs are left out, with a warning. Raises UserError for
+        pickled weights: nothing reads them.
         """
         if not safe_serialization:
             raise UserError(f"{save_directory}: safe_serialization=False would pickle the weights, which codi does not "
                             "read: leave it out")  # fmt: skip
-        super().save_pretrained(save_directory, **kwargs)
+        with self._without_loras():
+            super().save_pretrained(save_directory, **kwargs)
         mark_saved(Path(save_directory), self.tiny_vae is not None)
         stock = self.kind.pipeline_for(self.parts).__name__
         name_class(Path(save_directory), [ENTRY, "CoDiPipeline"] if self._shelf.loaded else stock)

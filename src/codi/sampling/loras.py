@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -10,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 
 from ..errors import UserError, one_line
-from ..models.lora import lora_names, stock_loras
+from ..models.lora import lora_names, stock_loras, without_lora
 from ..tasks import TASKS
 from .shelf import Shelf
 
@@ -89,6 +91,22 @@ class LoraManners(DiffusionPipeline):
         found = {name: list(part.peft_config) for name, part in self.components.items()
                  if getattr(part, "peft_config", None)}  # fmt: skip
         return {**found, "codi": list(self._shelf.loaded)} if self._shelf.loaded else found
+
+    @contextmanager
+    def _without_loras(self) -> Iterator[None]:
+        """Have the parts without their LoRAs, which a checkpoint has no place for, and warn if there are any."""
+        carrying = {name: part for name, part in self.components.items() if lora_names(part)}
+        if names := sorted({lora for part in carrying.values() for lora in lora_names(part)}):
+            warnings.warn(f"save_pretrained: the LoRA {', '.join(names)} is not saved: load it again after opening, or "
+                          "make it part of the backbone by from_pretrained(..., loras={file: 1.0}) before saving",
+                          stacklevel=4)  # fmt: skip
+        try:
+            for name, part in carrying.items():
+                setattr(self, name, without_lora(part))
+            yield
+        finally:
+            for name, part in carrying.items():
+                setattr(self, name, part)
 
     def _require_loras(self, names: list[str]) -> None:
         known = stock_loras(self.network)
