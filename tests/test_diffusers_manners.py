@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -336,10 +337,10 @@ def test_loras_work_under_adapters_and_leave_no_trace(folder, tmp_path):
         pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="depth")
 
 
-def lora_file(folder: Path) -> str:
+def lora_file(folder: Path, seed: int = 3) -> str:
     """Write a LoRA for the tiny U-Net."""
     folder.mkdir()
-    save_lora(tiny_lora(tiny_unet(), "x", seed=3), folder, "x")
+    save_lora(tiny_lora(tiny_unet(), "x", seed), folder, "x")
     return str(folder)
 
 
@@ -352,3 +353,46 @@ def test_saving_leaves_loras_out_and_says_so(folder, tmp_path):
         pipe.save_pretrained(tmp_path / "saved")
     assert torch.equal(run(CoDiPipeline.from_pretrained(tmp_path / "saved"), **given("depth")), plain)
     assert torch.equal(run(pipe, **given("depth")), styled) and pipe.get_active_adapters() == ["depth", "style"]
+
+
+def test_adapters_outlive_their_folder_where_loras_change(folder, tmp_path):
+    shutil.copytree(folder / "generate", tmp_path / "generate")
+    pipe = opened(folder, "depth")
+    pipe.load_adapter(tmp_path / "generate")
+    pipe.set_adapters("generate")
+    plain = run(pipe)
+    shutil.rmtree(tmp_path / "generate")
+    pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
+    pipe.set_adapters(["style"], 0.7)
+    assert not torch.allclose(run(pipe), plain, atol=1e-3) and pipe.adapters == ["depth", "generate"]
+    pipe.unload_lora_weights()
+    assert torch.equal(run(pipe), plain)
+
+
+def test_a_scale_of_loras_leaves_adapters_alone(folder, tmp_path):
+    pipe = opened(folder, "generate")
+    plain = run(pipe)
+    assert not torch.allclose(plain, run(pipe, strength=0), atol=1e-3)
+    pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
+    styled, halved = run(pipe), run(pipe, cross_attention_kwargs={"scale": 0.5})
+    torch.testing.assert_close(run(pipe, cross_attention_kwargs={"scale": 0}), plain, rtol=0, atol=1e-5)
+    assert torch.equal(run(pipe), styled)
+    pipe.set_adapters("style", 0.5)
+    torch.testing.assert_close(run(pipe), halved, rtol=0, atol=1e-5)
+
+
+def test_pipelines_of_one_backbone_share_its_loras(folder, tmp_path):
+    pipe = opened(folder, "generate")
+    plain = run(pipe)
+    other = CoDiPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
+    styled = run(pipe)
+    assert torch.equal(run(other), styled) and other.get_active_adapters() == ["generate", "style"]
+    other.unload_lora_weights()
+    assert torch.equal(run(pipe), plain) and pipe.get_active_adapters() == ["generate"]
+    pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="style")
+    assert torch.equal(run(other), styled)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(lora_file(tmp_path / "another", seed=4), adapter_name="style")
+    assert torch.equal(run(other), run(pipe)) and not torch.allclose(run(pipe), styled, atol=1e-3)

@@ -27,6 +27,7 @@ from .backbones import family_of
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: a stock pipeline's load_lora_weights reads it
 NOTE = "lora_adapter_metadata"  # where diffusers keeps the ranks and scales
+_NO_LORAS: dict[str, float] = {}  # one object: a change of LoRAs is noticed by identity
 
 
 def shared_copy(network: Any) -> Any:
@@ -138,7 +139,15 @@ def lora_names(network: Any) -> list[str]:
 
 def stock_loras(network: Any) -> dict[str, float]:
     """Return the LoRAs of other programs that a user has loaded onto the backbone, with their weights."""
-    return getattr(network, "_codi_stock_loras", {})
+    return getattr(network, "_codi_stock_loras", _NO_LORAS)
+
+
+def set_stock_loras(network: Any, weights: dict[str, float]) -> None:
+    """Note the LoRAs of other programs that `network` carries, and give them these weights."""
+    network._codi_stock_loras = weights
+    network._codi_lora_weights = None  # scale_lora then sets the updates of adapters again
+    if carried := [name for name in weights if name in lora_names(network)]:
+        set_weights_and_activate_adapters(network, carried, [weights[name] for name in carried])
 
 
 def scale_lora(network: Any, weights: dict[str, float]) -> None:

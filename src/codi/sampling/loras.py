@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 
 from ..errors import UserError, one_line
-from ..models.lora import lora_names, stock_loras, without_lora
+from ..models.lora import lora_names, set_stock_loras, stock_loras, without_lora
 from ..tasks import TASKS
 from .shelf import Shelf
 
@@ -33,6 +33,7 @@ class LoraManners(DiffusionPipeline):
         """
         if adapter_name in (*TASKS, *lora_names(self.network)):
             raise UserError(f"adapter_name {adapter_name!r}: is taken: give the LoRA another name")
+        self._shelf.require_free_for_loras()
         before, stock = set(lora_names(self.network)), self.kind.build_pipeline(self.parts)
         try:
             stock.load_lora_weights(source, adapter_name=adapter_name, **{"use_safetensors": True, **kwargs})
@@ -46,6 +47,7 @@ class LoraManners(DiffusionPipeline):
 
     def unload_lora_weights(self) -> None:
         """Remove what `load_lora_weights` has loaded; the weights are as they were."""
+        self._shelf.require_free_for_loras()
         self.kind.build_pipeline(self.parts).unload_lora_weights()
         self._note({})
 
@@ -53,6 +55,7 @@ class LoraManners(DiffusionPipeline):
         """Remove some of what `load_lora_weights` has loaded. Raises UserError for other names."""
         names = [names] if isinstance(names, str) else list(names)
         self._require_loras(names)
+        self._shelf.require_free_for_loras()
         self.kind.build_pipeline(self.parts).delete_adapters(names)
         self._note({name: weight for name, weight in stock_loras(self.network).items() if name not in names})
 
@@ -115,5 +118,5 @@ class LoraManners(DiffusionPipeline):
 
     def _note(self, loras: dict[str, float]) -> None:
         """Have adapters work on the backbone with these LoRAs."""
-        self.network._codi_stock_loras = loras
-        self._shelf.rebase(self.network, self._shelf.family)
+        set_stock_loras(self.network, loras)
+        self._shelf.follow_loras()

@@ -8,14 +8,13 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from ..errors import UserError, nearest
@@ -24,7 +23,7 @@ from ..models.adapter_files import ADAPTERS, find_adapter, fitting_adapter, load
 from ..models.backbones import family_of
 from ..models.composition import compose
 from ..models.hooks import called
-from ..models.lora import FILE, add_prefix, lora_names, merge_lora
+from ..models.lora import FILE, add_prefix, join_lora, lora_names, merge_lora, set_stock_loras, stock_loras
 from ..models.student import Student
 from ..tasks import Task, get_task
 from .guidance import require_info
@@ -40,11 +39,8 @@ class Shelved:
     network: Any
     task: Task
     folder: Path
-
-    @property
-    def full(self) -> bool:
-        """Whether it brought a network of its own, which is there in whole or not at all."""
-        return own_network(self.folder) is not None
+    full: bool
+    """Whether it brought a network of its own, which is there in whole or not at all."""
 
     @property
     def info(self) -> dict[str, Any]:
@@ -58,6 +54,7 @@ class Shelf:
 
     def __init__(self, network: Any, family: str, model: str | Path = "mini") -> None:
         self.network, self.family, self.model = network, family, model
+        self._loras = stock_loras(network)  # that the networks of `loaded` carry, too
         self.offload: Callable[[Any], Any] | None = None
         """What is done to networks that a pipeline of diffusers does not know of, where its own are offloaded."""
         self.loaded: dict[str, Shelved] = {}
@@ -91,7 +88,8 @@ class Shelf:
         kind = info.get("task", task)
         if kind is None:
             raise UserError(f"{source}: does not say which task it does: name it with task=...")
-        shelved = Shelved(adapter, network, get_task(kind, **info.get("task_options", {})), folder)
+        shelved = Shelved(adapter, network, get_task(kind, **info.get("task_options", {})), folder,
+                           own_network(folder) is not None)  # fmt: skip
         for module in (adapter, network):
             self._place(module).requires_grad_(False).eval()
         self.loaded[name] = shelved
@@ -145,6 +143,7 @@ class Shelf:
 
     def student(self, strength: float = 1.0) -> tuple[Student, float]:
         """(the student to sample with, the strength to give it): without influence the backbone alone."""
+        self.follow_loras()
         if not self.infos(strength):
             return self._student(()), 1.0
         student = self._student(tuple(self.weights))
@@ -214,13 +213,14 @@ class Shelf:
                 hasattr(self.network, "_hf_hook") and self.offload is None
             ):  # it was moved as a whole, its weights with it
                 nn.Module.to(student, device=device)
+            loras = stock_loras(network)
             if lora_scale != 1:
-                scale_lora_layers(network, lora_scale)
+                set_stock_loras(network, {name: weight * lora_scale for name, weight in loras.items()})
             try:
                 yield
             finally:
                 if lora_scale != 1:
-                    unscale_lora_layers(network, lora_scale)
+                    set_stock_loras(network, loras)
                 if hasattr(network, "_reset_stateful_cache"):
                     network._reset_stateful_cache()
 
@@ -233,10 +233,40 @@ class Shelf:
         for part in (*self.networks[1:], *(shelved.adapter for shelved in self.loaded.values())):
             self._place(part)
 
-    def rebase(self, network: Any, family: str) -> None:
-        """Load all adapters again, for another network or one that was changed."""
+    def follow_loras(self) -> None:
+        """Have the adapters work on the backbone with the LoRAs that it carries now. Pipelines that share a backbone
+        share its LoRAs, so that another one may have changed them."""
+        loras = stock_loras(self.network)
+        if loras is self._loras:
+            return
+        parameters = {id(p) for p in self.network.parameters()}
+        copies = [shelved.network for shelved in self.loaded.values() if not shelved.full]
+        if loras.keys() == self._loras.keys() and all(parameters <= {id(p) for p in c.parameters()} for c in copies):
+            for network in self.networks[1:]:
+                set_stock_loras(network, loras)
+        else:
+            self.require_free_for_loras()
+            self.loaded = {name: self._on_backbone(shelved) for name, shelved in self.loaded.items()}
+            self._students = {}
+        self._loras, self._merged = loras, None
+
+    def require_free_for_loras(self) -> None:
+        """Raise UserError where adapters cannot follow a change of the backbone's LoRAs, which offloading forbids."""
+        if self.loaded:
+            self._require_free("LoRA")
+
+    def _on_backbone(self, shelved: Shelved) -> Shelved:
+        """Return the same adapter, its low-rank updates on the backbone as it is now."""
+        if shelved.full:
+            return shelved
+        own = set(lora_names(shelved.network)) - set(stock_loras(shelved.network))
+        network = join_lora(self.network, dict.fromkeys(own, shelved.network)) if own else self.network
+        return replace(shelved, network=self._place(network).requires_grad_(False).eval())
+
+    def _rebase(self, network: Any, family: str) -> None:
+        """Load all adapters again, for another network."""
         loaded, weights, self.network, self.family = self.loaded, self.weights, network, family
-        self.loaded, self.weights, self._students, self._merged = {}, {}, {}, None
+        self.loaded, self.weights, self._loras = {}, {}, stock_loras(network)
         for name, shelved in loaded.items():
             self.load(shelved.folder, name, shelved.task.name)
         self.set(list(weights), list(weights.values()))
@@ -251,9 +281,9 @@ class Shelf:
             self.layout,
         )
         if network is self.network:
-            other._students = dict(self._students)
+            other._students, other._loras = dict(self._students), self._loras
         else:
-            other.rebase(network, family)
+            other._rebase(network, family)
         return other
 
     def _place(self, module: Any) -> Any:
