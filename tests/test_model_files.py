@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from codi.errors import UserError
 from codi.models import text
 from codi.models.adapter import FORMS, FusedAdapter
-from codi.models.adapter_files import load_adapter
+from codi.models.adapter_files import load_adapter, own_network
 from codi.models.backbones import EMBEDDED, digest, load_backbone, load_vae
 from codi.models.backbones.stable_diffusion import fingerprint as family
-from codi.models.checksums import find_fault
+from codi.models.checksums import checksum, find_fault
 from codi.models.lora import FILE
 from codi.models.student import Conditioning, Student
 from codi.sampling.pipeline import CoDiPipeline
@@ -265,6 +265,26 @@ def test_older_adapters_load_unless_they_are_evidently_incomplete(adapter_folder
     refused(lambda: load_adapter(tmp_path / "lora", None, None, UNET), f"{FILE} is missing")
     unlisted(shared, recipe={"lora_rank": 0})
     load_adapter(shared, "upscale", BACKBONE.family, UNET)
+
+
+def test_only_listed_files_are_loaded(adapter_folder, full_folder, tmp_path):
+    folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    expected = load_adapter(folder, "upscale", None, UNET)[1].state_dict().keys()
+    shutil.copytree(full_folder / "unet", folder / "unet")
+    assert own_network(folder) is None
+    assert load_adapter(folder, "upscale", None, UNET)[1].state_dict().keys() == expected
+    (folder / f"{WEIGHTS}.index.json").write_text("{}")
+    refused(lambda: load_adapter(folder, "upscale", None, UNET), f"{folder}: {WEIGHTS}.index.json is not in its list")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_listed_files_lie_inside_of_the_folder(absolute, adapter_folder, tmp_path):
+    folder, outside = shutil.copytree(adapter_folder, tmp_path / "adapter"), tmp_path / "outside"
+    outside.write_text("secret")
+    values, name = json.loads((folder / "config.json").read_text()), str(outside) if absolute else "../outside"
+    values["info"]["files"][name] = checksum(outside)
+    (folder / "config.json").write_text(json.dumps(values))
+    refused(lambda: load_adapter(folder, "upscale", None, UNET), f"{folder}: its list of files names {name}, which is")
 
 
 def test_shipped_adapters_list_their_files():

@@ -87,8 +87,13 @@ def default_model(adapter: str | Path) -> str:
 
 def own_network(folder: Path) -> Path | None:
     """The folder of the network that a full adapter brings; None for other adapters."""
-    parts = (folder / kind.component for kind in FAMILIES)
-    return next((part for part in parts if (part / "config.json").is_file()), None)
+    names = (kind.component for kind in FAMILIES)
+    return next((folder / name for name in names if _has(folder, f"{name}/config.json")), None)
+
+
+def _has(folder: Path, name: str) -> bool:
+    """Return whether an adapter has a file, which its list of files, if there is one, must name."""
+    return (folder / name).is_file() and name in _stated(folder).get("files", (name,))
 
 
 def load_adapter(
@@ -112,7 +117,7 @@ def load_adapter(
     adapter = _weights(cls, folder)
     if own := own_network(folder):
         network = _weights(type(network), own).to(device=network.device, dtype=network.dtype)
-    elif (folder / FILE).is_file():
+    elif _has(folder, FILE):
         network = _updates(network, folder, str((config.get("info") or {}).get("task", "adapter")))
     return adapter, network
 
@@ -176,11 +181,22 @@ def _require_sound(config: dict[str, Any], info: dict[str, Any]) -> None:
 def _find_fault(folder: Path, cls: type[Adapter], info: dict[str, Any]) -> str | None:
     """Return what an adapter lacks, None for nothing. Older ones do not list their files."""
     if "files" in info:
-        return find_fault(folder, info["files"])
+        fault = find_fault(folder, info["files"])
+        if fault or (fault := _unlisted(folder, info["files"])):
+            return fault
     if info.get("full"):
         return None if own_network(folder) else "the network that belongs to it is missing"
     updates = cls is FORMS["lora"] or (info.get("recipe") or {}).get("lora_rank")
-    return f"{FILE} is missing" if updates and not (folder / FILE).is_file() and not own_network(folder) else None
+    return f"{FILE} is missing" if updates and not _has(folder, FILE) and not own_network(folder) else None
+
+
+def _unlisted(folder: Path, files: dict[str, str]) -> str | None:
+    """Return what is wrong where diffusers would read weights that `files` does not list, None for nothing."""
+    for part in filter(None, (folder, own_network(folder))):
+        for file in sorted(part.glob("diffusion_pytorch_model*")):
+            if (name := file.relative_to(folder).as_posix()) not in files:
+                return f"{name} is not in its list of files"
+    return None
 
 
 def _updates(network: Any, folder: Path, name: str) -> Any:

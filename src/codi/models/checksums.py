@@ -25,6 +25,8 @@ def find_fault(folder: Path, files: Any) -> str | None:
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         return "its list of files is none"
     for name, expected in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"its list of files names {name}, which is outside of the folder"
         if not (folder / name).is_file():
             return f"{name} is missing"
         if checksum(folder / name) != expected:
