@@ -396,3 +396,21 @@ def test_pipelines_of_one_backbone_share_its_loras(folder, tmp_path):
     pipe.unload_lora_weights()
     pipe.load_lora_weights(lora_file(tmp_path / "another", seed=4), adapter_name="style")
     assert torch.equal(run(other), run(pipe)) and not torch.allclose(run(pipe), styled, atol=1e-3)
+
+
+def test_loras_are_disabled_and_enabled(folder, tmp_path):
+    pipe = opened(folder, "generate")
+    plain = run(pipe)
+    pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    styled = run(pipe)
+    pipe.disable_lora()
+    torch.testing.assert_close(run(pipe), plain, rtol=0, atol=1e-5)
+    assert pipe.get_active_adapters() == ["generate"]
+    pipe.enable_lora()
+    assert torch.equal(run(pipe), styled)
+    pipe.set_adapters([])
+    assert pipe.get_active_adapters() == []
+    for names, weights in ((["style", "style"], None), ("style", float("nan"))):
+        with pytest.raises(UserError, match="weights"):
+            pipe.set_adapters(names, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class LoraManners(DiffusionPipeline):
         self._note({name: weight for name, weight in stock_loras(self.network).items() if name not in names})
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Set one adapter or several at once, each with a weight (1: as trained); an empty list sets none.
+        """Set one adapter or several at once, each with a weight (1: as trained); an empty list sets none, and no LoRA.
 
         Names may be those of LoRAs, too: adapters and LoRAs are set each among their own kind. Raises UserError for
         unknown names, and for several adapters where one brings a backbone of its own.
@@ -68,22 +69,39 @@ class LoraManners(DiffusionPipeline):
         several: list[str] = [names] if isinstance(names, str) else list(names)
         loras = [name for name in several if name in stock_loras(self.network)]
         if not loras:
-            return self._shelf.set(names, weights)
+            self._shelf.set(names, weights)
+            return None if several else self.disable_lora()
         values: list[Any] = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(several)
         values = [1.0 if value is None else value for value in values]
-        if wrong := [value for value in values if not isinstance(value, Real)]:
+        if wrong := [value for value in values if not isinstance(value, Real) or not math.isfinite(value)]:
             raise UserError(f"weights {wrong[0]!r}: not a number: use 1 for a LoRA as it was trained, 0 for none of it")
-        if len(values) != len(several):
+        if len(values) != len(several) or len(set(several)) != len(several):
             raise UserError(f"{', '.join(several)}: {len(values)} weights for {len(several)} adapters: give one each")
         chosen = dict(zip(several, values, strict=True))
         if own := {name: weight for name, weight in chosen.items() if name not in loras}:
             self._shelf.set(list(own), list(own.values()))
-        weights_of = {name: float(chosen.get(name, 0.0)) for name in stock_loras(self.network)}  # type: ignore[arg-type]
-        for part in self.components.values():
-            if carried := [name for name in weights_of if name in getattr(part, "peft_config", {})]:
-                set_weights_and_activate_adapters(part, carried, [weights_of[name] for name in carried])
-        self._note(weights_of)
+        self._weigh({name: float(chosen.get(name, 0.0)) for name in stock_loras(self.network)})  # type: ignore[arg-type]
         return None
+
+    def disable_lora(self) -> None:
+        """Set no LoRA; adapters stay as they are set."""
+        before = stock_loras(self.network)
+        if any(before.values()):
+            self._weigh(dict.fromkeys(before, 0.0))
+            self.network._codi_disabled_loras = before
+
+    def enable_lora(self) -> None:
+        """Set the LoRAs again that were set before `disable_lora`."""
+        loras, before = stock_loras(self.network), getattr(self.network, "_codi_disabled_loras", {})
+        if loras and not any(loras.values()):
+            self._weigh({name: before.get(name, 1.0) for name in loras})
+
+    def _weigh(self, weights: dict[str, float]) -> None:
+        """Give the LoRAs of all parts these weights."""
+        for part in self.components.values():
+            if carried := [name for name in weights if name in lora_names(part)]:
+                set_weights_and_activate_adapters(part, carried, [weights[name] for name in carried])
+        self._note(weights)
 
     def get_active_adapters(self) -> list[str]:
         """Return the names of adapters and LoRAs that are set."""
