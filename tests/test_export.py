@@ -469,6 +469,7 @@ def test_a_controlnet_of_other_cells_has_no_ldm_form(tmp_path, model):
         ("fused", {"task": "inpaint", "jumps": True, "shift": 3.0}),
         ("controlnet", {"task": "depth", "boundary": True}),
         ("hint", {"task": "canny", "full": True}),
+        ("hint", {"task": "upscale", "full": True, "colour": "back-projection"}),
         ("lora", {"task": "generate", "lora": True, "guidance_scale": 2.0}),
     ],
 )

@@ -76,7 +76,17 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (B, C, H, W) to `size` (h, w) by antialiased bicubic interpolation."""
     if size[1] == 1 < size[0]:  # torch (up to 2.13 at least) then repeats one row; of a single row it gets all columns
         return resize(image.mT, (1, size[0])).mT
+    if torch.onnx.is_in_onnx_export():  # which has no such operator: it is linear, along one axis after the other
+        rows, columns = (_resizing_matrix(*lengths).to(image) for lengths in zip(image.shape[-2:], size, strict=True))
+        return rows @ image @ columns.T
     return F.interpolate(image, size=size, mode="bicubic", antialias=True)
+
+
+def _resizing_matrix(length: int, target: int) -> Tensor:
+    """Return `resize` along one axis as a matrix (target, length); a constant to an export, which cannot look inside."""
+    identity = torch.eye(int(length))[None, None]
+    resized = F.interpolate(identity, size=(int(target), int(length)), mode="bicubic", antialias=True)
+    return torch.from_numpy(resized[0, 0].numpy().copy())
 
 
 def second_order(
