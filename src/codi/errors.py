@@ -11,7 +11,7 @@ def one_line(text: object, most: int = 200) -> str:
 
 
 class UserError(ValueError):
-    """An input that a user can mend. The message is one line: `<file or value>: <what is wrong>: <how to mend it>`.
+    """An input that a user can fix. The message is one line: `<file or value>: <what is wrong>: <how to fix it>`.
     Of a longer message than MOST letters, which holds a file or a value of the user's, the middle is left out."""
 
     MOST = 800

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .hooks import device_of
 
 Bundle = dict[str, Tensor]
@@ -92,7 +92,7 @@ def warn_of_cuts(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
         special = tokenizer.num_special_tokens_to_add()  # start and end, where the encoder has them
         count = len(ids) + special
         if count > limit:
-            cut = tokenizer.decode(ids[limit - special :], skip_special_tokens=True).strip()
+            cut = one_line(tokenizer.decode(ids[limit - special :], skip_special_tokens=True))
             warnings.warn(f"prompt of {count} tokens: the text encoder reads {limit}, so this is cut: {cut!r}",
                           stacklevel=2)  # fmt: skip
 

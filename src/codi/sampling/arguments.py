@@ -136,7 +136,8 @@ def guidance_of(pipe: Any, a: Arguments) -> Guidance:
     guide = pipe.guidance(a.guidance_scale, a.image_guidance_scale, a.strength)
     if guide.second_pass != 1:
         pipe.kind.require_guidance(pipe, guide.second_pass)
-    if guide.distilled and (a.negative_prompt or a.embeddings.get("negative_prompt_embeds") is not None):
+    negative = any(texts_of(a.negative_prompt, "negative_prompt"))
+    if guide.distilled and (negative or a.embeddings.get("negative_prompt_embeds") is not None):
         raise UserError("negative_prompt: guidance is distilled into this adapter, away from no prompt at all: "
                         "leave it out")  # fmt: skip
     return guide

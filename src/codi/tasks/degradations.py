@@ -83,7 +83,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resizing_matrix(length: int, target: int) -> Tensor:
-    """Return `resize` along one axis as a matrix (target, length); a constant to an export, which cannot look inside."""
+    """Return `resize` along one axis as a matrix (target, length), which an export takes for a constant."""
     identity = torch.eye(int(length))[None, None]
     resized = F.interpolate(identity, size=(int(target), int(length)), mode="bicubic", antialias=True)
     return torch.from_numpy(resized[0, 0].numpy().copy())
