@@ -100,7 +100,7 @@ def ours(backbone: Backbone, picture: Tensor, reads: str, variant: str) -> dict[
     for name, decoder in (("codi", None), ("codi-tiny", tiny)):
         pipe: Any = CoDiPipeline(**vars(backbone), tiny_vae=decoder)
         pipe.set_progress_bar_config(disable=True)
-        pipe._shelf.loaded["canny"] = Shelved(adapter, backbone.unet, get_task("canny"), Path())
+        pipe._shelf.loaded["canny"] = Shelved(adapter, backbone.unet, get_task("canny"), Path(), full=False)
         pipe.set_adapters("canny")
         if variant == "channels-last":
             pipe.to(memory_format=torch.channels_last)

@@ -186,7 +186,8 @@ def _find_fault(folder: Path, cls: type[Adapter], info: dict[str, Any]) -> str |
             return fault
     if info.get("full"):
         return None if own_network(folder) else "the network that belongs to it is missing"
-    updates = cls is FORMS["lora"] or (info.get("recipe") or {}).get("lora_rank")
+    bare = cls is FORMS["lora"] and "files" not in info  # a complete list says that there are no updates
+    updates = bare or (info.get("recipe") or {}).get("lora_rank")
     return f"{FILE} is missing" if updates and not _has(folder, FILE) and not own_network(folder) else None
 
 
