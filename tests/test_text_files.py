@@ -46,6 +46,27 @@ def test_yaml_is_bounded(tmp_path, text, words):
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: [1, 2", "line 2, column 9: while parsing a flow sequence, expected ',' or ']'"),
+        ("a: 1\nb: c: d", "line 2, column 5: mapping values are not allowed here"),
+        ("a: 1\nb: @x", "line 2, column 4: while scanning for the next token, found character '@'"),
+        ("a: 1\nb: *x", "line 2, column 4: found undefined alias 'x'"),
+        ("a: 1\nb: \a", r"line 2: '\x07': special characters are not allowed"),
+        ("a: 1\nb: 2024-13-45", "line 2, column 4: month must be in 1..12"),
+        ("a: 1\n---\nb: 2", "line 2, column 1: expected a single document"),
+        ('a: "\\Uffffffff"', "Python int too large to convert"),
+    ],
+)
+def test_errors_of_yaml_name_the_file_and_the_line(tmp_path, text, words):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    for read in (read_recipe, load_suite):
+        message = refused(lambda read=read: read(file), f"{file}: not valid YAML ({words}", "): correct that line")
+        assert "unicode string" not in message
+
+
 def test_yaml_that_people_write_is_read(tmp_path):
     assert parse_yaml("a: &a {x: 1, y: 2}\nb: *a\nc: {<<: *a, y: 3}") == {
         "a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 3},

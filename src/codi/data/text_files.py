@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 from ..errors import UserError, one_line
 from .formats import read_file
@@ -100,15 +102,30 @@ class _BoundedLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # of a value, without its place: KeyError of !!bool
+            raise ConstructorError(None, None, str(error) or type(error).__name__, node.start_mark) from error
+
 
 def parse_yaml(text: str) -> Any:
-    """Parse a small YAML text. Raises ValueError, of one line, for text that is not valid YAML, or too long, too
-    deeply nested or too large with its aliases written out."""
+    """Parse a small YAML text. Raises ValueError, of one line that says where, for text that is not valid YAML, or too
+    long, too deeply nested or too large with its aliases written out."""
     if len(text) > YAML_BYTES:
         raise ValueError(f"longer than {YAML_BYTES:,} letters")
     try:
         return yaml.load(text, _BoundedLoader)  # a subclass of SafeLoader
-    except Exception as error:  # beside YAMLError, PyYAML lets through what its constructors raise: KeyError of !!bool
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"line {line}: {chr(int(error.character))!a}: {error.reason}") from error
+    except yaml.MarkedYAMLError as error:  # whose own text names an unknown "<unicode string>" in place of the file
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(where + one_line(", ".join(filter(None, (error.context, error.problem))))) from error
+    except Exception as error:  # PyYAML lets through OverflowError of "\\Uffffffff", and the like
         raise ValueError(one_line(error) or type(error).__name__) from error
 
 
@@ -123,7 +140,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: not valid YAML ({one_line(error)}): correct the line it names") from error
+        raise UserError(f"{path}: not valid YAML ({one_line(error)}): correct that line") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: is no list of `key: value` lines: correct the file")
     return values
