@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import cv2
@@ -156,6 +157,17 @@ def test_inputs_of_one_name_have_results_of_their_own(tmp_path):
     with pytest.warns(UserWarning, match="named twice: read once") as caught:
         jobs = plan([files[1], tmp_path / "x" / ".." / "a.png", tmp_path / "link.png"], tmp_path / "o")
     assert [job.targets[0].name for job in jobs] == ["a.png", "link.png"] and len(caught) == 1
+
+
+def test_one_file_named_twice_goes_into_a_folder(tmp_path):
+    """Whether the output is a folder depends on what is named, not on how many files that is."""
+    a = picture(tmp_path / "in" / "a.png")
+    for inputs in ([a, a], [a, a.parent], [a.parent, a], [a.parent]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert [job.targets for job in plan(inputs, tmp_path / "out")] == [[tmp_path / "out/a.png"]]
+        with pytest.raises(common.BadUsage, match="out.png: is one file for"):
+            plan(inputs, tmp_path / "out.png")
 
 
 def test_a_folder_of_odd_things_is_worked_through(shell, tiny, tmp_path, monkeypatch):

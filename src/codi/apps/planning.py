@@ -24,20 +24,22 @@ class Job:
 def plan(
     inputs: Sequence[Path], out: str | Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
 ) -> list[Job]:
-    """Which file becomes which: `out` itself for one picture file, else, or if it ends in "/", `out`/NAME.png; variants
-    are NAME-0.png, ... `beside` are further files that are read. An input that is named twice is read once, with a
-    warning; of inputs that differ in their suffixes alone, the targets are called after these too.
+    """Return a job for each picture: to `out` itself where `inputs` is one picture file, else, or if `out` ends in "/",
+    to `out`/NAME.png; variants are NAME-0.png, ... `beside` are further files that are read. An input that is named
+    twice is read once, with a warning; of inputs that differ in their suffixes alone, the targets have these too.
 
     Every target is checked before anything is computed. Raises UserError for one that cannot be written or that is an
     input, and for a folder without pictures.
     """
     from ..data.writing import WRITABLE
 
-    sources = _named_once([file for path in inputs for file in _pictures(path)])
+    named = [file for path in inputs for file in _pictures(path)]
     folder, out = is_folder(out), Path(out)
-    into = len(sources) > 1 or os.path.isdir(inputs[0]) or folder
+    into = len(inputs) > 1 or os.path.isdir(inputs[0]) or folder  # also where all of them are one file
     if into and out.suffix.lower() in WRITABLE and not folder:
-        raise BadUsage(f"{out}: is one file for {len(sources)} pictures: name a folder after -o")
+        what = f"{len(named)} pictures" if len(named) > 1 else "a folder"
+        raise BadUsage(f"{out}: is one file for {what}: name a folder after -o")
+    sources = _named_once(named)
     read, jobs = {os.path.realpath(path) for path in (*sources, *beside)}, []
     for source, name in zip(sources, _names(sources, count), strict=True):
         targets = _variants(out / f"{name}.png" if into else out, count, overwrite)
