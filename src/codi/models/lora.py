@@ -10,24 +10,24 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..errors import UserError
 from .backbones import family_of
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: a stock pipeline's load_lora_weights reads it
 NOTE = "lora_adapter_metadata"  # where diffusers keeps the ranks and scales
-_NO_LORAS: dict[str, float] = {}  # one object: a change of LoRAs is noticed by identity
 
 
 def shared_copy(network: Any) -> Any:
@@ -45,7 +45,7 @@ def add_lora(network: Any, rank: int, name: str, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         targets = family_of(network).lora_targets
         adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=name)
-    return adapted
+    return _with_updates(adapted, network, [name])
 
 
 def load_lora(network: Any, folder: Path, name: str) -> Any:
@@ -66,7 +66,7 @@ def load_lora(network: Any, folder: Path, name: str) -> Any:
     here: dict[str, Any] = {"weight_name": FILE, "use_safetensors": True, "local_files_only": True, "prefix": prefix}
     with _quiet():
         adapted.load_lora_adapter(folder, adapter_name=name, **here)
-    return adapted.requires_grad_(False)
+    return _with_updates(adapted, network, [name]).requires_grad_(False)
 
 
 def join_lora(network: Any, others: Mapping[str, Any]) -> Any:
@@ -74,11 +74,11 @@ def join_lora(network: Any, others: Mapping[str, Any]) -> Any:
     adapted = shared_copy(network)
     with _quiet():
         for name, other in others.items():
-            for own in set(lora_names(other)) - set(stock_loras(other)):
+            for own in update_names(other):
                 state: Any = get_peft_model_state_dict(other, adapter_name=own)
                 notes = other.peft_config[own].to_dict()  # type: ignore[union-attr, operator]
                 adapted.load_lora_adapter(state, adapter_name=name, prefix=None, metadata=notes)  # type: ignore[arg-type]
-    return adapted.requires_grad_(False)
+    return _with_updates(adapted, network, list(others)).requires_grad_(False)
 
 
 def save_lora(network: Any, folder: Path, name: str, half: bool = False) -> None:
@@ -132,36 +132,114 @@ def _replaced(network: Any, plain: Callable[[Any], Any]) -> Any:
     return copied
 
 
+def _with_updates(adapted: Any, network: Any, names: Sequence[str]) -> Any:
+    """Return `adapted`, a copy of `network`, with the updates of these names active beside the backbone's LoRAs."""
+    adapted._codi_updates = tuple(names)
+    copy_lora_scales(adapted, network)
+    return adapted
+
+
 def lora_names(network: Any) -> list[str]:
-    """The updates that `network` carries."""
+    """Return the names of all updates that `network` carries, of adapters and of users' LoRAs."""
     return list(getattr(network, "peft_config", {}))
 
 
-def stock_loras(network: Any) -> dict[str, float]:
-    """Return the LoRAs of other programs that a user has loaded onto the backbone, with their weights."""
-    return getattr(network, "_codi_stock_loras", _NO_LORAS)
-
-
-def set_stock_loras(network: Any, weights: dict[str, float]) -> None:
-    """Note the LoRAs of other programs that `network` carries, and give them these weights."""
-    network._codi_stock_loras = weights
-    network._codi_lora_weights = None  # scale_lora then sets the updates of adapters again
-    if carried := [name for name in weights if name in lora_names(network)]:
-        set_weights_and_activate_adapters(network, carried, [weights[name] for name in carried])
+def update_names(network: Any) -> list[str]:
+    """Return the names of the updates that belong to adapters. All others are LoRAs that users load: a backbone and
+    text encoders have none but those."""
+    return [name for name in lora_names(network) if name in getattr(network, "_codi_updates", ())]
 
 
 def scale_lora(network: Any, weights: dict[str, float]) -> None:
-    """Sets the weight of each update of `network`; 0 is exactly the backbone. Names it does not carry are ignored."""
-    stock = stock_loras(network)  # which stay as a user has set them
-    mine = {name: weight for name, weight in weights.items() if name in lora_names(network) and name not in stock}
-    mine = {**stock, **mine} if mine else {}
+    """Sets the weight of each update of `network`; 0 is exactly the backbone. Names of others are ignored."""
+    mine = {name: float(weight) for name, weight in weights.items() if name in update_names(network)}
     if mine and getattr(network, "_codi_lora_weights", None) != mine:
-        trained = [p.requires_grad for p in network.parameters()]
-        # network.set_adapters does the same, but fails on a U-Net with as many layers as each level wants.
-        set_weights_and_activate_adapters(network, list(mine), [float(w) for w in mine.values()])
-        for parameter, trains in zip(network.parameters(), trained, strict=True):
-            parameter.requires_grad_(trains)  # which peft would switch on
+        for _, layer in _lora_layers(network):
+            for name, weight in mine.items():
+                layer.set_scale(name, weight)
         network._codi_lora_weights = mine  # type: ignore[assignment] # walking all layers at each step would cost time
+
+
+# ---- LoRAs that users load onto a backbone and its text encoders; what is set is read off peft's layers, because stock
+# pipelines that share the modules change it, too
+
+
+def lora_state(network: Any) -> dict[tuple[str, str, int], float]:
+    """Return the scales of a backbone's LoRAs by layer, name and identity of the weights, 0 where one is not active.
+
+    Raises UserError where a LoRA is fused into the weights, under which no adapter's updates would have an effect.
+    """
+    found: dict[tuple[str, str, int], float] = {}
+    for path, layer in _lora_layers(network):
+        if layer.merged:
+            raise UserError(f"LoRA {', '.join(layer.merged_adapters)}: is fused into the weights of a "
+                            f"{type(network).__name__}: call unload_lora_weights() of the pipeline that fused it, "
+                            "which leaves it in the weights, or unfuse_lora()")  # fmt: skip
+        active = [] if layer.disable_adapters else layer.active_adapters
+        for name, scale in layer.scaling.items():
+            weights = next((kind[name] for kind in (layer.lora_A, layer.lora_embedding_A) if name in kind), None)
+            found[path, name, id(weights)] = scale if name in active else 0.0
+    return found
+
+
+def active_loras(network: Any) -> list[str]:
+    """Return the names of the LoRAs on a backbone or text encoder that are set."""
+    used = {name for (_, name, _), scale in lora_state(network).items() if scale}
+    return [name for name in lora_names(network) if name in used]
+
+
+def set_active_loras(network: Any, names: Sequence[str]) -> None:
+    """Set these LoRAs and no others, with the weights that they have."""
+    for _, layer in _lora_layers(network):
+        layer.enable_adapters(True)
+        layer.set_adapter(list(names), inference_mode=True)
+
+
+def set_lora_weights(network: Any, weights: Mapping[str, float]) -> None:
+    """Set these LoRAs and no others, with these weights."""
+    set_active_loras(network, list(weights))
+    for _, layer in _lora_layers(network):
+        for name, weight in weights.items():
+            layer.set_scale(name, weight)
+
+
+def enable_loras(network: Any, enabled: bool) -> None:
+    """Disable the LoRAs that are set, or enable them again; each keeps its weight."""
+    for _, layer in _lora_layers(network):
+        layer.enable_adapters(enabled)
+        layer.requires_grad_(False)  # which peft would switch on
+
+
+def copy_lora_scales(adapted: Any, network: Any) -> None:
+    """Have a copy of the backbone `network` compute its LoRAs as it does, each layer alike, with all updates active."""
+    scales = {(path, name): scale for (path, name, _), scale in lora_state(network).items()}
+    trained = [parameter.requires_grad for parameter in adapted.parameters()]
+    set_active_loras(adapted, lora_names(adapted))
+    for parameter, trains in zip(adapted.parameters(), trained, strict=True):
+        parameter.requires_grad_(trains)
+    for path, layer in _lora_layers(adapted):
+        layer.scaling.update({name: scales[path, name] for name in layer.scaling if (path, name) in scales})
+
+
+@contextmanager
+def scaled_loras(network: Any, scale: float) -> Iterator[None]:
+    """Multiply the scales of the LoRAs that `network` carries, and leave those of adapters' updates alone."""
+    names = [] if scale == 1 else [name for name in lora_names(network) if name not in update_names(network)]
+    before = [(layer.scaling, {name: layer.scaling[name] for name in names if name in layer.scaling})
+              for _, layer in _lora_layers(network) if names]  # fmt: skip
+    for scaling, own in before:
+        scaling.update({name: scale * value for name, value in own.items()})
+    try:
+        yield
+    finally:
+        for scaling, own in before:
+            scaling.update(own)
+
+
+def _lora_layers(network: Any) -> list[tuple[str, Any]]:
+    """Return the layers that carry updates, by their paths."""
+    found = network.named_modules() if lora_names(network) else ()
+    return [(path, layer) for path, layer in found if isinstance(layer, LoraLayer)]
 
 
 @contextmanager

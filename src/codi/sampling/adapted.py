@@ -18,6 +18,7 @@ from ..models import codec
 from ..models.adapter import Adapter
 from ..models.backbones import Backbone, Family, family_of, family_of_text, find_model, load_backbone
 from ..models.hooks import device_of
+from ..models.lora import lora_state
 from ..models.student import Student
 from ..models.text import PromptEncoder, limit_tokenizers
 from ..models.tiny import TINY, mark_saved, open_decoder, saved_decoder
@@ -70,6 +71,7 @@ class AdaptedPipeline(StockManners, LoraManners):
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled)
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
+                lora_state(part)  # which may be refused
                 part.requires_grad_(False).eval()
         # Of those here: what the class lists is for opening any family.
         self._optional_components = [name for name in always if parts[name] is None or name == "tiny_vae"]
@@ -186,7 +188,7 @@ class AdaptedPipeline(StockManners, LoraManners):
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
         """Load one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it
         by: `as_`, or the folder's. It is set at once if no other is. Raises UserError for one that does not fit."""
-        name = self._shelf.load(adapter, as_, task)
+        name = self._shelf.load(adapter, as_, task, self._lora_names)
         if not self._shelf.weights:
             self._shelf.set(name)
         return name

@@ -23,9 +23,19 @@ from ..models.adapter_files import ADAPTERS, find_adapter, fitting_adapter, load
 from ..models.backbones import family_of
 from ..models.composition import compose
 from ..models.hooks import called
-from ..models.lora import FILE, add_prefix, join_lora, lora_names, merge_lora, set_stock_loras, stock_loras
+from ..models.lora import (
+    FILE,
+    add_prefix,
+    copy_lora_scales,
+    join_lora,
+    lora_names,
+    lora_state,
+    merge_lora,
+    scaled_loras,
+    update_names,
+)
 from ..models.student import Student
-from ..tasks import Task, get_task
+from ..tasks import TASKS, Task, get_task
 from .guidance import require_info
 
 SET = "set.json"  # among the adapters of a saved pipeline: {name: weight} of those that were set
@@ -54,7 +64,7 @@ class Shelf:
 
     def __init__(self, network: Any, family: str, model: str | Path = "mini") -> None:
         self.network, self.family, self.model = network, family, model
-        self._loras = stock_loras(network)  # that the networks of `loaded` carry, too
+        self._loras = lora_state(network)  # of users, which the networks of `loaded` carry, too
         self.offload: Callable[[Any], Any] | None = None
         """What is done to networks that a pipeline of diffusers does not know of, where its own are offloaded."""
         self.loaded: dict[str, Shelved] = {}
@@ -65,8 +75,11 @@ class Shelf:
         self.fused = False
         self.layout = torch.preserve_format
 
-    def load(self, source: str | Path, name: str | None = None, task: str | None = None) -> str:
-        """Loads an embedded adapter or a folder; returns the name it has from now on, by default the folder's.
+    def load(
+        self, source: str | Path, name: str | None = None, task: str | None = None, loras: Sequence[str] = ()
+    ) -> str:
+        """Loads an embedded adapter or a folder; returns the name it has from now on, by default the folder's. `loras`:
+        names that are taken by LoRAs of other parts than the network.
 
         Raises UserError for an adapter that does not fit or is not of `task`, and for a name that is taken.
         """
@@ -81,6 +94,8 @@ class Shelf:
             if self.loaded[name].folder == folder:
                 return name
             raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
+        if clash := {name, *TASKS} & {*lora_names(self.network), *loras}:  # its updates are called by its task
+            raise UserError(f"{source}: a LoRA is called {clash.pop()!r}: load that under another name first")
         self._require_free(name)
         wanted = source if chosen == find_adapter(source, self.model) else chosen  # messages repeat what was given
         adapter, network = load_adapter(wanted, task, self.family, self.network, self.model)
@@ -208,19 +223,14 @@ class Shelf:
         LoRAs that the backbone carries. Caches that diffusers keeps between steps start empty."""
         network = student.network
         caching = network.cache_context("cond") if hasattr(network, "cache_context") else nullcontext()
-        with called(self.network, network), caching:
+        with called(self.network, network), caching, scaled_loras(network, lora_scale):
             if (
                 hasattr(self.network, "_hf_hook") and self.offload is None
             ):  # it was moved as a whole, its weights with it
                 nn.Module.to(student, device=device)
-            loras = stock_loras(network)
-            if lora_scale != 1:
-                set_stock_loras(network, {name: weight * lora_scale for name, weight in loras.items()})
             try:
                 yield
             finally:
-                if lora_scale != 1:
-                    set_stock_loras(network, loras)
                 if hasattr(network, "_reset_stateful_cache"):
                     network._reset_stateful_cache()
 
@@ -234,16 +244,14 @@ class Shelf:
             self._place(part)
 
     def follow_loras(self) -> None:
-        """Have the adapters work on the backbone with the LoRAs that it carries now. Pipelines that share a backbone
-        share its LoRAs, so that another one may have changed them."""
-        loras = stock_loras(self.network)
-        if loras is self._loras:
+        """Have the adapters work on the backbone with the LoRAs that it carries now. Other pipelines that share it may
+        have changed them."""
+        loras = lora_state(self.network)
+        if loras == self._loras:
             return
-        parameters = {id(p) for p in self.network.parameters()}
-        copies = [shelved.network for shelved in self.loaded.values() if not shelved.full]
-        if loras.keys() == self._loras.keys() and all(parameters <= {id(p) for p in c.parameters()} for c in copies):
+        if loras.keys() == self._loras.keys():
             for network in self.networks[1:]:
-                set_stock_loras(network, loras)
+                copy_lora_scales(network, self.network)
         else:
             self.require_free_for_loras()
             self.loaded = {name: self._on_backbone(shelved) for name, shelved in self.loaded.items()}
@@ -259,14 +267,14 @@ class Shelf:
         """Return the same adapter, its low-rank updates on the backbone as it is now."""
         if shelved.full:
             return shelved
-        own = set(lora_names(shelved.network)) - set(stock_loras(shelved.network))
+        own = update_names(shelved.network)
         network = join_lora(self.network, dict.fromkeys(own, shelved.network)) if own else self.network
         return replace(shelved, network=self._place(network).requires_grad_(False).eval())
 
     def _rebase(self, network: Any, family: str) -> None:
         """Load all adapters again, for another network."""
         loaded, weights, self.network, self.family = self.loaded, self.weights, network, family
-        self.loaded, self.weights, self._loras = {}, {}, stock_loras(network)
+        self.loaded, self.weights, self._loras = {}, {}, lora_state(network)
         for name, shelved in loaded.items():
             self.load(shelved.folder, name, shelved.task.name)
         self.set(list(weights), list(weights.values()))
