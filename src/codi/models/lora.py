@@ -98,9 +98,10 @@ def add_prefix(path: Path, part: str, half: bool = False) -> None:
     # One note alone: safetensors writes several in random order, and the same weights shall give the same bytes.
     settings = {f"{part}.{k}": v for k, v in json.loads(note).items()} if note else {}
     notes = {NOTE: json.dumps(settings, sort_keys=True)} if note else None
-    weights = load_file(path)
+    weights, mode = load_file(path), path.stat().st_mode
     weights = {f"{part}.{k}": v.to(torch.float16 if half else v.dtype, copy=True) for k, v in weights.items()}
     save_file(weights, path, notes)
+    path.chmod(mode)  # safetensors leaves files to their owner alone
 
 
 def merge_lora(network: Any) -> Any:

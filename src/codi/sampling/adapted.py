@@ -28,6 +28,7 @@ from .guidance import Guidance, resolve
 from .loras import LoraManners
 from .manners import StockManners
 from .options import ENTRY, name_class, sorted_options
+from .saved import require_sources, save_adapters
 from .shelf import Shelf
 from .tiles import Tiles
 
@@ -173,17 +174,21 @@ class AdaptedPipeline(StockManners, LoraManners):
 
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it with all of these, and without any
         adapter, as the stock pipeline, needs no such trust. LoRAs are left out, with a warning. Raises UserError for
-        pickled weights: nothing reads them.
+        pickled weights, which nothing reads, and for an adapter whose folder is gone or was changed.
         """
+        folder = Path(save_directory)
         if not safe_serialization:
             raise UserError(f"{save_directory}: safe_serialization=False would pickle the weights, which codi does not "
                             "read: leave it out")  # fmt: skip
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{save_directory}: is a file: name a folder")
+        require_sources(self._shelf.loaded)  # before anything is written
         with self._without_loras():
-            super().save_pretrained(save_directory, **kwargs)
-        mark_saved(Path(save_directory), self.tiny_vae is not None)
+            super().save_pretrained(folder, **kwargs)
+        mark_saved(folder, self.tiny_vae is not None)
         stock = self.kind.pipeline_for(self.parts).__name__
-        name_class(Path(save_directory), [ENTRY, "CoDiPipeline"] if self._shelf.loaded else stock)
-        self._shelf.save(Path(save_directory))
+        name_class(folder, [ENTRY, "CoDiPipeline"] if self._shelf.loaded else stock)
+        save_adapters(folder, self._shelf.loaded, self._shelf.weights, self.kind.component)
 
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
         """Load one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it

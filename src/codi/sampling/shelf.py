@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,12 +17,9 @@ from torch import nn
 from ..errors import UserError, nearest
 from ..models.adapter import Adapter
 from ..models.adapter_files import ADAPTERS, find_adapter, fitting_adapter, load_adapter, own_network
-from ..models.backbones import family_of
 from ..models.composition import compose
 from ..models.hooks import called
 from ..models.lora import (
-    FILE,
-    add_prefix,
     copy_lora_scales,
     join_lora,
     lora_names,
@@ -37,8 +31,7 @@ from ..models.lora import (
 from ..models.student import Student
 from ..tasks import TASKS, Task, get_task
 from .guidance import require_info
-
-SET = "set.json"  # among the adapters of a saved pipeline: {name: weight} of those that were set
+from .saved import saved_weights
 
 
 @dataclass(frozen=True)
@@ -304,36 +297,12 @@ class Shelf:
         where: Any = {"device": self.network.device, "dtype": self.network.dtype, "memory_format": self.layout}
         return nn.Module.to(module, **where)
 
-    def save(self, folder: Path) -> None:
-        """Copies the adapters' files to `folder`/adapters, whole or not at all."""
-        target = folder / ADAPTERS
-        temporary = folder / f".{ADAPTERS}.{secrets.token_hex(4)}.tmp"
-        try:
-            temporary.mkdir(parents=True)
-            for name, shelved in self.loaded.items():
-                (temporary / name).mkdir()
-                for part in (shelved.folder / "config.json", *shelved.folder.glob("*.safetensors")):
-                    shutil.copyfile(part, temporary / name / part.name)
-                if (temporary / name / FILE).is_file():
-                    add_prefix(temporary / name / FILE, family_of(self.network).component)  # which old files lack
-                if own := own_network(shelved.folder):
-                    shutil.copytree(own, temporary / name / own.name)
-            (temporary / SET).write_text(json.dumps(self.weights))
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
     def load_saved(self, folder: Path) -> None:
-        """Loads and sets what `save` left in `folder`/adapters, if it did. Raises UserError where that is broken."""
-        if not (folder / ADAPTERS / SET).is_file():
+        """Load and set the adapters that were saved with a pipeline in `folder`, if any. Raises UserError where they
+        are broken."""
+        weights = saved_weights(folder)
+        if weights is None:
             return
-        try:
-            weights = json.loads((folder / ADAPTERS / SET).read_text())
-            names, values = list(weights), [float(w) for w in weights.values()]
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / ADAPTERS / SET}: not a saved pipeline's list of adapters ({error}): "
-                            "save it again") from error  # fmt: skip
         for path in sorted((folder / ADAPTERS).glob("*/config.json")):
             self.load(path.parent, path.parent.name)
-        self.set(names, values)
+        self.set(list(weights), list(weights.values()))

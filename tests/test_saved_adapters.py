@@ -1,0 +1,134 @@
+"""What a saved pipeline keeps of its adapters: whole files with right checksums, or nothing and one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from codi.errors import UserError
+from codi.models.checksums import checksums, find_fault
+from codi.models.lora import FILE, NOTE
+from codi.sampling.pipeline import CoDiPipeline
+from codi.training.saving import list_files
+from pipelines import run
+from shell import make_adapter
+from tiny import tiny_backbone
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def pipeline(*adapters: Path) -> CoDiPipeline:
+    pipe = CoDiPipeline(**vars(tiny_backbone()))
+    pipe.set_progress_bar_config(disable=True)
+    for adapter in adapters:
+        pipe.load_adapter(adapter)
+    return pipe
+
+
+def without_prefix(folder: Path, listed: bool) -> Path:
+    """Make an adapter's updates an old file, whose keys lack the network's name."""
+    updates = folder / FILE
+    with safe_open(updates, "pt") as file:
+        note = {key.removeprefix("unet."): value for key, value in json.loads(file.metadata()[NOTE]).items()}
+    weights = {key.removeprefix("unet."): value for key, value in load_file(updates).items()}
+    save_file(weights, updates, {NOTE: json.dumps(note)})
+    list_files(folder)
+    return folder if listed else unlisted(folder)
+
+
+def unlisted(folder: Path) -> Path:
+    """Make an adapter an old one, which does not list its files."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["info"]["files"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_checksums_are_right_after_every_save(listed, tmp_path):
+    old = without_prefix(make_adapter(tmp_path / "old", "generate"), listed)
+    full = make_adapter(tmp_path / "full", "upscale", full=True)
+    pipe, before = pipeline(old, full), (old / FILE).read_bytes()
+    expected = run(pipe)
+    for turn in ("first", "second"):
+        pipe.save_pretrained(tmp_path / turn)
+        for adapter in ("old", "full"):
+            saved = tmp_path / turn / "adapters" / adapter
+            files = json.loads((saved / "config.json").read_text())["info"].get("files")
+            assert files == (checksums(saved, "config.json") if listed or adapter == "full" else None)
+            assert len({file.stat().st_mode for file in saved.rglob("*") if file.is_file()}) == 1  # anyone reads all
+        pipe = CoDiPipeline.from_pretrained(tmp_path / turn)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.adapters == ["full", "old"] and torch.equal(run(pipe), expected)
+    assert all(key.startswith("unet.") for key in load_file(tmp_path / "second" / "adapters" / "old" / FILE))
+    assert (old / FILE).read_bytes() == before and (find_fault(old, checksums(old, "config.json")) is None)
+
+
+def test_all_that_an_adapter_lists_is_saved(tmp_path):
+    """Also what is not called .safetensors, as the index of weights in several files."""
+    adapter = make_adapter(tmp_path / "adapter", "generate")
+    (adapter / "notes").mkdir()
+    (adapter / "notes" / "index.json").write_text("{}")
+    list_files(adapter)
+    pipeline(adapter).save_pretrained(tmp_path / "saved")
+    assert CoDiPipeline.from_pretrained(tmp_path / "saved").adapters == ["adapter"]
+    assert (tmp_path / "saved" / "adapters" / "adapter" / "notes" / "index.json").is_file()
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+
+    return change
+
+
+def train_again(folder: Path) -> None:
+    """Other weights of the same sizes take an adapter's place."""
+    shutil.rmtree(folder)
+    make_adapter(folder, "generate")
+    save_file({k: v + 1 for k, v in load_file(folder / FILE).items()}, folder / FILE)
+    list_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "fault"),
+    [
+        ("generate", shutil.rmtree, "the folder is gone"),
+        ("generate", remove("config.json"), "config.json is missing"),
+        ("generate", remove(WEIGHTS), f"{WEIGHTS} is missing"),
+        ("generate", remove(FILE), f"{FILE} is missing"),
+        ("generate", train_again, f"{FILE} was altered"),
+        ("full", remove(f"unet/{WEIGHTS}"), f"unet/{WEIGHTS} is missing"),
+        ("unlisted", remove(WEIGHTS), "diffusion_pytorch_model.* is missing"),
+        ("unlisted", remove(FILE), f"{FILE} is missing"),
+        ("unlisted-full", lambda folder: shutil.rmtree(folder / "unet"), "the network that belongs to it is missing"),
+    ],
+)
+def test_an_adapter_whose_files_are_gone_stops_saving_before_it_begins(kind, change, fault, tmp_path):
+    full = kind.endswith("full")
+    adapter = make_adapter(tmp_path / "adapter", "upscale" if full else "generate", full=full)
+    pipe = pipeline(unlisted(adapter) if kind.startswith("unlisted") else adapter)
+    pipe.save_pretrained(tmp_path / "before")
+    before = checksums(tmp_path / "before", "")
+    change(adapter)
+    for place in ("new", "before"):
+        with pytest.raises(UserError, match=fault) as caught:
+            pipe.save_pretrained(tmp_path / place)
+        assert str(caught.value).startswith(f"{adapter}: the adapter 'adapter' was loaded from there, but ")
+        assert "\n" not in str(caught.value) and "put its files back" in str(caught.value)
+    assert checksums(tmp_path / "before", "") == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path != adapter) == ["before"]
+
+
+def test_a_file_is_no_folder_to_save_in(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(UserError, match="taken: is a file: name a folder"):
+        pipeline().save_pretrained(tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
