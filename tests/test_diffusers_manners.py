@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.hooks import FirstBlockCacheConfig
 from PIL import Image
 
@@ -138,7 +139,12 @@ def test_a_negative_prompt_each(pipe):
         ({"image": []}, "image: an empty list"),
         ({"steps": 1.5}, "steps 1.5: not a whole number"),
         ({"steps": "4"}, "steps '4': not a whole number"),
-        ({"seed": 2**64}, "seed 18446744073709551616: not of 64 bits"),
+        ({"steps": True}, "steps True: not a whole number"),
+        ({"steps": None, "num_inference_steps": True}, "steps True: not a whole number"),
+        ({"seed": 2**64}, r"seed 18446744073709551616: not of 64 bits: use -2\*\*63 to 2\*\*64 - 1"),
+        ({"seed": -(2**63) - 1}, "seed -9223372036854775809: not of 64 bits"),
+        ({"seed": True}, "seed True: not a whole number"),
+        ({"seed": [1, False]}, r"seed \[1, False\]: not a whole number"),
         ({"seed": []}, "seed: an empty list"),
         ({"prompt": "a" * 200_000}, "prompt of 200000 letters"),
         ({"negative_prompt": "a" * 200_000}, "negative_prompt of 200000 letters"),
@@ -150,15 +156,66 @@ def test_a_negative_prompt_each(pipe):
         ({"latents": torch.zeros(1, 4, 3, 3)}, "latents of shape"),
         ({"strength": "1"}, "strength '1'"),
         ({"guidance_scale": "7"}, "guidance_scale '7'"),
-        ({"height": 16.0}, "not multiples of 4 px"),
+        ({"guidance_scale": True}, "guidance_scale True"),
+        ({"embedded_guidance": "7"}, "embedded_guidance '7'"),
+        ({"output_type": np.zeros(3)}, "output_type array"),
+        ({"colour": torch.zeros(3)}, "colour tensor.*: unknown correction"),
+        ({"tile": 1.5}, "tile 1.5: not a whole number"),
+        ({"height": 16.0}, "height 16.0: not a whole number"),
+        ({"height": 18}, "not multiples of 4 px"),
+        ({"width": 2**70}, "width 1180591620717411303424: out of range"),
         ({"pooled_prompt_embeds": torch.zeros(1, 8)}, "without prompt_embeds"),
         ({"cross_attention_kwargs": {"gligen": 1}}, "cross_attention_kwargs 'gligen'"),
+        ({"cross_attention_kwargs": {"scale": "a"}}, "cross_attention_kwargs: scale 'a': not a number"),
+        ({"joint_attention_kwargs": {"scale": None}}, "joint_attention_kwargs: scale None: not a number"),
+        ({"joint_attention_kwargs": "scale"}, "joint_attention_kwargs: str is no dict"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end: int is no function"),
+        ({"callback_on_step_end": lambda *_: 3}, "callback_on_step_end: returned int: return a dict"),
+        ({"callback_on_step_end": lambda *_: {"latents": 3}}, r"no tensor of \(1, 4, 8, 8\)"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, r"no tensor of \(1, 4, 8, 8\)"),
+        ({"callback_on_step_end_tensor_inputs": 3}, "callback_on_step_end_tensor_inputs 3: not known"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "'prompt_embeds': not known"),
+        ({"callback_on_step_end": SDCFGCutoffCallback()}, "'prompt_embeds': not known: pass a list of latents"),
+        ({"eta": 0.3}, "eta 0.3: not taken here: leave it out"),
+        ({"clip_skip": 1}, "clip_skip 1: not taken here"),
+        ({"timesteps": [999, 500]}, r"timesteps \[999, 500\]: not taken here: .* use num_inference_steps"),
+        ({"sigmas": torch.ones(2)}, "sigmas: not taken here: .* use num_inference_steps"),
+        ({"true_cfg_scale": 4.0}, "true_cfg_scale 4.0: not taken here: use guidance_scale"),
+        ({"max_sequence_length": 512}, "max_sequence_length 512: not taken here"),
+        ({"ip_adapter_image": Image.new("RGB", (8, 8))}, "ip_adapter_image: not taken here: .* use image"),
+        ({"controlnet_conditioning_scale": 0.5}, "use strength"),
+        ({"promt": "a"}, r"promt: no argument of a call \(did you mean 'prompt'\?\)"),
     ],
 )  # fmt: skip
 def test_what_no_call_can_have(pipe, arguments, words):
     pipe.set_adapters("edit" if "image" in arguments else [])
     with pytest.raises(UserError, match=words):
         run(pipe, **arguments)
+
+
+def test_arguments_of_stock_pipelines_that_change_nothing(pipe):
+    plain = run(pipe)
+    left_out = dict.fromkeys(("clip_skip", "ip_adapter_image", "ip_adapter_image_embeds", "timesteps", "sigmas"))
+    assert torch.equal(run(pipe, eta=0.0, guidance_rescale=0, true_cfg_scale=1.0, prompt_2=None, **left_out), plain)
+    assert torch.equal(run(pipe, max_sequence_length=pipe.tokenizer.model_max_length), plain)
+    seen: list[list[str]] = []
+    run(pipe, callback_on_step_end=lambda *a: seen.append([*a[3]]), callback_on_step_end_tensor_inputs=None)
+    assert seen == [["latents"]] * 2
+    flux: Any = CoDiPipeline(**vars(tiny_flux().freeze()))
+    flux.set_progress_bar_config(disable=True)
+    asked = {"height": 16, "width": 16, "prompt": "a red ball", "steps": 1, "output_type": "pt"}
+    known = {"max_sequence_length": 512, "negative_prompt_2": None, "negative_ip_adapter_image": None}
+    assert torch.equal(flux(**asked, **known).images, flux(**asked).images)
+    with pytest.raises(UserError, match="^eta: no argument of a call"):
+        flux(**asked, eta=0.0)
+
+
+def test_a_seed_counts_up_to_the_last_and_on_from_0(pipe):
+    last = 2**64 - 1
+    two = run(pipe, seed=last, num_images_per_prompt=2)
+    expected = torch.cat([run(pipe, seed=seed) for seed in (last, 0)])
+    torch.testing.assert_close(two, expected, rtol=0, atol=1e-5)
+    assert torch.equal(run(pipe, seed=-1), expected[:1])  # the same to torch
 
 
 @pytest.mark.parametrize("info", [{"text": "strong"}, {"text": [5, 1]}, [1, 5], {"text": [1, float("nan")]}])

@@ -127,8 +127,12 @@ def test_sizes_of_text_to_image(pipe):
         pipe.set_adapters(name)
         assert run(pipe, height=20, width=48).shape == (1, 3, 20, 48)
         assert run(pipe, width=48, prompt=["a", "b"]).shape == (2, 3, 32, 48)
-        for size in ({"height": 18}, {"width": 0}, {"width": -4}):
-            with pytest.raises(UserError, match="not multiples of 4 px"):
+        for size, words in (
+            ({"height": 18}, "not multiples of 4 px"),
+            ({"width": 0}, "0: out"),
+            ({"width": -4}, "1 up"),
+        ):
+            with pytest.raises(UserError, match=words):
                 run(pipe, **size)
     pipe.set_adapters("canny")
     with pytest.raises(UserError, match="leave the size out"):

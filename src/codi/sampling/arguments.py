@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..tasks import Task
+from .checks import Callback, lora_scale_of, require_callback, require_neutral, require_possible, whole
 from .colour import require_method
 from .guidance import Guidance
-from .inputs import inputs_of, output_size, require_possible
+from .inputs import inputs_of, output_size
 from .noise import Noise, counted, require_generators, seeds_of
 from .prompts import EMBEDDINGS, Prompts, embeddings_of, repeated, require_complete, texts_of
 from .solvers import warn_of_scheduler
@@ -42,9 +42,12 @@ class Arguments:
     latents: Tensor | None
     embeddings: dict[str, Any]
     output_type: str
-    callback: Callable[..., dict[str, Any] | None] | None
-    callback_tensors: Sequence[str]
-    attention: dict[str, Any] | None
+    callback: Callback | None
+    callback_tensors: Any
+    attention: dict[str, Any]
+    """By the names that diffusers has for it."""
+    stock: dict[str, Any]
+    """What else stock pipelines take."""
     mask: Any
     steps: int | None
     seed: Any
@@ -77,7 +80,7 @@ class Call:
     """How colors are matched, of upscaling."""
     batch_size: int
     output_type: str
-    callback: Callable[..., dict[str, Any] | None] | None
+    callback: Callback | None
     callback_tensors: Sequence[str]
 
 
@@ -88,7 +91,9 @@ def resolve(pipe: Any, a: Arguments) -> Call:
     """
     tasks = pipe.tasks
     steps = whole("steps", agreed("steps", a.steps, "num_inference_steps", a.num_inference_steps, STEPS))
-    require_possible(steps, int(pipe.schedule.horizon), a.strength, a.output_type, a.callback_tensors)
+    require_neutral(pipe, a.stock)
+    require_possible(steps, int(pipe.schedule.horizon), a.strength, a.embedded_guidance, a.output_type)
+    callback_tensors = require_callback(a.callback, a.callback_tensors)
     if a.image is not None and not tasks:
         raise UserError("image: no adapter is set, and text-to-image takes none: load_adapter first")
     guide = guidance_of(pipe, a)
@@ -99,14 +104,15 @@ def resolve(pipe: Any, a: Arguments) -> Call:
              for name, tensor in _repeated(given, a, count).items()}  # fmt: skip
     tiles = _tiles(pipe, a, tasks, given, size)
     infos = pipe.infos(a.strength)
-    method: str = a.colour or next((info["colour"] for info in infos if info.get("colour")), "wavelet")
+    default = next((info["colour"] for info in infos if info.get("colour")), "wavelet")
+    method: str = default if a.colour is None else a.colour
     require_method(method)
     if a.output_type == "bands" and (not tiles or method == "adain"):
         raise UserError("output_type 'bands': of pictures that are upscaled in tiles, without adain: use pt")
     return Call(
         tasks, given, size, prompts, _noise(pipe, a, count, size, tiles), guide, steps, a.strength,
-        a.embedded_guidance, lora_scale_of(a.attention), tiles, method, whole("batch_size", a.batch_size),
-        a.output_type, a.callback, a.callback_tensors,
+        a.embedded_guidance, lora_scale_of(**a.attention), tiles, method, whole("batch_size", a.batch_size),
+        a.output_type, a.callback, callback_tensors,
     )  # fmt: skip
 
 
@@ -118,17 +124,6 @@ def agreed(short: str, value: Any, name: str, other: Any, default: Any = None) -
         return value
     shown = (f"{short} {value!r}", f"{name} {other!r}") if isinstance(value, (int, float)) else (short, name)
     raise UserError(f"{shown[0]} and {shown[1]}: two names of one setting, given twice: give one")
-
-
-def whole(name: str, value: Any) -> int:
-    """Return a whole number from 1 up. Raises UserError for anything else."""
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise UserError(f"{name} {value!r}: not a whole number: use one from 1 up") from error
-    if number < 1 and name != "steps":  # whose range says more
-        raise UserError(f"{name} {number}: use a whole number from 1 up")
-    return number
 
 
 def guidance_of(pipe: Any, a: Arguments) -> Guidance:
@@ -143,24 +138,18 @@ def guidance_of(pipe: Any, a: Arguments) -> Guidance:
     return guide
 
 
-def lora_scale_of(attention: dict[str, Any] | None) -> float:
-    """Return the `scale` of cross_attention_kwargs, by which LoRAs of the backbone are weakened. Raises UserError for
-    anything else in it: adapters walk through the network, whose blocks are given nothing more."""
-    if unknown := [name for name in attention or {} if name != "scale"]:
-        raise UserError(f"cross_attention_kwargs {unknown[0]!r}: not supported: use scale, of LoRAs that are loaded")
-    return float((attention or {}).get("scale", 1.0))
-
-
 def _pictures(pipe: Any, a: Arguments, tasks: dict[str, Task]) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """Return what each task is given, and the size (height, width) of the result, which a given picture sets."""
     mask = agreed("mask", a.mask, "mask_image", a.mask_image)
-    own = pipe.size_of(None, None)
-    size = own if a.image is not None else pipe.size_of(a.height, a.width)
+    height, width = (None if side is None else whole(name, side)
+                     for name, side in (("height", a.height), ("width", a.width)))  # fmt: skip
+    size = pipe.size_of(None, None) if a.image is not None else pipe.size_of(height, width)
     given = inputs_of(tasks, a.image, mask, size) if tasks else {"": torch.zeros(1, 0, *size)}
     name, one = next(iter(given.items()))
     high, wide = output_size(tasks[name], one) if tasks else size
-    if (a.height or high, a.width or wide) != (high, wide):
-        raise UserError(f"size {a.width} x {a.height}: the picture given makes {wide} x {high} px: leave the size out")
+    if (height or high, width or wide) != (high, wide):
+        raise UserError(f"size {width or wide} x {height or high}: the picture given makes {wide} x {high} px: "
+                        "leave the size out")  # fmt: skip
     return given, (high, wide)
 
 
@@ -220,10 +209,11 @@ def _tiles(
 ) -> Tiles | None:
     """Return the tiles of upscaling, None for none; warn of pictures that are larger than a backbone can hold."""
     tiles, own = None, max(pipe.size_of(None, None))
+    tile = None if a.tile is None else whole("tile", a.tile, 0)
     if [task.name for task in tasks.values()] == ["upscale"]:
-        tiles = pipe.tiles(next(iter(given.values())), a.tile)
-    elif a.tile:
-        raise UserError(f"tile {a.tile}: tiles are for upscaling alone: leave it out")
+        tiles = pipe.tiles(next(iter(given.values())), tile)
+    elif tile:
+        raise UserError(f"tile {tile}: tiles are for upscaling alone: leave it out")
     elif tasks and max(size) > LARGE * own:
         warnings.warn(f"picture of {size[1]} x {size[0]} px: this model was trained at {own}: what it makes may not "
                       "hold together, and takes long: make the picture smaller first", stacklevel=4)  # fmt: skip

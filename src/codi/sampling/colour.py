@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 from ..tasks.degradations import resize
 
 METHODS = ("wavelet", "back-projection", "adain", "none")
@@ -56,9 +56,10 @@ def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet", sca
 
 
 def require_method(method: str) -> None:
-    """Raises UserError for a method of colour correction that there is not."""
-    if method not in METHODS:
-        raise UserError(f"{method}: unknown colour correction{nearest(method, METHODS)}: use {', '.join(METHODS)}")
+    """Raise UserError for a method of color correction that there is not."""
+    if not isinstance(method, str) or method not in METHODS:
+        hint = nearest(method, METHODS)
+        raise UserError(f"colour {one_line(repr(method))}: unknown correction{hint}: use {', '.join(METHODS)}")
 
 
 def match_bands(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from .checks import is_number
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,16 @@ class Guidance:
 def require_info(info: Any, source: str) -> dict[str, Any]:
     """Return what an adapter says of itself. Raises UserError where what sampling reads of it is of a wrong type."""
 
-    def number(value: Any) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
     def ranges(value: Any) -> bool:
-        pairs = value.values() if isinstance(value, dict) and set(value) <= {"text", "image"} else [None]
-        return all(isinstance(p, (list, tuple)) and len(p) == 2 and all(map(number, p)) and p[0] <= p[1] for p in pairs)
+        pairs: Any = value.values() if isinstance(value, dict) and set(value) <= {"text", "image"} else [None]
+        lists = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+        return lists and all(is_number(low) and is_number(high) and low <= high for low, high in pairs)
 
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "guidance": (ranges, "ranges such as {'text': [1, 5]}"),
         "task_options": (lambda value: isinstance(value, dict), "options by name"),
-        **dict.fromkeys(("guidance_scale", "image_guidance_scale", "embedded_guidance", "shift"), (number, "a number")),
+        **dict.fromkeys(("guidance_scale", "image_guidance_scale"), (is_number, "a number")),
+        **dict.fromkeys(("embedded_guidance", "shift"), (is_number, "a number")),
         **dict.fromkeys(("task", "family", "colour"), (lambda value: isinstance(value, str), "a word")),
     }
     if not isinstance(info, dict):
@@ -70,8 +68,8 @@ def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, A
     """
     asked = {"guidance_scale": text, "image_guidance_scale": image}
     for name, scale in asked.items():
-        if scale is not None and (not isinstance(scale, Real) or not 0 <= scale < math.inf):
-            raise UserError(f"{name} {scale!r}: not a guidance scale: use a number from 0 up, 1 is none")
+        if scale is not None and not is_number(scale, 0):
+            raise UserError(f"{name} {one_line(repr(scale))}: not a guidance scale: use a number from 0 up, 1 is none")
     ranges: dict[str, Sequence[float]] = {}
     for info in infos:
         ranges = {**(info.get("guidance") or {}), **ranges}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,24 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..tasks import Task
 
-OUTPUTS = ("pil", "np", "pt", "latent", "bands")
-CALLBACK_TENSORS = ("latents", "denoised")
 ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Any]
-
-
-def require_possible(steps: int, most: int, strength: float, output_type: str, wanted: Sequence[str]) -> None:
-    """Raise UserError for numbers and names that no call can have: steps out of 1 to `most`, a strength that is no
-    number from 0 up, an unknown kind of output, or a tensor for a callback that there is not."""
-    if not 1 <= steps <= most:
-        raise UserError(f"steps {steps}: must lie between 1 and {most}: use 1 to 4 with an adapter")
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength < math.inf:
-        raise UserError(f"strength {strength!r}: not an influence: use 0 (none) to 1 (as trained)")
-    if output_type not in OUTPUTS:
-        raise UserError(f"output_type {output_type!r}: not known: use {', '.join(OUTPUTS)}")
-    if unknown := [name for name in wanted if name not in CALLBACK_TENSORS]:
-        raise UserError(
-            f"callback_on_step_end_tensor_inputs {unknown[0]!r}: not known: use {', '.join(CALLBACK_TENSORS)}"
-        )
 
 
 def to_tensor(image: ImageInput) -> Tensor:

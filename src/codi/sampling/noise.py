@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -12,7 +11,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from .checks import exact_index
 from .sampler import initial_noise
 
 Generators = torch.Generator | list[torch.Generator]
@@ -74,22 +74,25 @@ class Noise:
 
 def seeds_of(seed: Any) -> list[int]:
     """Return one seed or several as a list. Raises UserError for what is no whole number that torch takes."""
+    several: Any = [seed] if isinstance(seed, Integral) else seed
     try:
-        seeds = [operator.index(one) for one in ([seed] if isinstance(seed, Integral) else seed)]  # type: ignore[union-attr]
+        seeds = [exact_index(one) for one in several]
     except TypeError as error:
-        raise UserError(f"seed {seed!r}: not a whole number: give one, or one for each picture") from error
+        message = f"seed {one_line(repr(seed))}: not a whole number: give one, or one for each picture"
+        raise UserError(message) from error
     if not seeds:
         raise UserError("seed: an empty list: give a whole number, or one for each picture")
     if wrong := [one for one in seeds if not LEAST <= one <= MOST]:
-        raise UserError(f"seed {wrong[0]}: not of 64 bits: use 0 to 2**63")
+        raise UserError(f"seed {wrong[0]}: not of 64 bits: use -2**63 to 2**64 - 1")
     return seeds
 
 
 def counted(seed: Any, count: int) -> list[int]:
-    """Return `count` seeds: a single number counts up, one in a list serves all."""
+    """Return `count` seeds: a single number counts up, from 2**64 - 1 to 0; one in a list serves all."""
     seeds = seeds_of(seed)
     if isinstance(seed, Integral):
-        return seeds_of([seeds[0] + i for i in range(count)])
+        up = [seeds[0] + i for i in range(count)]
+        return [one if one <= MOST else one - 2**64 for one in up]
     return seeds * (count // len(seeds))
 
 

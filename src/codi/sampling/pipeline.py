@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -17,8 +17,9 @@ from ..models.student import Conditioning
 from ..schedule import Schedule
 from .adapted import AdaptedPipeline
 from .arguments import Arguments, Call, resolve
+from .checks import CALLBACK_TENSORS, Callback, replaced_latents
 from .colour import match_bands, match_colour
-from .inputs import CALLBACK_TENSORS, ImageInput, to_output
+from .inputs import ImageInput, to_output
 from .noise import Noise
 from .prompts import placed
 from .sampler import sample, time_grid
@@ -61,6 +62,8 @@ class CoDiPipeline(AdaptedPipeline):
         classifier-free guidance), or set `_interrupt` to stop.
     cross_attention_kwargs (joint_attention_kwargs): `scale`, of LoRAs that the backbone carries.
 
+    Others of a stock pipeline's arguments are taken where they change nothing: None, or its default.
+
     And our own:
 
     image_guidance_scale: how closely an edit keeps to the picture, if that was distilled in.
@@ -88,12 +91,12 @@ class CoDiPipeline(AdaptedPipeline):
         pooled_prompt_embeds: Tensor | None = None, negative_pooled_prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None, negative_prompt_attention_mask: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         cross_attention_kwargs: dict[str, Any] | None = None, joint_attention_kwargs: dict[str, Any] | None = None,
         mask: Any = None, steps: int | None = None, seed: int | Sequence[int] = 0, strength: float = 1.0,
         image_guidance_scale: float | None = None, embedded_guidance: float | None = None, tile: int | None = None,
-        colour: str | None = None, batch_size: int = 4,
+        colour: str | None = None, batch_size: int = 4, **stock: Any,
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Make pictures; the class explains the arguments. `.images` is what `output_type` says, by default a list of
         PIL pictures. Raises UserError for arguments that no picture can be made from."""
@@ -104,11 +107,12 @@ class CoDiPipeline(AdaptedPipeline):
             "prompt_attention_mask": prompt_attention_mask,
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }  # fmt: skip
+        attention = {"cross_attention_kwargs": cross_attention_kwargs, "joint_attention_kwargs": joint_attention_kwargs}
         arguments = Arguments(
             prompt, image, mask_image, height, width, num_inference_steps, guidance_scale, negative_prompt,
             num_images_per_prompt, generator, latents, embeddings, output_type, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, {**(cross_attention_kwargs or {}), **(joint_attention_kwargs or {})},
-            mask, steps, seed, strength, image_guidance_scale, embedded_guidance, tile, colour, batch_size,
+            callback_on_step_end_tensor_inputs, attention, stock, mask, steps, seed, strength, image_guidance_scale,
+            embedded_guidance, tile, colour, batch_size,
         )  # fmt: skip
         call = resolve(self, arguments)
         self._interrupt, self._num_timesteps, self._guidance_scale = False, call.steps, call.guide.scales["text"]
@@ -271,7 +275,7 @@ class CoDiPipeline(AdaptedPipeline):
         if call.callback is None:
             return None
         named = {name: {"latents": z, "denoised": x}[name] for name in call.callback_tensors}
-        return (call.callback(self, index, t, named) or {}).get("latents")
+        return replaced_latents(call.callback(self, index, t, named), z)
 
     def _all(self, strength: float, key: str) -> bool:
         """Whether all adapters that are set have this in their info, e.g. `jumps`: that they answer where the ODE
