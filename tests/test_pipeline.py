@@ -297,8 +297,29 @@ def test_kinds_of_input(pipe):
     assert to_tensor(levels[..., 0] > 99).shape == (1, 1, 6, 8)
     assert to_tensor(Image.fromarray(levels[..., 0] > 99)).shape == (1, 1, 6, 8)  # two levels: an edge map
     marks = torch.from_numpy(levels[..., 0] > 99)
-    for mask in (marks, marks[None], marks[None, None], marks.numpy(), Image.fromarray(marks.numpy())):
+    array = marks.numpy()
+    for mask in (
+        marks, marks[None], marks[None, None], array, array[..., None], array[None, ..., None], [array[..., None]],
+        (array * 255).astype(np.uint8)[..., None], Image.fromarray(array), Image.fromarray(array.astype(np.float32)),
+    ):  # fmt: skip
         assert torch.equal(to_mask(mask), marks[None, None].float())
+    assert torch.equal(to_mask(array[:, :1]), marks[None, None, :, :1].float())  # (6, 1): one pixel wide
+    assert torch.equal(to_mask(np.stack([array, ~array])[..., None]), torch.stack([marks, ~marks])[:, None].float())
+
+
+@pytest.mark.parametrize("most", [1, 255, 65535])
+def test_pictures_of_32_bits_are_in_the_range_that_holds_them(most):
+    """PIL's modes "F" and "I" say nothing of what is white."""
+    grey = np.linspace(0.0, 1.0, 48).reshape(6, 8)
+    for kind in (np.float32, np.int32)[most == 65535 :]:
+        levels = (grey * most).round() if kind is np.int32 else grey * most
+        picture = Image.fromarray(levels.astype(kind))
+        expected = torch.from_numpy(levels / most)[None, None].float()
+        torch.testing.assert_close(to_tensor(picture), expected.expand(1, 3, 6, 8))
+        torch.testing.assert_close(to_mask(picture), expected)
+    levels = np.array([[0, 30_000, 65_535]], dtype=np.uint16)  # of 16 bits, whatever they hold
+    torch.testing.assert_close(to_mask(Image.fromarray(levels))[0, 0], torch.tensor([[0, 30_000 / 65535, 1]]))
+    assert float(to_tensor(Image.fromarray(levels // 300)).max()) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -308,14 +329,29 @@ def test_kinds_of_input(pipe):
         ("depth", {"image": torch.full((3, 8, 8), 2.0)}, "outside \\[0, 1\\]"),
         ("depth", {"image": torch.full((3, 8, 8), torch.nan)}, "outside \\[0, 1\\]"),
         ("depth", {"image": rand(1, 3, 8, 8)}, "image: is a colour picture, not a depth map: give a grey one"),
-        ("edit", {"image": torch.ones(2, 8)}, "is not \\(B, 3, h, w\\)"),
-        ("edit", {"image": torch.ones(3, 8, 0)}, "is not \\(B, 3, h, w\\)"),
+        ("edit", {"image": torch.ones(2, 8)}, r"shape \(2, 8\) is not \(3, h, w\) or \(B, 3, h, w\)"),
+        ("edit", {"image": torch.ones(3, 8, 0)}, r"is not \(3, h, w\) or \(B, 3, h, w\)"),
+        ("edit", {"image": torch.tensor(1.0)}, r"shape \(\) is not \(3, h, w\)"),
+        ("edit", {"image": torch.ones(9, 8, 3, dtype=torch.uint8)}, r"shape \(9, 8, 3\) .*: tensors have .* first"),
+        ("edit", {"image": torch.ones(2, 9, 8, 3)}, r"\(2, 9, 8, 3\) is not .*: tensors .*: image.movedim\(-1, -3\)"),
+        ("edit", {"image": np.ones((3, 9, 8))}, r"\(3, 9, 8\) is not \(h, w, 3\) .*: np.moveaxis\(image, -3, -1\)"),
+        ("edit", {"image": [np.ones((9, 8, 3)), np.ones((3, 9, 8))]}, r"\(3, 9, 8\) is not .*: arrays have .* last"),
+        ("edit", {"image": Image.fromarray(np.full((8, 8), 300, np.float32))}, r"outside \[0, 1\]"),
+        ("edit", {"image": Image.fromarray(np.full((8, 8), np.nan, np.float32))}, r"outside \[0, 1\]"),
+        ("edit", {"image": Image.fromarray(np.full((8, 8), 70_000, np.int32))}, r"outside \[0, 1\]"),
         ("edit", {"image": torch.ones(4, 8, 8)}, "task edit takes pictures"),
         ("edit", {"image": "photo.png"}, "str is no picture"),
         ("edit", {"image": torch.ones(3, 8, 8), "mask": torch.ones(8, 8)}, "mask: .* leave it out"),
         ("inpaint", {"image": torch.ones(3, 8, 8)}, "mask: missing"),
         ("inpaint", {"image": torch.ones(3, 8, 8), "mask": torch.ones(8, 9)}, "mask of 9 x 8 px: the picture has"),
-        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": torch.ones(1, 3, 8, 8)}, "one channel"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": torch.ones(1, 3, 8, 8)}, r"\(1, 3, 8, 8\) .*mask\[:, :1\]"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": torch.ones(3, 8, 8)}, r"\(3, 8, 8\): 3 masks .*mask\[:1\]"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": torch.ones(8, 8, 1)}, r"\(8, 8, 1\): .*mask\[..., 0\]"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": np.ones((8, 8, 3))}, r"\(8, 8, 3\) is not .*mask\[..., 0\]"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": np.ones((1, 8, 8, 3))}, r"\(1, 8, 8, 3\) .*mask\[..., 0\]"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": [np.ones((8, 8))] * 2}, "mask: 2 masks for a batch of 1"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": np.ones((0, 8))}, r"shape \(0, 8\) is not"),
+        ("inpaint", {"image": torch.ones(3, 8, 8), "mask": np.array([["a"]])}, "mask: an array of <U1"),
         ("generate", {"image": torch.ones(3, 8, 8)}, "generate takes no picture"),
         (None, {"image": torch.ones(3, 8, 8)}, "no adapter is set"),
         ("canny", {"image": torch.ones(2, 3, 8, 8), "prompt": ["a"] * 3}, "2 images of canny for 3 pictures"),

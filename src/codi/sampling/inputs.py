@@ -19,19 +19,18 @@ ImageInput = Tensor | Image.Image | np.ndarray | Sequence[Any]
 def to_tensor(image: ImageInput) -> Tensor:
     """Return whatever a caller passes as float32 (B, C, h, w) in [0, 1] on the CPU: a tensor (B, C, h, w) or
     (C, h, w), an array (B, h, w, C), (h, w, C) or (h, w), PIL pictures (C = 3; of two levels, as edge maps are: 1), or
-    a list of any of these. Whole numbers of 8 or 16 bits are levels.
+    a list of any of these. Whole numbers of 8 or 16 bits are levels; PIL pictures of 32 bits (modes "F" and "I") are in
+    the least range that holds them, of 0 to 1, 255 or, "I" alone, 65535.
 
     Raises UserError for another shape or range. What C may be is for the task to say.
     """
-    tensor = _joined(image, _picture, "image", "pictures")
-    if tensor.ndim != 4 or tensor.shape[1] > 4 or 0 in (len(tensor), *tensor.shape[-2:]):
-        raise UserError(f"image: shape {tuple(tensor.shape)} is not (B, 3, h, w): pass RGB pictures")
-    return _in_range(tensor, "image", "scale the picture to that range")
+    return _in_range(_joined(image, _picture, "image", "pictures"), "image", "scale the picture to that range")
 
 
 def to_mask(mask: Any) -> Tensor:
     """Return a mask, 1 (white) = make new, as float32 (B, 1, h, w) in [0, 1]: a tensor or array (h, w), (B, h, w) or
-    (B, 1, h, w), a PIL picture, or a list of any of these. Raises UserError for another shape or range."""
+    (B, 1, h, w), an array (h, w, 1) or (B, h, w, 1), a PIL picture, or a list of any of these. Raises UserError for
+    another shape or range."""
     return _in_range(_joined(mask, _mask, "mask", "masks"), "mask", "1 is what to make new, 0 what to keep")
 
 
@@ -48,30 +47,61 @@ def _joined(value: Any, convert: Callable[[Any], Tensor], what: str, plural: str
 
 
 def _picture(image: Any) -> Tensor:
+    """Return one argument as (B, C, h, w)."""
     if isinstance(image, Image.Image):
         image = _pixels(image)
-    if isinstance(image, np.ndarray):
-        array = image[..., None] if image.ndim == 2 else image
-        array = array[None] if array.ndim == 3 else array
-        if array.ndim != 4:
-            raise UserError(f"image: shape {image.shape} is not (B, h, w, 3): pass RGB pictures")
-        return torch.from_numpy(_scaled(array)).permute(0, 3, 1, 2)
-    if not isinstance(image, Tensor):
+    if not isinstance(image, (np.ndarray, Tensor)):
         raise UserError(f"image: {type(image).__name__} is no picture: pass a tensor, an array or PIL pictures")
-    return _floats(image[None] if image.ndim == 3 else image)
+    tensor, shape, array = _floats(image, "image"), tuple(image.shape), isinstance(image, np.ndarray)
+    if array and tensor.ndim == 2:
+        tensor = tensor[..., None]
+    tensor = tensor.movedim(-1, -3) if array and tensor.ndim > 2 else tensor
+    if tensor.ndim not in (3, 4) or tensor.shape[-3] > 4 or 0 in shape:
+        fix = "pass RGB pictures"
+        if len(shape) > 2 and shape[-3 if array else -1] in (1, 3, 4):
+            fix = ("arrays have their channels last: np.moveaxis(image, -3, -1)" if array
+                   else "tensors have their channels first: image.movedim(-1, -3)")  # fmt: skip
+        form = "(h, w, 3) or (B, h, w, 3)" if array else "(3, h, w) or (B, 3, h, w)"
+        raise UserError(f"image: shape {shape} is not {form}: {fix}")
+    return tensor if tensor.ndim == 4 else tensor[None]
 
 
 def _mask(mask: Any) -> Tensor:
+    """Return one argument as (B, 1, h, w)."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(ImageOps.exif_transpose(mask).convert("L"))
+        picture = ImageOps.exif_transpose(mask)
+        deep = _levels(picture)
+        mask = np.asarray(picture.convert("L")) if deep is None else deep
     if not isinstance(mask, (np.ndarray, Tensor)):
         raise UserError(f"mask: {type(mask).__name__} is no mask: pass a tensor, an array or PIL pictures")
-    tensor = torch.from_numpy(_scaled(mask)) if isinstance(mask, np.ndarray) else _floats(mask)
+    tensor, shape = _floats(mask, "mask"), tuple(mask.shape)
+    if isinstance(mask, np.ndarray) and tensor.ndim in (3, 4) and shape[-1] == 1 != shape[-3]:
+        tensor = tensor[..., 0]  # (h, w, 1); but (1, h, 1) is a mask one pixel wide
+    rgb = isinstance(mask, np.ndarray) and tensor.ndim == 3 and shape[0] != 1 and shape[-1] in (2, 3, 4)
     if tensor.ndim in (2, 3):
-        tensor = tensor.reshape(-1, 1, *tensor.shape[-2:])
-    if tensor.ndim != 4 or tensor.shape[1] != 1 or 0 in tensor.shape:
-        raise UserError(f"mask: shape {tuple(mask.shape)} is not (B, 1, h, w): pass one channel, 1 = make new")
+        tensor = tensor[:, None] if tensor.ndim == 3 else tensor[None, None]
+    if tensor.ndim != 4 or tensor.shape[1] != 1 or 0 in shape or rgb:
+        raise UserError(f"mask: shape {shape} is not (B, 1, h, w): {_mask_fix(shape)}")
     return tensor
+
+
+def _mask_fix(shape: tuple[int, ...]) -> str:
+    """Return how to make a mask of an array or tensor of this shape."""
+    fix = "pass one channel, (h, w) or (B, 1, h, w)"
+    if len(shape) not in (3, 4):
+        return fix
+    return f"{fix}, such as {'mask[..., 0]' if shape[-1] < 5 else 'mask[:, :1]' if len(shape) == 4 else 'mask[:1]'}"
+
+
+def _masks_for(pictures: Tensor, mask: Any) -> Tensor:
+    """Return one mask, or as many as there are pictures. Raises UserError for any other number."""
+    masks = to_mask(mask)
+    if len(masks) not in (1, len(pictures)):
+        shape = getattr(mask, "shape", None)
+        what = "mask" if shape is None else f"mask of shape {tuple(shape)}"
+        fix = "pass one, or one for each" if shape is None else _mask_fix(tuple(shape))
+        raise UserError(f"{what}: {len(masks)} masks for a batch of {len(pictures)}: {fix}")
+    return masks
 
 
 def inputs_of(
@@ -93,10 +123,9 @@ def inputs_of(
     masked = [name for name, task in tasks.items() if task.takes_mask]
     if mask is not None and not masked:
         raise UserError(f"mask: {', '.join(tasks) or 'text-to-image'} takes none: leave it out, or set task inpaint")
-    given = {
-        name: tasks[name].bring(to_tensor(one), to_mask(mask) if mask is not None and name in masked else None)
-        for name, one in images.items()
-    }
+    pictures = {name: to_tensor(one) for name, one in images.items()}
+    masks = {name: _masks_for(pictures[name], mask) for name in masked if mask is not None and name in pictures}
+    given = {name: tasks[name].bring(one, masks.get(name)) for name, one in pictures.items()}
     outputs = {name: output_size(tasks[name], g) for name, g in given.items()}
     if len(set(outputs.values())) > 1:
         sizes = ", ".join(f"{name} {w} x {h} px" for name, (h, w) in outputs.items())
@@ -119,20 +148,18 @@ def to_output(result: Tensor, output_type: str) -> Any:
     return array if output_type == "np" else [Image.fromarray((a * 255).round().astype(np.uint8)) for a in array]
 
 
-def _scaled(array: np.ndarray) -> np.ndarray:
-    """Return float32, whole numbers of 8 or 16 bits scaled to [0, 1]."""
-    levels = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(array.dtype, 1)
-    try:
-        return array.astype(np.float32) / levels
-    except (TypeError, ValueError) as error:
-        raise UserError(f"image: an array of {array.dtype} holds no numbers: pass pixels in [0, 1]") from error
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    """Do the same for a tensor, of any device."""
-    levels = {torch.uint8: 255, torch.uint16: 65535}.get(tensor.dtype)
-    tensor = tensor.detach().cpu().float()
-    return tensor if levels is None else tensor / levels
+def _floats(values: np.ndarray | Tensor, what: str) -> Tensor:
+    """Return float32 on the CPU, whole numbers of 8 or 16 bits scaled to [0, 1]."""
+    if isinstance(values, np.ndarray):
+        levels = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(values.dtype, 1)
+        try:
+            return torch.from_numpy(values.astype(np.float32) / levels)
+        except (TypeError, ValueError) as error:
+            fix = "pass pixels in [0, 1]"
+            raise UserError(f"{what}: an array of {values.dtype} holds no numbers: {fix}") from error
+    levels = {torch.uint8: 255, torch.uint16: 65535}.get(values.dtype)
+    values = values.detach().cpu().float()
+    return values if levels is None else values / levels
 
 
 def _in_range(tensor: Tensor, what: str, fix: str) -> Tensor:
@@ -143,10 +170,18 @@ def _in_range(tensor: Tensor, what: str, fix: str) -> Tensor:
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:
-    """float32 (h, w, 3 or 1) in [0, 1], upright; 16-bit grey keeps its range. (Files: data.images.read_image.)"""
+    """Return float32 (h, w, 3 or 1) in [0, 1], upright; more than 8 bits are kept. (Files: data.images.read_image.)"""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "1":
-        return np.asarray(picture, dtype=np.float32)[..., None]
-    if picture.mode.startswith("I"):
-        return np.repeat(np.asarray(picture, dtype=np.float32)[..., None] / 65535, 3, axis=2)
-    return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    deep = _levels(picture)
+    if deep is None:
+        return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    return deep[..., None] if picture.mode == "1" else np.repeat(deep[..., None], 3, axis=2)
+
+
+def _levels(picture: Image.Image) -> np.ndarray | None:
+    """Return float32 (h, w) in [0, 1] of a picture of other than 8 bits; None for all others."""
+    if picture.mode not in ("1", "F") and not picture.mode.startswith("I"):
+        return None
+    pixels = np.asarray(picture, dtype=np.float32)
+    ranges = {"1": [1], "F": [1, 255], "I": [1, 255, 65535]}.get(picture.mode, [65535])
+    return pixels / next((most for most in ranges if pixels.max(initial=0) <= most), ranges[-1])
