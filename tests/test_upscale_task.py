@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import special
 
 from codi.errors import UserError
 from codi.tasks import get_task
-from codi.tasks.degradations import RealWorld, Stage, bicubic, blur_kernel, resize, second_order, sinc_kernel
+from codi.tasks.degradations import (
+    RealWorld,
+    Stage,
+    _resizing_matrix,
+    bicubic,
+    blur_kernel,
+    resize,
+    second_order,
+    sinc_kernel,
+)
 from codi.tasks.upscale import Upscale
 
 
@@ -49,6 +59,33 @@ def test_each_row_and_column_is_resized_alike(sides: tuple[int, int], across: tu
     for image, wanted in ((picture, rows @ picture @ columns.T), (picture.mT, columns @ picture.mT @ rows.T)):
         for copy in (image.contiguous(), image.to(memory_format=torch.channels_last)):
             torch.testing.assert_close(resize(copy, (wanted.shape[-2], wanted.shape[-1])), wanted)
+
+
+@pytest.mark.parametrize("old", [(12, 20), (9, 7), (1, 16), (16, 1), (1, 1), (2, 5)])
+@pytest.mark.parametrize("new", [(48, 80), (3, 5), (5, 30), (12, 20), (1, 16), (16, 1), (1, 1)])
+def test_matrices_of_an_export_resize_as_torch_does(monkeypatch, old: tuple[int, int], new: tuple[int, int]):
+    """ONNX has no antialiased bicubic resizing. The reference is torch's along one axis after the other, as a row: to
+    one column it repeats a row."""
+
+    def along_rows(image: torch.Tensor, length: int) -> torch.Tensor:
+        size = (image.shape[-2], length)
+        if image.shape[-1] == 1:  # of one column all are copies
+            return image.expand(-1, -1, *size)
+        rows = [F.interpolate(image[:, :, i : i + 1], (1, length), mode="bicubic", antialias=True)
+                for i in range(image.shape[-2])]  # fmt: skip
+        return torch.cat(rows, dim=2)
+
+    image = torch.rand(2, 3, *old, generator=generator())
+    expected = along_rows(along_rows(image, new[1]).mT, new[0]).mT
+    if 1 not in new:
+        torch.testing.assert_close(
+            F.interpolate(image, new, mode="bicubic", antialias=True), expected, rtol=0, atol=1e-6
+        )
+    rows, columns = (_resizing_matrix(*lengths) for lengths in zip(old, new, strict=True))
+    torch.testing.assert_close(rows @ image @ columns.T, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(resize(image, new), expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    torch.testing.assert_close(resize(image, new), expected, rtol=0, atol=1e-6)
 
 
 CLEAN = Stage(0.0, (1.0, 1.0), (0, 0, 1), (1, 1), (0.0, 0.0), (0.0, 0.0), jpeg_quality=(100, 100))
