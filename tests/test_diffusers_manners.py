@@ -193,6 +193,28 @@ def test_what_no_call_can_have(pipe, arguments, words):
         run(pipe, **arguments)
 
 
+@pytest.mark.parametrize("task", ["depth", "edit"])  # by classifier-free guidance, and distilled
+def test_empty_negative_prompts_are_none(pipe, task):
+    pipe.set_adapters(task)
+    asked = {**given(task, count=2), "guidance_scale": 3.0}
+    expected = run(pipe, **asked)
+    for empty in (["", ""], [""], ("", ""), None):
+        assert torch.equal(run(pipe, **asked, negative_prompt=empty), expected)
+    if task == "edit":
+        with pytest.raises(UserError, match="^negative_prompt: guidance is distilled"):
+            run(pipe, **asked, negative_prompt=["", "blue"])
+
+
+def test_empty_texts_beside_embeddings_are_none(pipe):
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    found = dict(zip(names, pipe.encode_prompt(["a red ball"] * 2), strict=False))
+    asked = {**found, "guidance_scale": 3.0, "prompt": None}
+    expected = run(pipe, **asked)
+    assert torch.equal(run(pipe, **{**asked, "prompt": ["", ""]}, negative_prompt=["", ""]), expected)
+    with pytest.raises(UserError, match="negative_prompt and negative_prompt_embeds: both"):
+        run(pipe, **asked, negative_prompt=["", "blue"])
+
+
 def test_arguments_of_stock_pipelines_that_change_nothing(pipe):
     plain = run(pipe)
     left_out = dict.fromkeys(("clip_skip", "ip_adapter_image", "ip_adapter_image_embeds", "timesteps", "sigmas"))

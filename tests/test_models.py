@@ -289,6 +289,13 @@ def test_a_tokenizer_without_a_limit_reads_as_many_tokens_as_its_text_encoder(tm
         loaded.text.encode(["ball " * 200])
 
 
+@pytest.mark.parametrize("prompt", ["ball " * 1000, "b" * 5000, "ball\n" * 1000])
+def test_what_is_cut_of_a_long_prompt_is_not_echoed_in_full(prompt):
+    with pytest.warns(UserWarning, match="this is cut: '.* \\.\\.\\. .*'$") as caught:
+        BACKBONE.text.encode([prompt])
+    assert len(caught) == 1 and len(str(caught[0].message)) < 300
+
+
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_two_conditionings_in_one_batch(form):

@@ -71,7 +71,7 @@ def embeddings_of(given: dict[str, Any], text: Any, negative: bool = False) -> B
         return None
     if "prompt_embeds" not in found:
         raise UserError(f"{before}{next(iter(found))}: without {before}prompt_embeds: pass both")
-    if text:
+    if any(texts_of(text, f"{before}prompt")):
         raise UserError(f"{before}prompt and {before}prompt_embeds: both say what to make: pass one")
     for name, value in found.items():
         if not isinstance(value, Tensor) or value.ndim < 2:
