@@ -122,7 +122,9 @@ class AdaptedPipeline(StockManners, LoraManners):
             placed = {name: str(device_of(part)) for name, part in pipe.components.items() if hasattr(part, "device")}
             pipe.hf_device_map = placed if device_map == "balanced" else device_map
         pipe._shelf.model = model
-        pipe.register_to_config(_name_or_path=str(folder))  # loads the adapters that were saved with it
+        super(AdaptedPipeline, pipe).register_to_config(_name_or_path=str(folder))  # ours would also choose the decoder
+        if pipe.network is not None:
+            pipe._shelf.load_saved(folder)
         pipe._set(task, adapter)
         return pipe
 
@@ -136,20 +138,20 @@ class AdaptedPipeline(StockManners, LoraManners):
             shelf.set(of_task[0] if of_task else shelf.load(task, task=task))
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Note settings. diffusers notes the folder last when it has opened one: then the adapters saved there are
-        loaded, so that they also come with its own `DiffusionPipeline.from_pretrained`."""
+        """Note settings; where diffusers has just opened a saved pipeline, also load what was saved beside its parts.
+
+        `DiffusionPipeline.from_pretrained(folder)` makes a pipeline of the checkpoint's parts, which adapters are not,
+        and says only afterwards, by this method, where they came from: there is no other place to load adapters in.
+        """
         super().register_to_config(**kwargs)
-        folder = Path(str(kwargs.get("_name_or_path") or ""))
-        if not kwargs.get("_name_or_path") or self._shelf.loaded:
-            return
-        if self._shelf.network is not None:
+        if kwargs.get("_name_or_path") and not self._shelf.loaded:
+            self._load_saved(Path(kwargs["_name_or_path"]))
+
+    def _load_saved(self, folder: Path) -> None:
+        """Load the adapters and the tiny decoder that `save_pretrained` left in `folder`, and set those that were."""
+        if self.network is not None:
             self._shelf.load_saved(folder)
-        if (
-            self.tiny_vae is None
-            and self.vae is not None
-            and saved_decoder(folder) == TINY
-            and self._shelf.model == "mini"
-        ):
+        if self.tiny_vae is None and self.vae is not None and saved_decoder(folder) == TINY:
             self.tiny_vae = open_decoder(TINY, folder, self.vae, self.vae.dtype)
 
     @classmethod
@@ -183,6 +185,8 @@ class AdaptedPipeline(StockManners, LoraManners):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{save_directory}: is a file: name a folder")
         require_sources(self._shelf.loaded)  # before anything is written
+        # diffusers leaves out a part that was None when the pipeline was made and has been set since.
+        self.register_modules(**{name: part for name, part in self.components.items() if part is not None})
         with self._without_loras():
             super().save_pretrained(folder, **kwargs)
         mark_saved(folder, self.tiny_vae is not None)
