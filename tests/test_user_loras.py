@@ -199,3 +199,17 @@ def test_names_of_loras_and_adapters_differ(adapter, tmp_path):
     assert pipe.load_adapter(adapter, as_="mine") == "mine"
     with pytest.raises(UserError, match="'mine': is taken"):
         pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="mine")
+
+
+def test_a_scale_of_loras_holds_where_they_are_fused_too(adapter, tmp_path):
+    pipe = quiet(CoDiPipeline(**vars(tiny_backbone())))
+    pipe.load_adapter(adapter)
+    pipe.load_lora_weights(lora(tmp_path / "lora", ["unet"]), adapter_name="style")
+    plain = {scale: run(pipe, cross_attention_kwargs={"scale": scale}) for scale in (1.0, 0.5)}
+    pipe.fuse_lora()
+    for scale, expected in plain.items():
+        made = run(pipe, cross_attention_kwargs={"scale": scale})
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(plain[1.0], plain[0.5], atol=1e-3)
+    pipe.set_adapters("style", 0.5)
+    torch.testing.assert_close(run(pipe), plain[0.5], rtol=0, atol=1e-4)

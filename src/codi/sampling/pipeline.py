@@ -209,7 +209,7 @@ class CoDiPipeline(AdaptedPipeline):
     ) -> Tensor:
         """Return the latent of noise (B, C, h, w) and of what each task makes of its input, at output size. `rows`:
         which pictures these are; `source`: of further noise."""
-        student, strength = self._shelf.student(call.strength)
+        student, strength = self._shelf.student(call.strength, call.lora_scale)
         device, (h, w) = device_of(self.network), noise.shape[-2:]
         condition: Any = None
         if student.adapter is not None:

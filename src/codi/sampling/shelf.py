@@ -149,8 +149,9 @@ class Shelf:
         """What the adapters with some influence say of themselves."""
         return [self.loaded[name].info for name, weight in self.weights.items() if strength * weight]
 
-    def student(self, strength: float = 1.0) -> tuple[Student, float]:
-        """(the student to sample with, the strength to give it): without influence the backbone alone."""
+    def student(self, strength: float = 1.0, lora_scale: float = 1.0) -> tuple[Student, float]:
+        """Return the student to sample with, without influence the backbone alone, and the strength to give it.
+        `lora_scale`: of users' LoRAs, where they become part of the weights (see at_work)."""
         self.follow_loras()
         if not self.infos(strength):
             return self._student(()), 1.0
@@ -159,16 +160,17 @@ class Shelf:
             strength *= next(iter(self.weights.values()))
         else:
             student.adapter.weights = dict(self.weights)  # type: ignore[union-attr]
-        return (self._merge(student, strength) if self.fused else student), strength
+        return (self._merge(student, strength, lora_scale) if self.fused else student), strength
 
-    def _merge(self, student: Student, strength: float) -> Student:
+    def _merge(self, student: Student, strength: float, lora_scale: float) -> Student:
         """The same, its low-rank updates part of the weights; kept for the next call alike."""
         if not lora_names(student.network):
             return student
-        like = (tuple(self.weights.items()), strength)
+        like = (tuple(self.weights.items()), strength, lora_scale)
         if self._merged is None or self._merged[0] != like:
             student.scale(strength)
-            merged = Student(merge_lora(student.network), student.adapter).eval()
+            with scaled_loras(student.network, lora_scale):
+                merged = Student(merge_lora(student.network), student.adapter).eval()
             self._merged = like, self._place(merged)
             if self._compiling is not None:
                 merged.compile(**self._compiling)
