@@ -24,16 +24,16 @@ from ..models.text import PromptEncoder, limit_tokenizers
 from ..models.tiny import TINY, mark_saved, open_decoder, saved_decoder
 from ..schedule import Schedule
 from ..tasks import Task, get_task
+from .diffusers_mixin import DiffusersMixin
 from .guidance import Guidance, resolve
-from .loras import LoraManners
-from .manners import StockManners
+from .loras import LoraLoaderMixin
 from .options import ENTRY, name_class, sorted_options
 from .saved import require_sources, save_adapters
 from .shelf import Shelf
 from .tiles import Tiles
 
 
-class AdaptedPipeline(StockManners, LoraManners):
+class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
     """What CoDiPipeline is made of, without the sampling."""
 
     # Families have different parts; those that a checkpoint lacks are None.

@@ -18,8 +18,8 @@ from ..tasks import TASKS
 from .shelf import Shelf
 
 
-class LoraManners(DiffusionPipeline):
-    """`load_lora_weights` and what belongs to it; codi's own adapters are `load_adapter`'s."""
+class LoraLoaderMixin(DiffusionPipeline):
+    """Load, set and remove the LoRAs of users; `load_adapter` loads adapters."""
 
     _shelf: Shelf
     network: Any

@@ -1,4 +1,4 @@
-"""What users of diffusers call on a pipeline beside sampling, where adapters have a part in it."""
+"""Methods of diffusers' pipelines beside sampling, where adapters have a part in them: offloading, slicing, tiling."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .prompts import repeated, texts_of
 from .shelf import Shelf
 
 
-class StockManners(DiffusionPipeline):
-    """Offloading, slicing, tiling and embeddings; `_shelf` holds the adapters."""
+class DiffusersMixin(DiffusionPipeline):
+    """Offload, slice, tile and embed as a stock pipeline does, the networks of adapters (`_shelf`) with it."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae->tiny_vae"
     _shelf: Shelf
