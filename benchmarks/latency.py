@@ -43,9 +43,9 @@ from codi.models.adapter import FORMS
 from codi.models.backbones import Backbone
 from codi.models.student import Conditioning, Student
 from codi.models.text import tokenize
+from codi.sampling.adapter_store import LoadedAdapter
 from codi.sampling.pipeline import CoDiPipeline
 from codi.sampling.sampler import initial_noise, time_grid
-from codi.sampling.shelf import Shelved
 from codi.tasks import get_task
 
 STEPS = 4
@@ -100,7 +100,7 @@ def ours(backbone: Backbone, picture: Tensor, reads: str, variant: str) -> dict[
     for name, decoder in (("codi", None), ("codi-tiny", tiny)):
         pipe: Any = CoDiPipeline(**vars(backbone), tiny_vae=decoder)
         pipe.set_progress_bar_config(disable=True)
-        pipe._shelf.loaded["canny"] = Shelved(adapter, backbone.unet, get_task("canny"), Path(), full=False)
+        pipe._store.loaded["canny"] = LoadedAdapter(adapter, backbone.unet, get_task("canny"), Path(), full=False)
         pipe.set_adapters("canny")
         if variant == "channels-last":
             pipe.to(memory_format=torch.channels_last)

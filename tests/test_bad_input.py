@@ -113,8 +113,8 @@ def test_an_output_that_cannot_be_written(shell, tiny, adapters, tmp_path):
     shell("data", "render", 2, "-o", source / "scenes").failed(1, str(source / "scenes"))
     out = ("--out", source / "figures.json")
     shell("evaluate", "--task", "upscale", "--data", "scenes:held-out:2", *out).failed(1, "is a file, not a folder")
-    shelf = adapters["depth"].adapter.parent
-    ran = shell("demo", "--out", source / "demo", "--model", tiny.model, "--adapters", shelf, "--device", "cpu")
+    library = adapters["depth"].adapter.parent
+    ran = shell("demo", "--out", source / "demo", "--model", tiny.model, "--adapters", library, "--device", "cpu")
     ran.failed(1, str(source))
     assert files(tmp_path) == ["in.png"]
 

@@ -347,7 +347,7 @@ def test_offloading_models_and_groups_changes_nothing(folder, task):
     for _ in range(2):
         torch.testing.assert_close(run(pipe, **given(task)), expected, rtol=0, atol=1e-5)
     pipe.load_adapter(folder / "canny")
-    assert not hasattr(pipe._shelf.loaded["canny"].network, "_hf_hook")
+    assert not hasattr(pipe._store.loaded["canny"].network, "_hf_hook")
     grouped = opened(folder, task)
     grouped.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     assert torch.equal(run(grouped, **given(task)), expected)

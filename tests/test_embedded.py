@@ -89,7 +89,7 @@ def test_export_takes_the_adapter_and_the_weights_of_the_model(weights, shell, t
     sources = []
 
     def written(source, *_):
-        sources.append((source.model, source.shelved.folder))
+        sources.append((source.model, source.loaded.folder))
         return {}
 
     name = {"diffusers": "diffusers.export_diffusers", "ldm": "ldm.export_ldm", "onnx": "onnx.export_onnx"}[to]

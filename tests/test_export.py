@@ -163,7 +163,7 @@ def test_an_adapter_of_a_changed_backbone_wants_the_change(tmp_path, model):
     adapter = make(tmp_path / "adapter", "controlnet", recipe=recipe)
     with pytest.raises(UserError, match=r"name them: --lora style.safetensors=0.5"):
         load_source(adapter, model)
-    assert load_source(make(tmp_path / "full", "controlnet", full=True, recipe=recipe), model).shelved.full
+    assert load_source(make(tmp_path / "full", "controlnet", full=True, recipe=recipe), model).loaded.full
 
 
 @pytest.mark.parametrize("form", ["fused", "hint"])
@@ -186,7 +186,7 @@ def test_samplers_that_others_do_not_have_are_refused(tmp_path, model, export):
 def test_schedulers_start_at_pure_noise_where_the_model_does(tmp_path, model, shift):
     source = load_source(make(tmp_path / "adapter", "controlnet", shift=shift), model)
     source.backbone.scheduler = tiny_scheduler(rescale_betas_zero_snr=True)
-    student, text = Student(source.shelved.network, source.adapter), randn(1, 5, 8, seed=1)
+    student, text = Student(source.loaded.network, source.adapter), randn(1, 5, 8, seed=1)
     told, noise = Conditioning(text, rand(1, 3, 32, 32)), randn(1, 4, 8, 8, seed=2)
     scheduler, call = make_scheduler(source, 4)
     scheduler.set_timesteps(**{key: value for key, value in call.items() if key != "guidance_scale"})
@@ -445,7 +445,7 @@ def test_the_sigmas_of_a_comfyui_workflow_make_the_same_picture(tmp_path, model,
     for now, after in itertools.pairwise(grid):
         level = (table - torch.tensor(now).log()).abs().argmin()
         with torch.no_grad():
-            v = source.shelved.network(x / (1 + now**2) ** 0.5, level, words).sample
+            v = source.loaded.network(x / (1 + now**2) ** 0.5, level, words).sample
         clean = x / (1 + now**2) - v * now / (1 + now**2) ** 0.5  # ComfyUI's V_PREDICTION
         x = clean + (x - clean) * after / now
     picture = codec.decode(source.backbone.vae, x)

@@ -77,8 +77,8 @@ def make(folder: Path, name: str, form: str, task: str = "canny", full: bool = F
 
 def bare(backbone: Any, shift: float = 1.0) -> Any:
     """A source with what its schedule is made of, and no adapter."""
-    shelved: Any = SimpleNamespace(info={"shift": shift})
-    return Source("generate", "tiny", backbone, shelved)
+    loaded: Any = SimpleNamespace(info={"shift": shift})
+    return Source("generate", "tiny", backbone, loaded)
 
 
 def ours(source: Source, image: Tensor | None, steps: int = 4) -> Tensor:

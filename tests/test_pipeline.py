@@ -433,7 +433,7 @@ def test_memory_format(folder):
     plain, laid_out = (CoDiPipeline.from_pretrained(folder / "model", "depth", folder / "depth") for _ in range(2))
     laid_out.to(torch.float32, memory_format=torch.channels_last)
     laid_out.load_adapter(folder / "edit")
-    for weights in (laid_out.unet, laid_out.vae, *(adapter.network for adapter in laid_out._shelf.loaded.values())):
+    for weights in (laid_out.unet, laid_out.vae, *(adapter.network for adapter in laid_out._store.loaded.values())):
         convolutions = [p for p in weights.parameters() if p.ndim == 4 and p.shape[-1] > 1]
         assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
     for pipe in (plain, laid_out):

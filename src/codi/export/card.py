@@ -39,7 +39,7 @@ def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool)
         classes, parts = classes | {net}, [*parts, "controlnet=controlnet"]
     elif source.hint:
         pipeline = str(kind.control_pipeline)
-    if source.shelved.full:
+    if source.loaded.full:
         lines.append(f'{kind.component} = {kind.network}.from_pretrained(f"{{folder}}/{kind.component}")')
         classes, parts = classes | {kind.network}, [*parts, f"{kind.component}={kind.component}"]
     lines.append(f"pipe = {pipeline}.from_pretrained({', '.join(['model', *parts])})")

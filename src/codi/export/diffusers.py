@@ -36,7 +36,7 @@ def export_diffusers(source: Source, out: Path, steps: int, dtype: torch.dtype |
     source.require_stock_sampler(STOCK)
     scheduler, arguments = make_scheduler(source, steps)
     network, updates = source.full_network(steps), source.updates(steps)
-    part, stored = source.kind.component, source.shelved.folder
+    part, stored = source.kind.component, source.loaded.folder
     updates = {key: value.to(dtype or source.stored_dtype(stored / FILE)) for key, value in updates.items()}
     if source.hint is not None:
         kind = dtype or source.stored_dtype(stored / WEIGHTS)

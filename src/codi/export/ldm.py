@@ -68,7 +68,7 @@ def export_ldm(source: Source, out: Path, steps: int, dtype: torch.dtype | None 
         "prediction": schedule.prediction,
         "zero_terminal_snr": bool(schedule.alphas[-1] == 0),
     }
-    folder = source.shelved.folder
+    folder = source.loaded.folder
 
     def cast(weights: dict[str, Tensor], stored: Path) -> dict[str, Tensor]:
         return {key: value.to(dtype or source.stored_dtype(stored)) for key, value in weights.items()}

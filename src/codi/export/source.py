@@ -18,9 +18,9 @@ from ..errors import UserError
 from ..models.adapter import Adapter, ControlNetAdapter, FusedAdapter, HintAdapter
 from ..models.backbones import EMBEDDED, Backbone, Family, load_backbone
 from ..models.lora import lora_names, shared_copy
+from ..sampling.adapter_store import AdapterStore, LoadedAdapter
 from ..sampling.guidance import Guidance, resolve
 from ..sampling.sampler import time_grid
-from ..sampling.shelf import Shelf, Shelved
 from ..schedule import Schedule
 from ..tasks import Task
 
@@ -35,11 +35,11 @@ class Source:
     name: str
     model: str
     backbone: Backbone
-    shelved: Shelved
+    loaded: LoadedAdapter
 
     @property
     def adapter(self) -> Adapter:
-        return self.shelved.adapter
+        return self.loaded.adapter
 
     @property
     def kind(self) -> Family:
@@ -48,11 +48,11 @@ class Source:
 
     @property
     def info(self) -> dict[str, Any]:
-        return self.shelved.info
+        return self.loaded.info
 
     @property
     def task(self) -> Task:
-        return self.shelved.task
+        return self.loaded.task
 
     @property
     def control(self) -> ControlNetAdapter | None:
@@ -94,7 +94,7 @@ class Source:
     def notes(self) -> dict[str, str]:
         """What an exported file says of itself: name, task, base, licence and the version of codi; no local paths."""
         base = Path(self.model).name if Path(self.model).exists() else self.model
-        own = LICENCE if self.shelved.folder.is_relative_to(EMBEDDED) else "not stated"
+        own = LICENCE if self.loaded.folder.is_relative_to(EMBEDDED) else "not stated"
         return {
             "name": Path(self.name).name,
             "task": self.task.name,
@@ -135,9 +135,9 @@ class Source:
     def full_network(self, steps: int) -> Any:
         """Return the network that a full adapter brings, with what the adapter adds to its time embedding in the bias
         of a layer, or in its weight, as in `updates`, where it has no bias. None for other adapters."""
-        if not self.shelved.full:
+        if not self.loaded.full:
             return None
-        network, extra = shared_copy(self.shelved.network), self.time_condition()
+        network, extra = shared_copy(self.loaded.network), self.time_condition()
         if extra is not None:
             layer: Any = network.get_submodule(self.kind.time_layer)
             more = self.kind.time_constant(network, extra)
@@ -150,7 +150,7 @@ class Source:
 
     def lora(self) -> dict[str, Tensor]:
         """The low-rank updates (B A, unscaled) that were trained: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`."""
-        unet, weights = self.shelved.network, {}
+        unet, weights = self.loaded.network, {}
         for name in lora_names(unet):
             config: Any = unet.peft_config[name]  # type: ignore[index]
             for key, value in get_peft_model_state_dict(unet, adapter_name=name).items():
@@ -160,7 +160,7 @@ class Source:
     def merged_unet(self) -> Any:
         """The U-Net that works with the adapter, its low-rank updates added to the weights."""
         weights = self.lora()
-        unet = shared_copy(self.backbone.unet) if weights else self.shelved.network
+        unet = shared_copy(self.backbone.unet) if weights else self.loaded.network
         for name in [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]:
             layer: Any = unet.get_submodule(name)
             a, b = (weights[f"{name}.lora_{factor}.weight"].flatten(1) for factor in "AB")
@@ -175,7 +175,7 @@ class Source:
         c = c (a . x). In networks from 64 channels up, a . x(t) is off by less than 1e-4 at any t.
         """
         weights, extra = self.lora(), self.time_condition()
-        if self.shelved.full or extra is None:
+        if self.loaded.full or extra is None:
             return weights
         rank = next((len(value) for key, value in weights.items() if ".lora_A." in key), 1)
         network, name = self.backbone.network, self.kind.time_layer
@@ -241,10 +241,10 @@ def load_source(
     that was trained on low-rank updates of the backbone when none are given."""
     hub: Any = {"config": config} if config else {}
     backbone = load_backbone(model, loras=loras, **hub).freeze()
-    shelf = Shelf(backbone.network, backbone.family, model)
-    source = Source(str(adapter), str(model), backbone, shelf.loaded[shelf.load(adapter)])
+    store = AdapterStore(backbone.network, backbone.family, model)
+    source = Source(str(adapter), str(model), backbone, store.loaded[store.load(adapter)])
     wanted = (source.info.get("recipe") or {}).get("loras")
-    if wanted and not loras and not source.shelved.full:
+    if wanted and not loras and not source.loaded.full:
         words = " ".join(f"--lora {file}={weight:g}" for file, weight in wanted.items())
         raise UserError(f"{adapter}: was trained on a backbone with low-rank updates: name them: {words}")
     return source

@@ -24,12 +24,12 @@ from ..models.text import PromptEncoder, limit_tokenizers
 from ..models.tiny import TINY, mark_saved, open_decoder, saved_decoder
 from ..schedule import Schedule
 from ..tasks import Task, get_task
+from .adapter_store import AdapterStore
 from .diffusers_mixin import DiffusersMixin
 from .guidance import Guidance, resolve
 from .loras import LoraLoaderMixin
 from .options import ENTRY, name_class, sorted_options
 from .saved import require_sources, save_adapters
-from .shelf import Shelf
 from .tiles import Tiles
 
 
@@ -65,7 +65,7 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
             "transformer": transformer, "text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3,
         }  # fmt: skip
         limit_tokenizers(parts)
-        self._shelf = Shelf(unet if unet is not None else transformer, "")
+        self._store = AdapterStore(unet if unet is not None else transformer, "")
         # Parts of other families are no attributes: users of diffusers look for `pipe.transformer` by hasattr.
         always = ("vae", "text_encoder", "tokenizer", "scheduler", "tiny_vae")
         self.register_modules(**{name: part for name, part in parts.items() if part is not None or name in always})
@@ -76,7 +76,7 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
                 part.requires_grad_(False).eval()
         # Of those here: what the class lists is for opening any family.
         self._optional_components = [name for name in always if parts[name] is None or name == "tiny_vae"]
-        self._shelf.family = self._family()
+        self._store.family = self._family()
         self._set_up_vae(vae)
         self.solver: Any = None
         """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
@@ -121,21 +121,21 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         if (device_map := given.get("device_map")) is not None:
             placed = {name: str(device_of(part)) for name, part in pipe.components.items() if hasattr(part, "device")}
             pipe.hf_device_map = placed if device_map == "balanced" else device_map
-        pipe._shelf.model = model
+        pipe._store.model = model
         super(AdaptedPipeline, pipe).register_to_config(_name_or_path=str(folder))  # ours would also choose the decoder
         if pipe.network is not None:
-            pipe._shelf.load_saved(folder)
+            pipe._store.load_saved(folder)
         pipe._set(task, adapter)
         return pipe
 
     def _set(self, task: str | None, adapter: str | Path | None) -> None:
         """Set this adapter, or one of `task` if none is set."""
-        shelf = self._shelf
-        of_task = [name for name, shelved in shelf.loaded.items() if shelved.task.name == task]
+        store = self._store
+        of_task = [name for name, entry in store.loaded.items() if entry.task.name == task]
         if adapter is not None:
-            shelf.set(shelf.load(adapter, task=task))
-        elif task is not None and task not in [shelved.task.name for shelved in shelf.active.values()]:
-            shelf.set(of_task[0] if of_task else shelf.load(task, task=task))
+            store.set(store.load(adapter, task=task))
+        elif task is not None and task not in [entry.task.name for entry in store.active.values()]:
+            store.set(of_task[0] if of_task else store.load(task, task=task))
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Note settings; where diffusers has just opened a saved pipeline, also load what was saved beside its parts.
@@ -144,13 +144,13 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         and says only afterwards, by this method, where they came from: there is no other place to load adapters in.
         """
         super().register_to_config(**kwargs)
-        if kwargs.get("_name_or_path") and not self._shelf.loaded:
+        if kwargs.get("_name_or_path") and not self._store.loaded:
             self._load_saved(Path(kwargs["_name_or_path"]))
 
     def _load_saved(self, folder: Path) -> None:
         """Load the adapters and the tiny decoder that `save_pretrained` left in `folder`, and set those that were."""
         if self.network is not None:
-            self._shelf.load_saved(folder)
+            self._store.load_saved(folder)
         if self.tiny_vae is None and self.vae is not None and saved_decoder(folder) == TINY:
             self.tiny_vae = open_decoder(TINY, folder, self.vae, self.vae.dtype)
 
@@ -166,9 +166,9 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or pipeline.dtype)
         pipe: Any = super().from_pipe(source, **{**parts, **kwargs})  # passed as parts, whose types are not looked up
         if isinstance(pipeline, AdaptedPipeline):
-            pipe._shelf = pipeline._shelf.copy(pipe.network, pipe._family())
+            pipe._store = pipeline._store.copy(pipe.network, pipe._family())
             pipe.solver, pipe.shift = pipeline.solver, pipeline.shift
-            pipe._shelf.follow()
+            pipe._store.follow()
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
@@ -184,33 +184,33 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
                             "read: leave it out")  # fmt: skip
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{save_directory}: is a file: name a folder")
-        require_sources(self._shelf.loaded)  # before anything is written
+        require_sources(self._store.loaded)  # before anything is written
         # diffusers leaves out a part that was None when the pipeline was made and has been set since.
         self.register_modules(**{name: part for name, part in self.components.items() if part is not None})
         with self._without_loras():
             super().save_pretrained(folder, **kwargs)
         mark_saved(folder, self.tiny_vae is not None)
         stock = self.kind.pipeline_for(self.parts).__name__
-        name_class(folder, [ENTRY, "CoDiPipeline"] if self._shelf.loaded else stock)
-        save_adapters(folder, self._shelf.loaded, self._shelf.weights, self.kind.component)
+        name_class(folder, [ENTRY, "CoDiPipeline"] if self._store.loaded else stock)
+        save_adapters(folder, self._store.loaded, self._store.weights, self.kind.component)
 
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
         """Load one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it
         by: `as_`, or the folder's. It is set at once if no other is. Raises UserError for one that does not fit."""
-        name = self._shelf.load(adapter, as_, task, self._lora_names)
-        if not self._shelf.weights:
-            self._shelf.set(name)
+        name = self._store.load(adapter, as_, task, self._lora_names)
+        if not self._store.weights:
+            self._store.set(name)
         return name
 
     @property
     def adapters(self) -> list[str]:
         """Names of all adapters loaded."""
-        return list(self._shelf.loaded)
+        return list(self._store.loaded)
 
     @property
     def adapter(self) -> Adapter | None:
         """The adapter that is set, the first of several; None without."""
-        return next((shelved.adapter for shelved in self._shelf.active.values()), None)
+        return next((entry.adapter for entry in self._store.active.values()), None)
 
     @property
     def task(self) -> Task | None:
@@ -220,12 +220,12 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
     @property
     def tasks(self) -> dict[str, Task]:
         """The tasks of the adapters that are set, by their names."""
-        return {name: shelved.task for name, shelved in self._shelf.active.items()}
+        return {name: entry.task for name, entry in self._store.active.items()}
 
     @property
     def student(self) -> Student:
         """The backbone with the adapters that are set."""
-        return self._shelf.student()[0]
+        return self._store.student()[0]
 
     @property
     def network(self) -> Any:
@@ -250,7 +250,7 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
 
     def infos(self, strength: float = 1.0) -> list[dict[str, Any]]:
         """What the adapters with some influence say of themselves."""
-        return self._shelf.infos(strength)
+        return self._store.infos(strength)
 
     @property
     def cell(self) -> int:
@@ -305,18 +305,18 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         as convolutions like them best."""
         super().to(*args, **kwargs)
         if memory_format is not None:
-            self._shelf.layout = memory_format
+            self._store.layout = memory_format
             parts: Any = filter(None, (self.vae, self.network, self.tiny_vae))
             for part in parts:
                 part.to(memory_format=memory_format)
-        self._shelf.follow()
+        self._store.follow()
         return self
 
     def compile(self, **options: Any) -> Self:
         """Has the networks compiled by torch.compile with these options, e.g. mode="max-autotune", when they are first
         used and for each new size of picture: that takes a minute or more. What an adapter and the U-Net do together
         is one graph, with mode="reduce-overhead" one CUDA graph."""
-        self._shelf.compile(**options)
+        self._store.compile(**options)
         for part in filter(None, (self.vae.encoder, self.vae.decoder, getattr(self.tiny_vae, "decoder", None))):
             part.compile(**options)
         return self
@@ -324,7 +324,7 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
     def fuse_lora(self, fused: bool = True) -> Self:
         """Makes the adapters' low-rank updates part of the weights they update: faster, for the memory of a second copy
         of these weights. The backbone's own stay as they are; a change of weights or strength makes it happen again."""
-        self._shelf.fused = fused
+        self._store.fused = fused
         return self
 
     def unfuse_lora(self) -> Self:
@@ -337,7 +337,7 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         Raises UserError for a scale that is no number from 0 up, an image scale that no adapter has learnt, or a
         strength that a full adapter cannot have.
         """
-        self._shelf.require_whole(strength)
-        infos = self._shelf.infos(strength)
+        self._store.require_whole(strength)
+        infos = self._store.infos(strength)
         # Where all influence is turned down there is nothing to refuse: a slider may reach 0.
-        return resolve(text, image if infos or not self._shelf.weights else None, infos)
+        return resolve(text, image if infos or not self._store.weights else None, infos)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from ..models import codec
 from ..models.text import FEATURES
+from .adapter_store import AdapterStore
 from .prompts import repeated, texts_of
-from .shelf import Shelf
 
 
 class DiffusersMixin(DiffusionPipeline):
-    """Offload, slice, tile and embed as a stock pipeline does, the networks of adapters (`_shelf`) with it."""
+    """Offload, slice, tile and embed as a stock pipeline does, the networks of adapters (`_store`) with it."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae->tiny_vae"
-    _shelf: Shelf
+    _store: AdapterStore
     network: Any
     text: Any
 
@@ -74,12 +74,12 @@ class DiffusersMixin(DiffusionPipeline):
         super().enable_sequential_cpu_offload(gpu_id, device)
 
         def how(module: Any) -> Any:
-            if module in self._shelf.networks:
+            if module in self._store.networks:
                 cpu_offload(module, self._offload_device, offload_buffers=len(module._parameters) > 0)
                 return module
             return nn.Module.to(module, device=self._offload_device)
 
-        self._shelf.offloaded(how)
+        self._store.offloaded(how)
         return self
 
     def enable_group_offload(self, onload_device: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,17 +89,17 @@ class DiffusersMixin(DiffusionPipeline):
         given = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
 
         def how(module: Any) -> Any:
-            if module in self._shelf.networks:
+            if module in self._store.networks:
                 apply_group_offloading(module, onload_device=torch.device(onload_device), **given)
                 return module
             return nn.Module.to(module, device=onload_device)
 
-        self._shelf.offloaded(how)
+        self._store.offloaded(how)
 
     def remove_all_hooks(self) -> None:
         """Undo offloading of models or layers."""
         super().remove_all_hooks()
-        self._shelf.offloaded(None)
+        self._store.offloaded(None)
 
     # ---- memory and quality
 
@@ -122,18 +122,18 @@ class DiffusersMixin(DiffusionPipeline):
     def set_attention_slice(self, slice_size: Any) -> None:
         """Slice attention in all networks, those of adapters too (see enable_attention_slicing)."""
         super().set_attention_slice(slice_size)
-        for network in self._shelf.networks[1:]:
+        for network in self._store.networks[1:]:
             if hasattr(network, "set_attention_slice"):
                 network.set_attention_slice(slice_size)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Reweight skip features of a U-Net (FreeU), in those of adapters too."""
-        for network in self._shelf.networks:
+        for network in self._store.networks:
             network.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
 
     def disable_freeu(self) -> None:
         """Undo `enable_freeu`."""
-        for network in self._shelf.networks:
+        for network in self._store.networks:
             network.disable_freeu()
 
     fuse_qkv_projections = StableDiffusionMixin.fuse_qkv_projections

@@ -15,13 +15,13 @@ from diffusers import DiffusionPipeline
 from ..errors import UserError, one_line
 from ..models.lora import active_loras, enable_loras, lora_names, set_active_loras, set_lora_weights, without_lora
 from ..tasks import TASKS
-from .shelf import Shelf
+from .adapter_store import AdapterStore
 
 
 class LoraLoaderMixin(DiffusionPipeline):
     """Load, set and remove the LoRAs of users; `load_adapter` loads adapters."""
 
-    _shelf: Shelf
+    _store: AdapterStore
     network: Any
     kind: Any
     parts: Any
@@ -32,11 +32,11 @@ class LoraLoaderMixin(DiffusionPipeline):
 
         Raises UserError for one that is not for this backbone, and for a name that is taken.
         """
-        taken = {*TASKS, *self._shelf.loaded, *self._lora_names}
+        taken = {*TASKS, *self._store.loaded, *self._lora_names}
         if adapter_name in taken:
             raise UserError(f"adapter_name {adapter_name!r}: is taken: give the LoRA another name")
         name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in taken)
-        self._shelf.require_free_for_loras()
+        self._store.require_free_for_loras()
         active = {part: active_loras(module) for part, module in self._lora_parts.items()}
         stock = self.kind.build_pipeline(self.parts)
         try:
@@ -49,22 +49,22 @@ class LoraLoaderMixin(DiffusionPipeline):
             raise UserError("load_lora_weights: none of its weights are for this model: check the file")
         for part, module in self._lora_parts.items():
             set_active_loras(module, [*active.get(part, []), name])
-        self._shelf.follow_loras()
+        self._store.follow_loras()
 
     def unload_lora_weights(self) -> None:
         """Remove what `load_lora_weights` has loaded; the weights are as they were."""
-        self._shelf.require_free_for_loras()
+        self._store.require_free_for_loras()
         self.kind.build_pipeline(self.parts).unload_lora_weights()
-        self._shelf.follow_loras()
+        self._store.follow_loras()
 
     def delete_adapters(self, names: str | Sequence[str]) -> None:
         """Remove some of what `load_lora_weights` has loaded. Raises UserError for other names."""
         names, known = [names] if isinstance(names, str) else list(names), self._lora_names
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"{unknown[0]}: no such LoRA loaded: use {', '.join(known) or 'load_lora_weights'}")
-        self._shelf.require_free_for_loras()
+        self._store.require_free_for_loras()
         self.kind.build_pipeline(self.parts).delete_adapters(names)
-        self._shelf.follow_loras()
+        self._store.follow_loras()
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Set one adapter or several at once, each with a weight (1: as trained); an empty list sets none, and no LoRA.
@@ -75,7 +75,7 @@ class LoraLoaderMixin(DiffusionPipeline):
         several: list[str] = [names] if isinstance(names, str) else list(names)
         loras = [name for name in several if name in self._lora_names]
         if not loras:
-            self._shelf.set(names, weights)
+            self._store.set(names, weights)
             return None if several else self.disable_lora()
         values: list[Any] = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(several)
         values = [1.0 if value is None else value for value in values]
@@ -85,7 +85,7 @@ class LoraLoaderMixin(DiffusionPipeline):
             raise UserError(f"{', '.join(several)}: {len(values)} weights for {len(several)} adapters: give one each")
         chosen = {name: float(value) for name, value in zip(several, values, strict=True)}
         if own := {name: weight for name, weight in chosen.items() if name not in loras}:
-            self._shelf.set(list(own), list(own.values()))
+            self._store.set(list(own), list(own.values()))
         for module in self._lora_parts.values():
             set_lora_weights(module, {name: chosen[name] for name in loras if name in lora_names(module)})
         return None
@@ -113,12 +113,12 @@ class LoraLoaderMixin(DiffusionPipeline):
     def get_active_adapters(self) -> list[str]:
         """Return the names of adapters and LoRAs that are set."""
         active = {name for part in self._lora_parts.values() for name in active_loras(part)}
-        return [*self._shelf.weights, *(name for name in self._lora_names if name in active)]
+        return [*self._store.weights, *(name for name in self._lora_names if name in active)]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Return the names of all LoRAs by the part that carries them, and of all adapters under "codi"."""
         found = {name: lora_names(part) for name, part in self._lora_parts.items()}
-        return {**found, "codi": list(self._shelf.loaded)} if self._shelf.loaded else found
+        return {**found, "codi": list(self._store.loaded)} if self._store.loaded else found
 
     @contextmanager
     def _without_loras(self) -> Iterator[None]:

@@ -209,7 +209,7 @@ class CoDiPipeline(AdaptedPipeline):
     ) -> Tensor:
         """Return the latent of noise (B, C, h, w) and of what each task makes of its input, at output size. `rows`:
         which pictures these are; `source`: of further noise."""
-        student, strength = self._shelf.student(call.strength, call.lora_scale)
+        student, strength = self._store.student(call.strength, call.lora_scale)
         device, (h, w) = device_of(self.network), noise.shape[-2:]
         condition: Any = None
         if student.adapter is not None:
@@ -220,7 +220,7 @@ class CoDiPipeline(AdaptedPipeline):
         noise = noise.to(device=device, dtype=self.network.dtype)
         scheduler = scheduler_of(self, call.strength)
         step = partial(self._step, call, bar)
-        with self._shelf.at_work(student, device, call.lora_scale):
+        with self._store.at_work(student, device, call.lora_scale):
             if scheduler is not None:
                 blank = None if scheduler is self.solver else blank
                 scheduler.set_timesteps(call.steps)

@@ -15,13 +15,13 @@ from ..models.checksums import checksum, find_fault
 from ..models.lora import FILE, add_prefix, update_names
 
 if TYPE_CHECKING:
-    from .shelf import Shelved
+    from .adapter_store import LoadedAdapter
 
 CONFIG = "config.json"
 SET = "set.json"  # among the adapters: {name: weight} of those that are set
 
 
-def require_sources(loaded: Mapping[str, Shelved]) -> None:
+def require_sources(loaded: Mapping[str, LoadedAdapter]) -> None:
     """Raise UserError where the folder of an adapter, whose files are copied, is not what it was when it was loaded."""
     for name, adapter in loaded.items():
         if fault := _fault(adapter):
@@ -29,7 +29,7 @@ def require_sources(loaded: Mapping[str, Shelved]) -> None:
                             "back before saving, or load the adapter again, into a new pipeline")  # fmt: skip
 
 
-def _fault(adapter: Shelved) -> str | None:
+def _fault(adapter: LoadedAdapter) -> str | None:
     folder = adapter.folder
     if not folder.is_dir():
         return "the folder is gone"
@@ -43,7 +43,9 @@ def _fault(adapter: Shelved) -> str | None:
     return next((f"{name} is missing" for name in wanted if not any(folder.glob(name))), None)
 
 
-def save_adapters(folder: Path, loaded: Mapping[str, Shelved], weights: Mapping[str, float], component: str) -> None:
+def save_adapters(
+    folder: Path, loaded: Mapping[str, LoadedAdapter], weights: Mapping[str, float], component: str
+) -> None:
     """Copy the adapters' files to `folder`/adapters, whole or not at all. `component`: what stock pipelines call the
     network, which old files of low-rank updates do not say."""
     target, temporary = folder / ADAPTERS, folder / f".{ADAPTERS}.{secrets.token_hex(4)}.tmp"
@@ -59,7 +61,7 @@ def save_adapters(folder: Path, loaded: Mapping[str, Shelved], weights: Mapping[
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy(adapter: Shelved, target: Path) -> None:
+def _copy(adapter: LoadedAdapter, target: Path) -> None:
     folder, own = adapter.folder, own_network(adapter.folder)
     found = [*folder.glob("*.safetensors"), *(own.rglob("*") if own else ())]
     names = adapter.info.get("files") or [file.relative_to(folder) for file in found if file.is_file()]

@@ -113,7 +113,7 @@ def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
 
 
 def test_adapters_swap_without_loading_anything(folder, pipe, monkeypatch):
-    monkeypatch.setattr("codi.sampling.shelf.load_adapter", None)
+    monkeypatch.setattr("codi.sampling.adapter_store.load_adapter", None)
     before = {name: p.clone() for name, p in pipe.unet.named_parameters()}
     began = time.perf_counter()
     for task in TASKS:
@@ -211,10 +211,10 @@ def test_the_weights_decide_which_embedded_adapter_a_name_means(tmp_path):
         warnings.simplefilter("error")
         for pipe in (CoDiPipeline.from_pretrained(tmp_path / "copy"), halves, made):
             pipe.load_adapter("upscale")
-            assert pipe._shelf.loaded["upscale"].info["backbone"] == "7a511383d338"
+            assert pipe._store.loaded["upscale"].info["backbone"] == "7a511383d338"
         mini = CoDiPipeline.from_pretrained("mini")
         mini.load_adapter("upscale")
-        assert mini._shelf.loaded["upscale"].info["backbone"] == "b4af44ec249d"
+        assert mini._store.loaded["upscale"].info["backbone"] == "b4af44ec249d"
     tuned = CoDiPipeline(**mini.components)
     with torch.no_grad():
         next(tuned.unet.parameters()).add_(0.1)

@@ -35,7 +35,7 @@ from .saved import saved_weights
 
 
 @dataclass(frozen=True)
-class Shelved:
+class LoadedAdapter:
     """One adapter, the network that works with it, its task, and the folder it came from."""
 
     adapter: Adapter
@@ -51,7 +51,7 @@ class Shelved:
         return self.adapter.config["info"] or {}
 
 
-class Shelf:
+class AdapterStore:
     """Adapters by name for `network`, the backbone's own, of `family`; `weights` are those of the ones that are set.
     `model` is where the backbone came from, which may have adapters of its own."""
 
@@ -60,7 +60,7 @@ class Shelf:
         self._loras = lora_state(network)  # of users, which the networks of `loaded` carry, too
         self.offload: Callable[[Any], Any] | None = None
         """What is done to networks that a pipeline of diffusers does not know of, where its own are offloaded."""
-        self.loaded: dict[str, Shelved] = {}
+        self.loaded: dict[str, LoadedAdapter] = {}
         self.weights: dict[str, float] = {}
         self._students: dict[tuple[str, ...], Student] = {}
         self._merged: tuple[Any, Student] | None = None  # what for, and the student
@@ -96,11 +96,11 @@ class Shelf:
         kind = info.get("task", task)
         if kind is None:
             raise UserError(f"{source}: does not say which task it does: name it with task=...")
-        shelved = Shelved(adapter, network, get_task(kind, **info.get("task_options", {})), folder,
+        entry = LoadedAdapter(adapter, network, get_task(kind, **info.get("task_options", {})), folder,
                            own_network(folder) is not None)  # fmt: skip
         for module in (adapter, network):
             self._place(module).requires_grad_(False).eval()
-        self.loaded[name] = shelved
+        self.loaded[name] = entry
         return name
 
     def set(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
@@ -130,7 +130,7 @@ class Shelf:
                             "remove_all_hooks() and enable offloading again afterwards")  # fmt: skip
 
     @property
-    def active(self) -> dict[str, Shelved]:
+    def active(self) -> dict[str, LoadedAdapter]:
         """Those that are set."""
         return {name: self.loaded[name] for name in self.weights}
 
@@ -199,16 +199,16 @@ class Shelf:
     def follow(self) -> None:
         """Moves everything to where the backbone went."""
         self._merged = None
-        for shelved in self.loaded.values():
-            self._place(shelved.adapter)
-            self._place(shelved.network)
+        for entry in self.loaded.values():
+            self._place(entry.adapter)
+            self._place(entry.network)
         for student in self._students.values():
             self._place(student)
 
     @property
     def networks(self) -> list[Any]:
         """The backbone's network and those of adapters that have their own modules."""
-        found = [shelved.network for shelved in self.loaded.values()]
+        found = [entry.network for entry in self.loaded.values()]
         found += [student.network for student in self._students.values()]
         return list({id(network): network for network in (self.network, *found)}.values())
 
@@ -235,7 +235,7 @@ class Shelf:
             for network in self.networks[1:]:
                 remove_hook_from_module(network, recurse=True)
         self.offload, self._merged = how, None
-        for part in (*self.networks[1:], *(shelved.adapter for shelved in self.loaded.values())):
+        for part in (*self.networks[1:], *(entry.adapter for entry in self.loaded.values())):
             self._place(part)
 
     def follow_loras(self) -> None:
@@ -249,7 +249,7 @@ class Shelf:
                 copy_lora_scales(network, self.network)
         else:
             self.require_free_for_loras()
-            self.loaded = {name: self._on_backbone(shelved) for name, shelved in self.loaded.items()}
+            self.loaded = {name: self._on_backbone(entry) for name, entry in self.loaded.items()}
             self._students = {}
         self._loras, self._merged = loras, None
 
@@ -258,25 +258,25 @@ class Shelf:
         if self.loaded:
             self._require_free("LoRA")
 
-    def _on_backbone(self, shelved: Shelved) -> Shelved:
+    def _on_backbone(self, entry: LoadedAdapter) -> LoadedAdapter:
         """Return the same adapter, its low-rank updates on the backbone as it is now."""
-        if shelved.full:
-            return shelved
-        own = update_names(shelved.network)
-        network = join_lora(self.network, dict.fromkeys(own, shelved.network)) if own else self.network
-        return replace(shelved, network=self._place(network).requires_grad_(False).eval())
+        if entry.full:
+            return entry
+        own = update_names(entry.network)
+        network = join_lora(self.network, dict.fromkeys(own, entry.network)) if own else self.network
+        return replace(entry, network=self._place(network).requires_grad_(False).eval())
 
     def _rebase(self, network: Any, family: str) -> None:
         """Load all adapters again, for another network."""
         loaded, weights, self.network, self.family = self.loaded, self.weights, network, family
         self.loaded, self.weights, self._loras = {}, {}, lora_state(network)
-        for name, shelved in loaded.items():
-            self.load(shelved.folder, name, shelved.task.name)
+        for name, entry in loaded.items():
+            self.load(entry.folder, name, entry.task.name)
         self.set(list(weights), list(weights.values()))
 
-    def copy(self, network: Any, family: str) -> Shelf:
+    def copy(self, network: Any, family: str) -> AdapterStore:
         """Return the same adapters for a pipeline of `network`: shared, if that is ours."""
-        other = Shelf(network, family, self.model)
+        other = AdapterStore(network, family, self.model)
         other.loaded, other.weights, other.fused, other.layout = (
             dict(self.loaded),
             dict(self.weights),
