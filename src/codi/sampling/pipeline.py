@@ -227,13 +227,13 @@ class CoDiPipeline(AdaptedPipeline):
                 self._num_timesteps = len(scheduler.timesteps)  # some take several a step
                 return solve(
                     student, scheduler, noise, conditioning, call.steps, call.guide.second_pass, blank, strength, step,
-                    Watch(self, blank is not None), source.further(tuple(noise.shape[1:])),
+                    PipelineControl(self, blank is not None), source.further(tuple(noise.shape[1:])),
                 )  # fmt: skip
             schedule, grid = self._grid(call, schedule)
             jumps, boundary = (self._all(call.strength, key) for key in ("jumps", "boundary"))
             return sample(
                 student, schedule, noise, conditioning, call.steps, call.guide.second_pass, blank, strength, step, grid,
-                jumps, boundary, Watch(self, blank is not None),
+                jumps, boundary, PipelineControl(self, blank is not None),
             )  # fmt: skip
 
     def _grid(self, call: Call, schedule: Schedule) -> tuple[Schedule, Tensor]:
@@ -289,7 +289,7 @@ class CoDiPipeline(AdaptedPipeline):
 
 
 @dataclass(frozen=True)
-class Watch:
+class PipelineControl:
     """What a callback may change on the pipeline while it samples; `guided`: by classifier-free guidance."""
 
     pipe: CoDiPipeline

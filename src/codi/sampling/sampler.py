@@ -20,7 +20,7 @@ from ..schedule import Schedule
 StepCallback = Callable[[int, int, Tensor, Tensor], Tensor | None]
 
 
-class Live(Protocol):
+class StepControl(Protocol):
     """What may change between two steps, as a callback of diffusers changes attributes of its pipeline."""
 
     def interrupted(self) -> bool:
@@ -112,7 +112,7 @@ def sample(
     grid: Tensor | None = None,
     jumps: bool = False,
     boundary: bool = False,
-    live: Live | None = None,
+    control: StepControl | None = None,
 ) -> Tensor:
     """`steps` predictions (x, eps) at times t_i, each followed by z_t_i+1 = alpha x + sigma e; returns the last x.
 
@@ -120,7 +120,8 @@ def sample(
     answer where the ODE ends: multistep consistency sampling (Song et al., ICML 2023), where e is fresh noise, as x
     then is a sample that z_t's own noise has gone into. `noise` (B, C, h, w) ~ N(0, I), or with `jumps`
     (B, steps C, h, w), a field a step; the condition's features are computed once. `grid`: `steps` + 1 times, by
-    default those of `time_grid`. `boundary`: for adapters trained with CoDi's boundary scaling. `live` is asked before
+    default those of `time_grid`. `boundary`: for adapters trained with CoDi's boundary scaling. `control` is asked
+    before
     each step. Returns (B, C, h, w) in noise's dtype.
     """
     conditioning = replace(conditioning, jump=conditioning.text.new_ones(noise.shape[0]) if jumps else None)
@@ -136,10 +137,10 @@ def sample(
     fields = noise.chunk(steps, dim=1) if jumps else [noise]
     z = x = fields[0]
     for i in range(steps):
-        if live is not None:
-            if live.interrupted():
+        if control is not None:
+            if control.interrupted():
                 break
-            guidance_scale = live.guidance_scale(int(times[i]))
+            guidance_scale = control.guidance_scale(int(times[i]))
         t, s = grid[i : i + 1], grid[i + 1 : i + 2]
         x, eps = predict(student, schedule, z, t, conditioning, guidance_scale, unconditional, strength, boundary)
         z = schedule.mix(x, fields[i + 1] if jumps and i + 1 < steps else eps, s)

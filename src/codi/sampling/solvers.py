@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.student import Conditioning, Student
 from ..schedule import FlowSchedule
-from .sampler import Live, StepCallback, guided
+from .sampler import StepCallback, StepControl, guided
 
 SOLVERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     name: lambda config, name=name: DPMSolverMultistepScheduler.from_config(
@@ -35,7 +35,7 @@ def solve(
     unconditional: Conditioning | None = None,
     strength: float = 1.0,
     callback: StepCallback | None = None,
-    live: Live | None = None,
+    control: StepControl | None = None,
     generator: Any = None,
 ) -> Tensor:
     """Sample from noise (B, C, h, w) ~ N(0, I) to the latent, by diffusers' scheduler of the checkpoint's levels.
@@ -49,10 +49,10 @@ def solve(
     z = noise * scheduler.init_noise_sigma
     draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for i, t in enumerate(scheduler.timesteps):
-        if live is not None:
-            if live.interrupted():
+        if control is not None:
+            if control.interrupted():
                 break
-            guidance_scale = live.guidance_scale(int(t))
+            guidance_scale = control.guidance_scale(int(t))
         given = scheduler.scale_model_input(z, t)
         output = guided(student, given, t[None], conditioning, guidance_scale, unconditional, strength)
         step = scheduler.step(output, t, z, **draws)
