@@ -38,7 +38,7 @@ from rows import Told, forget, line, opened, rows
 from torch import Tensor
 
 from codi.data.batches import Batch
-from codi.data.crops import to_rgb, why_unreadable
+from codi.data.crops import why_unreadable
 from codi.data.images import read_image, write_image
 from codi.data.samples import PictureSource
 from codi.data.sources import open_source
@@ -109,7 +109,7 @@ def photographs(spec: str, count: int | None) -> Iterator[Photograph]:
             picture, _ = source.decode(row)
         except Exception as error:  # as PictureSource._read: decoders raise nearly every type there is
             raise UserError(f"{name}: {why_unreadable(error)}: copy it again, or take it out of the set") from error
-        rgb = torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1).float() / 255
+        rgb = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
         yield Photograph(position, name, rgb, row.text)
 
 

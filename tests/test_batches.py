@@ -103,7 +103,7 @@ def test_corrupt_files_are_replaced_counted_once_and_reported(tmp_path):
     said = json.loads(report.read_text())
     assert said["read"] == 100 and said["skipped"] == 3
     assert [f["file"] for f in said["files"]] == ["bad000.png", "bad001.png", "bad002.png"]
-    assert all("not a picture" in f["why"] for f in said["files"])
+    assert all("is not an image" in f["why"] for f in said["files"])
     assert list(report.parent.iterdir()) == [report]
     # The replacement is the next in order, whether or not the file is known to be corrupt already.
     order = np.random.default_rng([0, 0, 0]).permutation(100).tolist()

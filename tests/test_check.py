@@ -217,7 +217,7 @@ def test_pairs_of_other_shapes_are_corrupt_and_of_other_sizes_scaled(rendered):
     report = check_data(rendered, ("edited_image",), size=32)
     assert [c.file for c in report.corrupt] == ["000000.png", "000002.png"]
     assert "its edited_image has another shape" in report.corrupt[0].why
-    assert "its edited_image: not a picture" in report.corrupt[1].why
+    assert "its edited_image: is not an image" in report.corrupt[1].why
     assert report.columns["edited_image"].resized == 1 and report.columns["edited_image"].found == 4
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from .batches import MIN_READ
-from .crops import NUMBERS, is_deep, why_unreadable
+from .crops import NUMBERS, why_unreadable
+from .decoding import is_deep
 from .duplicates import near_groups, perceptual_hash
 from .samples import CorruptSample, PictureSource, Sample, Source
 from .sources import SceneSource, open_source

@@ -7,10 +7,10 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from .formats import image_formats
+from .decoding import decode_numbers, decode_picture, is_deep, numbers_image
 
 NUMBERS = ("conditioning_image", "mask")  # columns whose 16 bits are distances or ids; elsewhere they are brightness
 ZOOM = (1.0, 2.0)  # of random crops: times their size that the shorter side of the whole picture has; see draw_square
@@ -18,25 +18,18 @@ MAX_PIXELS = 89_000_000  # a header that promises more is taken for a decompress
 
 
 def load_picture(data: bytes, least: int | None = None) -> Image.Image:
-    """Decodes a picture file strictly: truncated data and decompression bombs raise; EXIF rotation is applied.
-
-    The mode is kept. `least`: the shorter side in pixels that the caller needs; a larger JPEG is then decoded at
-    1/2, 1/4 or 1/8 of its size, several times faster.
-    """
-    picture = Image.open(BytesIO(data), formats=image_formats())
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height} pixels is more than {MAX_PIXELS:,}")
-    if least is not None and picture.format == "JPEG":
-        picture.draft(None, (least, least))
-    picture.load()
-    return ImageOps.exif_transpose(picture)
+    """Decode a picture file, upright, to 8-bit sRGB of mode L or RGB; see decoding.decode_picture. Animations are
+    refused: which of their frames is meant, nothing says."""
+    return decode_picture(data, "a training picture", MAX_PIXELS, least, still=True).to_image()
 
 
 def load_column(data: bytes, column: str) -> Image.Image:
-    """Decode the file of a picture column: a picture, as load_picture, or for numbers an array that numpy.save wrote,
-    one number a pixel, (H, W), (1, H, W) or (H, W, 1). Numbers that are not finite become 0, which is "none"."""
-    if column not in NUMBERS or not data.startswith(b"\x93NUMPY"):
+    """Decode the file of a picture column: a picture, as load_picture, or for numbers what the file holds, which may be
+    an array that numpy.save wrote, one number a pixel, (H, W), (1, H, W) or (H, W, 1)."""
+    if column not in NUMBERS:
         return load_picture(data)
+    if not data.startswith(b"\x93NUMPY"):
+        return decode_numbers(data, MAX_PIXELS, palette=column == "mask") or load_picture(data)
     grid = np.load(BytesIO(data), allow_pickle=False)
     shape, kind = grid.shape, grid.dtype
     grid = grid.squeeze(tuple(axis for axis in (0, 2) if shape[axis] == 1)[:1]) if len(shape) == 3 else grid
@@ -44,35 +37,13 @@ def load_column(data: bytes, column: str) -> Image.Image:
         raise ValueError(f"an array of {kind} of shape {shape}: it needs one number a pixel, (H, W)")
     if kind.kind == "b" or kind == np.uint8:
         return Image.fromarray(grid * np.uint8(255) if kind.kind == "b" else grid)
-    if kind.kind == "f":
-        return Image.fromarray(np.nan_to_num(grid.astype(np.float32), nan=0, posinf=0, neginf=0))
-    if grid.min() < 0 or grid.max() > 65535:
-        return Image.fromarray(grid.astype(np.float32))
-    return Image.fromarray(grid.astype(np.uint16))
+    return numbers_image(grid)
 
 
 def why_unreadable(error: Exception) -> str:
-    """One line for a report: what Pillow or the operating system said."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture in a known format, or cut off within its header"
+    """One line for a report: what the decoder or the operating system said."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
-
-
-def is_deep(picture: Image.Image) -> bool:
-    """Whether it holds numbers of more than 8 bits."""
-    return picture.mode.startswith(("I", "F"))
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB; 16-bit and floating-point pictures are scaled down. Raises ValueError for floating-point
-    pixels beyond [0, 1]."""
-    if is_deep(picture):  # Pillow's own conversion clips at 255
-        grid, most = np.asarray(picture), 1 if picture.mode == "F" else 65535
-        if picture.mode == "F" and not (np.isfinite(grid).all() and grid.min() >= -1e-3 and grid.max() <= 1 + 1e-3):
-            raise ValueError("floating-point pixels beyond 0..1")
-        return Image.fromarray((grid.clip(0, most) * (255 / most)).round().astype(np.uint8)).convert("RGB")
-    return picture.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -117,5 +88,7 @@ def cut(picture: Image.Image, square: Square, size: int, column: str | None = No
         rows = (box[1] + step * (box[3] - box[1])).astype(int).clip(0, grid.shape[0] - 1)
         cols = (box[0] + step * (box[2] - box[0])).astype(int).clip(0, grid.shape[1] - 1)
         return torch.from_numpy(grid[rows[:, None], cols].astype(np.float32) * np.float32(scale))[None]
-    resized = to_rgb(picture).resize((size, size), Image.Resampling.LANCZOS, box=box)
+    resized = (picture if picture.mode == "RGB" else picture.convert("RGB")).resize(
+        (size, size), Image.Resampling.LANCZOS, box=box
+    )
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255

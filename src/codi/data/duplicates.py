@@ -8,8 +8,6 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .crops import to_rgb
-
 BITS = 64
 REACH = 400  # hashes to compare one with, where very many have a band in common: bounds the work
 DISTANCE = 3  # bits by which the hashes of one picture differ after another JPEG quality or a small change of size
@@ -18,7 +16,7 @@ DISTANCE = 3  # bits by which the hashes of one picture differ after another JPE
 def perceptual_hash(picture: Image.Image) -> int:
     """64 bits of what a picture looks like: its 8 x 8 lowest cosine waves at 32 x 32 grey pixels, each above their
     median or not. Compressing or scaling it changes few of them."""
-    grey = to_rgb(picture).convert("L").resize((32, 32), Image.Resampling.BOX, reducing_gap=2)
+    grey = picture.convert("L").resize((32, 32), Image.Resampling.BOX, reducing_gap=2)
     waves = cv2.dct(np.asarray(grey, np.float32))[:8, :8]
     middle = np.partition(waves, (31, 32), axis=None)[31:33].mean()  # the median; np.median takes longer than the rest
     return int.from_bytes(np.packbits(waves > middle).tobytes(), "big")

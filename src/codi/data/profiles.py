@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,21 @@ def _converter(icc: bytes | None, mode: str, path: str | Path) -> Callable[[Imag
 
     None where there is nothing to do: no profile, a broken one (warned of), or one that is sRGB itself.
     """
-    if icc is None:
-        return None
     try:
-        source = ImageCms.getOpenProfile(io.BytesIO(icc))
-        space = _space(source)
-        if space != mode and (mode, space) != ("L", "RGB"):  # grey files with an sRGB profile are common
-            raise ValueError(f"it is for {space}, the picture is {mode}")
-        transform = _transform(source, space)
+        return None if icc is None else _profile_map(icc, mode)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         warnings.warn(f"{path}: embedded colour profile not usable ({reason}): colours read as sRGB", stacklevel=2)
         return None
+
+
+@lru_cache(maxsize=32)  # of a thousand photos most have the same one, and trying it takes longer than decoding some
+def _profile_map(icc: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    source = ImageCms.getOpenProfile(io.BytesIO(icc))
+    space = _space(source)
+    if space != mode and (mode, space) != ("L", "RGB"):  # grey files with an sRGB profile are common
+        raise ValueError(f"it is for {space}, the picture is {mode}")
+    transform = _transform(source, space)
 
     def convert(image: Image.Image) -> Image.Image:
         out = _apply(image if image.mode == space else image.convert(space), transform)
