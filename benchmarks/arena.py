@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
-from codi.models.guidance import JumpEmbedding
+from codi.models.guidance import TargetTimeEmbedding, jump_between
 from codi.objectives.batch import LatentBatch
 from codi.objectives.codi import codi
 from codi.objectives.consistency import consistency
@@ -42,7 +42,7 @@ from codi.schedule import CosineSchedule
 SCHEDULE = CosineSchedule()
 LEVEL = SCHEDULE.horizon / 1000
 STEPS = (1, 2, 4, 8, 32)
-BATCH, HELD_OUT, RATE = 256, 3000, 1e-3
+BATCH, HELD_OUT, RATE = 256, 8000, 1e-3
 
 
 def ring(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ WORLDS = {"ring": World(ring, 2, 2, 128, 3), "pictures": World(pictures, 64, 4, 
 
 @dataclass
 class Inputs:
-    """What a network gets besides z and t: the condition and the share of the way to go."""
+    """What a network gets besides z and t: the condition and the target time (codi.models.guidance.jump_between)."""
 
     c: Tensor
     jump: Tensor | None = None
@@ -97,7 +97,7 @@ class Net(nn.Module):
         super().__init__()
         width = world.width
         self.enter, self.time = nn.Linear(world.size, width), nn.Linear(16, width)
-        self.condition, self.jump = nn.Linear(world.conditions, width, bias=False), JumpEmbedding(width)
+        self.condition, self.jump = nn.Linear(world.conditions, width, bias=False), TargetTimeEmbedding(width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(world.depth)
@@ -146,8 +146,8 @@ def sample(net: Net, c: Tensor, size: int, steps: int, how: str) -> Tensor:
     z = torch.randn(len(c), size, generator=generator)
     grid = torch.linspace(SCHEDULE.horizon, 0, steps + 1)
     for t, s in zip(grid, grid[1:], strict=False):
-        share = {"map": float((t - s) / t), "jump": 1.0}.get(how)
-        inputs = Inputs(c, None if share is None else torch.full((len(c),), share))
+        end = {"map": s, "jump": 0 * t}.get(how, t)
+        inputs = Inputs(c, jump_between(t[None], end[None], SCHEDULE.horizon).expand(len(c), 2))
         x, eps = SCHEDULE.signal_noise(net(z, t[None], inputs), z, t[None])
         noise = eps if how in ("ddim", "map") else torch.randn(z.shape, generator=generator)
         z = SCHEDULE.mix(x, noise, s[None])

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codi.models.guidance import jump_between
 from codi.objectives.batch import LatentBatch, Network, falling_step, mean_square
-from codi.objectives.flow_map import linear_time, share_of_way, velocity
+from codi.objectives.flow_map import linear_time, velocity
 from codi.schedule import Schedule
 
 Losses = dict[str, Tensor]
@@ -44,7 +45,7 @@ def central(
     r = torch.where(rest, r, t)
 
     def at(time: Tensor) -> Tensor:
-        inputs = replace(batch.conditioning, jump=share_of_way(time, r.clamp(max=time)).to(x))
+        inputs = replace(batch.conditioning, jump=jump_between(time, r.clamp(max=time), schedule.horizon))
         return velocity(student, schedule.mix(x, eps, time), time, inputs, schedule)
 
     u, goal = at(t), eps - x

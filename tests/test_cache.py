@@ -142,7 +142,7 @@ class SameCrops:
     [
         ("sd", {"guidance": {"text": [1, 4]}, "guidance_share": 1.0}),
         ("xl", {"guidance": {"text": [1, 4]}, "guidance_share": 1.0, "reads": "pixels"}),
-        ("sd", {"task": "upscale", "degradation": "real", "objective": "paper", "objective_options": {"d_x": "pixel"}}),
+        ("sd", {"task": "upscale", "degradation": "real", "objective": "codi", "objective_options": {"d_x": "pixel"}}),
     ],
     ids=["latents", "xl-pixels", "upscale"],
 )

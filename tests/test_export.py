@@ -55,10 +55,10 @@ def make(
     """An adapter of `tiny_checkpoint` as training leaves one: everything in it matters."""
     backbone, made = tiny_backbone(), get_task(task)
     told = len(info.get("guidance", ()))
-    jumps = info.get("jumps", False)
-    adapter = FORMS[form].from_backbone(backbone.unet, backbone.vae, made.condition_channels, told, jumps)
+    targeted = info.get("sampler", "ddim") != "ddim"
+    adapter = FORMS[form].from_backbone(backbone.unet, backbone.vae, made.condition_channels, told, targeted)
     if downscale != 4:
-        adapter = ControlNetAdapter(dict(adapter.config["network"]), made.condition_channels, downscale, told, jumps)
+        adapter = ControlNetAdapter(dict(adapter.config["network"]), made.condition_channels, downscale, told, targeted)
     student = Student(backbone.unet, adapter)
     if form != "lora":
         influence(student)
@@ -117,11 +117,14 @@ GUIDED = {"guidance": {"text": [1, 5]}, "guidance_scale": 3.0}
         ("controlnet", {"lora": True}, "DDIMScheduler"),
         ("controlnet", {"lora": True, **GUIDED}, "DDIMScheduler"),
         ("controlnet", {"full": True, **GUIDED, "shift": 3.0}, "DPMSolverMultistepScheduler"),
-        ("controlnet", {"jumps": True, "shift": 3.0}, "LCMScheduler"),
+        ("controlnet", {"sampler": "renoise", "shift": 3.0}, "LCMScheduler"),
+        ("controlnet", {"lora": True, "sampler": "map", **GUIDED}, "DDIMScheduler"),
+        ("controlnet", {"full": True, "sampler": "map", "shift": 3.0}, "DPMSolverMultistepScheduler"),
+        ("lora", {"task": "generate", "lora": True, "sampler": "map"}, "DDIMScheduler"),
         ("controlnet", {"guidance_scale": 2.0}, "DDIMScheduler"),
         ("controlnet", {"task": "inpaint"}, "DDIMScheduler"),
         ("lora", {"task": "generate", "lora": True, **GUIDED}, "DDIMScheduler"),
-        ("lora", {"task": "generate", "lora": True, "jumps": True, "guidance": {"text": [1, 5]}}, "LCMScheduler"),
+        ("lora", {"task": "generate", "lora": True, "sampler": "renoise", **GUIDED}, "LCMScheduler"),
         ("lora", {"task": "generate", "full": True, "guidance": {"text": [1, 5]}}, "DDIMScheduler"),
     ],
 )
@@ -201,7 +204,7 @@ def test_schedulers_start_at_pure_noise_where_the_model_does(tmp_path, model, sh
 def test_guidance_as_a_low_rank_update_is_right_at_every_level():
     """At the width of the embedded model; Stable Diffusion's is five times wider, and better."""
     source = load_source("generate", "mini")
-    unet, extra = source.backbone.unet, source.time_condition()
+    unet, extra = source.backbone.unet, source.time_conditions(steps=4)[0]
     weights = source.updates(steps=4)
     levels = torch.arange(1000)
     features = unet.get_time_embed(sample=torch.zeros(1000, 1), timestep=levels)
@@ -398,7 +401,7 @@ COMFYUI = {
     [
         ("controlnet", {"task": "upscale", "full": True}, {"UNETLoader", "ControlNetApplyAdvanced", "ImageScale"}),
         ("controlnet", {"lora": True}, {"LoraLoaderModelOnly", "ControlNetApplyAdvanced"}),
-        ("lora", {"task": "generate", "lora": True, "jumps": True}, {"LoraLoaderModelOnly"}),
+        ("lora", {"task": "generate", "lora": True, "sampler": "renoise"}, {"LoraLoaderModelOnly"}),
     ],
 )
 def test_a_comfyui_workflow_names_the_files_and_only_stock_nodes(tmp_path, model, form, options, nodes):
@@ -417,7 +420,7 @@ def test_a_comfyui_workflow_names_the_files_and_only_stock_nodes(tmp_path, model
                 files.add(value)
     assert files == {path.name for path in tmp_path.glob("*.safetensors")}
     sampler = next(node["inputs"] for node in graph.values() if node["class_type"] == "KSamplerSelect")
-    assert sampler == {"sampler_name": "lcm" if options.get("jumps") else "euler"}
+    assert sampler == {"sampler_name": "lcm" if options.get("sampler") == "renoise" else "euler"}
 
 
 def test_a_comfyui_workflow_of_xl_gives_the_size_and_zeros(tmp_path):
@@ -466,7 +469,8 @@ def test_a_controlnet_of_other_cells_has_no_ldm_form(tmp_path, model):
     [
         ("fused", {"task": "upscale", "lora": True}),
         ("fused", {"task": "edit", "guidance": {"text": [1, 5], "image": [1, 2]}, "guidance_scale": 3.0}),
-        ("fused", {"task": "inpaint", "jumps": True, "shift": 3.0}),
+        ("fused", {"task": "inpaint", "sampler": "renoise", "shift": 3.0}),
+        ("fused", {"task": "canny", "lora": True, "sampler": "map"}),
         ("controlnet", {"task": "depth", "boundary": True}),
         ("hint", {"task": "canny", "full": True}),
         ("hint", {"task": "upscale", "full": True, "colour": "back-projection"}),
@@ -476,7 +480,7 @@ def test_a_controlnet_of_other_cells_has_no_ldm_form(tmp_path, model):
 def test_onnxruntime_makes_the_same_pictures(tmp_path, model, pipe, form, options):
     adapter = make(tmp_path / "adapter", form, **options)
     source = load_source(adapter, model)
-    steps = 2 if options.get("lora") or options.get("jumps") else 1
+    steps = 2 if options.get("lora") or options.get("sampler") == "renoise" else 1
     config = export_onnx(source, tmp_path / "out", steps, size=(32, 24))
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.onnx", "config.json", "tokenizer"}

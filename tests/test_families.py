@@ -106,12 +106,12 @@ def test_neutral_before_training(family, form):
     text, added = embed_prompts(backbone.text, [PROMPT, "blue box"], (SIDE, SIDE))
     plain = Student(backbone.network)(z, time, Conditioning(text, added=added))
     try:
-        adapter = FORMS[form].from_backbone(backbone.network, backbone.vae, 3, guidance_scales=1, jumps=True)
+        adapter = FORMS[form].from_backbone(backbone.network, backbone.vae, 3, guidance_scales=1, target_time=True)
     except Exception as error:
         assert form == "controlnet" and "has no ControlNet" in str(error)
         return
     condition = adapter.read(rand(2, 3, SIDE, SIDE), backbone.vae)
-    inputs: dict[str, Any] = {"guidance": torch.tensor([[2.0], [3.0]]), "jump": torch.tensor([0.5, 1.0])}
+    inputs: dict[str, Any] = {"guidance": torch.tensor([[2.0], [3.0]]), "jump": torch.tensor([[0.5, 0.15], [1.0, 0.8]])}
     given = Conditioning(text, condition, added=added, **inputs)
     student = Student(backbone.network, adapter)
     assert torch.equal(student(z, time, given), plain)

@@ -59,8 +59,9 @@ def cards(monkeypatch):
 def make(folder: Path, name: str, form: str, task: str = "canny", full: bool = False, **info: Any) -> Path:
     """An adapter of a tiny model as training leaves one: everything in it matters."""
     backbone, made = FAMILIES[name]().freeze(), get_task(task)
-    scales, jumps, channels = len(info.get("guidance", ())), info.get("jumps", False), made.condition_channels
-    adapter: Any = FORMS[form].from_backbone(backbone.network, backbone.vae, channels, scales, jumps)
+    scales, channels = len(info.get("guidance", ())), made.condition_channels
+    targeted = info.get("sampler", "ddim") != "ddim"
+    adapter: Any = FORMS[form].from_backbone(backbone.network, backbone.vae, channels, scales, targeted)
     network = backbone.network if full else add_lora(backbone.network, 2, task)
     with torch.no_grad():
         for i, (key, p) in enumerate(network.named_parameters()):
@@ -173,11 +174,18 @@ def test_controlnets(tmp_path, models, small, name, options):
 
 
 @pytest.mark.parametrize("name", ["sd3", "sana", "flux"])
-def test_jumps_draw_fresh_noise(tmp_path, models, small, name, monkeypatch):
+def test_consistency_sampling_draws_fresh_noise(tmp_path, models, small, name, monkeypatch):
     """The noise that codi draws, but for the order of packed latents."""
     if name == "flux":
         monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", packed_noise)
-    assert compare(tmp_path, models(name), name, "lora", task="generate", jumps=True) < TOLERANCE
+    assert compare(tmp_path, models(name), name, "lora", task="generate", sampler="renoise") < TOLERANCE
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["updates", "full"])
+@pytest.mark.parametrize("name", ["sd3", "sana", "flux", "zimage"])
+def test_flow_maps_have_a_target_time_at_each_step(tmp_path, models, small, name, full):
+    options = {"form": "controlnet"} if full and name != "zimage" else {"form": "lora", "task": "generate"}
+    assert compare(tmp_path, models(name), name, full=full, sampler="map", **options) < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
@@ -249,7 +257,7 @@ def test_a_constant_of_the_time_embedding_holds_at_every_level():
     backbone = FAMILIES["flux"](attention_head_dim=128, num_attention_heads=6, axes_dims_rope=(16, 56, 56))
     source = bare(backbone)
     features = source.kind.time_features(backbone.network, torch.linspace(0, 1000, 1500))
-    assert ((features @ source._constant(backbone.network, 4)) - 1).abs().max() < 2e-4
+    assert ((features @ source._selectors(backbone.network, 4, 1)[0]) - 1).abs().max() < 2e-4
 
 
 def test_the_command(shell, tmp_path, models):

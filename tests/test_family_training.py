@@ -71,7 +71,7 @@ def test_four_updates_equal_two_and_resume_two(recipe, model, tmp_path):
     [
         {"adapter": "fused", "lora_rank": 0},
         {"adapter": "fused", "lora_rank": 0, "reads": "pixels", "depth": 1, "guidance": {"text": [1, 4]}},
-        {"adapter": "fused", "lora_rank": 0, "train_backbone": True, "objective": "paper"},
+        {"adapter": "fused", "lora_rank": 0, "train_backbone": True, "objective": "codi"},
         {"adapter": "controlnet", "lora_rank": 0},
         {"objective": "decoupled", "precision": "bf16", "backbone_precision": "bf16"},
         {"objective": "finetune", "gradient_checkpointing": True},

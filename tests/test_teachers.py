@@ -36,7 +36,7 @@ def two_answers(instant, jump, schedule=COSINE):
 
     def forward(z, timestep, asked):
         answers = [net(z, timestep, None) for net in nets]
-        return torch.where(asked.jump.bool().reshape(-1, *[1] * (z.ndim - 1)), *answers[::-1])
+        return torch.where(asked.jump[:, 0].bool().reshape(-1, *[1] * (z.ndim - 1)), *answers[::-1])
 
     return forward
 
@@ -66,7 +66,7 @@ def test_the_consistency_step_falls_over_the_training(progress, step):
     times = []
 
     def net(z, timestep, asked):
-        times.append((timestep + 1, asked.jump))
+        times.append((timestep + 1, asked.jump[:, 0]))
         return 0.3 * z
 
     batch = replace(LatentBatch(randn(2, 4, 3, 3), Asked()), progress=progress)
@@ -76,24 +76,24 @@ def test_the_consistency_step_falls_over_the_training(progress, step):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_before_training_both_answers_are_the_backbone_s_bit_for_bit(form):
+def test_before_training_every_target_time_gives_the_backbone_s_output_bit_for_bit(form):
     unet, vae = tiny_unet(), tiny_vae()
-    adapter = FORMS[form].from_backbone(unet, vae, jumps=True)
+    adapter = FORMS[form].from_backbone(unet, vae, target_time=True)
     z, t = randn(2, LATENT_CHANNELS, 8, 8), torch.tensor([7, 900])
     read = adapter.read(torch.rand(2, 3, 32, 32, generator=seeded(2)), vae)
     told = Conditioning(randn(2, 5, TEXT_WIDTH, seed=3), read)
     plain = Student(unet)(z, t, replace(told, condition=None))
-    for jump in (None, torch.zeros(2), torch.ones(2)):
+    for jump in (None, torch.zeros(2, 2), torch.tensor([[0.3, 0.2], [1.0, 0.9]])):
         assert torch.equal(Student(unet, adapter)(z, t, replace(told, jump=jump)), plain)
     assert adapter.jump is not None
     torch.nn.init.normal_(adapter.jump.projection.weight)
-    ask = [Student(unet, adapter)(z, t, replace(told, jump=jump)) for jump in (torch.zeros(2), torch.ones(2))]
-    assert torch.equal(ask[0], plain) and not torch.allclose(ask[1], plain)
+    here, further = (Student(unet, adapter)(z, t, replace(told, jump=torch.full((2, 2), u))) for u in (0.0, 0.4))
+    assert torch.equal(here, plain) and not torch.allclose(further, plain)
 
 
 def test_both_terms_train_and_only_the_jump_s_moves_its_input():
     unet, vae = tiny_unet(), tiny_vae()
-    adapter = FORMS["fused"].from_backbone(unet, vae, jumps=True)
+    adapter = FORMS["fused"].from_backbone(unet, vae, target_time=True)
     student = Student(unet, adapter)
     told = Conditioning(randn(2, 5, TEXT_WIDTH), adapter.read(torch.rand(2, 3, 32, 32, generator=seeded(2)), vae))
     batch, t = LatentBatch(randn(2, LATENT_CHANNELS, 8, 8), told), torch.tensor([400, 900])
@@ -113,13 +113,13 @@ def test_a_perfect_jump_samples_the_data_in_any_number_of_steps():
             self.adapter = None
 
         def forward(self, z, timestep, conditioning, strength=1.0):
-            assert conditioning.jump is not None and bool((conditioning.jump == 1).all())
+            assert conditioning.jump is not None and bool((conditioning.jump[:, 0] == 1).all())
             return network(flow, COSINE)(z, timestep, None)
 
     nothing = Conditioning(torch.zeros(1, 1, 1, dtype=torch.float64))
     for steps in (1, 2, 4):
         noise = torch.randn(1, steps, 1, 200_000, generator=seeded(4), dtype=torch.float64)
-        x = sample(Perfect(), COSINE, noise, nothing, steps, jumps=True)
+        x = sample(Perfect(), COSINE, noise, nothing, steps, sampler="renoise")
         assert x.shape == (1, 1, 1, 200_000)
         assert float(x.mean()) == pytest.approx(M, abs=5e-3) and float(x.std()) == pytest.approx(S, rel=5e-3)
     one, four = initial_noise((2, 4, 4), [5, 6]), initial_noise((2, 4, 4), [5, 6], 4)
@@ -219,7 +219,7 @@ def test_a_teacher_of_straight_paths_is_guided_s_fixed_point():
 @pytest.mark.parametrize(
     ("objective", "options"),
     [(name, {}) for name in OBJECTIVES]
-    + [("codi", {"consistency_weight": 0}), ("codi", {"ode": "teacher"}), ("paper", {"ode": "teacher"})],
+    + [("codi", {"consistency_weight": 0}), ("codi", {"ode": "teacher"}), ("codi-tuned", {"ode": "teacher"})],
 )
 def test_the_passes_told_are_those_that_the_objective_makes(objective, options, scales):
     """A sample through a network once is a pass; with a gradient three."""
@@ -238,14 +238,16 @@ def test_the_passes_told_are_those_that_the_objective_makes(objective, options, 
         out="out", objective=objective, objective_options=options, guidance=guidance, guidance_share=1.0
     )
     bound = OBJECTIVES[objective]
-    bound(net, net, batch, LEVELS, seeded(), **options, **({"teacher": net} if recipe.taught else {}))
-    assert recipe.passes == passes / 4
+    for k in range(20):  # of which a flow map's warm-up is three
+        batch.progress = k / 20
+        bound(net, net, batch, LEVELS, seeded(), **options, **({"teacher": net} if recipe.taught else {}))
+    assert recipe.passes == pytest.approx(passes / 4 / 20)
 
 
 def test_how_jumps_weigh_and_who_answers_at_the_earlier_time():
     """ "signal" takes the division by sigma out; an averaged target's answer is the average network's."""
     x, told = randn(2, 1, 4, 4), Conditioning(torch.zeros(2, 1, 1))
-    mine, average = (lambda z, t, c, k=k: k * z + c.jump.reshape(-1, 1, 1, 1) for k in (0.3, 0.6))
+    mine, average = (lambda z, t, c, k=k: k * z + c.jump[:, :1, None, None] for k in (0.3, 0.6))
     batch, t = LatentBatch(x, told), torch.tensor([0.7])
 
     def loss(**options) -> float:

@@ -334,11 +334,26 @@ def test_a_folder_of_another_run_is_not_resumed(tiny_run, tmp_path):
         distill(replace(run, learning_rate=0.5), quiet=True)
     # Nor one from before a key was known, with another value than its default.
     state = checkpoint.complete(tmp_path / "run" / "checkpoints")[-1] / "state.json"
-    checkpoint.edit_json(state, recipe={k: v for k, v in vars(run).items() if k not in ("mu_rate", "guidance")})
+    checkpoint.edit_json(
+        state, recipe={"format": 2} | {k: v for k, v in vars(run).items() if k not in ("mu_rate", "guidance")}
+    )
     for changes in ({"mu_rate": 1.0}, {"guidance": {"text": [1, 4]}}):
         with pytest.raises(UserError, match=f"holds a run with {next(iter(changes))}"):
             distill(replace(run, **changes), quiet=True)
     distill(run, quiet=True)
+
+
+def test_runs_of_before_objectives_were_renamed_go_on(tiny_run, tmp_path):
+    run = replace(tiny_run, out=str(tmp_path / "run"), images=4, objective="codi-tuned")
+    state = checkpoint.complete(distill(run, quiet=True) / "checkpoints")[-1] / "state.json"
+    assert json.loads(state.read_text())["recipe"]["format"] == 2
+    with pytest.raises(UserError, match="holds a run with objective 'codi-tuned', not 'codi'"):
+        distill(replace(run, objective="codi"), quiet=True)
+    for old, new in (("codi", "codi-tuned"), ("paper", "codi"), ("finetune", "finetune")):
+        checkpoint.edit_json(state, recipe={**vars(run), "objective": old})
+        distill(replace(run, objective=new), quiet=True)
+    with pytest.warns(UserWarning, match="paper: is called codi now"):
+        assert replace(run, objective="paper").objective == "codi"
 
 
 def test_a_broken_checkpoint_is_named(tiny_run, tmp_path):

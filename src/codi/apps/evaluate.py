@@ -40,7 +40,7 @@ MAX_SEED = 2**46  # those of the samples are about 100,000 times as large, in 63
 WIDTH = 120  # of the table where no terminal says how wide it is
 MANY_STEPS = (1, 2, 4, 50)  # of the fine-tuned reference: what it makes of a few, and what it needs
 # objective -> its name in tables
-NAMES = {"paper": "codi", "codi": "codi", "decoupled": "decoupled", "finetune": "ldm"}
+NAMES = {name: name for name in ("codi", "codi-release", "codi-tuned", "decoupled", "flow-map")} | {"finetune": "ldm"}
 
 
 def evaluate(
@@ -186,10 +186,12 @@ def _info(pipe: CoDiPipeline) -> dict[str, Any]:
 
 def _name(pipe: CoDiPipeline, adapter: str, before: list[Method]) -> str:
     """What to call an adapter in the table: by its objective, and by its folder too where that is taken."""
+    from ..training.recipe import current_names
+
     info = _info(pipe)
     folder = Path(adapter).name or adapter
-    name = NAMES.get(info.get("recipe", {}).get("objective"), folder)
-    if name in ("codi", "decoupled") and not info.get("full", True):
+    name = NAMES.get(current_names(info["recipe"])["objective"], folder) if info.get("recipe") else folder
+    if name in NAMES and not info.get("full", True):
         name = f"pe-{name}"
     taken = {method.name for method in before}
     if name in taken:

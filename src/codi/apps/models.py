@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..training.recipe import current_names
 from .common import Json, print_json
 
 EXAMPLE = "Example: codi models --json"
@@ -64,7 +65,7 @@ def _decoder(folder: Path) -> dict[str, Any]:
 
 def _adapter(folder: Path, model: str) -> dict[str, Any]:
     info = _read(folder / "config.json").get("info") or {}
-    recipe = info.get("recipe") or {}
+    recipe = current_names(info.get("recipe") or {})
     told = [recipe.get("objective"), f"{info['images']:,} images" if info.get("images") else None, recipe.get("data")]
     origin = ", ".join(str(part) for part in told if part) or "trained by codi"
     return _row(folder, "adapter", info, origin) | {"model": model}

@@ -127,7 +127,7 @@ def _flow_remarks(source: Source, scheduler: Any) -> list[str]:
         height, width = (side * codec.downscale(source.backbone.vae) for side in source.cells)
         remarks.append(f"- They are those of pictures of {width} x {height} px. `codi` shifts them by the picture's "
                        "size, which this configuration cannot together with the adapter's own shift.")  # fmt: skip
-    if source.jumps:
+    if source.renoises:
         remarks.append("- Each step draws fresh noise, from torch's global generator. Pipelines of packed latents draw "
                        "it in another order than `codi`: other pictures, of the same distribution.")  # fmt: skip
     return remarks

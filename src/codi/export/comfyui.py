@@ -52,7 +52,7 @@ def workflow(source: Source, steps: int, files: dict[str, str]) -> dict[str, Any
     drawn = graph.add(
         "SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=source.guidance.second_pass,
         positive=prompts[0], negative=prompts[1],
-        sampler=[graph.add("KSamplerSelect", sampler_name="lcm" if source.jumps else "euler"), 0],
+        sampler=[graph.add("KSamplerSelect", sampler_name="lcm" if source.renoises else "euler"), 0],
         sigmas=[graph.add("ManualSigmas", sigmas=", ".join(f"{value:.6f}" for value in sigmas(source, steps))), 0],
         latent_image=[graph.add("EmptyLatentImage", width=side, height=side, batch_size=1), 0],
     )  # fmt: skip

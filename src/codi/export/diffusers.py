@@ -97,7 +97,7 @@ def make_scheduler(source: Source, steps: int) -> tuple[Any, dict[str, Any]]:
     plain: dict[str, Any] = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
     timed = {"timesteps": source.timesteps(steps)}
     evenly = source.shift == 1 and schedule.horizon % steps == 0
-    if source.jumps:
+    if source.renoises:
         far = {"original_inference_steps": int(schedule.horizon), "timestep_scaling": 1e9}
         scheduler, walk = LCMScheduler.from_config(stored, **plain, **far), even if evenly else timed
     elif evenly:

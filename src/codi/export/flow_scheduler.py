@@ -25,7 +25,7 @@ def make_flow_scheduler(source: Source, steps: int) -> FlowMatchEulerDiscreteSch
     """
     schedule = source.schedule(steps)
     assert isinstance(schedule, FlowSchedule)
-    config = {"num_train_timesteps": LEVELS, "stochastic_sampling": source.jumps}
+    config = {"num_train_timesteps": LEVELS, "stochastic_sampling": source.renoises}
     by_size = _shift_by_size(source) if source.kind.passes_sigmas else None
     if by_size is not None:
         return FlowMatchEulerDiscreteScheduler(**config, **by_size)

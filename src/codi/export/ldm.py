@@ -62,7 +62,7 @@ def export_ldm(source: Source, out: Path, steps: int, dtype: torch.dtype | None 
     told = {  # what the files say of themselves
         "task": source.task.name,
         "family": source.backbone.family,
-        "sampler": "lcm" if source.jumps else "ddim",
+        "sampler": "lcm" if source.renoises else "ddim",
         "timesteps": source.timesteps(steps),
         "cfg": source.guidance.second_pass,
         "prediction": schedule.prediction,

@@ -54,7 +54,7 @@ class Sampler(nn.Module):
             away = text.embed(self.text_encoder, self.blank).expand_as(features)
             blank = Conditioning(away, condition, guidance=guidance_scale)
         latent = sample(
-            self.student, self.schedule, noise, told, self.steps, scale, blank, jumps=source.jumps,
+            self.student, self.schedule, noise, told, self.steps, scale, blank, sampler=source.sampler,
             boundary=bool(source.info.get("boundary")), grid=time_grid(self.schedule.horizon, self.steps, source.shift),
         )  # fmt: skip
         picture = codec.decode(self.vae, latent)
@@ -116,7 +116,7 @@ def examples(source: Source, steps: int, size: tuple[int, int] | None) -> dict[s
         raise UserError(f"size {width} x {height}: not what this adapter can make: use multiples of {multiple} px")
     inputs = {
         "input_ids": text.tokenize(backbone.tokenizer, ["", "a picture"]),
-        "noise": torch.zeros(2, channels * (steps if source.jumps else 1), height // f, width // f),
+        "noise": torch.zeros(2, channels * (steps if source.renoises else 1), height // f, width // f),
     }
     if source.task.name != "generate":
         low = torch.zeros(2, task.condition_channels, height // task.scale, width // task.scale)
@@ -132,7 +132,7 @@ def describe(source: Source, steps: int, inputs: dict[str, Tensor]) -> dict[str,
     given = " ".join((type(source.task).__doc__ or "").split())
     meanings = {
         "input_ids": "the prompt's tokens, padded to this length",
-        "noise": f"N(0, 1){', a field a step' if source.jumps else ''}",
+        "noise": f"N(0, 1){', a field a step' if source.renoises else ''}",
         "image": f"in [0, 1]: {given}",
         "guidance_scale": f"{', '.join(source.guidance.scales)}; text is 1 where the prompt is empty",
     }

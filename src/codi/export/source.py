@@ -18,9 +18,10 @@ from ..errors import UserError
 from ..models.adapter import Adapter, ControlNetAdapter, FusedAdapter, HintAdapter
 from ..models.backbones import EMBEDDED, Backbone, Family, load_backbone
 from ..models.lora import lora_names, shared_copy
+from ..models.student import Conditioning
 from ..sampling.adapter_store import AdapterStore, LoadedAdapter
 from ..sampling.guidance import Guidance, resolve
-from ..sampling.sampler import time_grid
+from ..sampling.sampler import aimed, sampler_of, time_grid
 from ..schedule import Schedule
 from ..tasks import Task
 
@@ -70,9 +71,14 @@ class Source:
         return self.control is not None or self.hint is not None
 
     @property
-    def jumps(self) -> bool:
-        """Whether it is sampled by jumps, with fresh noise at each step."""
-        return bool(self.info.get("jumps"))
+    def sampler(self) -> str:
+        """One of sampling.sampler's SAMPLERS."""
+        return sampler_of(self.info)
+
+    @property
+    def renoises(self) -> bool:
+        """Whether it is sampled with fresh noise at each step."""
+        return self.sampler == "renoise"
 
     @property
     def shift(self) -> float:
@@ -125,27 +131,34 @@ class Source:
         """Return what the network is given at each step, in the checkpoint's own numbering."""
         return self.schedule(steps).timestep(self.grid(steps)[:-1]).tolist()
 
-    def time_condition(self) -> Tensor | None:
-        """Return what the adapter adds to the time embedding (W,) at its own guidance, with a prompt; None: nothing."""
-        columns, jump = self.guidance.columns(["a prompt"]), torch.ones(1) if self.jumps else None
-        with torch.no_grad():
-            added = self.adapter.time_condition(columns, jump)
-        return added[0] if added is not None and bool(added.any()) else None
+    @torch.no_grad()
+    def time_conditions(self, steps: int) -> Tensor | None:
+        """Return what the adapter adds to the time embedding at its own guidance, with a prompt: (1, W) where it is
+        the same at all steps, else (steps, W). None: nothing."""
+        grid = self.grid(steps).tolist()
+        plain = Conditioning(torch.zeros(1), guidance=self.guidance.columns(["a prompt"]))
+        horizon = float(self.schedule(steps).horizon)
+        walk = [aimed(plain, self.sampler, t, s, horizon) for t, s in zip(grid, grid[1:], strict=False)]
+        rows = [row for c in walk if (row := self.adapter.time_condition(c.guidance, c.jump)) is not None]
+        if not any(bool(row.any()) for row in rows):
+            return None
+        same = all(torch.equal(row, rows[0]) for row in rows)
+        return rows[0] if same else torch.cat(rows)
 
     def full_network(self, steps: int) -> Any:
         """Return the network that a full adapter brings, with what the adapter adds to its time embedding in the bias
         of a layer, or in its weight, as in `updates`, where it has no bias. None for other adapters."""
         if not self.loaded.full:
             return None
-        network, extra = shared_copy(self.loaded.network), self.time_condition()
+        network, extra = shared_copy(self.loaded.network), self.time_conditions(steps)
         if extra is not None:
             layer: Any = network.get_submodule(self.kind.time_layer)
-            more = self.kind.time_constant(network, extra)
-            if layer.bias is None:
-                weight = layer.weight + torch.outer(more, self._constant(network, steps))
-                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            more = self._layer_outputs(network, extra)
+            if layer.bias is not None and len(more) == 1:
+                layer.bias = torch.nn.Parameter(layer.bias + more[0], requires_grad=False)
             else:
-                layer.bias = torch.nn.Parameter(layer.bias + more, requires_grad=False)
+                weight = layer.weight + more.T @ self._selectors(network, steps, len(more))
+                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         return network
 
     def lora(self) -> dict[str, Tensor]:
@@ -170,31 +183,39 @@ class Source:
     def updates(self, steps: int) -> dict[str, Tensor]:
         """The low-rank updates that make the backbone the adapter's, all of one rank; {} for none, and for full ones.
 
-        Those of `lora`, and one for what the adapter adds to the time embedding, a constant c of what a linear layer
-        makes of features x(t): a . x(t) = 1 for all t very nearly, and for the timesteps of `steps` exactly, so
-        c = c (a . x). In networks from 64 channels up, a . x(t) is off by less than 1e-4 at any t.
+        Those of `lora`, and one for what the adapter adds to the time embedding, c_i at step i of what a linear layer
+        makes of features x(t): sum_i c_i (a_i . x(t)), with a_i . x(t_j) = 1 for i = j and 0 otherwise. Of a c that is
+        the same at all steps a . x(t) = 1 for all t very nearly: in networks from 64 channels up, it is off by less
+        than 1e-4 at any t.
         """
-        weights, extra = self.lora(), self.time_condition()
+        weights, extra = self.lora(), self.time_conditions(steps)
         if self.loaded.full or extra is None:
             return weights
-        rank = next((len(value) for key, value in weights.items() if ".lora_A." in key), 1)
-        network, name = self.backbone.network, self.kind.time_layer
-        layer: Any = network.get_submodule(name)
-        a, b = torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank)
-        a[0], b[:, 0] = self._constant(network, steps), self.kind.time_constant(network, extra)
-        return {**weights, f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        network, name, count = self.backbone.network, self.kind.time_layer, len(extra)
+        a, b = self._selectors(network, steps, count), self._layer_outputs(network, extra).T
+        weights |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b.contiguous()}
+        rank = max(len(value) for key, value in weights.items() if ".lora_A." in key)
+        return {key: _padded(value, rank, 0 if ".lora_A." in key else 1) for key, value in weights.items()}
+
+    def _layer_outputs(self, network: Any, extra: Tensor) -> Tensor:
+        """Return what the time layer has to give more, (n, width), for each row of what is added (n, W)."""
+        return torch.stack([self.kind.time_constant(network, row) for row in extra])
 
     @torch.no_grad()
-    def _constant(self, network: Any, steps: int) -> Tensor:
-        """The smallest `a` (W,) with a . x(t) = 1, x(t) the features that the time layer is given; see `updates`."""
+    def _selectors(self, network: Any, steps: int, count: int) -> Tensor:
+        """Return the smallest rows a_i (count, W) that tell the steps apart by the time layer's features; see
+        `updates`."""
+        times = torch.tensor(self.timesteps(steps))
+        if count > 1:
+            return torch.linalg.pinv(self.kind.time_features(network, times).double()).T.float()
         most = int(self.schedule(steps).horizon)
-        levels = torch.cat([torch.arange(most), torch.tensor(self.timesteps(steps))])
+        levels = torch.cat([torch.arange(most), times])
         heavy = torch.ones(len(levels), 1, dtype=torch.float64)
         heavy[most:] = 1e4  # narrow networks cannot be right everywhere
         features = heavy * self.kind.time_features(network, levels).double()
         left, values, right = torch.linalg.svd(features, full_matrices=False)
         shares = values / (values.square() + 1e-12)  # ridge regression: directions of almost no weight have no say
-        return (right.T @ (shares * (left.T @ heavy)[:, 0])).float()
+        return (right.T @ (shares * (left.T @ heavy)[:, 0])).float()[None]
 
     def require_format(self, form: str) -> None:
         """Raise UserError for a family that `codi export --to` does not write this `form` of."""
@@ -248,3 +269,9 @@ def load_source(
         words = " ".join(f"--lora {file}={weight:g}" for file, weight in wanted.items())
         raise UserError(f"{adapter}: was trained on a backbone with low-rank updates: name them: {words}")
     return source
+
+
+def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
+    """Return a factor of a low-rank update with zeros up to this rank, which lies along `axis`."""
+    missing = factor.new_zeros([rank - n if k == axis else n for k, n in enumerate(factor.shape)])
+    return torch.cat([factor, missing], dim=axis)

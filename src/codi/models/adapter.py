@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import codec
 from .backbones import Family, family_of
-from .guidance import GuidanceEmbedding, JumpEmbedding
+from .guidance import GuidanceEmbedding, JumpEmbedding, TargetTimeEmbedding
 
 
 def network_config(network: Any) -> dict[str, Any]:
@@ -37,13 +37,14 @@ def network_config(network: Any) -> dict[str, Any]:
 
 class _Form(ModelMixin, ConfigMixin):
     """What the forms share. Arguments of all of them: `network`, the backbone network's config; `condition_channels`, 3
-    for a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in; `jumps`,
-    whether it has the input that asks for the end of the ODE; `info`, what the adapter is (task, steps, backbone
-    family, recipe, metrics), kept in config.json; `unet`, what `network` was called when all were U-Nets."""
+    for a picture, more when maps (a mask) follow it; `guidance_scales`, how many scales are distilled in;
+    `target_time`, whether it has that input; `info`, what the adapter is (task, steps, backbone family, recipe,
+    metrics), kept in config.json; `unet`, what `network` was called when all were U-Nets; `jumps`, of older files,
+    whether the target time is given as a share of the way."""
 
     config_name = "config.json"
     guidance: GuidanceEmbedding | None
-    jump: JumpEmbedding | None
+    jump: TargetTimeEmbedding | JumpEmbedding | None
     kind: Family
 
     def _begin(self, network: Mapping[str, Any] | None, unet: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -52,18 +53,18 @@ class _Form(ModelMixin, ConfigMixin):
         self.kind = family_of(config)
         return config
 
-    def _add_inputs(self, scales: int, jumps: bool, config: Mapping[str, Any]) -> None:
+    def _add_inputs(self, scales: int, target_time: bool, jumps: bool, config: Mapping[str, Any]) -> None:
         width = self.kind.time_width(config)
         self.guidance = GuidanceEmbedding(scales, width) if scales else None
-        self.jump = JumpEmbedding(width) if jumps else None
+        self.jump = TargetTimeEmbedding(width) if target_time else JumpEmbedding(width) if jumps else None
 
     @classmethod
     def from_backbone(
-        cls, network: Any, vae: Any, condition_channels: int = 3, guidance_scales: int = 0, jumps: bool = False
+        cls, network: Any, vae: Any, condition_channels: int = 3, guidance_scales: int = 0, target_time: bool = False
     ) -> Self:
         """A new adapter of this backbone: no influence yet."""
         form: Any = cls
-        inputs: Any = {"guidance_scales": guidance_scales, "jumps": jumps}
+        inputs: Any = {"guidance_scales": guidance_scales, "target_time": target_time}
         return form(network_config(network), condition_channels, **inputs).to(network.device)
 
     def read(self, condition: Tensor, vae: Any) -> Tensor:
@@ -82,7 +83,7 @@ class _Form(ModelMixin, ConfigMixin):
         return condition
 
     def time_condition(self, guidance: Tensor | None, jump: Tensor | None = None) -> Tensor | None:
-        """Scales (B, k) and jumps (B,) -> what is added to the time embedding (B, W); None: nothing."""
+        """Return what scales (B, k) and jumps (B, 2) add to the time embedding, (B, W); None: nothing."""
         parts = [
             embed(value)
             for embed, value in ((self.guidance, guidance), (self.jump, jump))
@@ -123,18 +124,19 @@ class FusedAdapter(_Form):
         network: dict[str, Any] | None = None,
         condition_channels: int = 3,
         guidance_scales: int = 0,
-        jumps: bool = False,
+        target_time: bool = False,
         info: dict[str, Any] | None = None,
         reads: str = "latent",
         downscale: int = 8,
         depth: int | None = None,
         unet: dict[str, Any] | None = None,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         config = self._begin(network, unet)
         self.encoder: Any = self.kind.encoder(config, condition_channels, reads, downscale, depth)
         self.mu = nn.ParameterList(nn.Parameter(torch.zeros(w)) for w in self.kind.feature_widths(config, depth))
-        self._add_inputs(guidance_scales, jumps, config)
+        self._add_inputs(guidance_scales, target_time, jumps, config)
 
     @classmethod
     def from_backbone(
@@ -143,13 +145,13 @@ class FusedAdapter(_Form):
         vae: Any,
         condition_channels: int = 3,
         guidance_scales: int = 0,
-        jumps: bool = False,
+        target_time: bool = False,
         reads: str = "latent",
         depth: int | None = None,
     ) -> Self:
         """The encoder starts as a copy of the backbone's; weights for extra condition channels start at zero, those
         that read pixels at random."""
-        shape = (network_config(network), condition_channels, guidance_scales, jumps)
+        shape = (network_config(network), condition_channels, guidance_scales, target_time)
         adapter = cls(*shape, reads=reads, downscale=codec.downscale(vae), depth=depth)
         copied = adapter.kind.encoder_weights(network, adapter.encoder, reads)
         adapter.encoder.load_state_dict({**adapter.encoder.state_dict(), **copied})
@@ -185,22 +187,23 @@ class ControlNetAdapter(_Form):
         condition_channels: int = 3,
         downscale: int = 8,
         guidance_scales: int = 0,
-        jumps: bool = False,
+        target_time: bool = False,
         info: dict[str, Any] | None = None,
         unet: dict[str, Any] | None = None,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         self._network_config = self._begin(network, unet)
         self.net: Any = self.kind.new_controlnet(None, self._network_config, condition_channels, downscale)
-        self._add_inputs(guidance_scales, jumps, self._network_config)
+        self._add_inputs(guidance_scales, target_time, jumps, self._network_config)
 
     @classmethod
     def from_backbone(
-        cls, network: Any, vae: Any, condition_channels: int = 3, guidance_scales: int = 0, jumps: bool = False
+        cls, network: Any, vae: Any, condition_channels: int = 3, guidance_scales: int = 0, target_time: bool = False
     ) -> Self:
         """It starts as a copy of the backbone's first part behind zero layers."""
         config, downscale = network_config(network), codec.downscale(vae)
-        adapter = cls(config, condition_channels, downscale, guidance_scales, jumps)
+        adapter = cls(config, condition_channels, downscale, guidance_scales, target_time)
         built = adapter.kind.new_controlnet(network, config, condition_channels, downscale)
         adapter.net.load_state_dict(built.state_dict())
         return adapter.to(network.device)  # type: ignore[arg-type]
@@ -231,14 +234,15 @@ class HintAdapter(_Form):
         network: dict[str, Any] | None = None,
         condition_channels: int = 3,
         guidance_scales: int = 0,
-        jumps: bool = False,
+        target_time: bool = False,
         info: dict[str, Any] | None = None,
         unet: dict[str, Any] | None = None,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         config = self._begin(network, unet)
         self.entry: Any = self.kind.hint_entry(config, condition_channels)
-        self._add_inputs(guidance_scales, jumps, config)
+        self._add_inputs(guidance_scales, target_time, jumps, config)
 
     def prepare(self, condition: Tensor, *_: Any) -> Tensor:
         """What is added: independent of z_t and t, so once per image."""
@@ -259,13 +263,14 @@ class LoraAdapter(_Form):
         network: dict[str, Any] | None = None,
         condition_channels: int = 3,
         guidance_scales: int = 1,
-        jumps: bool = False,
+        target_time: bool = False,
         info: dict[str, Any] | None = None,
         unet: dict[str, Any] | None = None,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         config = self._begin(network, unet)
-        self._add_inputs(max(1, guidance_scales), jumps, config)  # a file of weights cannot be empty
+        self._add_inputs(max(1, guidance_scales), target_time, jumps, config)  # a file of weights cannot be empty
 
     def read(self, condition: Tensor, vae: Any) -> Tensor:
         """Nothing to read."""

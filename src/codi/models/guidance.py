@@ -1,4 +1,4 @@
-"""Further inputs of the network beside the timestep, zero at first: guidance scales, and which question is asked.
+"""Further inputs of the network beside the timestep, zero at first: guidance scales, and the target time.
 
 They join the time features where diffusers' U-Net puts its `timestep_cond`.
 """
@@ -43,12 +43,29 @@ class GuidanceEmbedding(SineEmbedding):
         return super().forward(guidance.float().clamp_min(math.exp(-3)).log())
 
 
-class JumpEmbedding(SineEmbedding):
-    """The share of the way to the clean latent that is asked for, (B,) in [0, 1]: 0, where the ODE points now (exactly
-    the network without this input), to 1, where it ends. See objectives.decoupled."""
+class TargetTimeEmbedding(SineEmbedding):
+    """The target time r of a flow map, as the way (t - r) / T from the time t: 0 is the instantaneous prediction,
+    exactly the network without this input. See objectives.flow_map."""
 
     def __init__(self, width: int) -> None:
         super().__init__(1, width)
 
     def forward(self, jump: Tensor) -> Tensor:
-        return super().forward(jump[:, None])
+        return super().forward(jump[:, 1:])
+
+
+class JumpEmbedding(SineEmbedding):
+    """The same as the share (t - r) / t of the way to the clean latent, in older adapters."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(1, width)
+
+    def forward(self, jump: Tensor) -> Tensor:
+        return super().forward(jump[:, :1])
+
+
+def jump_between(t: Tensor, r: Tensor, horizon: float) -> Tensor:
+    """Return what a network with a target time is given for steps from times `t` to `r` (B,): [(t - r) / t,
+    (t - r) / T], float32 (B, 2)."""
+    way = (t - r).double()
+    return torch.stack([way / t, way / horizon], dim=1).float()

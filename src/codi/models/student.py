@@ -20,8 +20,8 @@ class Conditioning:
     `text` (B, L, D) prompt features; `condition` what `adapter.read` gave (None: no adapter, exactly the backbone);
     `prepared` the adapter's cached features, made by `Student.prepare`; `added` further tensors of the prompts that the
     family's network takes, such as XL's and FLUX.1's pooled features; `guidance`
-    (B, k) distilled guidance scales, one column each (text, then image), None where all are 1; `jump` (B,) the share of
-    the way to the clean latent that is asked for, None where it is 0 (see objectives.decoupled).
+    (B, k) distilled guidance scales, one column each (text, then image), None where all are 1; `jump` (B, 2) the
+    target time (see guidance.jump_between), None for the instantaneous prediction.
     """
 
     text: Tensor

@@ -11,6 +11,9 @@ meets the boundary condition already and the scaling halves a pretrained network
 The paper's t may also be dt; then s = 0, where z_s holds no noise that e_s could be a prediction of. So noise is
 compared from the earliest level on; signals meet the boundary x(z_0, 0) = z_0 at s = 0.
 
+The code that the authors released differs: s = t - dt on a grid of dt, z_s by the frozen backbone without the
+condition, and d(x_t, x_s) in place of d_eps. That is `on_grid`, ode "teacher" and consistency "signal".
+
 Where the batch asks for guidance, x in the data term is the guided signal (see batch.guided_signal), and the network,
 which is told the scales, learns to answer as if it had been guided.
 """
@@ -36,6 +39,7 @@ def codi(
     *,
     dt: float = 1,
     shared_t: bool = True,
+    on_grid: bool = False,
     consistency: str = "noise",
     ode: str = "own",
     teacher: Network | None = None,
@@ -49,22 +53,19 @@ def codi(
     """Named losses {"consistency", "signal"} of one batch; a weight of 0 leaves its term out.
 
     `student` trains, `target` is its average. `dt` in schedule time (levels of T for a checkpoint). `shared_t`: one
-    time for the whole batch. `consistency`: compare "noise" or "signal" predictions. `ode`: who makes z_s, the adapted
-    model ("own") or a frozen `teacher` ("teacher": the paper's "distilling PF-ODE" ablation). `d_x`: see distances.
-    `signal_weighting`: "signal" compares x as it is, which weighs noise level t by sigma_t^2 against the loss that a
-    velocity network was trained with, so that the last steps of a sampler are hardly trained; "velocity" divides that
-    out (both sides by sigma_t: the latent distance then is |v - v_t|^2). `t`: fixed times instead of drawn ones.
-    Raises ValueError for an unknown `consistency`, `signal_weighting` or `ode`, or a missing teacher.
+    time for the whole batch. `on_grid`: times are multiples of `dt`, which divides the horizon. `consistency`: compare
+    "noise" or "signal" predictions. `ode`: who makes z_s, the adapted model ("own") or a frozen `teacher` ("teacher":
+    the paper's "distilling PF-ODE" ablation). `d_x`: see distances. `signal_weighting`: "signal" compares x, which
+    weighs noise level t by sigma_t^2 against a velocity network's own loss, so that the last steps of a sampler are
+    hardly trained; "velocity" divides both sides by sigma_t. `t`: fixed times instead of drawn ones. Raises ValueError
+    for an unknown `consistency`, `signal_weighting` or `ode`, or a missing teacher.
     """
-    if consistency not in ("noise", "signal"):
-        raise ValueError(f"consistency {consistency!r}: use 'noise' or 'signal'")
-    if signal_weighting not in ("signal", "velocity"):
-        raise ValueError(f"signal_weighting {signal_weighting!r}: use 'signal' or 'velocity'")
-    if ode not in ("own", "teacher") or (ode == "teacher" and teacher is None):
-        raise ValueError(f"ode {ode!r}: use 'own', or 'teacher' together with a teacher network")
+    _require_known(consistency, signal_weighting, ode, teacher)
     x, c = batch.x, batch.conditioning
     if t is None:
-        t = schedule.draw(len(x), dt + (schedule.least if consistency == "noise" else 0), shared_t, generator)
+        least = schedule.least if on_grid else dt + (schedule.least if consistency == "noise" else 0)
+        t = schedule.draw(len(x), least, shared_t, generator)
+        t = (t / dt).ceil().to(t.dtype) * dt if on_grid else t
     s = t - dt
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z_t = schedule.mix(x, eps, t)
@@ -88,3 +89,12 @@ def codi(
             x_t, goal = x_t / sigma, replace(goal, x=goal.x / sigma)
         losses["signal"] = signal_weight * d_x(x_t, goal)
     return losses
+
+
+def _require_known(consistency: str, signal_weighting: str, ode: str, teacher: Network | None) -> None:
+    if consistency not in ("noise", "signal"):
+        raise ValueError(f"consistency {consistency!r}: use 'noise' or 'signal'")
+    if signal_weighting not in ("signal", "velocity"):
+        raise ValueError(f"signal_weighting {signal_weighting!r}: use 'signal' or 'velocity'")
+    if ode not in ("own", "teacher") or (ode == "teacher" and teacher is None):
+        raise ValueError(f"ode {ode!r}: use 'own', or 'teacher' together with a teacher network")

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.guidance import jump_between
 from ..models.student import cat_conditionings
 from ..schedule import Schedule
 from .batch import LatentBatch, Network, falling_step, guided_signal, mean_square, prepared
@@ -69,11 +70,15 @@ def decoupled(
     def predict(network: Network, z: Tensor, time: Tensor, asked: Any) -> tuple[Tensor, Tensor]:
         return schedule.signal_noise(network(z, schedule.timestep(time).to(z.device), asked), z, time)
 
-    instant, jump = (replace(c, jump=torch.full((len(x),), share, device=x.device)) for share in (0.0, 1.0))
-    twice = torch.cat([z_t, z_t]), t.expand(len(x)).repeat(2), cat_conditionings(instant, jump)
+    def aimed(time: Tensor, end: Tensor) -> Any:
+        jump = jump_between(time.clamp_min(schedule.least), end, schedule.horizon).expand(len(x), 2)
+        return replace(c, jump=jump.to(x.device))
+
+    both = cat_conditionings(aimed(t, t), aimed(t, 0 * t))
+    twice = torch.cat([z_t, z_t]), t.expand(len(x)).repeat(2), both
     (x_i, x_j), (e_i, _) = (both.chunk(2) for both in predict(student, *twice))
     with torch.no_grad():
-        end, _ = predict(target if averaged else student, schedule.mix(x_i, e_i, s), s, jump)
+        end, _ = predict(target if averaged else student, schedule.mix(x_i, e_i, s), s, aimed(s, 0 * s))
     goal = guided_signal(batch, target, z_t, t, schedule)
     sigma = schedule.alpha_sigma(t, x)[1]
     scale = sigma if consistency_weighting == "velocity" else torch.ones_like(sigma)

@@ -10,10 +10,10 @@ time m between and on from there is the same as going directly (Boffi et al., 20
 
     loss = mean |u - target|^2 over rows r = s  +  weight * the same over rows r < s
 
-The network gets the share of the way (t - r) / t as `jump` (Conditioning): 0 is the instantaneous prediction, 1 the
-end. In terms of its (x, eps) at z_t a step to r is alpha_r x + sigma_r eps, so DDIM samples it, on any path. Both terms
-regress u; there is no derivative and no division by a small step, so it suits bf16. Half of the rows need two more
-passes of the average network: 4 passes an image, the price of `codi`.
+The network gets the target time as `jump` (Conditioning). In terms of its (x, eps) at z_t a step to r is
+alpha_r x + sigma_r eps, so DDIM samples it, on any path. Both terms regress u; there is no derivative and no division
+by a small step, so it suits bf16. Half of the rows need two more passes of the average network: 4 passes an image, the
+price of `codi`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.guidance import jump_between
 from ..models.student import conditioning_rows
 from ..schedule import Schedule
-from .batch import LatentBatch, Network, guided_signal, mean_square, prepared
+from .batch import Guidance, LatentBatch, Network, guided_signal, mean_square, prepared
 
 
 def flow_map(
@@ -58,12 +59,12 @@ def flow_map(
     r = torch.where(uniform[2] < ends, torch.zeros_like(t), schedule.between(torch.zeros_like(t), t, uniform[3]))
     r = torch.where(later, r, t)
     z = schedule.mix(x, noise, t)
-    conditioned = replace(batch.conditioning, jump=share_of_way(t, r).to(x))
+    conditioned = replace(batch.conditioning, jump=jump_between(t, r, schedule.horizon).to(x.device))
     u = velocity(student, z, t, conditioned, schedule)
 
     losses: dict[str, Tensor] = {}
     if first:
-        goal = (noise - x)[:first] + guidance_push(target, batch, z, t, schedule)[:first]
+        goal = (noise - x)[:first] + guidance_push(target, batch, z, t, schedule, slice(first))
         losses["signal"] = mean_square(u[:first], goal)
     if first < count:
         rows = slice(first, count)
@@ -74,11 +75,6 @@ def flow_map(
     return losses
 
 
-def share_of_way(t: Tensor, r: Tensor) -> Tensor:
-    """Return (t - r) / t, float64: 0 at r = t, 1 at r = 0."""
-    return (t - r).double() / t
-
-
 def velocity(network: Network, z: Tensor, t: Tensor, conditioning: Any, schedule: Schedule) -> Tensor:
     """Return u = eps - x, that of the linear path, of the network's prediction at (z_t, t)."""
     x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), conditioning), z, t)
@@ -86,12 +82,16 @@ def velocity(network: Network, z: Tensor, t: Tensor, conditioning: Any, schedule
 
 
 @torch.no_grad()
-def guidance_push(target: Network, batch: LatentBatch, z: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """Return what guidance adds to u at z_t: (x - guided x) / s at s of the linear path; 0 without guidance."""
+def guidance_push(
+    target: Network, batch: LatentBatch, z: Tensor, t: Tensor, schedule: Schedule, rows: slice
+) -> Tensor | float:
+    """Return what guidance adds to u at z_t of these rows: (x - guided x) / s at s of the linear path."""
     if batch.guidance is None:
-        return torch.zeros_like(batch.x)
-    alpha, sigma = schedule.alpha_sigma(t, z)
-    return (batch.x - guided_signal(batch, target, z, t, schedule)) * (alpha + sigma) / sigma
+        return 0.0
+    ladder = [conditioning_rows(c, rows) for c in batch.guidance.ladder]
+    some = LatentBatch(batch.x[rows], None, guidance=Guidance(batch.guidance.scales[rows], ladder))
+    signal = guided_signal(some, target, z[rows], t[rows], schedule)
+    return (some.x - signal) / linear_time(schedule, t[rows], some.x)
 
 
 @torch.no_grad()
@@ -112,7 +112,8 @@ def step(
     network: Network, z: Tensor, t: Tensor, r: Tensor, conditioning: Any, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
     """Return the mean velocity from t to r and z_r = alpha_r x + sigma_r eps. Where t = 0 nothing is left to go."""
-    conditioned = replace(conditioning, jump=share_of_way(t.clamp_min(schedule.least), r).clamp(0, 1).to(z))
+    jump = jump_between(t.clamp_min(schedule.least), r, schedule.horizon).clamp(0, 1)
+    conditioned = replace(conditioning, jump=jump.to(z.device))
     x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), conditioned), z, t)
     return eps - x, schedule.mix(x, eps, r)
 

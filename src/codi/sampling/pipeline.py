@@ -22,7 +22,7 @@ from .colour import match_bands, match_colour
 from .inputs import ImageInput, to_output
 from .noise import Noise
 from .prompts import placed
-from .sampler import sample, time_grid
+from .sampler import sample, sampler_of, time_grid
 from .solvers import scheduler_of, solve
 from .tiling import join, mirror_pad
 
@@ -196,7 +196,7 @@ class CoDiPipeline(AdaptedPipeline):
         return match_bands(bands, partial(tiles.enlarged, enlarge, one), call.size[0], method, tiles.scale)
 
     def _fields(self, call: Call) -> int:
-        return call.steps if self._all(call.strength, "jumps") else 1
+        return call.steps if self._sampler(call.strength) == "renoise" else 1
 
     def _draw(self, call: Call, noise: Noise, cells: tuple[int, int]) -> Tensor:
         shape = (codec.channels(self.vae), *cells)
@@ -230,10 +230,10 @@ class CoDiPipeline(AdaptedPipeline):
                     PipelineControl(self, blank is not None), source.further(tuple(noise.shape[1:])),
                 )  # fmt: skip
             schedule, grid = self._grid(call, schedule)
-            jumps, boundary = (self._all(call.strength, key) for key in ("jumps", "boundary"))
             return sample(
                 student, schedule, noise, conditioning, call.steps, call.guide.second_pass, blank, strength, step, grid,
-                jumps, boundary, PipelineControl(self, blank is not None),
+                self._sampler(call.strength), self._bounded(call.strength),
+                PipelineControl(self, blank is not None),
             )  # fmt: skip
 
     def _grid(self, call: Call, schedule: Schedule) -> tuple[Schedule, Tensor]:
@@ -277,11 +277,15 @@ class CoDiPipeline(AdaptedPipeline):
         named = {name: {"latents": z, "denoised": x}[name] for name in call.callback_tensors}
         return replaced_latents(call.callback(self, index, t, named), z)
 
-    def _all(self, strength: float, key: str) -> bool:
-        """Whether all adapters that are set have this in their info, e.g. `jumps`: that they answer where the ODE
-        ends, having learned to."""
+    def _sampler(self, strength: float) -> str:
+        """Return the sampler that all adapters that are set were trained for, or "ddim"."""
+        names = {sampler_of(info) for info in self.infos(strength)}
+        return names.pop() if len(names) == 1 else "ddim"
+
+    def _bounded(self, strength: float) -> bool:
+        """Return whether all adapters that are set were trained with boundary scaling."""
         infos = self.infos(strength)
-        return bool(infos) and all(info.get(key) for info in infos)
+        return bool(infos) and all(info.get("boundary") for info in infos)
 
     def _decode(self, latent: Tensor) -> Tensor:
         vae = self.vae if self.tiny_vae is None else self.tiny_vae

@@ -6,9 +6,9 @@ noise prediction (x, eps); the next point is made from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from ..schedule import Schedule
 
 # Called after each step with (step index, t, current latent, predicted x); may return a latent to go on from.
 StepCallback = Callable[[int, int, Tensor, Tensor], Tensor | None]
+
+SAMPLERS = ("ddim", "map", "renoise")
 
 
 class StepControl(Protocol):
@@ -98,6 +100,23 @@ def predict(
     return schedule.boundary_scaling(prediction[0], z, t) if boundary else prediction
 
 
+def sampler_of(info: Mapping[str, Any]) -> str:
+    """Return which of SAMPLERS an adapter with this info was trained for."""
+    old = "renoise" if info.get("jumps") else "ddim"  # files from before there was "map"
+    return info.get("sampler") or old
+
+
+def aimed(conditioning: Any, sampler: str, t: float, s: float, horizon: float) -> Any:
+    """Return the conditioning (or None) with the target time of a step from `t` to `s` of the walk down from
+    `horizon`."""
+    if conditioning is None or sampler == "ddim":
+        return conditioning
+    way = t - s if sampler == "map" else t
+    parts = [conditioning.text.new_full((conditioning.text.shape[0],), u, dtype=torch.float32)
+             for u in (way / t, way / horizon)]  # fmt: skip
+    return replace(conditioning, jump=torch.stack(parts, dim=1))
+
+
 @torch.no_grad()
 def sample(
     student: Student,
@@ -110,31 +129,30 @@ def sample(
     strength: float = 1.0,
     callback: StepCallback | None = None,
     grid: Tensor | None = None,
-    jumps: bool = False,
+    sampler: str = "ddim",
     boundary: bool = False,
     control: StepControl | None = None,
 ) -> Tensor:
-    """`steps` predictions (x, eps) at times t_i, each followed by z_t_i+1 = alpha x + sigma e; returns the last x.
+    """Return the last x, (B, C, h, w) in noise's dtype, of `steps` predictions (x, eps) at times t_i, each followed by
+    z_t_i+1 = alpha x + sigma e.
 
-    Deterministic DDIM (Song et al., ICLR 2021, eta = 0): e = eps. With `jumps`, for adapters that were trained to
-    answer where the ODE ends: multistep consistency sampling (Song et al., ICML 2023), where e is fresh noise, as x
-    then is a sample that z_t's own noise has gone into. `noise` (B, C, h, w) ~ N(0, I), or with `jumps`
-    (B, steps C, h, w), a field a step; the condition's features are computed once. `grid`: `steps` + 1 times, by
-    default those of `time_grid`. `boundary`: for adapters trained with CoDi's boundary scaling. `control` is asked
-    before
-    each step. Returns (B, C, h, w) in noise's dtype.
+    `sampler`, one of SAMPLERS: "ddim" (Song et al., ICLR 2021, eta = 0), e = eps of the instantaneous prediction;
+    "map", for flow maps (objectives.flow_map), the same with the network given t_i+1 as its target time; "renoise",
+    multistep consistency sampling (Song et al., ICML 2023), for networks that predict the end of the ODE, where e is
+    fresh noise. `noise` (B, C, h, w) ~ N(0, I), for "renoise" (B, steps C, h, w), a field a step; the condition's
+    features are computed once. `grid`: `steps` + 1 times, by default those of `time_grid`. `boundary`: for adapters
+    trained with CoDi's boundary scaling. `control` decides before each step whether it is made, and its guidance.
     """
-    conditioning = replace(conditioning, jump=conditioning.text.new_ones(noise.shape[0]) if jumps else None)
+    renoise = sampler == "renoise"
     conditioning = student.prepare(conditioning)
     if unconditional is not None:
         # The condition is the same with and without the prompt; its features differ only through the text they attend.
-        unconditional = replace(unconditional, jump=conditioning.jump)
         unconditional = student.prepare(unconditional) if guidance_scale != 1.0 else None
     grid = time_grid(schedule.horizon, steps, whole=schedule.whole) if grid is None else grid
-    times = grid.tolist()
+    times, horizon = grid.tolist(), float(schedule.horizon)
     if noise.is_cuda:
         schedule, grid = schedule.to(noise.device), grid.to(noise.device)
-    fields = noise.chunk(steps, dim=1) if jumps else [noise]
+    fields = noise.chunk(steps, dim=1) if renoise else [noise]
     z = x = fields[0]
     for i in range(steps):
         if control is not None:
@@ -142,8 +160,9 @@ def sample(
                 break
             guidance_scale = control.guidance_scale(int(times[i]))
         t, s = grid[i : i + 1], grid[i + 1 : i + 2]
-        x, eps = predict(student, schedule, z, t, conditioning, guidance_scale, unconditional, strength, boundary)
-        z = schedule.mix(x, fields[i + 1] if jumps and i + 1 < steps else eps, s)
+        given, blank = (aimed(c, sampler, times[i], times[i + 1], horizon) for c in (conditioning, unconditional))
+        x, eps = predict(student, schedule, z, t, given, guidance_scale, blank, strength, boundary)
+        z = schedule.mix(x, fields[i + 1] if renoise and i + 1 < steps else eps, s)
         if callback is not None:
             replaced = callback(i, int(times[i]), z, x)
             z = z if replaced is None else replaced

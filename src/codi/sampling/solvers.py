@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.student import Conditioning, Student
 from ..schedule import FlowSchedule
-from .sampler import StepCallback, StepControl, guided
+from .sampler import StepCallback, StepControl, guided, sampler_of
 
 SOLVERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     name: lambda config, name=name: DPMSolverMultistepScheduler.from_config(
@@ -84,7 +84,7 @@ def _ignored(pipe: Any, strength: float, flow: bool) -> str | None:
     """Return why a scheduler that a user has set makes no difference; None where it does."""
     if flow:
         return "flow matching has one sampler here, which takes its sigmas"
-    if pipe.shift or any(info.get("jumps") or info.get("boundary") for info in pipe.infos(strength)):
+    if pipe.shift or any(sampler_of(info) != "ddim" or info.get("boundary") for info in pipe.infos(strength)):
         return "what is set has a sampler of its own, which takes its noise levels"
     return None
 

@@ -162,13 +162,16 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
     return progress, state
 
 
-def require_same_run(root: Path, recipe: Any, free: set[str]) -> None:
+def require_same_run(
+    root: Path, recipe: Any, free: set[str], current: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> None:
     """Raise UserError if the newest checkpoint below `root` is of a different recipe (a dataclass): resuming would mix
-    two runs. Keys in `free` may differ; one that is newer than the checkpoint had its default then."""
+    two runs. Keys in `free` may differ; one that is newer than the checkpoint had its default then.
+    `current` brings a recorded recipe up to date."""
     found = complete(root)
     if not found:
         return
-    before = read_state(found[-1])[1]["recipe"]
+    before = current(read_state(found[-1])[1]["recipe"])
     for field in (f for f in fields(recipe) if f.name not in free):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         values = before.get(field.name, default), getattr(recipe, field.name)

@@ -19,7 +19,7 @@ from ..data.sources import SceneSource, Source, open_source
 from ..errors import UserError
 from ..models import codec
 from ..models.adapter import FORMS, Adapter, LoraAdapter
-from ..models.adapter_files import load_adapter
+from ..models.adapter_files import fitting_adapter, load_adapter
 from ..models.backbones import Backbone, digest, load_backbone
 from ..models.lora import add_lora, lora_names
 from ..models.student import Conditioning, Student
@@ -32,6 +32,7 @@ from .checkpoint import CHECKPOINTS, Progress, require_same_run
 from .distill_recipe import SCALES, DistillRecipe, configure_objective, recipe_task, require_fits
 from .lock import only_run
 from .prompt_cache import PromptCache, held_out_batch, kept_prompts
+from .recipe import FORMAT, current_names
 from .saving import save_adapter, shareable
 from .trainer import Job, make_accelerator, train
 
@@ -79,10 +80,11 @@ class DistillJob(Job):
         self.trained_on = digest(backbone.network)  # now: a full adapter trains these very weights
         form = FORMS[recipe.adapter]
         if recipe.start:
-            adapter, network = load_adapter(recipe.start, recipe.task, backbone.family, backbone.network, recipe.model)
+            start = fitting_adapter(recipe.start, backbone.network, backbone.family, recipe.model)
+            adapter, network = load_adapter(start, recipe.task, backbone.family, backbone.network, recipe.model)
             require_fits(recipe, type(adapter), adapter.config)
         else:
-            inputs = (self.task.condition_channels, len(recipe.guidance), recipe.asked)
+            inputs = (self.task.condition_channels, len(recipe.guidance), recipe.has_target_time)
             adapter = form.from_backbone(backbone.network, backbone.vae, *inputs, **recipe.form_options)
             network = backbone.network
             if recipe.lora_rank:
@@ -92,8 +94,10 @@ class DistillJob(Job):
         if rank != recipe.lora_rank:
             raise UserError(f"lora_rank {recipe.lora_rank}: {recipe.start} was trained with {rank}: set it so")
         self._require_scales(adapter, recipe.start or "the adapter")
-        if recipe.asked and adapter.jump is None:
-            raise UserError(f"{recipe.start}: has no input for jumps: train objective decoupled from scratch")
+        if recipe.has_target_time and adapter.jump is None:
+            raise UserError(
+                f"{recipe.start}: has no input for a target time: leave out start, or use another objective"
+            )
         # A full adapter has a backbone of its own, also one to go on from.
         self.full = recipe.train_backbone or (network is not backbone.network and not updates)
         student = Student(network, adapter)
@@ -128,12 +132,14 @@ class DistillJob(Job):
     def _teacher(self, student: Student, backbone: Backbone) -> Student | None:
         if not self.recipe.taught:
             return None
+        if self.recipe.objective == "codi-release":
+            return Student(copy.deepcopy(backbone.network)).requires_grad_(False).eval()
         if self.recipe.teacher is None:
             return copy.deepcopy(student).requires_grad_(False).eval()
-        adapter, network = load_adapter(
-            self.recipe.teacher, self.recipe.task, backbone.family, copy.deepcopy(backbone.network), self.recipe.model
-        )
-        self._require_scales(adapter, self.recipe.teacher)
+        r, network = self.recipe, copy.deepcopy(backbone.network)
+        teacher = fitting_adapter(r.teacher, network, backbone.family, r.model)
+        adapter, network = load_adapter(teacher, r.task, backbone.family, network, r.model)
+        self._require_scales(adapter, r.teacher)
         return Student(network, adapter).requires_grad_(False).eval()
 
     def _require_scales(self, adapter: Adapter, name: str) -> None:
@@ -246,10 +252,10 @@ class DistillJob(Job):
         shape = (codec.channels(self.vae), self.cells, self.cells)
         outputs = {}
         for steps in PREVIEW_STEPS:
-            seeds, jumps, schedule = range(start, start + len(given)), self.recipe.jumps, self.sampling[steps]
-            noise = initial_noise(shape, seeds, steps if jumps else 1).to(self.vae.device)
+            seeds, sampler, schedule = range(start, start + len(given)), self.recipe.sampler, self.sampling[steps]
+            noise = initial_noise(shape, seeds, steps if sampler == "renoise" else 1).to(self.vae.device)
             latent = sample(
-                self.average, schedule, noise, conditioning, steps, jumps=jumps, boundary=self.recipe.bounded,
+                self.average, schedule, noise, conditioning, steps, sampler=sampler, boundary=self.recipe.bounded,
                 grid=time_grid(schedule.horizon, steps, self.recipe.shift, schedule.whole),
             )  # fmt: skip
             outputs[steps] = codec.decode(self.vae, latent).float().cpu()
@@ -257,7 +263,7 @@ class DistillJob(Job):
 
     def finish(self, out: Path, progress: Progress) -> None:
         figures = self.preview(out, progress)
-        recipe = shareable(self.recipe)
+        recipe = {**shareable(self.recipe), "format": FORMAT}
         adapter = copy.deepcopy(self.average.adapter)
         names = ("guidance", "guidance_scale", "image_guidance_scale", "shift", "colour")
         defaults = {key: recipe[key] for key in names}
@@ -267,7 +273,8 @@ class DistillJob(Job):
             info={
                 "task": self.task.name, "task_options": self.task.config(), "steps": list(PREVIEW_STEPS),
                 "family": self.family, "backbone": self.trained_on, "full": self.full, **defaults,
-                "jumps": self.recipe.jumps, "boundary": self.recipe.bounded, "images": progress.images,
+                "sampler": self.recipe.sampler, "boundary": self.recipe.bounded,
+                "images": progress.images,
                 "finished": progress.images >= self.recipe.images, "seconds": round(progress.seconds),
                 "recipe": recipe, "metrics": figures,
             }
@@ -287,7 +294,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
 def _distill(recipe: DistillRecipe, accelerator: Any, quiet: bool, deadline: float | None) -> Path:
     out = Path(recipe.out)
     with processes.together():
-        require_same_run(out / CHECKPOINTS, recipe, _FREE)
+        require_same_run(out / CHECKPOINTS, recipe, _FREE, current_names)
         torch.manual_seed(recipe.seed)
         columns = recipe_task(recipe).columns
         source, held_out = (open_source(spec, columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))
@@ -299,7 +306,7 @@ def _distill(recipe: DistillRecipe, accelerator: Any, quiet: bool, deadline: flo
             source = cache.open_cache(recipe, backbone, source)
         report = out / (f"corrupt-{rank}.json" if (rank := processes.rank()) else "corrupt.json")  # of what each reads
         job = DistillJob(recipe, backbone, source, held_out, report, prompts)
-    progress = train(job, recipe, out, asdict(recipe), accelerator, quiet, deadline)
+    progress = train(job, recipe, out, {**asdict(recipe), "format": FORMAT}, accelerator, quiet, deadline)
     with processes.together():  # stopped early: what there is by now can be used and looked at
         if 0 < progress.images < recipe.images and accelerator.is_main_process:
             job.finish(out, progress)

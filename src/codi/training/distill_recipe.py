@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,24 +23,33 @@ from ..objectives.codi import codi
 from ..objectives.consistency import consistency
 from ..objectives.decoupled import decoupled
 from ..objectives.finetune import finetune
+from ..objectives.flow_map import flow_map
 from ..objectives.guided import guided
 from ..sampling.colour import METHODS
 from ..tasks import Task, get_task
 from .trainer import RunSettings
 
-# `paper`: every choice of it. `codi`: the same loss for a short training, with three of the choices changed: a time of
-# its own for every sample (less noise), the data term weighted as the backbone was trained with (low noise counts too),
-# and a longer step of the consistency.
+# `codi` has every choice of the paper, `codi-release` those of the code that its authors released: times on a grid of
+# 50 levels, drawn for each sample, steps by the frozen backbone without the condition, consistency of signals.
+# `codi-tuned` is the paper's loss for a short training: a time of its own for every sample (less noise), the data term
+# weighted as the backbone was trained with (low noise counts too), and a longer step of the consistency.
 OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "paper": codi,
-    "codi": functools.partial(codi, dt=50, shared_t=False, signal_weighting="velocity"),
+    "codi": codi,
+    "codi-release": functools.partial(codi, dt=50, shared_t=False, on_grid=True, consistency="signal", ode="teacher"),
+    "codi-tuned": functools.partial(codi, dt=50, shared_t=False, signal_weighting="velocity"),
+    "flow-map": flow_map,
     "decoupled": decoupled,
     "finetune": finetune,
     "guided": guided,
     "consistency": consistency,
 }
 # Forward passes of the network that an image costs, a backward pass counted as two; see DistillRecipe.passes.
-PASSES = {"paper": 4, "codi": 4, "decoupled": 7, "finetune": 3, "guided": 5, "consistency": 5}
+PASSES = {
+    "codi": 4, "codi-release": 5, "codi-tuned": 4, "flow-map": 4, "decoupled": 7, "finetune": 3, "guided": 5,
+    "consistency": 5,
+}  # fmt: skip
+CODI = ("codi", "codi-release", "codi-tuned")
+SAMPLERS = {"flow-map": "map", "decoupled": "renoise", "consistency": "renoise"}  # see sampling.sampler; others: ddim
 SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
 _CHOICES = {
     "consistency": ("noise", "signal"),
@@ -87,9 +97,9 @@ class DistillRecipe(RunSettings):
     max_corrupt: float = 0.05
     """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
     objective: str = "codi"
-    """paper (its loss as it stands), codi (the same, tuned for short training), decoupled (ours), finetune (plain
-    conditional diffusion), or of a frozen teacher: guided (progressive distillation), consistency (consistency
-    distillation)."""
+    """flow-map (ours: steps of any length), codi (the paper's algorithm), codi-release (that of its authors' code),
+    codi-tuned (the paper's loss, for short training), decoupled, finetune (plain conditional diffusion), or of a frozen
+    teacher: guided (progressive distillation), consistency (consistency distillation)."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
     adapter: str = "fused"
@@ -125,7 +135,7 @@ class DistillRecipe(RunSettings):
     """The same for guidance by the picture."""
     shift: float = 1.0
     """Time grid of the sampler, kept with the adapter: above 1, more steps lie where noise is high, below 1 where it
-    is low, which suits adapters that jump."""
+    is low, which suits those that predict the end of the ODE."""
     colour: str = "wavelet"
     """Of upscaling, the default for users of the adapter: how results are corrected to their inputs (see
     sampling.colour); back-projection where these are small but clean."""
@@ -149,14 +159,14 @@ class DistillRecipe(RunSettings):
         return {"reads": self.reads, "depth": self.depth} if self.adapter == "fused" else {}
 
     @property
-    def jumps(self) -> bool:
-        """Whether the adapter learns to answer where the ODE ends, which decides how it is sampled."""
-        return self.objective in ("decoupled", "consistency")
+    def sampler(self) -> str:
+        """How the adapter is to be sampled: one of sampling.sampler's SAMPLERS."""
+        return SAMPLERS.get(self.objective, "ddim")
 
     @property
-    def asked(self) -> bool:
-        """Whether it is told which of two questions to answer."""
-        return self.objective == "decoupled"
+    def has_target_time(self) -> bool:
+        """Whether the network gets a target time as an input."""
+        return self.objective in ("decoupled", "flow-map")
 
     @property
     def bounded(self) -> bool:
@@ -166,7 +176,11 @@ class DistillRecipe(RunSettings):
     @property
     def taught(self) -> bool:
         """Whether the objective has a frozen teacher."""
-        return self.objective in ("guided", "consistency") or self.objective_options.get("ode") == "teacher"
+        return self.objective in ("guided", "consistency") or self._ode == "teacher"
+
+    @property
+    def _ode(self) -> str:
+        return self.objective_options.get("ode", "teacher" if self.objective == "codi-release" else "own")
 
     def encodes(self, control_reads: str) -> bool:
         """Whether training needs the VAE's encoder for more than the latents of the true pictures. `control_reads`: see
@@ -181,10 +195,19 @@ class DistillRecipe(RunSettings):
         scales = len(self.guidance)  # a teacher's point costs one pass more a scale, a guided signal all of them
         guided = {"guided": 2 * scales, "consistency": scales}.get(self.objective, scales and scales + 1)
         passes = PASSES[self.objective] + self.guidance_share * guided
-        if self.objective in ("paper", "codi"):
-            passes += self.taught  # the teacher's step
+        if self.objective in CODI:
+            passes += self.taught and self.objective != "codi-release"  # the teacher's step, which the release has
             passes -= self.objective_options.get("consistency_weight") == 0  # no second point
+        if self.objective == "flow-map":  # two more for rows with r < t, guided ones for the others
+            options = dict(flow_map.__kwdefaults__ or {}) | self.objective_options
+            instant = options["warmup"] + (1 - options["warmup"]) * options["instant"]
+            passes = 3 + 2 * (1 - instant) + self.guidance_share * guided * instant
         return passes
+
+    def __post_init__(self) -> None:
+        if self.objective == "paper":
+            warnings.warn("objective paper: is called codi now, and what was codi is codi-tuned", stacklevel=2)
+            self.objective = "codi"
 
     def validate(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -306,7 +329,7 @@ def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Network | None
     else:
         known = distances.DISTANCES
         raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
-    if recipe.objective in ("paper", "codi"):
+    if recipe.objective in CODI:
         options["d_x"] = distance
     if recipe.taught:
         options["teacher"] = teacher

@@ -54,7 +54,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     if recipe.taught and recipe.teacher:
         read_config(recipe.teacher, recipe.task, backbone.family, recipe.model)
     form: Any = FORMS[recipe.adapter]
-    inputs = (task.condition_channels, len(recipe.guidance), recipe.asked)
+    inputs = (task.condition_channels, len(recipe.guidance), recipe.has_target_time)
     with torch.device("meta"):
         adapter = form.from_backbone(backbone.network, backbone.vae, *inputs, **recipe.form_options)
         network = add_lora(backbone.network, recipe.lora_rank, recipe.task) if recipe.lora_rank else backbone.network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from ..data.text_files import parse_yaml, read_yaml
 from ..errors import UserError, nearest, one_line
 
 S = TypeVar("S")
+FORMAT = 2  # of recorded recipes; see current_names
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -36,6 +37,15 @@ def shipped_recipes() -> list[str]:
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """Read the keys and values of a recipe file. Raises UserError where it is missing or not a YAML mapping."""
     return read_yaml(find_recipe(name))
+
+
+def current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded recipe with its objective by today's name: before format 2, `codi` was called `paper`, and
+    `codi-tuned` was called `codi`."""
+    objective = recorded.get("objective", "codi")
+    if recorded.get("format", 1) < FORMAT:
+        objective = {"paper": "codi", "codi": "codi-tuned"}.get(objective, objective)
+    return {**recorded, "objective": objective}
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
