@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
 from codi.errors import UserError
-from codi.models.lora import lora_names
+from codi.models.lora import add_lora, lora_names
 from codi.sampling.pipeline import CoDiPipeline
 from codi.tasks import TASKS, get_task
 from pipelines import given, hole, make_folder, open_pipeline, run
@@ -205,11 +206,18 @@ def test_other_precision(folder):
 def test_the_weights_decide_which_embedded_adapter_a_name_means(tmp_path):
     photo = CoDiPipeline.from_pretrained("photo")
     photo.save_pretrained(tmp_path / "copy")
-    halves = CoDiPipeline.from_pretrained(tmp_path / "copy", torch_dtype=torch.float16)
-    made = CoDiPipeline(**photo.components)
+    halves, rounded = (
+        CoDiPipeline.from_pretrained(tmp_path / "copy", torch_dtype=dtype) for dtype in (torch.float16, torch.bfloat16)
+    )
+    rounded.save_pretrained(tmp_path / "rounded")
+    again = CoDiPipeline.from_pretrained(tmp_path / "rounded")
+    made, styled = (CoDiPipeline(**CoDiPipeline.from_pretrained("photo").components) for _ in range(2))
+    styled.unet = add_lora(styled.unet, 1, "style")
+    offloaded = CoDiPipeline(**photo.components)
+    cpu_offload(offloaded.unet, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for pipe in (CoDiPipeline.from_pretrained(tmp_path / "copy"), halves, made):
+        for pipe in (CoDiPipeline.from_pretrained(tmp_path / "copy"), halves, rounded, again, made, styled, offloaded):
             pipe.load_adapter("upscale")
             assert pipe._store.loaded["upscale"].info["backbone"] == "7a511383d338"
         mini = CoDiPipeline.from_pretrained("mini")

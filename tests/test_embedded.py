@@ -1,6 +1,7 @@
 """Several models in one package: whose adapters go by their names, and which model a command takes by itself."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from codi.apps.models import embedded
 from codi.apps.show import Show
 from codi.errors import UserError
 from codi.models.adapter_files import default_model, find_adapter
+from codi.models.backbones import digest, load_backbone
 from codi.sampling.pipeline import CoDiPipeline
 from codi.training.distill import DistillRecipe, distill
 from codi.training.dry_run import dry_run
@@ -157,6 +159,12 @@ def test_training_starts_from_an_adapter_of_its_model(weights, tmp_path):
     dry_run(recipe)
     distill(recipe, quiet=True)
     refused(lambda: dry_run(replace(recipe, model="mini")), "config.json", "not an adapter's config")
+    config = weights / "photo" / "adapters" / "upscale" / "config.json"
+    values = json.loads(config.read_text())
+    values["info"]["backbone"] = digest(load_backbone("photo").network)
+    config.write_text(json.dumps(values))
+    copy = shutil.copytree(weights / "photo", tmp_path / "copy", ignore=shutil.ignore_patterns("adapters"))
+    distill(replace(recipe, model=str(copy), out=str(tmp_path / "of-a-copy")), quiet=True)
 
 
 def test_the_demo_page_s_commands_name_the_model(weights, tmp_path):

@@ -8,6 +8,7 @@ unet/ or transformer/                               the backbone trained with it
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import warnings
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from safetensors.torch import load_file
 
 from ..errors import UserError, one_line
 from .adapter import FORMS, Adapter
-from .backbones import EMBEDDED, FAMILIES, digest, find_model, require_finite, require_safetensors
+from .backbones import EMBEDDED, FAMILIES, digest_weights, find_model, require_finite, require_safetensors
 from .checksums import find_fault
 from .lora import FILE, load_lora
 
@@ -43,16 +46,20 @@ def fitting_adapter(name: str | Path, network: Any, family: str, model: str | Pa
     weights of `network`, wherever they came from. Warns where an embedded one was trained on other weights of the same
     family, which a fine-tune has."""
     found = find_adapter(name, model)
-    kind, dtypes = _stated(found), {value.dtype for value in network.parameters() if value.is_floating_point()}
+    kind = _stated(found)
     if (
         (found / "config.json").is_file()
         and not found.is_relative_to(EMBEDDED)  # a folder of the user's
         or kind.get("family", family) != family
-        or any(value.is_meta for value in network.parameters())
-        or not dtypes <= {torch.float32, torch.float16}  # others round the weights, so that no digest is comparable
     ):
         return found
-    mine = digest(network)
+    weights = network.state_dict()
+    if any(value.is_meta for value in weights.values()):
+        if not any(hasattr(part, "_hf_hook") for part in network.modules()):
+            return found  # never loaded: only its shape is of use
+        weights = get_state_dict_offloaded_model(network)
+    mine = digest_weights(weights)
+    mine = _rounded_digests(EMBEDDED).get(mine, mine)
     for library in (EMBEDDED / ADAPTERS, *sorted(EMBEDDED.glob(f"*/{ADAPTERS}"))):
         if _stated(library / str(name)).get("backbone") == mine:
             return library / str(name)
@@ -63,6 +70,17 @@ def fitting_adapter(name: str | Path, network: Any, family: str, model: str | Pa
             "results are good only if it is a fine-tune of that one",
             stacklevel=3,
         )
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _rounded_digests(embedded: Path) -> dict[str, str]:
+    """Return, for the digest of each embedded network rounded to bfloat16, as a copy may be stored, its own digest."""
+    found = {}
+    for file in embedded.glob("*/*/diffusion_pytorch_model.safetensors"):
+        if file.parent.name in {kind.component for kind in FAMILIES}:
+            weights = load_file(file)
+            found[digest_weights({key: value.bfloat16() for key, value in weights.items()})] = digest_weights(weights)
     return found
 
 

@@ -5,6 +5,7 @@ from .loading import (
     EMBEDDED,
     Hub,
     digest,
+    digest_weights,
     find_model,
     load_backbone,
     load_vae,
@@ -17,7 +18,7 @@ from .loading import (
 from .registry import FAMILIES, family_of, family_of_index, family_of_text
 
 __all__ = [
-    "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "family_of", "family_of_index",
-    "family_of_text", "find_model", "load_backbone", "load_vae", "require_finite", "require_safetensors", "resolved",
-    "revision_of", "with_network",
+    "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "digest_weights", "family_of",
+    "family_of_index", "family_of_text", "find_model", "load_backbone", "load_vae", "require_finite",
+    "require_safetensors", "resolved", "revision_of", "with_network",
 ]  # fmt: skip

@@ -46,8 +46,14 @@ class Hub(TypedDict, total=False):
 def digest(network: torch.nn.Module) -> str:
     """Which weights: 12 hex digits of SHA-256 over names and float16 values, so that a copy stored in halves is the
     same. `family` says what an adapter fits; this, what it was trained on."""
+    return digest_weights(network.state_dict())
+
+
+def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
+    """As digest, of a network's state. Low-rank updates that it carries are left out."""
     hasher = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+    named = {name.replace(".base_layer.", "."): value for name, value in weights.items() if "lora_" not in name}
+    for name, value in sorted(named.items()):
         hasher.update(name.encode())
         hasher.update(value.to("cpu", torch.float16).numpy().tobytes())
     return hasher.hexdigest()[:12]
