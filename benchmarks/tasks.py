@@ -8,13 +8,13 @@ An entry is a task, or `upscale-x8`, `upscale-real`: upscaling with the adapter 
 nowhere are left out. `adapters` says what an entry was measured with: when one of them is trained further, or on other
 weights of the backbone, the entry is measured again.
 
-Few steps, 1, 2 and 4, with the guidance that is distilled in: `pe-codi`, the entry's adapter, embedded or from
+Few steps, 1, 2 and 4, with the guidance that is distilled in: `pe-codi-tuned`, the entry's adapter, embedded or from
 --adapters (backbone frozen), and any that --rows names, at the task whose options it was trained with: as `codi` the
 recipes `<task>-full` (backbone trained too), as `hint` another form of adapter, `depth-hint`.
 
 Many steps, 50, and 4 to compare: `finetuned`, the adapter `<entry>-finetuned` (plain diffusion loss, same form and
 budget), embedded or from --finetuned, if there is one; for `generate` the `backbone` itself. Nothing is distilled into
-these, so they get classifier-free guidance, two passes a step, at the text scale of `pe-codi`. For `edit` the text
+these, so they get classifier-free guidance, two passes a step, at the text scale of `pe-codi-tuned`. For `edit` the text
 scale alone can be matched that way: the picture's is distilled into the few-step adapter, and the reference has none.
 As another scale may suit them better, 50 steps are measured at one more: without guidance, or the backbone at
 --guidance.
@@ -60,7 +60,7 @@ from codi.tasks.inpaint import Inpaint
 
 RESULTS = Path("benchmarks/results/tasks.json")
 FEW, MANY = (1, 2, 4), 50
-PE, REFERENCE = "pe-codi", "finetuned"  # methods that every entry may have: in few steps, in many
+PE, REFERENCE = "pe-codi-tuned", "finetuned"  # methods that every entry may have: in few steps, in many
 COMPOSITION = "composition"
 ENTRIES = {**{name: name for name in TASKS}, "upscale-x8": "upscale", "upscale-real": "upscale"}  # adapter -> task
 

@@ -316,7 +316,7 @@ def test_the_reference_has_the_guidance_of_the_few_step_adapter_and_none(monkeyp
     pipes = {"depth": FakePipe(task, **few), "depth-finetuned": FakePipe(task), "depth-full": FakePipe(task, **few)}
     rows, measured = measured_by("depth", monkeypatch, tmp_path, pipes)
     assert measured == get_task("depth", soften=0.0)
-    assert rows[:6] == [(method, n, None, adapter) for method, adapter in (("pe-codi", "depth"), ("codi", "depth-full"))
+    assert rows[:6] == [(method, n, None, adapter) for method, adapter in (("pe-codi-tuned", "depth"), ("codi", "depth-full"))
                         for n in (1, 2, 4)]  # fmt: skip
     assert rows[6:] == [
         ("finetuned", 4, 2.0, "depth-finetuned"),
@@ -344,14 +344,14 @@ def test_entries_have_the_adapters_that_are_there(monkeypatch, tmp_path):
         write_adapter(runs / name, task)
     more = [("hint", write_adapter(tmp_path / "a", soft)), ("codi", write_adapter(tmp_path / "b", get_task("upscale")))]
     args = argparse.Namespace(model="mini", adapters=runs, finetuned=runs, rows=more)
-    assert task_figures.adapters_of("depth", args) == {"pe-codi": runs / "depth", "hint": tmp_path / "a"}
-    assert task_figures.adapters_of("upscale-x8", args) == {"pe-codi": runs / "upscale-x8"}  # codi's is x4
+    assert task_figures.adapters_of("depth", args) == {"pe-codi-tuned": runs / "depth", "hint": tmp_path / "a"}
+    assert task_figures.adapters_of("upscale-x8", args) == {"pe-codi-tuned": runs / "upscale-x8"}  # codi's is x4
     assert task_figures.adapters_of("upscale", args) == task_figures.adapters_of("composition", args) == {}
     write_adapter(runs / "inpaint", get_task("inpaint"))
     assert list(task_figures.adapters_of("composition", args)) == ["inpaint", "depth"]
     pipes = {"upscale-x8": FakePipe(get_task("upscale", scale=8))}
     rows, measured = measured_by("upscale-x8", monkeypatch, runs, pipes)
-    assert [row[:2] for row in rows] == [("pe-codi", n) for n in (1, 2, 4)] and measured.scale == 8
+    assert [row[:2] for row in rows] == [("pe-codi-tuned", n) for n in (1, 2, 4)] and measured.scale == 8
 
 
 def test_an_entry_is_stale_when_an_adapter_at_hand_is_another(tmp_path):
@@ -360,7 +360,7 @@ def test_an_entry_is_stale_when_an_adapter_at_hand_is_another(tmp_path):
     (adapters["depth"] / "a.safetensors").write_bytes(bytes(7))
     args = argparse.Namespace(model="mini", adapters=tmp_path, finetuned=tmp_path, rows=[])
     told = {"adapters": task_figures.described(task_figures.adapters_of("depth", args))}
-    assert told["adapters"]["pe-codi"] == {"images": 16, "bytes": 7, "backbone": "a" * 12}
+    assert told["adapters"]["pe-codi-tuned"] == {"images": 16, "bytes": 7, "backbone": "a" * 12}
     assert task_figures.stale("depth", {}, args) and not task_figures.stale("depth", json.loads(json.dumps(told)), args)
     for changes in ({"images": 32}, {"backbone": "b" * 12}):
         write_adapter(adapters["depth-finetuned"], task, **{"backbone": "a" * 12, **changes})
@@ -401,17 +401,17 @@ def row(method, steps, fd, obedience, **more):
 
 
 def test_ratios_compare_few_steps_with_the_better_of_the_many_step_rows():
-    rows = [row("pe-codi", 4, 11.0, 0.9), row("codi", 1, 5.0, 0.3), row("finetuned", 4, 3.0, 0.1)]
+    rows = [row("pe-codi-tuned", 4, 11.0, 0.9), row("codi", 1, 5.0, 0.3), row("finetuned", 4, 3.0, 0.1)]
     rows.append(row("bicubic", 0, 30.0, None))  # no model: nothing to compare
     many = [row("finetuned", 50, 20.0, 0.9), row("finetuned, no guidance", 50, 10.0, 0.6)]
     against = {"against": "finetuned, no guidance"}
     assert task_figures.ratios(rows + many, decibels=False) == {
-        "pe-codi": {"4": {**against, "fd": 1.1, "obedience": pytest.approx(1.5), "speed": 12.5}},
+        "pe-codi-tuned": {"4": {**against, "fd": 1.1, "obedience": pytest.approx(1.5), "speed": 12.5}},
         "codi": {"1": {**against, "fd": 0.5, "obedience": 0.5, "speed": 50}},
     }
     assert task_figures.ratios(rows + many[:1], decibels=False)["codi"]["1"]["against"] == "finetuned"
     assert task_figures.ratios(rows, decibels=False) == {}
-    in_db = task_figures.ratios(rows + many, decibels=True)["pe-codi"]["4"]
+    in_db = task_figures.ratios(rows + many, decibels=True)["pe-codi-tuned"]["4"]
     assert "obedience" not in in_db and in_db["obedience_db"] == pytest.approx(0.3)
     in_words = {name for name, (words, _) in readme.OBEDIENCE.items() if words.startswith("dB")}
     assert in_words == task_figures.DECIBELS
@@ -426,12 +426,12 @@ def test_a_command_says_nothing_of_the_machine(monkeypatch):
 
 def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     where = {"count": 5, "device": "cpu", "machine": {"cpus": 2, "threads": 1}, "command": "python tasks.py"}
-    rows = [row("pe-codi", n, 11.0, 22.25) for n in (1, 2, 4)] + [row("finetuned", 50, 10.0, 20.0)]
+    rows = [row("pe-codi-tuned", n, 11.0, 22.25) for n in (1, 2, 4)] + [row("finetuned", 50, 10.0, 20.0)]
     rows.append(row("finetuned, no guidance", 50, 12.0, None))
     entry = {**where, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "judged": {"depth_db": 5}}
     entry |= {"rows": rows, "ratios": task_figures.ratios(rows, decibels=True)}
-    entry["adapters"] = {"pe-codi": {"images": 5000, "bytes": 3_140_000, "backbone": None}}
-    shares = [row("pe-codi", 4, 11.0, 0.8), row("finetuned", 50, 10.0, 0.9)]
+    entry["adapters"] = {"pe-codi-tuned": {"images": 5000, "bytes": 3_140_000, "backbone": None}}
+    shares = [row("pe-codi-tuned", 4, 11.0, 0.8), row("finetuned", 50, 10.0, 0.9)]
     drawn = {**entry, "obedience": "edge_f1", "rows": shares, "ratios": task_figures.ratios(shares, decibels=False)}
     holes = row("inpaint + 1 depth", 4, 9.0, 0.5, measures={"hole_objects": 0.5, "hole_depth_db": 17.0})
     both = {**where, "obedience": "hole_objects", "judge_on_truth": {}, "judged": {"hole_objects": 3}, "rows": [holes]}
@@ -478,11 +478,11 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     readme.main()
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n" + readme.BEGIN) and text.endswith(readme.END + "after\n") and "old" not in text
-    assert "| depth | pe-codi | 4 | 11.0 | 0.5000 | 22.2 | 40 |" in text
+    assert "| depth | pe-codi-tuned | 4 | 11.0 | 0.5000 | 22.2 | 40 |" in text
     assert "| depth | finetuned, no guidance | 50 | 12.0 | 0.5000 | - | 500 |" in text
     ratios = "x1.10 · +2.2 dB · x50 | x1.10 · +2.2 dB · x25 | x1.10 · +2.2 dB · x12"
-    assert f"| depth | pe-codi | 5,000 | 3.1 | finetuned | {ratios} | missed: FD |" in text
-    assert "| canny | pe-codi | 5,000 | 3.1 | finetuned | x1.10 · x0.89 · x12 | missed: FD, obedience |" in text
+    assert f"| depth | pe-codi-tuned | 5,000 | 3.1 | finetuned | {ratios} | missed: FD |" in text
+    assert "| canny | pe-codi-tuned | 5,000 | 3.1 | finetuned | x1.10 · x0.89 · x12 | missed: FD, obedience |" in text
     assert "on 1 of 2 CPU cores or H100." in text
     assert text.count("`python tasks.py`") == text.count("`python gpu.py`") == 1
     assert text.count("(3 of the scenes ask for any)") == 2 and "colour 50.0% (25.0%)" in text

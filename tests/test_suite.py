@@ -197,7 +197,7 @@ def test_ratios_are_medians_over_the_seeds_that_both_have():
     told = {name: cells for _, name, *cells in ratio_rows(rows)}
     assert told["fd of codi 4 / ldm 250"] == ["1.500", "0.500", "1.023", "1.00"]
     assert told["fd of codi 4 / ldm 4"] == ["0.250", "0.125", "0.671", "0.60"]
-    assert told["fd of codi/paper 4 / ldm 4"] == ["not measured", "0.125", "0.671", "0.60"]
+    assert told["fd of codi-tuned 4 / ldm 4"] == ["not measured", "0.125", "0.671", "0.60"]
 
 
 def test_tables_tell_shares_beside_the_paper_s():
