@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from codi import CoDiPipeline
 from codi.errors import UserError
 from codi.models.adapter import FORMS
-from codi.models.backbones import load_backbone
+from codi.models.adapter_files import load_adapter
+from codi.models.backbones import load_backbone, load_vae, with_network
+from codi.models.tiny import new_tiny, open_decoder
 from codi.training.distill import DistillRecipe, distill
 from codi.training.dry_run import dry_run
 from codi.training.saving import save_adapter
 from families import FAMILIES, tiny_flux, tiny_kl
 from folders import refused
-from tiny import rand, tiny_scheduler
+from tiny import rand, tiny_backbone, tiny_checkpoint, tiny_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,40 @@ def test_absurd_counts_of_layers_are_refused_at_once(model, part, key, count):
     edit(model / part / "config.json", **{key: count})
     with pytest.raises(UserError, match=f"{part}/config.json: {key} is above 1,000"):
         load_backbone(model)
+
+
+ABSURD = {"layers_per_block": [1, [10**9]], "in_channels": 10**12, "mid": {"num_blocks": [[2, 10**6]]}}
+
+
+@pytest.mark.parametrize("key", ABSURD)
+def test_absurd_numbers_are_refused_wherever_a_part_is_built(model, key, tmp_path):
+    """However deep they stand: before a VAE alone, the parts beside a single file, a decoder, a dry run, an adapter and
+    its network are built."""
+    absurd = {key: ABSURD[key]}
+    save_file({"double_blocks.0.img_mod.lin.weight": rand(2, 2)}, file := tmp_path / "flux.safetensors")
+    backbone, network = tiny_backbone("epsilon"), tmp_path / "adapter" / "unet"
+    FORMS["hint"].from_backbone(backbone.network, backbone.vae).save_pretrained(tmp_path / "adapter")
+    backbone.network.save_pretrained(network)
+    new_tiny(backbone.vae, 8, (1,) * 3).save_pretrained(tmp_path / "decoder")
+    for folder in (model / "vae", network, tmp_path / "decoder"):
+        edit(folder / "config.json", **absurd)
+    recipe = DistillRecipe(task="canny", model=str(model), data="scenes:train:4", size=32, out=str(tmp_path / "run"))
+    for attempt, place in (
+        (lambda: load_backbone(model), "vae"),
+        (lambda: load_vae(model), "vae"),
+        (lambda: load_backbone(file, config=model), "vae"),
+        (lambda: dry_run(recipe), "vae"),
+        (lambda: open_decoder(tmp_path / "decoder", model, backbone.vae), "decoder"),
+        (lambda: load_adapter(tmp_path / "adapter", None, None, backbone.network), "unet"),
+        (lambda: with_network(tiny_checkpoint(tmp_path / "base"), network, tmp_path / "whole"), "unet"),
+    ):
+        refused(attempt, f"{place}/config.json: ", " is above 1")
+    edit(tmp_path / "adapter" / "config.json", network=absurd)
+    refused(
+        lambda: load_adapter(tmp_path / "adapter", None, None, backbone.network), "adapter/config.json: ", "above 1"
+    )
+
+
+def test_absurd_counts_of_timesteps_are_refused_at_once(model):
+    edit(model / "scheduler" / "scheduler_config.json", num_train_timesteps=10**9)
+    refused(lambda: load_backbone(model), "scheduler_config.json: num_train_timesteps is above 100,000")

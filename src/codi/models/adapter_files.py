@@ -21,7 +21,15 @@ from safetensors.torch import load_file
 
 from ..errors import UserError, one_line
 from .adapter import FORMS, Adapter
-from .backbones import EMBEDDED, FAMILIES, digest_weights, find_model, require_finite, require_safetensors
+from .backbones import (
+    EMBEDDED,
+    FAMILIES,
+    digest_weights,
+    find_model,
+    require_buildable,
+    require_finite,
+    require_safetensors,
+)
 from .checksums import find_fault
 from .lora import FILE, load_lora
 
@@ -230,6 +238,7 @@ def _updates(network: Any, folder: Path, name: str) -> Any:
 
 def _weights(cls: Any, folder: Path) -> Any:
     require_safetensors(folder)
+    require_buildable(folder)
     try:
         module, report = cls.from_pretrained(
             folder, use_safetensors=True, low_cpu_mem_usage=False, dtype=torch.float32, output_loading_info=True

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..errors import UserError, one_line
 from . import codec
-from .backbones import Hub, find_model, require_finite, require_safetensors
+from .backbones import Hub, find_model, require_buildable, require_finite, require_safetensors
 
 FOLDER = "tiny_vae"  # of a model: a tiny decoder for it, beside the parts that diffusers knows of
 _MARK = "_decoder"
@@ -93,6 +93,7 @@ def open_decoder(
         if kind != "AutoencoderTiny":
             raise UserError(f"decoder {decoder}: is of class {kind}: give full, tiny or an AutoencoderTiny folder")
         require_safetensors(source)
+        require_buildable(source)
         tiny = AutoencoderTiny.from_pretrained(
             source.as_posix(), dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, **fetching
         )

@@ -20,7 +20,7 @@ from ..errors import UserError, one_line
 from ..models import codec
 from ..models.adapter import FORMS
 from ..models.adapter_files import read_config
-from ..models.backbones import Backbone, family_of_index, find_model, revision_of
+from ..models.backbones import Backbone, family_of_index, find_model, require_buildable, revision_of
 from ..models.lora import add_lora
 from ..models.student import Conditioning, Student
 from ..models.text import FEATURES
@@ -119,6 +119,7 @@ def blank_backbone(model: str | Path) -> Backbone:
 
 def _blank(library: str, component: str, source: str, name: str, options: dict[str, Any]) -> Any:
     """One part of a pipeline, of its configuration."""
+    require_buildable(Path(source) / name)
     kind = getattr(importlib.import_module(library), component)
     if name == "scheduler":  # its tables are computed from values
         return kind.from_config(kind.load_config(source, subfolder=name, **options))

@@ -9,6 +9,7 @@ from .loading import (
     find_model,
     load_backbone,
     load_vae,
+    require_buildable,
     require_finite,
     require_safetensors,
     resolved,
@@ -19,6 +20,6 @@ from .registry import FAMILIES, family_of, family_of_index, family_of_text
 
 __all__ = [
     "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "digest_weights", "family_of",
-    "family_of_index", "family_of_text", "find_model", "load_backbone", "load_vae", "require_finite",
-    "require_safetensors", "resolved", "revision_of", "with_network",
+    "family_of_index", "family_of_text", "find_model", "load_backbone", "load_vae", "require_buildable",
+    "require_finite", "require_safetensors", "resolved", "revision_of", "with_network",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -25,9 +25,8 @@ CONVERT = (
     "DiffusionPipeline.from_pretrained(MODEL, use_safetensors=False).save_pretrained(NEW)"
 )
 EMBEDDED = Path(__file__).resolve().parents[2] / "weights"  # what ships inside the package
-
-
-MOST_LAYERS = 1_000  # of a part, where the largest known have some hundred
+# Of whole numbers in configurations, by a word of their key. The largest known networks have some hundred layers.
+MOST = {"layers": 1_000, "blocks": 1_000, "timesteps": 100_000, "": 100_000_000}
 
 
 class Hub(TypedDict, total=False):
@@ -96,7 +95,27 @@ def load_backbone(
         if Path(source).is_file() and not hub.get("config"):
             fix = "its configs are fetched from the hub: connect, or pass config (--config), a folder or id of its kind"
         raise UserError(f"{name}: the model could not be loaded ({one_line(error)}): {fix}") from error
-    for lora, weight in (loras or {}).items():
+    try:
+        _fuse_loras(pipe, loras or {}, str(name))
+    except UserError:
+        if text:
+            raise
+        # They may have updates of the text encoders, which then have to be there.
+        whole = load_backbone(name, dtype, loras, **hub)
+        return replace(whole, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")))
+    backbone = _take_parts(pipe, kind, given, str(name))
+    if text and not any(part.startswith("text_encoder") and value is None for part, value in given.items()):
+        kind.require_text(backbone, str(name))
+    for field in fields(backbone):
+        part = getattr(backbone, field.name)
+        if isinstance(part, torch.nn.Module):
+            require_finite(part, f"{name}/{field.name}")
+    return backbone
+
+
+def _fuse_loras(pipe: Any, loras: Mapping[str, float], name: str) -> None:
+    """Make low-rank updates a part of the weights. Raises UserError for one that is none for this model."""
+    for lora, weight in loras.items():
         try:
             pipe.load_lora_weights(str(lora), use_safetensors=True)
             if not pipe.get_list_adapters():  # diffusers takes a file of other keys for none at all
@@ -104,13 +123,15 @@ def load_backbone(
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
         except Exception as error:
-            if not text:  # it may have updates of the text encoders, which then have to be there
-                whole = load_backbone(name, dtype, loras, **hub)
-                return replace(whole, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")))
             raise UserError(
                 f"{lora}: not a LoRA for {name} ({one_line(error)}): check the file and the model"
             ) from error
-    kind.require_scheduler(pipe.scheduler, str(name))
+
+
+def _take_parts(pipe: Any, kind: Family, given: Mapping[str, Any], name: str) -> Backbone:
+    """Return the parts of diffusers' pipeline, with those that are given in their place. Raises UserError for parts
+    that are of another kind or that do not fit together."""
+    kind.require_scheduler(pipe.scheduler, name)
     values = named_parts(pipe)
     parts = {field.name: values.get(field.name, field.default) for field in fields(Backbone)}
     try:
@@ -121,13 +142,7 @@ def load_backbone(
         raise UserError(
             f"{name}: a value of its configurations will not do ({one_line(error)}): fetch it again"
         ) from error
-    kind.require_usable(backbone, str(name))
-    if text and not any(part.startswith("text_encoder") and value is None for part, value in given.items()):
-        kind.require_text(backbone, str(name))
-    for field in fields(backbone):
-        part = getattr(backbone, field.name)
-        if isinstance(part, torch.nn.Module):
-            require_finite(part, f"{name}/{field.name}")
+    kind.require_usable(backbone, name)
     return backbone
 
 
@@ -140,6 +155,7 @@ def load_vae(model: str | Path) -> Any:
     try:
         source, options = resolved(source, "vae")
         require_safetensors(Path(source) / "vae")
+        require_buildable(Path(source) / "vae")
         kind: Any = codec.vae_class(source, **{k: v for k, v in options.items() if k == "revision"})
         vae = kind.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
     except UserError:
@@ -191,8 +207,8 @@ def _unused(kind: Family, index: Mapping[str, Any]) -> list[str]:
 
 
 def require_buildable(folder: Path) -> None:
-    """Raise UserError for the folder of a part whose configuration is no object, or has a count of layers or blocks
-    above MOST_LAYERS: diffusers would search the former for keys, or build the latter, without an end."""
+    """Raise UserError for the folder of a part whose configuration is no object, or has a number above what MOST says
+    for its key: diffusers would search the former for keys, or build the latter, without an end."""
     for file in (folder / "config.json", folder / "scheduler_config.json"):
         try:
             config = json.loads(file.read_text())
@@ -200,11 +216,24 @@ def require_buildable(folder: Path) -> None:
             continue
         if not isinstance(config, dict):
             raise UserError(f"{file}: holds {one_line(repr(config))} and no object: fetch the model again")
-        for key, value in config.items():
-            counts = value if isinstance(value, list) else [value]
-            large = any(isinstance(n, int) and n > MOST_LAYERS for n in counts)
-            if large and ("layers" in key or "blocks" in key):
-                raise UserError(f"{file}: {key} is above {MOST_LAYERS:,}: fetch the model again")
+        config.pop("info", None)  # of an adapter: what it is, not how it is built
+        for key, number in _numbers(config):
+            most = next((most for word, most in MOST.items() if word in key))
+            if number > most:
+                raise UserError(f"{file}: {key} is above {most:,}: fetch the model again")
+
+
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers of a configuration, in lists and objects too, each with the key that it stands under."""
+    waiting: list[tuple[str, Any]] = list(config.items())
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, one) for one in value]
+        elif isinstance(value, int):
+            yield key, value
 
 
 def require_safetensors(folder: Path) -> None:
@@ -224,6 +253,8 @@ def _open_file(path: Path, dtype: torch.dtype, hub: dict[str, Any]) -> tuple[Any
     fetching = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
     if fetching.get("config"):
         fetching["config"] = str(fetching["config"])
+        for folder in sorted(Path(fetching["config"]).glob("*/")):
+            require_buildable(folder)
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
     kind = next((kind for kind in FAMILIES if kind.holds(keys)), FAMILIES[0])
@@ -260,6 +291,7 @@ def with_network(model: str | Path, network: Path, out: Path) -> Path:
     diffusers' layout. Returns `out`; what is there already stays."""
     if not (out / "model_index.json").is_file():
         b = load_backbone(model)
+        require_buildable(network)
         kind: Any = type(b.network)
         setattr(b, b.kind.component, kind.from_pretrained(network, dtype=b.network.dtype))
         temporary = out.with_name(f".{out.name}.tmp")
