@@ -17,13 +17,13 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import central, release, tuning
+from candidates import central, tuning
 from command import command_line
 from torch import Tensor, nn
 
@@ -188,9 +188,15 @@ def one_stage(objective: Callable[..., Any], cost: float, how: str = "ddim") -> 
     )  # fmt: skip
 
 
-def release_method(backbone: Net, world: World, passes: int, seed: int) -> Trained:
-    """The authors' release, whose ODE is the frozen backbone's."""
-    objective = release(backbone, lambda inputs: replace(inputs, c=0 * inputs.c), 50 * LEVEL)
+def release(backbone: Net, world: World, passes: int, seed: int) -> Trained:
+    """The algorithm of the authors' code, whose ODE is the frozen backbone's without the condition."""
+
+    def without(z: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        return backbone(z, t, Inputs(0 * inputs.c))
+
+    objective = partial(
+        codi, dt=50 * LEVEL, shared_t=False, on_grid=True, consistency="signal", ode="teacher", teacher=without
+    )
     return train(backbone, world, objective, int(passes / 5), seed), "ddim"
 
 
@@ -213,21 +219,18 @@ def methods() -> dict[str, Method]:
     """Return the methods by name, with their passes an image and how each is sampled."""
     decoupling: dict[str, Any] = {"dt": 250 * LEVEL, "dt_end": 25 * LEVEL}
     one_step: dict[str, Any] = {"consistency_weight": 5, "consistency_weighting": "signal", "averaged": True}
-    maps = {f"flow_map, weight {w}": one_stage(partial(flow_map, weight=float(w)), 4, "map") for w in (5, 7, 10)}
     return {
         "finetune": one_stage(finetune, 3),
         "codi": one_stage(partial(codi, dt=LEVEL), 4),
-        "codi, dt 50, velocity": one_stage(
-            partial(codi, dt=50 * LEVEL, shared_t=False, signal_weighting="velocity"), 4
-        ),
-        "codi-release": release_method,
+        "codi-tuned": one_stage(partial(codi, dt=50 * LEVEL, shared_t=False, signal_weighting="velocity"), 4),
+        "codi-release": release,
         "decoupled": one_stage(partial(decoupled, **decoupling), 7, "jump"),
         "decoupled, one-step": one_stage(partial(decoupled, **decoupling, **one_step), 7, "jump"),
         "GD-II": two_stage_progressive,
         "CM-II": two_stage_consistency,
         "tuning on data": one_stage(partial(tuning, dt=250 * LEVEL, dt_end=2.5 * LEVEL), 4, "consistency"),
         "central difference": one_stage(central, 4, "map"),
-        **maps,
+        "flow-map": one_stage(flow_map, 4, "map"),
     }
 
 

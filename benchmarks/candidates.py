@@ -5,9 +5,7 @@ All have the form of codi.objectives, and are written for the linear path's u = 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,28 +87,3 @@ def tuning(
     with torch.no_grad():
         goal = signal(target, s)
     return {"consistency": mean_square(signal(student, t), goal)}
-
-
-def release(backbone: Network, without: Callable[[Any], Any], dt: float) -> Callable[..., Losses]:
-    """Return the algorithm of the authors' release: z_s by the frozen backbone `without` the condition, consistency of
-    signals, times on a grid of `dt`, drawn for each sample, and a plain data term."""
-
-    def objective(
-        student: Network,
-        target: Network,
-        batch: LatentBatch,
-        schedule: Schedule,
-        generator: torch.Generator | None = None,
-    ) -> Losses:
-        x, c = batch.x, batch.conditioning
-        levels = round(schedule.horizon / dt)
-        t = torch.randint(1, levels + 1, (len(x),), generator=generator).double() * dt
-        s = t - dt
-        z = schedule.mix(x, torch.randn(x.shape, generator=generator), t)
-        x_t, _ = schedule.signal_noise(student(z, schedule.timestep(t), c), z, t)
-        with torch.no_grad():
-            z_s = schedule.mix(*schedule.signal_noise(backbone(z, schedule.timestep(t), without(c)), z, t), s)
-            x_s, _ = schedule.signal_noise(target(z_s, schedule.timestep(s), c), z_s, s)
-        return {"consistency": mean_square(x_t, x_s), "signal": mean_square(x_t, x)}
-
-    return objective

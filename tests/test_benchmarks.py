@@ -316,8 +316,8 @@ def test_the_reference_has_the_guidance_of_the_few_step_adapter_and_none(monkeyp
     pipes = {"depth": FakePipe(task, **few), "depth-finetuned": FakePipe(task), "depth-full": FakePipe(task, **few)}
     rows, measured = measured_by("depth", monkeypatch, tmp_path, pipes)
     assert measured == get_task("depth", soften=0.0)
-    assert rows[:6] == [(method, n, None, adapter) for method, adapter in (("pe-codi-tuned", "depth"), ("codi", "depth-full"))
-                        for n in (1, 2, 4)]  # fmt: skip
+    few = (("pe-codi-tuned", "depth"), ("codi", "depth-full"))
+    assert rows[:6] == [(method, n, None, adapter) for method, adapter in few for n in (1, 2, 4)]
     assert rows[6:] == [
         ("finetuned", 4, 2.0, "depth-finetuned"),
         ("finetuned", 50, 2.0, "depth-finetuned"),

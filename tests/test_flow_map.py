@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from codi.models.guidance import jump_between
-from codi.models.student import conditioning_rows
+from codi.models.adapter import HintAdapter, network_config
+from codi.models.guidance import SineEmbedding, jump_between
+from codi.models.student import Conditioning, Student, conditioning_rows
 from codi.objectives.batch import LatentBatch
 from codi.objectives.flow_map import flow_map
+from codi.sampling.sampler import sample, sampler_of
 from codi.schedule import CosineSchedule, DiscreteSchedule, FlowSchedule, Schedule
+from tiny import tiny_unet
 
 MEAN, DEVIATION = 0.7, 0.5
 SCHEDULES = {
@@ -111,3 +114,37 @@ def test_shares_and_rows():
     assert found.tolist() == [[0, 0], [0.75, 0.375], [1, 0.5]]
     part = conditioning_rows(Inputs(torch.arange(6)), slice(2, 4))
     assert part.jump.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("schedule", [SCHEDULES["cosine"], SCHEDULES["flow"]], ids=["cosine", "flow"])
+def test_the_exact_map_samples_the_data_in_any_number_of_steps(schedule, steps):
+    """Every latent is m + d eps of its own noise; without the target time a step is the denoiser's mean."""
+
+    class Network(Student):
+        def __init__(self, exact: Exact) -> None:
+            torch.nn.Module.__init__(self)
+            self.adapter, self.exact = None, exact
+
+        def forward(self, z, timestep, conditioning, strength=1.0):
+            jump = conditioning.jump if conditioning.jump is not None else torch.zeros(len(z), 2)
+            return self.exact(z.flatten(1), timestep, Inputs(jump)).view_as(z)
+
+    noise = torch.randn(50, 1, 1, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    nothing = Conditioning(torch.zeros(50, 1, 1, dtype=torch.float64))
+    x = sample(Network(Exact(schedule)), schedule, noise, nothing, steps, sampler="map")
+    torch.testing.assert_close(x, MEAN + DEVIATION * noise, rtol=0, atol=1e-6)
+    mean = sample(Network(Exact(schedule)), schedule, noise, nothing, 1, sampler="ddim")
+    torch.testing.assert_close(mean, torch.full_like(mean, MEAN), rtol=0, atol=1e-6)
+
+
+def test_adapters_of_before_give_the_target_time_as_a_share_of_the_way():
+    old, new = (HintAdapter(network_config(tiny_unet()), target_time=new, jumps=not new) for new in (False, True))
+    jump = jump_between(torch.tensor([500.0]), torch.tensor([250.0]), 1000)
+    for adapter, way in ((old, 0.5), (new, 0.25)):
+        torch.nn.init.normal_(adapter.jump.projection.weight)  # type: ignore[union-attr]
+        by_hand = SineEmbedding.forward(adapter.jump, torch.tensor([[way]]))  # type: ignore[arg-type]
+        assert torch.equal(adapter.time_condition(None, jump), by_hand)  # type: ignore[arg-type]
+    assert [sampler_of(info) for info in ({}, {"jumps": True}, {"jumps": False}, {"sampler": "map"})] == [
+        "ddim", "renoise", "ddim", "map",
+    ]  # fmt: skip

@@ -136,5 +136,6 @@ def test_what_the_job_asks_for_can_be_done(call, tmp_path, monkeypatch):
     task_figures.main()
     entry = json.loads((tmp_path / "out-one" / "tasks.json").read_text())["tasks"]["generate"]
     assert (entry["count"], entry["size"], entry["device"]) == (2, 32, "cpu")
-    assert [row["method"] for row in entry["rows"]] == ["pe-codi-tuned"] * 3 + ["backbone"] * 2 + ["backbone, guidance 3"]
+    named = [row["method"] for row in entry["rows"]]
+    assert named == ["pe-codi-tuned"] * 3 + ["backbone"] * 2 + ["backbone, guidance 3"]
     assert set(entry["ratios"]["pe-codi-tuned"]) == {"1", "2", "4"}

@@ -102,6 +102,16 @@ def test_times_of_a_batch(shared, dt, consistency):
     assert asked.min() >= dt - (consistency == "signal") and asked.max() <= 999 and asked.max() - asked.min() > 850 - dt
 
 
+def test_times_on_a_grid_are_its_multiples():
+    student, target, _ = trio()
+    for seed in range(100):
+        codi(student, target, float64_batch(4), LEVELS, seeded(seed), dt=50, shared_t=False, on_grid=True)
+    times = 1 + torch.stack(student.timesteps).flatten()
+    levels, counts = times.unique(return_counts=True)
+    assert levels.tolist() == list(range(50, 1001, 50)) and counts.min() >= 5
+    assert torch.equal(1 + torch.stack(target.timesteps).flatten(), (times - 50).clamp_min(1))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("boundary", [False, True])
 def test_every_time_gives_a_finite_loss_and_gradient(prediction, boundary):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from codi.data.sources import open_source
 from codi.errors import UserError
 from codi.models.adapter_files import load_adapter
 from codi.models.backbones import digest, load_backbone
@@ -26,10 +27,10 @@ from codi.training import checkpoint
 from codi.training import recipe as recipes
 from codi.training.checkpoint import Progress
 from codi.training.decoder import DecoderRecipe
-from codi.training.distill import DistillRecipe, distill, recipe_task
+from codi.training.distill import DistillJob, DistillRecipe, distill, recipe_task
 from codi.training.pretrain_recipe import PretrainRecipe
 from codi.training.trainer import RunSettings, learning_rate_factor, make_optimizer
-from tiny import randn, tiny_checkpoint
+from tiny import TEXT_WIDTH, rand, randn, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +342,20 @@ def test_a_folder_of_another_run_is_not_resumed(tiny_run, tmp_path):
         with pytest.raises(UserError, match=f"holds a run with {next(iter(changes))}"):
             distill(replace(run, **changes), quiet=True)
     distill(run, quiet=True)
+
+
+@pytest.mark.parametrize("frozen", [{}, {"train_backbone": False, "lora_rank": 2}], ids=["full", "frozen"])
+def test_the_release_s_steps_are_the_backbone_s_without_the_condition(tiny_run, tmp_path, frozen):
+    recipe = replace(tiny_run, out=str(tmp_path / "run"), objective="codi-release", images=4, **frozen)
+    backbone, source = load_backbone(recipe.model), open_source(recipe.data, recipe_task(recipe).columns)
+    plain, job = Student(load_backbone(recipe.model).network), DistillJob(recipe, backbone, source, source, tmp_path)
+    z, t, text = randn(1, 4, 8, 8), torch.tensor([500]), randn(1, 5, TEXT_WIDTH, seed=2)
+    condition = job.online.adapter.read(rand(1, 3, 32, 32), backbone.vae)
+    with torch.no_grad():
+        for parameter in job.online.parameters():
+            parameter.add_(0.1)
+    torch.testing.assert_close(job.teacher(z, t, Conditioning(text, condition)), plain(z, t, Conditioning(text)))
+    assert weights(distill(recipe, quiet=True))
 
 
 def test_runs_of_before_objectives_were_renamed_go_on(tiny_run, tmp_path):

@@ -65,7 +65,7 @@ def codi(
     if t is None:
         least = schedule.least if on_grid else dt + (schedule.least if consistency == "noise" else 0)
         t = schedule.draw(len(x), least, shared_t, generator)
-        t = (t / dt).ceil().to(t.dtype) * dt if on_grid else t
+        t = ((t / dt).ceil().to(t.dtype) * dt).clamp_max(schedule.horizon) if on_grid else t
     s = t - dt
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     z_t = schedule.mix(x, eps, t)
