@@ -17,15 +17,27 @@ PUBLIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # What each room may import of codi: a room, or one module of it. Its own modules are always allowed.
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "schedule": {"errors"},
-    "models": {"errors", "schedule"},
-    "tasks": {"errors", "data.images"},
-    "data": {"errors"},
-    "objectives": {"errors", "schedule", "models"},
-    "sampling": {"errors", "schedule", "models", "tasks", "data.images"},
-    "evaluation": {"errors", "tasks", "data", "sampling"},
-    "training": {"errors", "schedule", "models", "tasks", "data", "objectives", "sampling", "evaluation"},
-    "export": {"errors", "schedule", "models", "tasks", "data", "objectives", "training", "sampling", "evaluation"},
+    "models": {"errors", "files", "schedule"},
+    "tasks": {"errors", "files", "data.images"},
+    "data": {"errors", "files"},
+    "objectives": {"errors", "files", "schedule", "models"},
+    "sampling": {"errors", "files", "schedule", "models", "tasks", "data.images"},
+    "evaluation": {"errors", "files", "tasks", "data", "sampling"},
+    "training": {"errors", "files", "schedule", "models", "tasks", "data", "objectives", "sampling", "evaluation"},
+    "export": {
+        "errors",
+        "files",
+        "schedule",
+        "models",
+        "tasks",
+        "data",
+        "objectives",
+        "training",
+        "sampling",
+        "evaluation",
+    },
 }
 MAY_IMPORT["apps"] = {*MAY_IMPORT, ""}  # "": the package's own __init__, for its version
 MAY_IMPORT["codi"] = set(MAY_IMPORT) - {"apps"}  # the package's own __init__: what users import

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from codi.errors import UserError
+from codi.files import LOCK, locked
 from codi.training import checkpoint
 from codi.training.checkpoint import Progress
 from codi.training.decoder import DecoderRecipe, distill_decoder
 from codi.training.distill import DistillRecipe, distill
-from codi.training.lock import LOCK, locked, only_run
+from codi.training.lock import only_run
 from codi.training.pretrain import pretrain
 from codi.training.pretrain_recipe import PretrainRecipe
 from codi.training.saving import place
@@ -46,7 +47,7 @@ def test_a_folder_in_which_nothing_was_left_goes(tmp_path):
         distill(DistillRecipe(out=str(tmp_path / "out"), data=str(tmp_path), device="cpu"), quiet=True)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: could not be written"), locked(tmp_path / "file", "busy"):
+    with pytest.raises(UserError, match="file: cannot be written"), locked(tmp_path / "file", "busy"):
         pass
 
 

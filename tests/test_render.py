@@ -14,6 +14,7 @@ from codi.data import render as module
 from codi.data.render import COLUMNS, render_folder
 from codi.data.scenes import sample_edit, sample_scene
 from codi.data.sources import open_source
+from codi.files import LOCK
 from folders import png, read, refused, rows_of
 
 
@@ -68,7 +69,7 @@ def killed(monkeypatch, moment, call):
             raise Killed
 
     def killed_unlink(path, missing_ok=False):
-        if path.suffix != ".tmp":  # a killed process does not clean up
+        if path.suffix != ".tmp" and path.name != LOCK:  # a killed process does not clean up
             count()
             unlink(path, missing_ok=missing_ok)
 
@@ -130,15 +131,15 @@ def test_a_full_disk_leaves_whole_files_and_says_so(tmp_path, monkeypatch):
     written, folder, original = [0], tmp_path / "full", Path.open
 
     class Full(io.FileIO):
-        def writelines(self, lines):
-            data = b"".join(lines)
+        def write(self, data):
             written[0] += len(data)
             super().write(data if written[0] < 12_000 else data[:100])
             if written[0] >= 12_000:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return len(data)
 
     def full_open(path, mode="r", *args, **kwargs):
-        return Full(path, mode) if mode == "xb" else original(path, mode, *args, **kwargs)
+        return Full(path, mode) if mode == "wb" else original(path, mode, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full_open)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from codi.apps.upscale import enlarged_already
 from codi.data.images import read_image
+from codi.files import locked
 from codi.models.backbones import load_backbone
-from codi.training.lock import locked
 from folders import smooth
 from originals import save_original
 from pixels import SWAPPED, icc

@@ -277,15 +277,15 @@ def remembering(method: Method, folders: Mapping[int, Path]) -> Method:
     made."""
     from safetensors.torch import load_file, save_file
 
+    from ..files import write_file
+
     def run(given: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
         file = folders[steps] / f"{seeds[0]}-{len(seeds)}.safetensors"
         if len(seeds) == 1:
             return method.run(given, prompts, steps, seeds)
         if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            save_file({"pictures": method.run(given, prompts, steps, seeds).cpu().contiguous()}, partial)
-            partial.replace(file)
+            made = {"pictures": method.run(given, prompts, steps, seeds).cpu().contiguous()}
+            write_file(file, lambda temporary: save_file(made, temporary))
         return load_file(file)["pictures"]
 
     return replace(method, run=run)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import write_text
 from .common import Device, DType, Json, Model, Seed, choose_device, hide_loading_bars, print_json, working
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def tour(
 
     def write() -> None:
         told["seconds"] = round(time.perf_counter() - began, 1)
-        page.write(out / "index.html", page.build(told))
+        write_text(out / "index.html", page.build(told))
         write_json(told, out / "timings.json")
 
     def add(section: Section) -> None:

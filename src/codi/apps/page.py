@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
-
-from ..errors import UserError
 
 LAYOUT = Path(__file__).with_name("page.html")
 FIGURES = {  # key of a figure -> its heading, decimals
@@ -26,17 +23,6 @@ FIGURES = {  # key of a figure -> its heading, decimals
     "ms": ("ms a picture ↓", 0),
 }
 COLOURS = ("#2f6fde", "#d9762b", "#3a9a5b", "#9a4fc4")
-
-
-def write(path: Path, text: str) -> None:
-    """The page, whole or not at all. Raises UserError where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): name another folder") from error
 
 
 def build(told: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ def upscale(
     """
     with working("starting"):
         from ..data.images import read_image
-        from ..training.lock import locked
+        from ..files import locked
 
         if resume and settings.overwrite:
             raise BadUsage("--resume --overwrite: contradict each other: give one of them")

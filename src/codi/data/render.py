@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from ..files import LOCK, locked, remove_leftovers, write_file
 from .raycast import render
 from .scenes import SPLITS, Edit, Scene, sample_edit, sample_scene
-from .writing import write_whole
 
 COLUMNS = ("conditioning_image", "mask", "edited_image")
 FOLDERS = {"conditioning_image": "depth", "mask": "mask", "edited_image": "edited"}  # column -> sub-folder
@@ -94,16 +93,16 @@ def render_folder(
     rows = {index: _row(index, size, split, seed, edits) for index in range(start, start + count)}
     text = "".join(json.dumps(row) + "\n" for row in rows.values()).encode()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            _remove_leftovers(folder)
+        with locked(folder, "another process renders into it: wait, or name another folder"):
+            for sub in ("", *FOLDERS.values()):
+                remove_leftovers(folder / sub, r"metadata\.jsonl|\d{6,}\.png")
             if overwrite or not metadata.is_file() or metadata.read_bytes() != text:
-                if any(folder.iterdir()) and not overwrite:
+                if {file.name for file in folder.iterdir()} - {LOCK} and not overwrite:
                     raise UserError(f"{folder}: not empty: name a new folder, or allow --overwrite")
                 for row in rows.values():  # before new metadata names them: these may be of other scenes
                     for file in _files(folder, row).values():
                         file.unlink(missing_ok=True)
-                write_whole(metadata, [text])
+                write_file(metadata, lambda temporary: temporary.write_bytes(text))
             for done in _rendered(folder, rows, size, split, seed, edits):
                 if progress is not None:
                     progress(done)
@@ -145,37 +144,12 @@ def _rendered(
                 out = render_chunk(split, mine, size, seed, edits)
                 for k, group in enumerate(files):
                     for column, file in group.items():
-                        write_whole(file, [_png(out.image[k] if column == "image" else out.columns[column][k])])
+                        data = _png(out.image[k] if column == "image" else out.columns[column][k])
+                        # Not flushed one by one, which takes longer than rendering: _is_whole sees what was cut.
+                        write_file(file, functools.partial(Path.write_bytes, data=data), durable=False)
             yield at + len(mine)
     finally:
         torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process, by a lock that ends with it. Raises UserError where another one holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: without the lock two renders at once may end with an error, not with wrong files
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process renders into it: wait, or name another folder") from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of a render that was killed."""
-    for sub in ("", *FOLDERS.values()):
-        for file in (folder / sub).glob(".*.tmp"):
-            if re.fullmatch(r"\.(metadata\.jsonl|\d{6,}\.png)\.[0-9a-f]{8}\.tmp", file.name):
-                file.unlink(missing_ok=True)
 
 
 def _is_whole(file: Path) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from ..files import unwritable, write_file
 
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
 _DESCRIPTION = 0x010E  # EXIF tag ImageDescription
@@ -155,7 +154,7 @@ def check_writable(
         while not folder.exists():
             folder = folder.parent
     except OSError as error:  # a name too long, a folder that may not be searched
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     if not folder.is_dir():
         raise UserError(f"{path}: {folder} is a file, not a folder: choose another place")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -199,23 +198,10 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write all of `parts` to `path`, or nothing: beside it under a temporary name, then renamed; missing folders are
-    made. Raises UserError where that cannot be done."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as stream:
-                stream.writelines(parts)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    """Write all of `parts` to `path`, or nothing; see files.write_file."""
 
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as stream:
+            stream.writelines(parts)
 
-def _unwritable(path: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: no space left on the disk: free some, or write elsewhere")
-    return UserError(f"{path}: cannot be written ({error.strerror or error}): check the folder, or write elsewhere")
+    write_file(path, fill)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 from torch import Tensor
 
-from ..errors import UserError
+from ..files import write_file
 from .evaluate import Results
 
 # heading, field of Row, format; an arrow says which way is better
@@ -86,22 +84,8 @@ def write_json(content: Results | Mapping[str, Any], path: str | Path) -> Path:
 
 def write_text(text: str, path: str | Path) -> Path:
     """Write `text` to `path`: whole or not at all. Raises `UserError` if it cannot."""
-    path, partial = Path(path), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False, encoding="utf-8"
-        ) as file:
-            partial = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)  # temporary files are their owner's alone
-        partial.replace(path)
-    except OSError as error:
-        if partial:
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}): name another file or folder") from error
+    path = Path(path)
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
 
 

@@ -18,9 +18,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from ..files import write_folder
 from ..models.lora import FILE
 from ..schedule import FlowSchedule
-from ..training.checkpoint import edit_json, write_atomically
+from ..training.checkpoint import edit_json
 from .card import write_card
 from .flow_scheduler import make_flow_scheduler
 from .source import WEIGHTS, Source
@@ -61,7 +62,7 @@ def export_diffusers(source: Source, out: Path, steps: int, dtype: torch.dtype |
             weights.chmod(0o644)  # safetensors leaves them to their owner alone
         (folder / "README.md").write_text(write_card(source, scheduler, arguments, bool(updates)))
 
-    write_atomically(out, fill)
+    write_folder(out, fill)
     return {"scheduler": type(scheduler).__name__, "call": arguments}
 
 

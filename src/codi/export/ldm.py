@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import write_file, write_text
 from ..models.lora import FILE
 from .comfyui import workflow
 from .source import WEIGHTS, Source
@@ -88,8 +88,8 @@ def export_ldm(source: Source, out: Path, steps: int, dtype: torch.dtype | None 
     note = {"codi": json.dumps(told)}
     for kind, weights in files.items():
         whole = {key: value.detach().contiguous() for key, value in weights.items()}
-        _write(paths[kind], functools.partial(save_file, whole, metadata=note))
-    _write(beside(out)[-1], lambda path: path.write_text(json.dumps(nodes, indent=2) + "\n"))
+        write_file(paths[kind], functools.partial(save_file, whole, metadata=note))
+    write_text(beside(out)[-1], json.dumps(nodes, indent=2) + "\n")
     return told
 
 
@@ -153,13 +153,3 @@ def kohya(updates: dict[str, Tensor]) -> dict[str, Tensor]:
         if which == "lora_A":
             named[f"{flat}.alpha"] = torch.tensor(float(len(value)))
     return named
-
-
-def _write(path: Path, fill: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        fill(temporary)
-        temporary.chmod(0o644)  # safetensors leaves them to their owner alone
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)

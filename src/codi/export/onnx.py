@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import write_folder
 from ..models import codec, text
 from ..models.student import Conditioning, Student
 from ..sampling.colour import match_colour
 from ..sampling.sampler import sample, time_grid
-from ..training.checkpoint import write_atomically
 from .source import Source
 
 OPSET = 18
@@ -95,7 +95,7 @@ def export_onnx(source: Source, out: Path, steps: int, size: tuple[int, int] | N
         source.backbone.tokenizer.save_pretrained(folder / "tokenizer")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    write_atomically(out, fill)
+    write_folder(out, fill)
     return config
 
 

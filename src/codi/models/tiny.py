@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..errors import UserError, one_line
+from ..files import write_text
 from . import codec
 from .backbones import Hub, find_model, require_buildable, require_finite, require_safetensors
 
@@ -52,9 +53,7 @@ def mark_saved(folder: Path, tiny: bool) -> None:
     if not parts.get("is_distilled"):  # which pipelines of other families do not know
         unknown.append("is_distilled")
     parts = {name: part for name, part in parts.items() if name not in unknown} | {_MARK: TINY if tiny else FULL}
-    partial = index.with_suffix(".partial")
-    partial.write_text(json.dumps(parts, indent=2) + "\n")
-    partial.replace(index)
+    write_text(index, json.dumps(parts, indent=2) + "\n")
 
 
 def saved_decoder(folder: Path) -> str | None:

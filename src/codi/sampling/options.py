@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..files import write_text
 from ..models.backbones import Backbone, Hub
 
 LOADING = (
@@ -46,9 +47,7 @@ def name_class(folder: Path, name: str | list[str]) -> None:
     """Write into a saved pipeline's index which class opens it; a list begins with the file that defines it."""
     index = folder / "model_index.json"
     parts = {**json.loads(index.read_text()), "_class_name": name}
-    partial = index.with_suffix(".partial")
-    partial.write_text(json.dumps(parts, indent=2) + "\n")
-    partial.replace(index)
+    write_text(index, json.dumps(parts, indent=2) + "\n")
     if isinstance(name, list):
         (folder / f"{ENTRY}.py").write_text(ENTRY_TEXT)
     else:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +30,12 @@ from ..data.batches import Batch, collate, judge
 from ..data.samples import CorruptSample, Sample, order
 from ..data.sources import SceneSource, Source, open_source
 from ..errors import UserError, one_line
+from ..files import locked, remove_leftovers, write_file, write_text
 from ..models import codec
 from ..models.backbones import Backbone, digest, load_backbone
 from ..models.text import FEATURES, Bundle, join
 from ..tasks import Task
 from .distill_recipe import DistillRecipe, recipe_task
-from .lock import locked
 from .prompt_cache import PROMPTS, PromptCache, held_out_batch
 from .trainer import make_accelerator
 
@@ -142,8 +141,9 @@ def make_cache(
     corrupt: list[CorruptSample] = []
     read, count = 0, len(source)
     with locked(folder, "another process is filling this cache: wait for it, or name another -o"):
+        remove_leftovers(folder, r"[a-z]+(-\d+)?\.[a-z]+")
         if _require_same(folder, index, [key for key in index if key != "model"]) is None:
-            _write(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1) + "\n"))
+            write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
         for number, start in enumerate(range(0, count, shard_size)):
             indices = range(start, min(start + shard_size, count))
             if _fault(_shard(folder, number)):
@@ -156,11 +156,11 @@ def make_cache(
                 }
                 if not all(bool(t.isfinite().all()) for t in stored.values()):
                     raise UserError(f"{recipe.model}: its features are beyond {dtype}: add --exact to keep float32")
-                _write(_shard(folder, number), lambda path: save_file(stored, path))  # noqa: B023 - called at once
+                write_file(_shard(folder, number), lambda path: save_file(stored, path))  # noqa: B023 - called at once
             if progress:
                 progress(indices.stop, count)
         prompts = ["", *task.prompts(held_out_batch(recipe, open_source(recipe.held_out, task.columns)))]
-        _write(folder / PROMPTS, PromptCache.of(backbone.text, prompts).save)
+        write_file(folder / PROMPTS, PromptCache.of(backbone.text, prompts).save)
     return {**index, "unread": len(corrupt)}
 
 
@@ -196,26 +196,6 @@ def _encode(
     }
     text = {TEXT if name == FEATURES else name: value.float().cpu() for name, value in bundle.items()}
     return tensors | text, list(corrupt.values())
-
-
-def _write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Calls `fill(temporary)`, then renames that file to `path`."""
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fill(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors leaves them to their owner alone
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return UserError(f"{path}: could not be written ({reason}): free space or change -o")
 
 
 def open_cache(recipe: DistillRecipe, backbone: Backbone, source: Source) -> CachedSource:

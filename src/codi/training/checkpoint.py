@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
@@ -23,12 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line
+from ..files import OLD, WRITING, write_folder
 from ..models.checksums import checksums, find_fault
 from . import processes, sharding
 
-_TEMPORARY = ".writing-"
-_OLD = f"{_TEMPORARY}old-"  # a folder that a new one is about to replace
-_GONE = f"{_TEMPORARY}gone-"  # one that is being removed
+_GONE = f"{WRITING}gone-"  # a folder that is being removed
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 
 
@@ -48,30 +46,6 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-
-
-def write_atomically(folder: Path, fill: Callable[[Path], Any]) -> None:
-    """Call `fill(temporary)` on an empty folder beside `folder`, flush it, then rename it over `folder`."""
-    temporary = folder.parent / f"{_TEMPORARY}{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        old = folder.with_name(f"{_OLD}{folder.name}")
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # safetensors says "no space left" in its own way
-        reason = one_line(getattr(error, "strerror", None) or error)
-        raise UserError(f"{folder}: could not be written ({reason}): free space or change --out") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -111,7 +85,7 @@ def save(
         state = {"progress": vars(progress), "scaler": scaler, "recipe": recipe, "files": files}
         (folder / STATE).write_text(json.dumps(state, indent=1))
 
-    write_atomically(folder, fill)
+    write_folder(folder, fill)
     for old in complete(root)[:-keep]:
         _discard(old)
     return folder
@@ -187,9 +161,9 @@ def clean(out: Path) -> None:
     """Remove what a killed run left half-written or half-removed in `out` and its checkpoints; put back a folder caught
     between two renames."""
     root = out / CHECKPOINTS
-    for left in (*out.glob(f"{_TEMPORARY}*"), *root.glob(f"{_TEMPORARY}*")):
-        name = left.name.removeprefix(_OLD)
-        if left.name.startswith(_OLD) and not left.with_name(name).exists():
+    for left in (*out.glob(f"{WRITING}*"), *root.glob(f"{WRITING}*")):
+        name = left.name.removeprefix(OLD)
+        if left.name.startswith(OLD) and not left.with_name(name).exists():
             left.rename(left.with_name(name))
         else:
             shutil.rmtree(left, ignore_errors=True)

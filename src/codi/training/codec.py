@@ -15,11 +15,12 @@ from ..data.batches import Batch, batches
 from ..data.sources import Source
 from ..data.textures import dead_leaves
 from ..errors import UserError, one_line
+from ..files import write_folder
 from ..models import codec
 from ..models.backbones import require_finite, require_safetensors
 from . import ema
 from .adversarial import adversarial_losses, new_discriminator
-from .checkpoint import Progress, write_atomically
+from .checkpoint import Progress
 from .latents import normal, shuffled
 from .muon import muon_groups
 from .pretrain_recipe import PretrainRecipe, first_pictures, write_sheet
@@ -136,9 +137,7 @@ class CodecJob(Job):
         with torch.no_grad():
             latents = torch.cat([vae.encode(x.to(vae.device) * 2 - 1).latent_dist.mean for x in images.split(32)])
             standardise_latents(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-        write_atomically(
-            out / "vae", lambda folder: vae.to(memory_format=torch.contiguous_format).save_pretrained(folder)
-        )
+        write_folder(out / "vae", lambda folder: vae.to(memory_format=torch.contiguous_format).save_pretrained(folder))
 
 
 class DecoderJob(CodecJob):
@@ -164,7 +163,7 @@ class DecoderJob(CodecJob):
     def finish(self, out: Path, progress: Progress) -> None:
         vae: Any = self.average["vae"]  # type: ignore[index]
         vae.to(memory_format=torch.contiguous_format)
-        write_atomically(out / "vae", lambda folder: vae.save_pretrained(folder))
+        write_folder(out / "vae", lambda folder: vae.save_pretrained(folder))
 
 
 def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:

@@ -134,9 +134,10 @@ class DistillJob(Job):
             return None
         if self.recipe.objective == "codi-release":
             return Student(copy.deepcopy(backbone.network)).requires_grad_(False).eval()
-        if self.recipe.teacher is None:
+        r = self.recipe
+        if r.teacher is None:
             return copy.deepcopy(student).requires_grad_(False).eval()
-        r, network = self.recipe, copy.deepcopy(backbone.network)
+        network = copy.deepcopy(backbone.network)
         teacher = fitting_adapter(r.teacher, network, backbone.family, r.model)
         adapter, network = load_adapter(teacher, r.task, backbone.family, network, r.model)
         self._require_scales(adapter, r.teacher)

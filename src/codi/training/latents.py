@@ -21,9 +21,10 @@ from ..data.batches import judge, report_corrupt
 from ..data.samples import CorruptSample, Sample
 from ..data.sources import Source
 from ..data.writing import write_whole
+from ..files import write_folder
 from ..models import codec
 from . import ema
-from .checkpoint import Progress, edit_json, write_atomically
+from .checkpoint import Progress, edit_json
 from .muon import muon_groups
 from .pretrain_recipe import PretrainRecipe, read_pictures, write_sheet
 from .tokenizer import write_classic_files
@@ -133,7 +134,7 @@ class LatentsJob(Job):
 
         staged, index = out / "training" / "finished", "model_index.json"
         shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed below
-        write_atomically(staged, fill)
+        write_folder(staged, fill)
         # Without its index a folder is no model: gone first and back last, it never stands beside parts of two models.
         (out / index).unlink(missing_ok=True)
         for item in sorted(staged.iterdir(), key=lambda item: item.name == index):

@@ -22,6 +22,7 @@ from ..data.samples import CorruptSample
 from ..data.sources import Source
 from ..data.textures import dead_leaves
 from ..errors import UserError
+from ..files import write_text
 from ..models import codec
 from ..models.backbones import Backbone
 from ..models.student import Conditioning, Student
@@ -156,9 +157,7 @@ def make_pairs(
                 file.flush()
         corrupt += unread
         kept |= {"at": numbers.stop, "pairs": kept["pairs"] + len(z), "corrupt": [vars(c) for c in corrupt]}
-        partial = index.with_suffix(".partial")
-        partial.write_text(json.dumps(kept))
-        partial.replace(index)
+        write_text(index, json.dumps(kept))
         if not quiet and (start // CHUNK % 40 == 39 or numbers.stop == count):
             print(f"{numbers.stop:>9,}/{count:,} pairs of latent and picture", file=sys.stderr, flush=True)
     report_corrupt(folder / "corrupt.json", count, corrupt)

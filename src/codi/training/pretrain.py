@@ -18,10 +18,11 @@ from transformers import CLIPTokenizer
 from ..data.scenes import sample_edit, sample_scene
 from ..data.sources import SceneSource, Source, open_source
 from ..errors import UserError
+from ..files import write_folder
 from ..models import codec
 from ..models.backbones import find_model, load_backbone
 from . import processes
-from .checkpoint import CHECKPOINTS, Progress, require_same_run, write_atomically
+from .checkpoint import CHECKPOINTS, Progress, require_same_run
 from .codec import CodecJob, DecoderJob, new_vae, open_vae
 from .flux import FluxJob, new_flux
 from .latents import EditedPictures, LatentsJob, encode_all
@@ -66,7 +67,7 @@ def _pretrain(run: _Run) -> Path:
     if not recipe.ldm_images:
         with processes.together():
             if run.accelerator.is_main_process:
-                write_atomically(run.out / "vae", vae.save_pretrained)
+                write_folder(run.out / "vae", vae.save_pretrained)
         return run.out
     job = _text_to_image(run, vae, latents, captions)
     progress = run.train("ldm", job, recipe.ldm_images, recipe.ldm_batch, recipe.ldm_learning_rate)

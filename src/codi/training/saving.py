@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ..files import write_folder
 from ..models.backbones import FAMILIES, family_of
 from ..models.checksums import checksums
 from ..models.lora import FILE, lora_names, save_lora
-from .checkpoint import edit_json, write_atomically
+from .checkpoint import edit_json
 
 CONFIG = "config.json"
 
@@ -58,7 +59,7 @@ def place(out: Path, fill: Callable[[Path], Any], stale: Sequence[str]) -> None:
     is one over a mixture."""
     staged = out / ".finished"
     shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed below
-    write_atomically(staged, fill)
+    write_folder(staged, fill)
     for old in (out / name for name in stale):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     for item in sorted(staged.rglob("*"), key=lambda p: (p.name == CONFIG, len(p.parts) == len(staged.parts) + 1)):

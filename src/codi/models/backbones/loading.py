@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from ...errors import UserError, nearest, one_line
+from ...files import write_folder
 from .. import codec
 from .base import Backbone, Family, named_parts, stock
 from .registry import FAMILIES, family_of_index
@@ -294,8 +294,5 @@ def with_network(model: str | Path, network: Path, out: Path) -> Path:
         require_buildable(network)
         kind: Any = type(b.network)
         setattr(b, b.kind.component, kind.from_pretrained(network, dtype=b.network.dtype))
-        temporary = out.with_name(f".{out.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        b.pipeline().save_pretrained(temporary)
-        temporary.rename(out)
+        write_folder(out, b.pipeline().save_pretrained)
     return out
