@@ -120,11 +120,15 @@ def check(
     if json_:
         print_json({"folder": folder, "task": task, **asdict(report), "remarks": remarks, "faults": faults})
     else:
-        print(f"{folder}: {_headline(report)}")
-        for told in _lines(report, chosen, size) + remarks:
-            print(f"  {told}".encode(errors="backslashreplace").decode())  # names of files may be no text
+        _print_report(folder, [_headline(report), *_lines(report, chosen, size), *remarks])
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}: mend this before training")
+
+
+def _print_report(folder: str, lines: list[str]) -> None:
+    """Print the first line after the folder's name, and the others below it."""
+    for line in (f"{folder}: {lines[0]}", *(f"  {line}" for line in lines[1:])):
+        print(line.encode(errors="backslashreplace").decode())  # names of files may be no text
 
 
 def latent_cell(model: str) -> int:
