@@ -134,7 +134,7 @@ def test_no_space_left(shell, tiny, tmp_path, monkeypatch):
     assert shell("distill", path, "--images", 4).code == 0
     before = files(tmp_path / "run" / "checkpoints")
     monkeypatch.setattr("codi.training.checkpoint.save_file", full)
-    shell("distill", path, "--images", 8).failed(1, "No space left on device")
+    shell("distill", path, "--images", 8).failed(1, "no space left on the disk")
     assert files(tmp_path / "run" / "checkpoints") == before
 
 
