@@ -18,14 +18,14 @@ import torch
 from candidates import tuning
 
 from codi.apps.benchmark import benchmark
-from codi.training import distill_recipe
+from codi.training import objective
 
 HERE = Path(__file__).parent
 
 
 def register_candidates() -> None:
     """Make the objectives of candidates.py known to recipes."""
-    known: Any = distill_recipe
+    known: Any = objective
     known.OBJECTIVES["tuning"] = partial(tuning, dt=250, dt_end=3)
     known.PASSES["tuning"] = 4
     known.SAMPLERS["tuning"] = "renoise"

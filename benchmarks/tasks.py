@@ -14,9 +14,9 @@ recipes `<task>-full` (backbone trained too), as `hint` another form of adapter,
 
 Many steps, 50, and 4 to compare: `finetuned`, the adapter `<entry>-finetuned` (plain diffusion loss, same form and
 budget), embedded or from --finetuned, if there is one; for `generate` the `backbone` itself. Nothing is distilled into
-these, so they get classifier-free guidance, two passes a step, at the text scale of `pe-codi-tuned`. For `edit` the text
-scale alone can be matched that way: the picture's is distilled into the few-step adapter, and the reference has none.
-As another scale may suit them better, 50 steps are measured at one more: without guidance, or the backbone at
+these, so they get classifier-free guidance, two passes a step, at the text scale of `pe-codi-tuned`. For `edit` the
+text scale alone can be matched that way: the picture's is distilled into the few-step adapter, and the reference has
+none. As another scale may suit them better, 50 steps are measured at one more: without guidance, or the backbone at
 --guidance.
 
 `ratios` compare each few-step row with the 50-step row of the better FD: `against` names it; `fd` (times, lower is

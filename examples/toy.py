@@ -12,8 +12,8 @@ predicts the velocity v = alpha eps - sigma x; the signal it means is x_hat = al
 Why few steps are hard. Trained with the data term |x - x_hat|^2 the best x_hat is the conditional MEAN E[x | z_t, c]:
 at t = pi / 2, where z says nothing, that is the centre of all allowed blobs, where no data lie, and a one-step sampler
 returns just that. A few-step sampler wants x_hat to be a SAMPLE: the end of the path through z_t. One output cannot be
-both: that is the tension in CoDi's loss, data term plus consistency, and what `decoupled` takes apart by asking the
-network two questions.
+both: that is the tension in CoDi's loss, data term plus consistency. A flow map takes it apart: the network is given
+the time r that it shall step to, and predicts the mean for r = t, the point on the path for r < t.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from codi.models.guidance import jump_between
 from codi.objectives.batch import LatentBatch
 from codi.objectives.codi import codi
 from codi.objectives.consistency import consistency
 from codi.objectives.decoupled import decoupled
 from codi.objectives.finetune import finetune
+from codi.objectives.flow_map import flow_map
 from codi.objectives.guided import guided
 from codi.schedule import CosineSchedule
 
@@ -55,20 +57,20 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Look:
-    """What the network sees besides z and t: `c` the condition (-1: none), `jump` which question is asked."""
+    """What the network sees besides z and t: `c` the condition (-1: none), `jump` the target time."""
 
     c: Tensor
     jump: Tensor | None = None
 
 
 class Net(nn.Module):
-    """A velocity network. Condition and question enter through layers that are zero at first: the adapted model starts
-    as the backbone, exactly."""
+    """A velocity network. Condition and target time enter through layers that are zero at first: the adapted model
+    starts as the backbone, exactly."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         self.enter, self.time = nn.Linear(2, width), nn.Linear(16, width)
-        self.condition, self.jump = nn.Embedding(2, width), nn.Linear(1, width, bias=False)
+        self.condition, self.jump = nn.Embedding(2, width), nn.Linear(2, width, bias=False)
         self.hidden = nn.Sequential(*[m for _ in range(3) for m in (nn.SiLU(), nn.Linear(width, width))], nn.SiLU())
         self.leave = nn.Linear(width, 2)
         for late in (self.condition, self.jump):
@@ -78,7 +80,7 @@ class Net(nn.Module):
         u = t.to(z).expand(len(z))[:, None] * torch.arange(1, 9)
         h = self.enter(z) + self.time(torch.cat([u.sin(), u.cos()], 1))
         h = h + self.condition(look.c.clamp_min(0)) * (look.c >= 0)[:, None]
-        h = h if look.jump is None else h + self.jump(look.jump.to(z)[:, None])
+        h = h if look.jump is None else h + self.jump(look.jump.to(z))
         return self.leave(self.hidden(h))
 
 
@@ -121,12 +123,28 @@ def ddim(net: Net, c: Tensor, steps: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
+def follow(net: Net, c: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    """Along a flow map: the same with the network given the time of the next point."""
+    z = torch.randn(len(c), 2, generator=generator)
+    grid = torch.linspace(SCHEDULE.horizon, 0, steps + 1)
+    for t, s in zip(grid, grid[1:], strict=False):
+        x, eps = SCHEDULE.signal_noise(net(z, t[None], Look(c, target(t, s, len(c)))), z, t[None])
+        z = SCHEDULE.mix(x, eps, s[None])
+    return z
+
+
+def target(t: Tensor, s: Tensor, count: int) -> Tensor:
+    """The input of a network with a target time for steps from t to s, (count, 2)."""
+    return jump_between(t[None], s[None], SCHEDULE.horizon).expand(count, 2)
+
+
+@torch.no_grad()
 def jump(net: Net, c: Tensor, steps: int, generator: torch.Generator) -> Tensor:
     """To the end at once, then part of the way back with fresh noise, and again (multistep consistency sampling)."""
     z = torch.randn(len(c), 2, generator=generator)
     grid = torch.linspace(SCHEDULE.horizon, 0, steps + 1)
     for t, s in zip(grid, grid[1:], strict=False):
-        x, _ = SCHEDULE.signal_noise(net(z, t[None], Look(c, torch.ones(len(c)))), z, t[None])
+        x, _ = SCHEDULE.signal_noise(net(z, t[None], Look(c, target(t, 0 * t, len(c)))), z, t[None])
         z = SCHEDULE.mix(x, torch.randn(z.shape, generator=generator), s[None])
     return z
 
@@ -138,7 +156,7 @@ def again(net: Net, c: Tensor, steps: int, generator: torch.Generator) -> Tensor
 
 
 class Blind(nn.Module):
-    """A network that is not asked which question."""
+    """A network without a target time."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()
@@ -190,6 +208,7 @@ def methods(updates: int) -> dict[str, tuple[Net, Callable[..., Tensor]]]:
             train(backbone, lambda *a: decoupled(*a, dt=10 * dt, dt_end=dt / 5), updates),
             jump,
         ),
+        "flow map": (train(backbone, flow_map, updates), follow),
     }
 
 

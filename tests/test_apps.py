@@ -147,7 +147,7 @@ def test_distil_stop_resume_and_measure(shell, tiny, tmp_path, monkeypatch):
     told = json.loads(ran.out)
     assert {key: told[key] for key in ("task", "count", "seed")} == {"task": "upscale", "count": 2, "seed": 0}
     assert [(row["method"], row["steps"]) for row in told["rows"]] == [
-        ("bicubic", 0), ("codi", 1), ("codi", 2), *(("codi (run)", n) for n in (1, 3)),
+        ("bicubic", 0), ("codi-tuned", 1), ("codi-tuned", 2), *(("codi-tuned (run)", n) for n in (1, 3)),
     ]  # fmt: skip
     assert {"psnr", "ssim", "distance", "fd", "obedience", "latency_ms"} <= set(told["rows"][0])
     assert json.loads(figures.read_text()) == told and (tmp_path / "sheet.png").is_file()

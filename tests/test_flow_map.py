@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from codi.models.adapter import HintAdapter, network_config
 from codi.models.guidance import SineEmbedding, jump_between
 from codi.models.student import Conditioning, Student, conditioning_rows
 from codi.objectives.batch import LatentBatch
-from codi.objectives.flow_map import flow_map
+from codi.objectives.flow_map import flow_map, linear_time
 from codi.sampling.sampler import sample, sampler_of
 from codi.schedule import CosineSchedule, DiscreteSchedule, FlowSchedule, Schedule
 from tiny import tiny_unet
@@ -102,7 +103,7 @@ def test_first_the_data_term_alone_then_two_more_passes_for_half_of_the_rows():
 def test_weight_multiplies_the_rows_that_jump():
     schedule, blind = SCHEDULES["cosine"], Exact(SCHEDULES["cosine"], blind=True)
     one, ten = (
-        flow_map(blind, blind, batch(50), schedule, torch.Generator().manual_seed(0), weight=weight)
+        flow_map(blind, blind, batch(50), schedule, torch.Generator().manual_seed(0), weight=weight, weight_end=weight)
         for weight in (1.0, 10.0)
     )
     torch.testing.assert_close(ten["consistency"], 10 * one["consistency"])
@@ -148,3 +149,19 @@ def test_adapters_of_before_give_the_target_time_as_a_share_of_the_way():
     assert [sampler_of(info) for info in ({}, {"jumps": True}, {"jumps": False}, {"sampler": "map"})] == [
         "ddim", "renoise", "ddim", "map",
     ]  # fmt: skip
+
+
+def test_the_weight_of_the_map_falls_geometrically_and_low_noise_counts_little():
+    schedule, blind = SCHEDULES["flow"], Exact(SCHEDULES["flow"], blind=True)
+
+    def loss(progress: float, **options: float) -> float:
+        given = batch(500, progress)
+        found = flow_map(blind, blind, given, schedule, torch.Generator().manual_seed(0), **options)
+        return float(found["consistency"])
+
+    plain = loss(0.2, weight=1.0, weight_end=1.0)
+    for progress, weight in ((0.2, 8.0), (0.6, 4.0), (1.0, 2.0)):
+        assert loss(progress, weight=8.0, weight_end=2.0, warmup=0.2) == pytest.approx(weight * plain)
+    straight = SCHEDULES["cosine"]
+    z, t = torch.zeros(4, 1), torch.tensor([0.0, 0.1, 1.0, math.pi / 2])
+    assert linear_time(straight, t, z).flatten().tolist() == pytest.approx([0.0, 0.0912, 0.6090, 1.0], abs=1e-4)

@@ -16,7 +16,8 @@ from codi.objectives.decoupled import decoupled
 from codi.objectives.guided import guided
 from codi.sampling.sampler import initial_noise, sample
 from codi.schedule import CosineSchedule, DiscreteSchedule
-from codi.training.distill_recipe import OBJECTIVES, SCALES, DistillRecipe
+from codi.training.distill_recipe import SCALES, DistillRecipe
+from codi.training.objective import OBJECTIVES
 from test_fixed_points import M, S, denoiser, flow, gaussian_batch, network, straight
 from tiny import LATENT_CHANNELS, TEXT_WIDTH, randn, seeded, tiny_scheduler, tiny_unet, tiny_vae
 

@@ -445,6 +445,8 @@ def test_a_clip_that_is_none():
         ({"adapter": "fuse"}, "did you mean 'fused'"),
         ({"objective_options": {"dtt": 1}}, "did you mean 'dt'"),
         ({"objective_options": {"dt": 0}}, "dt 0: must be a whole number"),
+        ({"objective": "flow-map", "objective_options": {"weight_end": 0}}, "weight_end 0: must be a number above 0"),
+        ({"objective": "flow-map", "objective_options": {"warmup": 1.0}}, "warmup 1.0: must be a share from 0"),
         ({"objective": "decoupled", "objective_options": {"dt_end": 0}}, "dt_end 0: must be a whole number"),
         ({"objective_options": {"d_x": "pixels"}}, "did you mean 'pixel'"),
         ({"task": "upscal"}, "did you mean 'upscale'"),

@@ -8,7 +8,11 @@ time m between and on from there is the same as going directly (Boffi et al., 20
     rows r < s   u(z, s, r)  ->  [(s - m) u1 + (m - r) u2] / (s - r)           no gradient, of the average network
                  u1 = u-(z, s, m),   z_m = z - (s - m) u1,   u2 = u-(z_m, m, r)
 
-    loss = mean |u - target|^2 over rows r = s  +  weight * the same over rows r < s
+    loss = mean w(s) |u - target|^2 over rows r = s  +  weight * the same over rows r < s,      w(s) = (1 + p) s^p
+
+With p = 0 the error is one of u, with p = 2 one of x; p = 1 lies between: few steps look little at low noise. The
+weight falls over the training: large at first, so that the map is learned soon, small in the end, so that its rows do not
+spoil each other's accuracy, which many steps show.
 
 The network gets the target time as `jump` (Conditioning). In terms of its (x, eps) at z_t a step to r is
 alpha_r x + sigma_r eps, so DDIM samples it, on any path. Both terms regress u; there is no derivative and no division
@@ -37,7 +41,9 @@ def flow_map(
     schedule: Schedule,
     generator: torch.Generator | None = None,
     *,
-    weight: float = 7.0,
+    weight: float = 10.0,
+    weight_end: float = 2.0,
+    power: float = 1.0,
     instant: float = 0.5,
     ends: float = 0.5,
     noisiest: float = 0.15,
@@ -45,7 +51,8 @@ def flow_map(
 ) -> dict[str, Tensor]:
     """Return the losses {"signal", "consistency"} of one batch, whose conditioning has a field `jump`.
 
-    `student` trains, `target` is its average. `weight` multiplies the rows r < t. Of the batch a share `instant` has
+    `student` trains, `target` is its average. The weight of the rows r < t falls from `weight` to `weight_end`,
+    geometrically, after the warm-up. `power`: p. Of the batch a share `instant` has
     r = t; of the other rows a share `ends` has r = 0 and `noisiest` starts from pure noise, t = T. For the first
     `warmup` of the training all rows have r = t: a map is learned of an ODE that is there.
     """
@@ -60,18 +67,22 @@ def flow_map(
     r = torch.where(later, r, t)
     z = schedule.mix(x, noise, t)
     conditioned = replace(batch.conditioning, jump=jump_between(t, r, schedule.horizon).to(x.device))
-    u = velocity(student, z, t, conditioned, schedule)
+    u, scale = (
+        velocity(student, z, t, conditioned, schedule),
+        ((1 + power) * linear_time(schedule, t, x) ** power).sqrt(),
+    )
 
     losses: dict[str, Tensor] = {}
     if first:
         goal = (noise - x)[:first] + guidance_push(target, batch, z, t, schedule, slice(first))
-        losses["signal"] = mean_square(u[:first], goal)
+        losses["signal"] = mean_square(scale[:first] * u[:first], scale[:first] * goal)
     if first < count:
         rows = slice(first, count)
         conditioning = conditioning_rows(batch.conditioning, rows)
         middle = schedule.between(r[rows], t[rows], torch.rand(count - first, generator=generator, dtype=torch.float64))
         goal = two_steps(target, z[rows], (t[rows], middle, r[rows]), conditioning, schedule)
-        losses["consistency"] = weight * mean_square(u[rows], goal)
+        fallen = weight * (weight_end / weight) ** ((batch.progress - warmup) / (1 - warmup))
+        losses["consistency"] = fallen * mean_square(scale[rows] * u[rows], scale[rows] * goal)
     return losses
 
 

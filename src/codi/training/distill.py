@@ -29,8 +29,9 @@ from ..sampling.sampler import initial_noise, sample, time_grid
 from ..tasks.base import means
 from . import cache, ema, processes
 from .checkpoint import CHECKPOINTS, Progress, require_same_run
-from .distill_recipe import SCALES, DistillRecipe, configure_objective, recipe_task, require_fits
+from .distill_recipe import SCALES, DistillRecipe, recipe_task, require_fits
 from .lock import only_run
+from .objective import configure_objective
 from .prompt_cache import PromptCache, held_out_batch, kept_prompts
 from .recipe import FORMAT, current_names
 from .saving import save_adapter, shareable

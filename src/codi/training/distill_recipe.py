@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..data.crops import ZOOM
 from ..errors import UserError, nearest
-from ..models import codec
 from ..models.adapter import FORMS, READS
-from ..objectives import distances
-from ..objectives.batch import Network
-from ..objectives.codi import codi
-from ..objectives.consistency import consistency
-from ..objectives.decoupled import decoupled
-from ..objectives.finetune import finetune
-from ..objectives.flow_map import flow_map
-from ..objectives.guided import guided
 from ..sampling.colour import METHODS
 from ..tasks import Task, get_task
+from .objective import CODI, OBJECTIVES, PASSES, SAMPLERS, require_options
 from .trainer import RunSettings
 
-# `codi` has every choice of the paper, `codi-release` those of the code that its authors released: times on a grid of
-# 50 levels, drawn for each sample, steps by the frozen backbone without the condition, consistency of signals.
-# `codi-tuned` is the paper's loss for a short training: a time of its own for every sample (less noise), the data term
-# weighted as the backbone was trained with (low noise counts too), and a longer step of the consistency.
-OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "codi": codi,
-    "codi-release": functools.partial(codi, dt=50, shared_t=False, on_grid=True, consistency="signal", ode="teacher"),
-    "codi-tuned": functools.partial(codi, dt=50, shared_t=False, signal_weighting="velocity"),
-    "flow-map": flow_map,
-    "decoupled": decoupled,
-    "finetune": finetune,
-    "guided": guided,
-    "consistency": consistency,
-}
-# Forward passes of the network that an image costs, a backward pass counted as two; see DistillRecipe.passes.
-PASSES = {
-    "codi": 4, "codi-release": 5, "codi-tuned": 4, "flow-map": 4, "decoupled": 7, "finetune": 3, "guided": 5,
-    "consistency": 5,
-}  # fmt: skip
-CODI = ("codi", "codi-release", "codi-tuned")
-SAMPLERS = {"flow-map": "map", "decoupled": "renoise", "consistency": "renoise"}  # see sampling.sampler; others: ddim
 SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
-_CHOICES = {
-    "consistency": ("noise", "signal"),
-    "ode": ("own", "teacher"),
-    "d_x": distances.DISTANCES,
-    "signal_weighting": ("signal", "velocity"),
-    "consistency_weighting": ("velocity", "signal"),
-}
 
 
 @dataclass(kw_only=True)
@@ -96,7 +57,7 @@ class DistillRecipe(RunSettings):
     which upscaling is about."""
     max_corrupt: float = 0.05
     """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
-    objective: str = "codi"
+    objective: str = "codi-tuned"
     """flow-map (ours: steps of any length), codi (the paper's algorithm), codi-release (that of its authors' code),
     codi-tuned (the paper's loss, for short training), decoupled, finetune (plain conditional diffusion), or of a frozen
     teacher: guided (progressive distillation), consistency (consistency distillation)."""
@@ -199,7 +160,8 @@ class DistillRecipe(RunSettings):
             passes += self.taught and self.objective != "codi-release"  # the teacher's step, which the release has
             passes -= self.objective_options.get("consistency_weight") == 0  # no second point
         if self.objective == "flow-map":  # two more for rows with r < t, guided ones for the others
-            options = dict(flow_map.__kwdefaults__ or {}) | self.objective_options
+            defaults: Any = OBJECTIVES["flow-map"].__kwdefaults__  # type: ignore[attr-defined]
+            options = {**defaults, **self.objective_options}
             instant = options["warmup"] + (1 - options["warmup"]) * options["instant"]
             passes = 3 + 2 * (1 - instant) + self.guidance_share * guided * instant
         return passes
@@ -245,29 +207,7 @@ class DistillRecipe(RunSettings):
         if self.adapter == "lora" and not (self.lora_rank or self.train_backbone):
             raise UserError("lora_rank 0: nothing to train with a frozen backbone: set for example lora_rank: 16")
         self._validate_guidance()
-        defaults = {
-            p.name: p.default
-            for p in inspect.signature(OBJECTIVES[self.objective]).parameters.values()
-            if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t", "index")  # no keys: networks, tensors
-        }
-        options = {**defaults, **self.objective_options}
-        for key, values in _CHOICES.items():
-            chosen = self.objective_options.get(key, values[0])
-            if chosen not in values:
-                raise UserError(
-                    f"{key} {chosen!r}: not known{nearest(str(chosen), values)}: use one of {', '.join(values)}"
-                )
-        if options.get("signal_weighting") == "velocity" and self.objective_options.get("d_x", "latent") != "latent":
-            raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent, or set it to signal")
-        for key in ("dt", "dt_end"):
-            dt = options.get(key)
-            if dt is not None and (not isinstance(dt, int) or not 1 <= dt < 1000):
-                raise UserError(f"{key} {dt!r}: must be a whole number of noise levels, 1 to 999: the paper uses 1")
-        for key in self.objective_options:
-            if key not in defaults:
-                raise UserError(
-                    f"objective_options: unknown key {key!r}{nearest(key, defaults)}: known are {', '.join(defaults)}"
-                )
+        require_options(self.objective, self.objective_options)
 
     def _validate_guidance(self) -> None:
         if unknown := set(self.guidance) - set(SCALES):
@@ -311,39 +251,3 @@ def require_fits(recipe: DistillRecipe, form: type, config: Mapping[str, Any]) -
         raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
     if config.get("reads", recipe.reads) != recipe.reads:
         raise UserError(f"reads {recipe.reads}: {recipe.start} was made to read otherwise: set it so")
-
-
-def configure_objective(recipe: DistillRecipe, vae: Any, teacher: Network | None) -> Callable[..., dict[str, Tensor]]:
-    """The objective with its options bound: names of distances and the teacher become functions."""
-    options = dict(recipe.objective_options)
-    name = options.pop("d_x", "latent")
-    decode = functools.partial(codec.decode, vae, clamp=False)
-    if name == "latent":
-        distance = distances.latent
-    elif name == "pixel":
-        distance = distances.pixel(decode)
-    elif name == "features":
-        distance = distances.features(decode, lambda image: vae.encoder(image * 2 - 1))
-    elif name == "perceptual":
-        distance = distances.perceptual(decode, _perceptual(vae))
-    else:
-        known = distances.DISTANCES
-        raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
-    if recipe.objective in CODI:
-        options["d_x"] = distance
-    if recipe.taught:
-        options["teacher"] = teacher
-    return functools.partial(OBJECTIVES[recipe.objective], **options)
-
-
-def _perceptual(vae: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    from ..evaluation.metrics import Features, enlite0_distance
-
-    extractors: dict[Any, Features] = {}  # made where the codec is, which is not known before training starts
-
-    def metric(a: Tensor, b: Tensor) -> Tensor:
-        if vae.device not in extractors:
-            extractors[vae.device] = Features(device=vae.device)
-        return enlite0_distance(a.float(), b.float(), extractors[vae.device])
-
-    return metric

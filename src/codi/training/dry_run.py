@@ -26,7 +26,8 @@ from ..models.student import Conditioning, Student
 from ..models.text import FEATURES
 from ..objectives.batch import Guidance, LatentBatch
 from .cache import require_cache
-from .distill_recipe import DistillRecipe, configure_objective, recipe_task, require_fits
+from .distill_recipe import DistillRecipe, recipe_task, require_fits
+from .objective import configure_objective
 
 GB = 1e9
 

@@ -1,0 +1,127 @@
+"""The objectives that a recipe may name, with their options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError, nearest
+from ..models import codec
+from ..objectives import distances
+from ..objectives.batch import Network
+from ..objectives.codi import codi
+from ..objectives.consistency import consistency
+from ..objectives.decoupled import decoupled
+from ..objectives.finetune import finetune
+from ..objectives.flow_map import flow_map
+from ..objectives.guided import guided
+
+# `codi` has every choice of the paper, `codi-release` those of the code that its authors released: times on a grid of
+# 50 levels, drawn for each sample, steps by the frozen backbone without the condition, consistency of signals.
+# `codi-tuned` is the paper's loss for a short training: a time of its own for every sample (less noise), the data term
+# weighted as the backbone was trained with (low noise counts too), and a longer step of the consistency.
+OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "codi": codi,
+    "codi-release": functools.partial(codi, dt=50, shared_t=False, on_grid=True, consistency="signal", ode="teacher"),
+    "codi-tuned": functools.partial(codi, dt=50, shared_t=False, signal_weighting="velocity"),
+    "flow-map": flow_map,
+    "decoupled": decoupled,
+    "finetune": finetune,
+    "guided": guided,
+    "consistency": consistency,
+}
+# Forward passes of the network that an image costs, a backward pass counted as two; see DistillRecipe.passes.
+PASSES = {
+    "codi": 4, "codi-release": 5, "codi-tuned": 4, "flow-map": 4, "decoupled": 7, "finetune": 3, "guided": 5,
+    "consistency": 5,
+}  # fmt: skip
+CODI = ("codi", "codi-release", "codi-tuned")
+SAMPLERS = {"flow-map": "map", "decoupled": "renoise", "consistency": "renoise"}  # see sampling.sampler; others: ddim
+_CHOICES = {
+    "consistency": ("noise", "signal"),
+    "ode": ("own", "teacher"),
+    "d_x": distances.DISTANCES,
+    "signal_weighting": ("signal", "velocity"),
+    "consistency_weighting": ("velocity", "signal"),
+}
+
+
+def require_options(objective: str, chosen: Mapping[str, Any]) -> None:
+    """Raise UserError for options that the objective does not have, or values that no run can have."""
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(OBJECTIVES[objective]).parameters.values()
+        if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t", "index")  # no keys: networks, tensors
+    }
+    options = {**defaults, **chosen}
+    for key, values in _CHOICES.items():
+        value = chosen.get(key, values[0])
+        if value not in values:
+            raise UserError(f"{key} {value!r}: not known{nearest(str(value), values)}: use one of {', '.join(values)}")
+    if options.get("signal_weighting") == "velocity" and chosen.get("d_x", "latent") != "latent":
+        raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent, or set it to signal")
+    for key in ("dt", "dt_end"):
+        dt = options.get(key)
+        if dt is not None and (not isinstance(dt, int) or not 1 <= dt < 1000):
+            raise UserError(f"{key} {dt!r}: must be a whole number of noise levels, 1 to 999: the paper uses 1")
+    for key in chosen:
+        if key not in defaults:
+            raise UserError(
+                f"objective_options: unknown key {key!r}{nearest(key, defaults)}: known are {', '.join(defaults)}"
+            )
+
+    if objective == "flow-map":
+        _require_shares(options)
+
+
+def _require_shares(options: Mapping[str, Any]) -> None:
+    for key in ("weight", "weight_end"):
+        if not isinstance(options[key], int | float) or not 0 < options[key] < math.inf:
+            raise UserError(f"{key} {options[key]!r}: must be a number above 0: use for example 10")
+    if not isinstance(options["power"], int | float) or not 0 <= options["power"] < math.inf:
+        raise UserError(f"power {options['power']!r}: must be a number from 0: use for example 1")
+    for key in ("instant", "ends", "noisiest", "warmup"):
+        if not isinstance(options[key], int | float) or not 0 <= options[key] < 1:
+            raise UserError(f"{key} {options[key]!r}: must be a share from 0 to below 1: use for example 0.5")
+
+
+def configure_objective(recipe: Any, vae: Any, teacher: Network | None) -> Callable[..., dict[str, Tensor]]:
+    """Return the objective of a DistillRecipe with its options bound: names of distances and the teacher become
+    functions."""
+    options = dict(recipe.objective_options)
+    name = options.pop("d_x", "latent")
+    decode = functools.partial(codec.decode, vae, clamp=False)
+    if name == "latent":
+        distance = distances.latent
+    elif name == "pixel":
+        distance = distances.pixel(decode)
+    elif name == "features":
+        distance = distances.features(decode, lambda image: vae.encoder(image * 2 - 1))
+    elif name == "perceptual":
+        distance = distances.perceptual(decode, _perceptual(vae))
+    else:
+        known = distances.DISTANCES
+        raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
+    if recipe.objective in CODI:
+        options["d_x"] = distance
+    if recipe.taught:
+        options["teacher"] = teacher
+    return functools.partial(OBJECTIVES[recipe.objective], **options)
+
+
+def _perceptual(vae: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    from ..evaluation.metrics import Features, enlite0_distance
+
+    extractors: dict[Any, Features] = {}  # made where the codec is, which is not known before training starts
+
+    def metric(a: Tensor, b: Tensor) -> Tensor:
+        if vae.device not in extractors:
+            extractors[vae.device] = Features(device=vae.device)
+        return enlite0_distance(a.float(), b.float(), extractors[vae.device])
+
+    return metric
