@@ -98,9 +98,19 @@ def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
     ):
         with pytest.raises(UserError, match=words):
             pipe.set_adapters(names)
+    for names in (None, 3, [["canny"]], {"canny": 0.3}):
+        with pytest.raises(UserError, match="not the name of an adapter"):
+            pipe.set_adapters(names)
+    for weights in ("x", torch.tensor(0.5), object(), [None], {"canny": 0.5}):
+        with pytest.raises(UserError, match="weights .*not numbers"):
+            pipe.set_adapters("canny", weights)
+    with pytest.raises(UserError, match="not an adapter: give the name of one"):
+        pipe.load_adapter(3)
     with pytest.raises(UserError, match="3 weights for 2"):
         pipe.set_adapters(["canny", "depth"], [1, 1, 1])
     assert list(pipe.tasks) == ["canny", "upscale"]
+    pipe.set_adapters(["canny", "upscale"], 0.5)  # one weight serves all, as in diffusers
+    assert pipe._store.weights == {"canny": 0.5, "upscale": 0.5}
     image = rand(1, 3, 8, 8)
     for arguments, words in (
         ({"image": image}, "canny, upscale take one each"),

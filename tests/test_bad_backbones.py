@@ -200,6 +200,28 @@ def test_absurd_counts_of_layers_are_refused_at_once(model, part, key, count):
         load_backbone(model)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("vae", "scaling_factor", "x", "'x' is no number"),
+        ("vae", "shift_factor", [0.1], r"\[0.1\] is no number"),
+        ("vae", "scaling_factor", float("nan"), "is NaN"),
+        ("transformer", "axes_dims_rope", [4, float("nan")], "is NaN"),
+        ("scheduler", "shift", float("nan"), "is NaN"),
+    ],
+)
+def test_numbers_that_would_show_only_in_the_picture_are_refused(model, part, key, value, words):
+    file = model / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    edit(file, **{key: value})
+    with pytest.raises(UserError, match=f"{file.name}: {key} {words}"):
+        load_backbone(model)
+
+
+@pytest.mark.parametrize("loras", ["style.safetensors", ["style.safetensors"], 3])
+def test_loras_that_have_no_weights(model, loras):
+    refused(lambda: load_backbone(model, loras=loras), "not a dict: give {file: weight}")
+
+
 ABSURD = {"layers_per_block": [1, [10**9]], "in_channels": 10**12, "mid": {"num_blocks": [[2, 10**6]]}}
 
 

@@ -62,6 +62,8 @@ def test_diffusers_names_are_the_short_ones(pipe):
     for twice, words in (
         ({"steps": 2, "num_inference_steps": 3}, "steps 2 and num_inference_steps 3"),
         ({"mask": mask, "mask_image": mask.clone()}, "mask and mask_image"),
+        ({"mask": mask.numpy(), "mask_image": mask.numpy()}, "mask and mask_image"),
+        ({"mask": [mask.numpy()], "mask_image": [mask]}, "mask and mask_image"),
         ({"generator": seeded(), "seed": 3}, "generator and seed"),
         ({"prompt_embeds": torch.zeros(1, 4, 8)}, "prompt and prompt_embeds"),
     ):
@@ -154,6 +156,15 @@ def test_a_negative_prompt_each(pipe):
         ({"batch_size": 0.5}, "batch_size 0.5: not a whole number"),
         ({"generator": 3}, "generator: int is none"),
         ({"latents": torch.zeros(1, 4, 3, 3)}, "latents of shape"),
+        ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents: holds NaN"),
+        ({"latents": torch.zeros(1, 4, 8, 8, device="meta")}, "latents: a meta tensor"),
+        ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "latents: a torch.int64 tensor"),
+        ({"prompt": None, "prompt_embeds": torch.full((1, 4, 8), torch.inf)}, "prompt_embeds: holds NaN or infinite"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(0, 4, 8)}, r"prompt_embeds: .* of shape \(0, 4, 8\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 8).long()}, "prompt_embeds: a torch.int64 tensor"),
+        ({"negative_prompt_embeds": torch.zeros(1, 4, 8).to_sparse()}, "negative_prompt_embeds: .*: pass a dense one"),
+        ({"image": torch.rand(1, 3, 8, 8).to_sparse()}, "image: a sparse tensor"),
+        ({"image": torch.rand(1, 3, 8, 8, device="meta")}, "image: a meta tensor"),
         ({"strength": "1"}, "strength '1'"),
         ({"guidance_scale": "7"}, "guidance_scale '7'"),
         ({"guidance_scale": True}, "guidance_scale True"),
@@ -240,13 +251,19 @@ def test_a_seed_counts_up_to_the_last_and_on_from_0(pipe):
     assert torch.equal(run(pipe, seed=-1), expected[:1])  # the same to torch
 
 
-@pytest.mark.parametrize("info", [{"text": "strong"}, {"text": [5, 1]}, [1, 5], {"text": [1, float("nan")]}])
-def test_an_adapter_whose_guidance_is_no_range(folder, tmp_path, info):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("guidance", value) for value in ({"text": "strong"}, {"text": [5, 1]}, [1, 5], {"text": [1, float("nan")]})),
+        *(("sampler", value) for value in ("leapfrog", 3, ["map"])),
+    ],
+)
+def test_an_adapter_that_cannot_be_sampled(folder, tmp_path, key, value):
     (tmp_path / "edit").mkdir()
     for file in (folder / "edit").iterdir():
         (tmp_path / "edit" / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "edit" / "config.json").read_text())
-    config["info"]["guidance"] = info
+    config["info"][key] = value
     (tmp_path / "edit" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="config.json"):
         CoDiPipeline.from_pretrained(folder / "model", adapter=tmp_path / "edit")

@@ -134,6 +134,8 @@ def test_a_file_is_no_folder_to_save_in(tmp_path):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(UserError, match="taken: is a file: name a folder"):
         pipeline().save_pretrained(tmp_path / "taken")
+    with pytest.raises(UserError, match="below: cannot be written .Not a directory."):
+        pipeline().save_pretrained(tmp_path / "taken" / "below")
     assert (tmp_path / "taken").read_text() == "mine"
 
 

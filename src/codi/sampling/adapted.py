@@ -11,9 +11,11 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import unwritable
 from ..models import codec
 from ..models.adapter import Adapter
 from ..models.backbones import Backbone, Family, family_of, family_of_text, find_model, load_backbone
@@ -187,12 +189,15 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         require_sources(self._store.loaded)  # before anything is written
         # diffusers leaves out a part that was None when the pipeline was made and has been set since.
         self.register_modules(**{name: part for name, part in self.components.items() if part is not None})
-        with self._without_loras():
-            super().save_pretrained(folder, **kwargs)
-        mark_saved(folder, self.tiny_vae is not None)
-        stock = self.kind.pipeline_for(self.parts).__name__
-        name_class(folder, [ENTRY, "CoDiPipeline"] if self._store.loaded else stock)
-        save_adapters(folder, self._store.loaded, self._store.weights, self.kind.component)
+        try:
+            with self._without_loras():
+                super().save_pretrained(folder, **kwargs)
+            mark_saved(folder, self.tiny_vae is not None)
+            stock = self.kind.pipeline_for(self.parts).__name__
+            name_class(folder, [ENTRY, "CoDiPipeline"] if self._store.loaded else stock)
+            save_adapters(folder, self._store.loaded, self._store.weights, self.kind.component)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(folder, error) from error
 
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
         """Load one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -14,7 +14,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 from ..models.adapter import Adapter
 from ..models.adapter_files import ADAPTERS, find_adapter, fitting_adapter, load_adapter, own_network
 from ..models.composition import compose
@@ -51,6 +51,16 @@ class LoadedAdapter:
         return self.adapter.config["info"] or {}
 
 
+def names_of(names: Any) -> list[str]:
+    """Return one name or several as a list. Raises UserError for anything else, and for a dict, whose values would be
+    ignored."""
+    listed = isinstance(names, Iterable) and not isinstance(names, (str, Mapping))
+    several: list[Any] = list(names) if listed else [names]
+    if wrong := [name for name in several if not isinstance(name, str)]:
+        raise UserError(f"{one_line(repr(wrong[0]))}: not the name of an adapter: give one, or a list of them")
+    return several
+
+
 class AdapterStore:
     """Adapters by name for `network`, the backbone's own, of `family`; `weights` are those of the ones that are set.
     `model` is where the backbone came from, which may have adapters of its own."""
@@ -76,6 +86,9 @@ class AdapterStore:
 
         Raises UserError for an adapter that does not fit or is not of `task`, and for a name that is taken.
         """
+        if not isinstance(source, (str, Path)) or not isinstance(name, (str, type(None))):
+            wrong = source if isinstance(name, (str, type(None))) else name
+            raise UserError(f"{one_line(repr(wrong))}: not an adapter: give the name of one, or a folder")
         if self.network is None:
             raise UserError(f"{source}: this pipeline has no network: pass unet=... or transformer=... first")
         chosen = fitting_adapter(source, self.network, self.family, self.model)
@@ -104,10 +117,11 @@ class AdapterStore:
         return name
 
     def set(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Sets these and no others; `weights` are 1 by default. Raises UserError for what cannot be set, and then
-        leaves everything as it was."""
-        names = [names] if isinstance(names, str) else list(names)
-        values = [1.0] * len(names) if weights is None else [weights] if isinstance(weights, Real) else list(weights)  # type: ignore[arg-type]
+        """Set these and no others; `weights` are 1 by default, and one serves all. Raises UserError for what cannot be
+        set, and then leaves everything as it was."""
+        names = names_of(names)
+        several = isinstance(weights, Iterable) and getattr(weights, "ndim", 1) > 0
+        values: list[Any] = list(weights) if several else [1.0 if weights is None else weights] * len(names)  # type: ignore[arg-type]
         if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
             raise UserError(f"weights {values}: not numbers: use 1 for an adapter as it was trained, 0 for none of it")
         if len(values) != len(names) or len(set(names)) != len(names):

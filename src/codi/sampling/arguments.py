@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..tasks import Task
-from .checks import Callback, lora_scale_of, require_callback, require_neutral, require_possible, whole
+from .checks import Callback, lora_scale_of, require_callback, require_neutral, require_possible, require_values, whole
 from .colour import require_method
 from .guidance import Guidance
 from .inputs import inputs_of, output_size
@@ -120,9 +121,10 @@ def agreed(short: str, value: Any, name: str, other: Any, default: Any = None) -
     """Return a setting that has two names. Raises UserError where both are given and differ."""
     if value is None or other is None:
         return default if value is None and other is None else other if value is None else value
-    if value is other or (not isinstance(value, Tensor) and not isinstance(other, Tensor) and value == other):
+    numbers = isinstance(value, Real) and isinstance(other, Real)
+    if value is other or (numbers and value == other):  # arrays compare element by element
         return value
-    shown = (f"{short} {value!r}", f"{name} {other!r}") if isinstance(value, (int, float)) else (short, name)
+    shown = (f"{short} {value!r}", f"{name} {other!r}") if numbers else (short, name)
     raise UserError(f"{shown[0]} and {shown[1]}: two names of one setting, given twice: give one")
 
 
@@ -198,6 +200,7 @@ def _noise(pipe: Any, a: Arguments, count: int, size: tuple[int, int], tiles: Ti
     if latents is not None:
         if not isinstance(latents, Tensor) or latents.ndim not in (3, 4):
             raise UserError("latents: not a tensor (B, C, h, w): pass the noise to begin with, or leave it out")
+        require_values("latents", latents)
         if tiles:
             raise UserError("latents: tiles have none in common: pass tile=0, or leave latents out")
         latents = pipe.kind.from_stock(latents, pipe.cells_of(size))

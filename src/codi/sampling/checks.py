@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest, one_line
@@ -59,6 +60,15 @@ def is_number(value: Any, least: float = -math.inf) -> bool:
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     return math.isfinite(value) and float(value) >= least
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    """Raise UserError for a tensor that is empty, of whole numbers, without values (meta, sparse) or not finite."""
+    if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.numel():
+        kind = f"{'meta' if tensor.is_meta else tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+        raise UserError(f"{name}: a {kind}: pass a dense one of floating-point numbers")
+    if not bool(tensor.isfinite().all()):
+        raise UserError(f"{name}: holds NaN or infinite numbers: pass finite ones")
 
 
 def require_possible(steps: int, most: int, strength: Any, embedded_guidance: Any, output_type: Any) -> None:

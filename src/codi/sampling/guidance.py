@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError, one_line
 from .checks import is_number
+from .sampler import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def require_info(info: Any, source: str) -> dict[str, Any]:
         **dict.fromkeys(("guidance_scale", "image_guidance_scale"), (is_number, "a number")),
         **dict.fromkeys(("embedded_guidance", "shift"), (is_number, "a number")),
         **dict.fromkeys(("task", "family", "colour"), (lambda value: isinstance(value, str), "a word")),
+        "sampler": (lambda value: value in SAMPLERS, f"one of {', '.join(SAMPLERS)} (or codi is too old)"),
     }
     if not isinstance(info, dict):
         raise UserError(f"{source}: info is no table: train or fetch the adapter again")

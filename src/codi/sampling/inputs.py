@@ -157,6 +157,8 @@ def _floats(values: np.ndarray | Tensor, what: str) -> Tensor:
         except (TypeError, ValueError) as error:
             fix = "pass pixels in [0, 1]"
             raise UserError(f"{what}: an array of {values.dtype} holds no numbers: {fix}") from error
+    if values.is_meta or values.layout != torch.strided:
+        raise UserError(f"{what}: a {'meta' if values.is_meta else 'sparse'} tensor has no pixels: pass a dense one")
     levels = {torch.uint8: 255, torch.uint16: 65535}.get(values.dtype)
     values = values.detach().cpu().float()
     return values if levels is None else values / levels

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from ..errors import UserError, one_line
 from ..models.lora import active_loras, enable_loras, lora_names, set_active_loras, set_lora_weights, without_lora
 from ..tasks import TASKS
-from .adapter_store import AdapterStore
+from .adapter_store import AdapterStore, names_of
 
 
 class LoraLoaderMixin(DiffusionPipeline):
@@ -59,7 +59,7 @@ class LoraLoaderMixin(DiffusionPipeline):
 
     def delete_adapters(self, names: str | Sequence[str]) -> None:
         """Remove some of what `load_lora_weights` has loaded. Raises UserError for other names."""
-        names, known = [names] if isinstance(names, str) else list(names), self._lora_names
+        names, known = names_of(names), self._lora_names
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"{unknown[0]}: no such LoRA loaded: use {', '.join(known) or 'load_lora_weights'}")
         self._store.require_free_for_loras()
@@ -72,7 +72,7 @@ class LoraLoaderMixin(DiffusionPipeline):
         Names may be those of LoRAs, too: adapters and LoRAs are set each among their own kind. Raises UserError for
         unknown names, and for several adapters where one brings a backbone of its own.
         """
-        several: list[str] = [names] if isinstance(names, str) else list(names)
+        several = names_of(names)
         loras = [name for name in several if name in self._lora_names]
         if not loras:
             self._store.set(names, weights)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.text import FEATURES, Bundle, PromptEncoder, require_readable
+from .checks import require_values
 
 # The arguments that hold embeddings, and what codi calls each of them (see models.text).
 EMBEDDINGS = {"prompt_embeds": FEATURES, "pooled_prompt_embeds": "pooled", "prompt_attention_mask": "mask"}
@@ -62,7 +63,8 @@ def texts_of(value: Any, name: str = "prompt") -> list[str]:
 def embeddings_of(given: dict[str, Any], text: Any, negative: bool = False) -> Bundle | None:
     """Return the embeddings among a call's arguments `given` (see EMBEDDINGS); None without.
 
-    Raises UserError for embeddings beside a text, for a part of them alone, and for what are no tensors.
+    Raises UserError for embeddings beside a text, for a part of them alone, and for what are no tensors of finite
+    numbers.
     """
     before = "negative_" if negative else ""
     found = {name: given.get(before + name) for name in EMBEDDINGS}
@@ -78,6 +80,8 @@ def embeddings_of(given: dict[str, Any], text: Any, negative: bool = False) -> B
             raise UserError(
                 f"{before}{name}: not a tensor with a row for each picture: pass what encode_prompt returns"
             )
+        if EMBEDDINGS[name] != "mask":
+            require_values(before + name, value)
     if len({len(value) for value in found.values()}) != 1:
         raise UserError(f"{before}prompt_embeds: its parts are for different numbers of pictures: pass as many of each")
     return {EMBEDDINGS[name]: value for name, value in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -91,7 +92,10 @@ def saved_weights(folder: Path) -> dict[str, float] | None:
     if not listed.is_file():
         return None
     try:
-        return {name: float(weight) for name, weight in json.loads(listed.read_text()).items()}
+        weights = {name: float(weight) for name, weight in json.loads(listed.read_text()).items()}
+        if wrong := [name for name, weight in weights.items() if not math.isfinite(weight)]:
+            raise ValueError(f"the weight of {wrong[0]} is not finite")
+        return weights
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{listed}: not a saved pipeline's list of adapters ({one_line(error)}): "
                         "save it again") from error  # fmt: skip

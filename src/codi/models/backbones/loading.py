@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -115,6 +116,8 @@ def load_backbone(
 
 def _fuse_loras(pipe: Any, loras: Mapping[str, float], name: str) -> None:
     """Make low-rank updates a part of the weights. Raises UserError for one that is none for this model."""
+    if not isinstance(loras, Mapping):
+        raise UserError(f"loras {one_line(repr(loras))}: not a dict: give {{file: weight}}, such as {{FILE: 1.0}}")
     for lora, weight in loras.items():
         try:
             pipe.load_lora_weights(str(lora), use_safetensors=True)
@@ -208,7 +211,8 @@ def _unused(kind: Family, index: Mapping[str, Any]) -> list[str]:
 
 def require_buildable(folder: Path) -> None:
     """Raise UserError for the folder of a part whose configuration is no object, or has a number above what MOST says
-    for its key: diffusers would search the former for keys, or build the latter, without an end."""
+    for its key: diffusers would search the former for keys, or build the latter, without an end. Also for NaN, and a
+    factor of latents that is no number, which show only in the picture."""
     for file in (folder / "config.json", folder / "scheduler_config.json"):
         try:
             config = json.loads(file.read_text())
@@ -219,12 +223,17 @@ def require_buildable(folder: Path) -> None:
         config.pop("info", None)  # of an adapter: what it is, not how it is built
         for key, number in _numbers(config):
             most = next((most for word, most in MOST.items() if word in key))
-            if number > most:
+            if isinstance(number, int) and number > most:
                 raise UserError(f"{file}: {key} is above {most:,}: fetch the model again")
+            if math.isnan(number):
+                raise UserError(f"{file}: {key} is NaN: fetch the model again")
+        for key in ("scaling_factor", "shift_factor"):
+            if not isinstance(config.get(key), (int, float, type(None))):
+                raise UserError(f"{file}: {key} {one_line(repr(config[key]))} is no number: fetch the model again")
 
 
-def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers of a configuration, in lists and objects too, each with the key that it stands under."""
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """Yield the numbers of a configuration, in lists and objects too, each with the key that it stands under."""
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
         key, value = waiting.pop()
@@ -232,7 +241,7 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
             waiting += value.items()
         elif isinstance(value, list):
             waiting += [(key, one) for one in value]
-        elif isinstance(value, int):
+        elif isinstance(value, (int, float)):
             yield key, value
 
 
