@@ -74,6 +74,7 @@ def test_four_updates_equal_two_and_resume_two(recipe, model, tmp_path):
         {"adapter": "fused", "lora_rank": 0, "train_backbone": True, "objective": "codi"},
         {"adapter": "controlnet", "lora_rank": 0},
         {"objective": "decoupled", "precision": "bf16", "backbone_precision": "bf16"},
+        {"objective": "flow-map", "objective_options": {"warmup": 0}, "guidance": {"text": [1, 3]}},
         {"objective": "finetune", "gradient_checkpointing": True},
         {"adapter": "controlnet", "lora_rank": 0, "cache": "cache"},
         {"task": "inpaint"},

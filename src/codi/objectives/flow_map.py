@@ -11,8 +11,8 @@ time m between and on from there is the same as going directly (Boffi et al., 20
     loss = mean w(s) |u - target|^2 over rows r = s  +  weight * the same over rows r < s,      w(s) = (1 + p) s^p
 
 With p = 0 the error is one of u, with p = 2 one of x; p = 1 lies between: few steps look little at low noise. The
-weight falls over the training: large at first, so that the map is learned soon, small in the end, so that its rows do not
-spoil each other's accuracy, which many steps show.
+weight falls over the training: large at first, so that the map is learned soon, small in the end, so that its rows do
+not spoil the accuracy of the others, which many steps show.
 
 The network gets the target time as `jump` (Conditioning). In terms of its (x, eps) at z_t a step to r is
 alpha_r x + sigma_r eps, so DDIM samples it, on any path. Both terms regress u; there is no derivative and no division
