@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # s
 import command  # noqa: E402
 import finetune  # noqa: E402
 import judges  # noqa: E402
+import one_step  # noqa: E402
 import reader as training  # noqa: E402
 import reading  # noqa: E402
 import readme  # noqa: E402
@@ -492,3 +493,16 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     assert set(readme.OBEDIENCE) >= set(task_figures.HEADLINES.values())
     readme.main()
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_of_perfect_networks_only_the_flow_map_has_both_losses_at_zero():
+    """And its samples have the data's deviation in any number of steps, where the mean's have none in one."""
+    rows = {name: one_step.errors(function, 20_000) for name, (function, _) in one_step.FUNCTIONS.items()}
+    both = [name for name, (data, *_, end, half) in rows.items() if max(abs(data), end, half) < 1e-6]
+    assert both == ["flow map"]
+    paper, release = {name: row[1] for name, row in rows.items()}, {name: row[4] for name, row in rows.items()}
+    assert min(paper, key=lambda name: paper[name]) == "straight coupling" and paper["straight coupling"] < 1e-9
+    assert min(release, key=lambda name: release[name]) == "end of the ODE" and release["end of the ODE"] < 1e-5
+    for steps in (1, 3):
+        assert one_step.deviation(one_step.ode_map, "map", steps) == pytest.approx(0.5)
+    assert one_step.deviation(one_step.denoiser, "ddim", 1) == pytest.approx(0, abs=1e-6)
