@@ -185,6 +185,20 @@ def arena_tables(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def picture_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return FD by task, form and objective over steps; means over the seeds."""
+    found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        steps = found.setdefault((row["task"], row["form"], row["method"]), {})
+        steps.setdefault(row["steps"], []).append(row["fd"])
+    counts = sorted({row["steps"] for row in rows})
+    body = []
+    for (task, form, method), steps in found.items():
+        cells = [f"{statistics.fmean(steps[n]):.1f}" if n in steps else "-" for n in counts]
+        body.append([f"{task}, {form}: {method}", str(len(steps[1])), *cells])
+    return table(["task, form: objective", "seeds", *(f"{n} steps" if n > 1 else "1 step" for n in counts)], body)
+
+
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """Write the figure: distance over steps, a panel for each world and budget."""
     import matplotlib
@@ -212,7 +226,9 @@ def main() -> None:
     """Write the page and its figure."""
     rows = json.loads((RESULTS / "arena.json").read_text())["rows"]
     first, second = closed_forms()
-    page = PAGE.format(losses="\n".join(first), deviations="\n".join(second), arena="\n".join(arena_tables(rows)))
+    pictures = picture_table(json.loads((RESULTS / "flow-maps.json").read_text())["rows"])
+    parts = {"losses": first, "deviations": second, "arena": arena_tables(rows), "pictures": pictures}
+    page = PAGE.format(**{name: "\n".join(lines) for name, lines in parts.items()})
     (ROOT / "docs" / "one-step.md").write_text(page)
     draw(rows, ROOT / "docs" / "arena.png")
 
