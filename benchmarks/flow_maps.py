@@ -28,11 +28,11 @@ HERE = Path(__file__).parent
 
 
 def register_candidates() -> None:
-    """Make the objectives of candidates.py known to recipes."""
-    known: Any = objective
-    known.OBJECTIVES["tuning"] = partial(tuning, dt=250, dt_end=3)
-    known.PASSES["tuning"] = 4
-    known.SAMPLERS["tuning"] = "renoise"
+    """Make the objectives of candidates.py available to recipes."""
+    module: Any = objective
+    module.OBJECTIVES["tuning"] = partial(tuning, dt=250, dt_end=3)
+    module.PASSES["tuning"] = 4
+    module.SAMPLERS["tuning"] = "renoise"
 
 
 def write_rows(work: Path) -> None:
@@ -45,8 +45,8 @@ def write_rows(work: Path) -> None:
         key = {"task": row["task"], "method": method, "form": form, "seed": row["seed"], "steps": row["steps"]}
         rows.append(key | {"fd": row["fd"], "distance": row["distance"], "fidelity": row["obedience"]}
                     | {name: row[name] for name in ("psnr", "images", "passes")})  # fmt: skip
-    told = {"rows": rows, "command": command_line(), "machine": describe_machine()}
-    write_json(told, HERE / "results" / "flow-maps.json")
+    results = {"rows": rows, "command": command_line(), "machine": describe_machine()}
+    write_json(results, HERE / "results" / "flow-maps.json")
 
 
 def main() -> None:
