@@ -117,25 +117,44 @@ class Net(nn.Module):
         return self.leave(nn.functional.silu(h))
 
 
-def train(net: Net, world: World, objective: Callable[..., Any], updates: int, seed: int, blind: bool = False) -> Net:
-    """Return the average network of `updates` updates from `net`; `blind`: without the condition."""
+def adam(net: Net) -> torch.optim.Optimizer:
+    """Return the optimizer of all comparisons."""
+    return torch.optim.AdamW(net.parameters(), RATE, weight_decay=0, betas=(0.9, 0.99))
+
+
+def train(
+    net: Net,
+    world: World,
+    objective: Callable[..., Any],
+    updates: int,
+    seed: int,
+    blind: bool = False,
+    optimizer: Callable[[Net], torch.optim.Optimizer] = adam,
+    averaged: float = 9,
+) -> Net:
+    """Return the average network of `updates` updates from `net`, over about the last 1 / `averaged` of them; `blind`:
+    without the condition. The objective gets an average over the last ninth."""
     online, average = copy.deepcopy(net).requires_grad_(True), copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(online.parameters(), RATE, weight_decay=0, betas=(0.9, 0.99))
+    result = copy.deepcopy(average)
+    stepper = optimizer(online)
+    peaks = [group["lr"] for group in stepper.param_groups]
     generator = torch.Generator().manual_seed(1000 + seed)
     for k in range(updates):
         x, c = world.draw(BATCH, generator)
         batch = LatentBatch(x, Inputs(0 * c if blind else c), progress=k / updates)
         loss = torch.stack(list(objective(online, average, batch, SCHEDULE, generator).values())).sum()
-        rate = RATE * min(1, (k + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * k / updates))
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.zero_grad()
+        rate = min(1, (k + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * k / updates))
+        for group, peak in zip(stepper.param_groups, peaks, strict=True):
+            group["lr"] = peak * rate
+        stepper.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(online.parameters(), 1.0)
-        optimizer.step()
+        stepper.step()
         with torch.no_grad():
-            share = 1 - min(0.998, (1 + k) / (10 + k))
-            torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), share)
-    return average
+            for net, length in ((average, 9), (result, averaged)):
+                share = 1 - min(0.998, (1 + k) / (1 + length + k))
+                torch._foreach_lerp_(list(net.parameters()), list(online.parameters()), share)
+    return result
 
 
 @torch.no_grad()
