@@ -1,6 +1,6 @@
-"""The pictures of `codi demo`: of every task what is given, what is made of it and the truth, as files and figures.
+"""The pictures of `codi demo`: inputs, results and ground truth of every task, as files and figures.
 
-A `Section` is one heading of the page. All that it holds is JSON-able: the page is a function of timings.json.
+A `Section` is one heading of the page and serializes to JSON: the page is rendered from timings.json alone.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from ..tasks import Task, means
 from ..tasks.masks import KINDS
 
 STEPS = (1, 2, 4)
-ONE_ANSWER = ("upscale", "inpaint", "edit")  # tasks whose results can be held against the truth pixel by pixel
-TILE = 128  # pixels of a picture on the overview
-LARGEST = 288  # pixels of a photograph: what all of scikit-image's have
+ONE_ANSWER = ("upscale", "inpaint", "edit")  # tasks whose results can be compared with the truth pixel by pixel
+TILE = 128  # side of a picture on the overview, in pixels
+LARGEST = 288  # largest side of a photograph, in pixels: all of scikit-image's have that many
 
 
 @dataclass(frozen=True)
-class Way:
-    """One column of made pictures: by which adapters (none: the plain backbone), in how many steps, how guided (None:
-    the adapter's own)."""
+class Column:
+    """One column of generated pictures: its adapters (none: the plain backbone), step count and guidance scale (None:
+    the adapter's default)."""
 
     key: str
     heading: str
@@ -50,9 +50,9 @@ class Way:
 
 
 @dataclass
-class Subject:
-    """What pictures are made of. `given`: by adapter, what users bring (N, C, H, W), at the 8 bits that files have;
-    `shown`: what is written beside the made pictures, (N, 1 or 3, H, W); `batch`: the samples."""
+class Inputs:
+    """The inputs of a section's pictures. `given`: adapter name -> user input (N, C, H, W), rounded to the 8 bits of
+    files; `shown`: column -> pictures (N, 1 or 3, H, W) written beside the generated ones; `batch`: the samples."""
 
     names: list[str]
     titles: list[str]
@@ -61,18 +61,18 @@ class Subject:
     shown: dict[str, Tensor]
     batch: Batch
 
-    def first(self, count: int) -> Subject:
-        """The first of them."""
+    def first(self, count: int) -> Inputs:
+        """Return the first `count` inputs."""
         given, shown = ({k: v[:count] for k, v in d.items()} for d in (self.given, self.shown))
         texts = self.names[:count], self.titles[:count], self.prompts[:count]
-        return Subject(*texts, given, shown, self.batch.part(slice(count)))
+        return Inputs(*texts, given, shown, self.batch.part(slice(count)))
 
 
 @dataclass
 class Section:
-    """One heading of the page. `sides`: the columns that the sliders compare at first; `columns`: key -> heading;
-    `rows`: {"name", "title", "pictures": {key: file}}; `figures`: {"column", "steps", "ms", ...}, one a column;
-    `commands`: what makes a row's pictures again."""
+    """One heading of the page. `sides`: the two columns that the sliders compare initially; `columns`: key -> heading;
+    `rows`: {"name", "title", "pictures": {key: file}}; `figures`: {"column", "steps", "ms", ...}, one per column;
+    `commands`: shell commands that reproduce the pictures, one per row."""
 
     name: str
     title: str
@@ -86,133 +86,139 @@ class Section:
 
 
 def held_out(count: int, seed: int, side: int) -> list[Sample]:
-    """The first `count` held-out scenes, not picked, with all that any task asks for."""
+    """Return the first `count` held-out scenes, not cherry-picked, with the columns that any task needs."""
     source = open_source(f"scenes:held-out:{count}:{seed}", ("conditioning_image", "mask", "edited_image"))
     return [replace(s, name=f"scene-{s.index}") for s in source.read(range(count), side) if isinstance(s, Sample)]
 
 
 def photographs(titles: Mapping[str, str], side: int, scale: int) -> list[Sample]:
-    """The centre squares of photographs that scikit-image ships, by its names, shrunk to `side` pixels or LARGEST;
-    none without it."""
+    """Return the central squares of scikit-image's photographs `titles` (its name -> title), resized to at most `side`
+    and LARGEST pixels, a multiple of `scale`; an empty list where scikit-image is not installed."""
     try:
         import skimage.data
     except ImportError:
         return []
-    found, size = [], min(side, LARGEST) // scale * scale
+    samples, size = [], min(side, LARGEST) // scale * scale
     for number, (name, title) in enumerate(titles.items()):
         pixels = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1).float() / 255
         square = min(pixels.shape[-2:])
         top, left = ((length - square) // 2 for length in pixels.shape[-2:])
         pixels = pixels[None, :, top : top + square, left : left + square]
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        found.append(Sample(number, name, pixels[0], title))
-    return found
+        samples.append(Sample(number, name, pixels[0], title))
+    return samples
 
 
-def subject(task: Task, name: str, samples: Sequence[Sample], seed: int) -> Subject:
-    """The samples as the adapter `name` of `task` meets them. Masks to inpaint go through all kinds in turn, and
-    are drawn again where they cover everything or nothing."""
-    task, given = task.measured(), []
+def make_inputs(task: Task, name: str, samples: Sequence[Sample], seed: int) -> Inputs:
+    """Return the inputs that the adapter `name` of `task` gets for `samples`. Inpainting masks cycle through all kinds,
+    and are redrawn where they cover everything or nothing."""
+    task, user_inputs = task.measured(), []
     for number, sample in enumerate(samples):
         kind = {"masks": (KINDS[number % len(KINDS)],)} if task.takes_mask else {}
         generator = torch.Generator().manual_seed(seed * 100_003 + number)
         for _ in range(8):
-            one = replace(task, **kind).given(collate([sample]), generator)  # type: ignore[type-var]
-            if not task.takes_mask or 0 < float(one[:, 3:].mean()) < 1:  # some masks cover everything or nothing
+            user_input = replace(task, **kind).given(collate([sample]), generator)  # type: ignore[type-var]
+            if not task.takes_mask or 0 < float(user_input[:, 3:].mean()) < 1:  # some masks cover everything or nothing
                 break
-        given.append(one)
-    brought = (torch.cat(given) * 255).round() / 255
+        user_inputs.append(user_input)
+    rounded = (torch.cat(user_inputs) * 255).round() / 255
     batch = collate(list(samples))
     shown: dict[str, Tensor] = {}
-    if brought.shape[1]:
-        shown["given"] = brought if brought.shape[1] in (1, 3) else task.condition(brought)[:, :3]
+    if rounded.shape[1]:
+        shown["given"] = rounded if rounded.shape[1] in (1, 3) else task.condition(rounded)[:, :3]
         shown["truth"] = task.truth(batch)
     if task.takes_mask:
-        shown["mask"] = brought[:, 3:]
+        shown["mask"] = rounded[:, 3:]
     if task.name == "upscale":
-        shown["bicubic"] = task.condition(brought)
+        shown["bicubic"] = task.condition(rounded)
     prompts = task.prompts(batch)
     titles = [prompt or sample.text for prompt, sample in zip(prompts, samples, strict=True)]
-    return Subject([s.name for s in samples], titles, prompts, {name: brought}, shown, batch)
+    return Inputs([s.name for s in samples], titles, prompts, {name: rounded}, shown, batch)
 
 
-def counted(steps: int) -> str:
-    """ "1 step", "2 steps"."""
+def format_steps(steps: int) -> str:
+    """Return "1 step", "2 steps", ..."""
     return f"{steps} step{'s' * (steps > 1)}"
 
 
-def make(
+def make_pictures(
     pipe: CoDiPipeline,
     section: Section,
-    what: Subject,
-    ways: Sequence[Way],
+    inputs: Inputs,
+    columns: Sequence[Column],
     out: Path,
     seed: int,
     done: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Makes every picture on its own, as a user would, and writes all files below `out`/NAME/; fills the section's
-    rows and milliseconds. Returns the made pictures by column, (N, 3, H, W). `done` is called after each."""
-    made: dict[str, Tensor] = {}
-    for way in ways:
-        pipe.set_adapters(list(way.adapters))
-        _sample(pipe, what, 0, replace(way, steps=1), seed)  # the first call is slower
-        pictures, spent = [], []
-        for k in range(len(what.names)):
-            began = time.perf_counter()
-            pictures.append(_sample(pipe, what, k, way, seed))
-            spent.append(1000 * (time.perf_counter() - began))
+    """Generate every picture on its own, as a user would, and write all files below `out`/SECTION/.
+
+    Fills in the section's rows and milliseconds; calls `done` after each picture. Returns column key -> generated
+    pictures (N, 3, H, W).
+    """
+    results: dict[str, Tensor] = {}
+    for column in columns:
+        pipe.set_adapters(list(column.adapters))
+        _sample(pipe, inputs, 0, replace(column, steps=1), seed)  # the first call is slower
+        images, milliseconds = [], []
+        for i in range(len(inputs.names)):
+            start = time.perf_counter()
+            images.append(_sample(pipe, inputs, i, column, seed))
+            milliseconds.append(1000 * (time.perf_counter() - start))
             done()
-        made[way.key] = torch.cat(pictures)
-        section.figures.append({"column": way.key, "steps": way.steps, "ms": round(median(spent), 1)})
-    files = {**what.shown, **made}
-    for k, (name, title) in enumerate(zip(what.names, what.titles, strict=True)):
-        for key, pictures in files.items():
-            rgb, grey = pictures[k].expand(3, -1, -1), pictures.shape[1] == 1
+        results[column.key] = torch.cat(images)
+        section.figures.append({"column": column.key, "steps": column.steps, "ms": round(median(milliseconds), 1)})
+    files = {**inputs.shown, **results}
+    for i, (name, title) in enumerate(zip(inputs.names, inputs.titles, strict=True)):
+        for key, images in files.items():
+            rgb, grey = images[i].expand(3, -1, -1), images.shape[1] == 1
             write_png(out / section.name / key / f"{name}.png", rgb, grey=grey, overwrite=True)
-        shown = {key: f"{section.name}/{key}/{name}.png" for key in section.columns}
-        section.rows.append({"name": name, "title": title, "pictures": shown})
-    return made
+        paths = {key: f"{section.name}/{key}/{name}.png" for key in section.columns}
+        section.rows.append({"name": name, "title": title, "pictures": paths})
+    return results
 
 
-def _sample(pipe: CoDiPipeline, what: Subject, k: int, way: Way, seed: int) -> Tensor:
-    """Picture k, (1, 3, H, W)."""
-    given = {name: what.given[name][k : k + 1] for name in way.adapters}
-    images: dict[str, Any] = {name: tensor[:, :3] for name, tensor in given.items() if tensor.shape[1]}
-    mask = next((tensor[:, 3:] for tensor in given.values() if tensor.shape[1] == 4), None)
+def _sample(pipe: CoDiPipeline, inputs: Inputs, i: int, column: Column, seed: int) -> Tensor:
+    """Generate picture i, (1, 3, H, W)."""
+    user_inputs = {name: inputs.given[name][i : i + 1] for name in column.adapters}
+    images: dict[str, Any] = {name: tensor[:, :3] for name, tensor in user_inputs.items() if tensor.shape[1]}
+    mask = next((tensor[:, 3:] for tensor in user_inputs.values() if tensor.shape[1] == 4), None)
     return pipe(
         image=(images if len(images) > 1 else next(iter(images.values()), None)),
         mask=mask,
-        prompt=what.prompts[k],
-        steps=way.steps,
-        guidance_scale=way.guidance,
+        prompt=inputs.prompts[i],
+        steps=column.steps,
+        guidance_scale=column.guidance,
         seed=seed,
         output_type="pt",
     ).images  # type: ignore[union-attr]
 
 
-def measure(section: Section, task: Task, what: Subject, made: dict[str, Tensor]) -> None:
-    """Adds to the section's figures the task's own, PSNR where there is one right answer, and the ENLite0 distance."""
-    task, truth, features = task.measured(), what.shown.get("truth"), default_features()
-    given = next(iter(what.given.values()))
-    seen = None if truth is None else features(truth)
-    if "bicubic" in what.shown:
+def measure(section: Section, task: Task, inputs: Inputs, results: dict[str, Tensor]) -> None:
+    """Add to the section's figures the task's obedience, the PSNR of tasks in ONE_ANSWER, and the ENLite0 distance.
+
+    `results`: column key -> generated pictures.
+    """
+    task, truth, extract = task.measured(), inputs.shown.get("truth"), default_features()
+    given = next(iter(inputs.given.values()))
+    truth_features = None if truth is None else extract(truth)
+    if "bicubic" in inputs.shown:
         section.figures.insert(0, {"column": "bicubic", "steps": 0, "ms": None})
-        made = {**made, "bicubic": what.shown["bicubic"]}
+        results = {**results, "bicubic": inputs.shown["bicubic"]}
     for row in section.figures:
-        pictures = made[row["column"]]
-        figures = task.obedience(pictures, given, what.batch)
-        figures.pop("known_psnr", None)  # known pixels are given back as they are, whatever the network made of them
+        pictures = results[row["column"]]
+        figures = task.obedience(pictures, given, inputs.batch)
+        figures.pop("known_psnr", None)  # known pixels are copied to the result, whatever the network predicts
         if truth is not None and task.name in ONE_ANSWER:
             figures = {"psnr": psnr(pictures, truth), **figures}
-        if seen is not None:
-            figures["distance"] = maps_distance(features(pictures), seen)
+        if truth_features is not None:
+            figures["distance"] = maps_distance(extract(pictures), truth_features)
         row |= {name: round(value, 4) for name, value in means(figures).items()}
 
 
-def commands(section: Section, task: Task, what: Subject, seed: int, options: Sequence[str]) -> list[str]:
-    """For each row, what makes its picture in 4 steps again, in the page's folder."""
+def commands(section: Section, task: Task, inputs: Inputs, seed: int, options: Sequence[str]) -> list[str]:
+    """Return for each row the command that reproduces its 4-step picture, run in the page's folder."""
     lines = []
-    for name, prompt in zip(what.names, what.prompts, strict=True):
+    for name, prompt in zip(inputs.names, inputs.prompts, strict=True):
         words = ["codi", task.name]
         if task.name != "generate":
             words.append(f"{section.name}/{'truth' if task.takes_mask else 'given'}/{name}.png")
@@ -226,11 +232,19 @@ def commands(section: Section, task: Task, what: Subject, seed: int, options: Se
 
 
 def overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes one sheet with a row of each section, of section k row k: its title, its prompt and what made many steps;
-    what was given, the steps, the truth. `sections` are as in timings.json, their files below the folder of `path`."""
-    headings = {"given": "given", **{f"steps-{n}": counted(n) for n in STEPS}, "many": "many steps", "truth": "truth"}
-    rows = [(one, one["rows"][k % len(one["rows"])]) for k, one in enumerate(sections)]
-    labels = [_label(one["title"], row["title"], f"many steps: {one['columns']['many']}") for one, row in rows]
+    """Write an overview sheet to `path`, with row k of each section k: title, prompt and many-step model; then the
+    input, the results by step count and the truth. `sections` are those of timings.json, their files relative to the
+    folder of `path`."""
+    headings = {
+        "given": "given",
+        **{f"steps-{n}": format_steps(n) for n in STEPS},
+        "many": "many steps",
+        "truth": "truth",
+    }
+    rows = [(section, section["rows"][number % len(section["rows"])]) for number, section in enumerate(sections)]
+    labels = [
+        _label(section["title"], row["title"], f"many steps: {section['columns']['many']}") for section, row in rows
+    ]
     columns = {"": torch.stack(labels)}
     for key, heading in headings.items():
         columns[heading] = torch.stack([_tile(path.parent, row["pictures"].get(key)) for _, row in rows])
@@ -239,14 +253,14 @@ def overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _tile(folder: Path, file: str | None) -> Tensor:
-    """A picture file enlarged to (3, TILE, TILE); white for None."""
+    """Return a picture file enlarged to (3, TILE, TILE); white for None."""
     if file is None:
         return torch.ones(3, TILE, TILE)
     return F.interpolate(read_image(folder / file).rgb[None], (TILE, TILE), mode="nearest-exact")[0]
 
 
 def _label(title: str, prompt: str, foot: str) -> Tensor:
-    """(3, TILE, TILE): text on white."""
+    """Return a tile (3, TILE, TILE) with text on white."""
     tile = Image.new("RGB", (TILE, TILE), "white")
     draw = ImageDraw.Draw(tile)
     draw.text((4, 2), title, fill="black", font_size=16)
