@@ -188,7 +188,7 @@ def test_a_single_file_wants_the_parts_that_it_lacks(tmp_path):
 @pytest.mark.parametrize("value", [True, 7, "text", [1]])
 def test_a_configuration_that_is_no_object_is_refused_at_once(model, value):
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(value))
-    with pytest.raises(UserError, match="scheduler_config.json: holds .* and no object"):
+    with pytest.raises(UserError, match="scheduler_config.json: holds .*, not a JSON object"):
         load_backbone(model)
 
 
@@ -203,8 +203,8 @@ def test_absurd_counts_of_layers_are_refused_at_once(model, part, key, count):
 @pytest.mark.parametrize(
     ("part", "key", "value", "words"),
     [
-        ("vae", "scaling_factor", "x", "'x' is no number"),
-        ("vae", "shift_factor", [0.1], r"\[0.1\] is no number"),
+        ("vae", "scaling_factor", "x", "'x' is not a number"),
+        ("vae", "shift_factor", [0.1], r"\[0.1\] is not a number"),
         ("vae", "scaling_factor", float("nan"), "is NaN"),
         ("transformer", "axes_dims_rope", [4, float("nan")], "is NaN"),
         ("scheduler", "shift", float("nan"), "is NaN"),

@@ -1,4 +1,4 @@
-"""Loading a pretrained diffusion model of any family: a folder, a single file or a hub id."""
+"""Load pretrained diffusion models of any family from a folder, a single file or a hub id."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ CONVERT = (
     "if you trust it, convert it with diffusers: "
     "DiffusionPipeline.from_pretrained(MODEL, use_safetensors=False).save_pretrained(NEW)"
 )
-EMBEDDED = Path(__file__).resolve().parents[2] / "weights"  # what ships inside the package
-# Of whole numbers in configurations, by a word of their key. The largest known networks have some hundred layers.
+EMBEDDED = Path(__file__).resolve().parents[2] / "weights"  # the models shipped inside the package
+# Upper limits of integers in configurations, by a word in their key. The largest known networks have some hundred
+# layers.
 MOST = {"layers": 1_000, "blocks": 1_000, "timesteps": 100_000, "": 100_000_000}
 
 
 class Hub(TypedDict, total=False):
-    """Which files of a model are meant, and how they are fetched: options that diffusers gets as they are. `config`: of
-    a single file, a folder or hub id in diffusers' layout whose configs and tokenizers belong to it; without one
-    diffusers fetches them."""
+    """Options that select a model's files and how they are fetched, passed on to diffusers unchanged. `config`, for a
+    single file: the folder or hub id in diffusers' layout that has its configs and tokenizers; without it diffusers
+    fetches them."""
 
     revision: str | None
     variant: str | None
@@ -44,23 +45,24 @@ class Hub(TypedDict, total=False):
 
 
 def digest(network: torch.nn.Module) -> str:
-    """Which weights: 12 hex digits of SHA-256 over names and float16 values, so that a copy stored in halves is the
-    same. `family` says what an adapter fits; this, what it was trained on."""
+    """Return 12 hex digits that identify a network's weights: SHA-256 over names and float16 values, so that a copy
+    stored in float16 has the same digest. An adapter fits every backbone of its `family`; the digest identifies the
+    one it was trained on."""
     return digest_weights(network.state_dict())
 
 
 def digest_weights(weights: Mapping[str, torch.Tensor]) -> str:
-    """As digest, of a network's state. Low-rank updates that it carries are left out."""
+    """Return the `digest` of a network's state dict, without the low-rank updates in it."""
     hasher = hashlib.sha256()
-    named = {name.replace(".base_layer.", "."): value for name, value in weights.items() if "lora_" not in name}
-    for name, value in sorted(named.items()):
+    own = {name.replace(".base_layer.", "."): value for name, value in weights.items() if "lora_" not in name}
+    for name, value in sorted(own.items()):
         hasher.update(name.encode())
         hasher.update(value.to("cpu", torch.float16).numpy().tobytes())
     return hasher.hexdigest()[:12]
 
 
 def find_model(name: str | Path) -> str:
-    """'mini' -> the embedded checkpoint's folder; anything else is a path or a hub id, returned as it is."""
+    """Return the folder of an embedded model such as 'mini'; return a path or hub id unchanged."""
     embedded = EMBEDDED / str(name)
     return str(embedded) if (embedded / "model_index.json").is_file() else str(name)
 
@@ -76,11 +78,11 @@ def load_backbone(
     """Load 'mini', a diffusers folder of a supported family, a single .safetensors file, or a hub id, which may name a
     revision: "id@revision".
 
-    `loras`: files, folders or hub ids of low-rank updates in any format that diffusers reads, and how much of each is
-    made part of the weights. `text`: with the text encoders; without, prompts cannot be read. Of a folder that has its
-    weights as the variant "fp16" alone, these are taken. `given`: parts in place of the model's, and further options of
-    diffusers' `from_pretrained`, such as device_map. Only safetensors are read. Raises UserError where there is no
-    such model, it is of another kind or its weights are broken, and for an option that is none of `Hub`.
+    `loras`: {file, folder or hub id: weight} of low-rank updates, in any format that diffusers reads, to fuse into the
+    weights. `text`: load the text encoders, which prompts need. `given`: components that replace the model's own, and
+    further options of diffusers' `from_pretrained`, such as device_map. A folder that has only the variant "fp16" is
+    loaded from that. Only safetensors are read. Raises UserError if the model does not exist, is not supported or has
+    broken weights, and for an option that is not in `Hub`.
     """
     for option in hub:
         if option not in Hub.__annotations__:
@@ -101,7 +103,7 @@ def load_backbone(
     except UserError:
         if text:
             raise
-        # They may have updates of the text encoders, which then have to be there.
+        # The LoRA may also change the text encoders, so load them, fuse, and drop them afterwards.
         whole = load_backbone(name, dtype, loras, **hub)
         return replace(whole, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")))
     backbone = _take_parts(pipe, kind, given, str(name))
@@ -115,13 +117,13 @@ def load_backbone(
 
 
 def _fuse_loras(pipe: Any, loras: Mapping[str, float], name: str) -> None:
-    """Make low-rank updates a part of the weights. Raises UserError for one that is none for this model."""
+    """Fuse LoRAs into the weights of a pipeline. Raises UserError for one that does not fit this model."""
     if not isinstance(loras, Mapping):
         raise UserError(f"loras {one_line(repr(loras))}: not a dict: give {{file: weight}}, such as {{FILE: 1.0}}")
     for lora, weight in loras.items():
         try:
             pipe.load_lora_weights(str(lora), use_safetensors=True)
-            if not pipe.get_list_adapters():  # diffusers takes a file of other keys for none at all
+            if not pipe.get_list_adapters():  # diffusers silently ignores a file whose keys do not match
                 raise ValueError("none of its weights are for this model")
             pipe.fuse_lora(lora_scale=weight)
             pipe.unload_lora_weights()
@@ -131,26 +133,26 @@ def _fuse_loras(pipe: Any, loras: Mapping[str, float], name: str) -> None:
             ) from error
 
 
-def _take_parts(pipe: Any, kind: Family, given: Mapping[str, Any], name: str) -> Backbone:
-    """Return the parts of diffusers' pipeline, with those that are given in their place. Raises UserError for parts
-    that are of another kind or that do not fit together."""
+def _take_parts(pipe: Any, kind: Family, overrides: Mapping[str, Any], name: str) -> Backbone:
+    """Return the Backbone of a diffusers pipeline, with components replaced by `overrides`. Raises UserError for
+    components that are not supported or do not fit together."""
     kind.require_scheduler(pipe.scheduler, name)
     values = named_parts(pipe)
     parts = {field.name: values.get(field.name, field.default) for field in fields(Backbone)}
     try:
-        backbone = Backbone(**{**kind.prepare_parts(parts), **{k: v for k, v in given.items() if k in parts}})
+        backbone = Backbone(**{**kind.prepare_parts(parts), **{k: v for k, v in overrides.items() if k in parts}})
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{name}: a value of its configurations will not do ({one_line(error)}): fetch it again"
+            f"{name}: its configuration has an invalid value ({one_line(error)}): fetch the model again"
         ) from error
     kind.require_usable(backbone, name)
     return backbone
 
 
 def load_vae(model: str | Path) -> Any:
-    """The VAE of a model in float32; of a folder or a hub id nothing else is read, so that any family's will do.
+    """Return a model's VAE in float32. Of a folder or hub id only the VAE is read, so the network may be of any family.
     Raises UserError as load_backbone does."""
     source = find_model(model)
     if not (Path(source) / "vae").is_dir() and (Path(source).exists() or source.count("/") != 1):
@@ -159,8 +161,8 @@ def load_vae(model: str | Path) -> Any:
         source, options = resolved(source, "vae")
         require_safetensors(Path(source) / "vae")
         require_buildable(Path(source) / "vae")
-        kind: Any = codec.vae_class(source, **{k: v for k, v in options.items() if k == "revision"})
-        vae = kind.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
+        vae_class: Any = codec.vae_class(source, **{k: v for k, v in options.items() if k == "revision"})
+        vae = vae_class.from_pretrained(source, subfolder="vae", use_safetensors=True, **options)
     except UserError:
         raise
     except Exception as error:
@@ -170,12 +172,12 @@ def load_vae(model: str | Path) -> Any:
 
 
 def _open(
-    source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool, given: dict[str, Any]
+    source: str, dtype: torch.dtype, hub: dict[str, Any], text: bool, overrides: dict[str, Any]
 ) -> tuple[Any, Family]:
     """Return diffusers' own pipeline of the model, and its family."""
     path = Path(source)
     if path.is_file():
-        return _open_file(path, dtype, {**hub, **given})
+        return _open_file(path, dtype, {**hub, **overrides})
     options = {key: value for key, value in hub.items() if key != "config"}
     local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
     if local and not (path / "model_index.json").is_file():
@@ -183,82 +185,83 @@ def _open(
             f"{source}: no model there (a diffusers folder has a model_index.json): "
             "give 'mini', such a folder, a .safetensors file or a hub id"
         )
-    source, at = revision_of(source)
-    fetching = {**{key: value for key, value in options.items() if key != "variant"}, **at}
+    source, revision = revision_of(source)
+    fetching = {**{key: value for key, value in options.items() if key != "variant"}, **revision}
     index: Any = DiffusionPipeline.load_config(source, **fetching)
     kind = family_of_index(index, source)
-    _, found = resolved(source, kind.component)
-    options = {**found, **options, **at}  # "@" says more than an option
-    if "variant" in found:
-        options["variant"] = options.get("variant") or found["variant"]
-    # Those that are left out, or that the folder lacks, are named: diffusers refuses a folder that lacks one.
+    _, defaults = resolved(source, kind.component)
+    options = {**defaults, **options, **revision}  # "id@revision" takes precedence over the option `revision`
+    if "variant" in defaults:
+        options["variant"] = options.get("variant") or defaults["variant"]
+    # Pass None for text encoders that are not wanted or not in the folder: diffusers refuses a folder that lacks one.
     encoders = {name: part for name, part in index.items() if name.startswith("text_encoder")}
     options |= {name: None for name, part in encoders.items() if not text or part[0] is None}
-    options |= dict.fromkeys(_unused(kind, index))
-    for name in {field.name for field in fields(Backbone)} & set(index) - set(options) - set(given):
+    options |= dict.fromkeys(_unread_parts(kind, index))
+    for name in {field.name for field in fields(Backbone)} & set(index) - set(options) - set(overrides):
         require_safetensors(path / name)
         require_buildable(path / name)
-    return kind.open_folder(source, index, dtype, {**options, **given}), kind
+    return kind.open_folder(source, index, dtype, {**options, **overrides}), kind
 
 
-def _unused(kind: Family, index: Mapping[str, Any]) -> list[str]:
-    """Name the parts of a model_index.json that the stock pipeline would load and nothing here reads, as a safety
-    checker: they may be absent."""
-    taken = {name for pipeline in kind.pipelines for name in inspect.signature(stock(pipeline).__init__).parameters}
-    read = {field.name for field in fields(Backbone)}
-    return [name for name, part in index.items() if isinstance(part, list) and name in taken - read]
+def _unread_parts(kind: Family, index: Mapping[str, Any]) -> list[str]:
+    """Return the components in a model_index.json that the stock pipeline would load but codi does not use, such as a
+    safety checker; they may be absent."""
+    accepted = {name for pipeline in kind.pipelines for name in inspect.signature(stock(pipeline).__init__).parameters}
+    used = {field.name for field in fields(Backbone)}
+    return [name for name, part in index.items() if isinstance(part, list) and name in accepted - used]
 
 
 def require_buildable(folder: Path) -> None:
-    """Raise UserError for the folder of a part whose configuration is no object, or has a number above what MOST says
-    for its key: diffusers would search the former for keys, or build the latter, without an end. Also for NaN, and a
-    factor of latents that is no number, which show only in the picture."""
+    """Raise UserError for a component whose configuration is not a JSON object or has a number above its limit in
+    MOST, with which diffusers would hang. Also for NaN, and for a scaling or shift factor of latents that is not a
+    number, which would show only as bad pictures."""
     for file in (folder / "config.json", folder / "scheduler_config.json"):
         try:
             config = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError):  # diffusers says what is wrong
+        except (OSError, ValueError, RecursionError):  # diffusers reports what is wrong
             continue
         if not isinstance(config, dict):
-            raise UserError(f"{file}: holds {one_line(repr(config))} and no object: fetch the model again")
-        config.pop("info", None)  # of an adapter: what it is, not how it is built
+            raise UserError(f"{file}: holds {one_line(repr(config))}, not a JSON object: fetch the model again")
+        config.pop("info", None)  # metadata of an adapter, not used to build it
         for key, number in _numbers(config):
-            most = next((most for word, most in MOST.items() if word in key))
-            if isinstance(number, int) and number > most:
-                raise UserError(f"{file}: {key} is above {most:,}: fetch the model again")
+            limit = next((limit for word, limit in MOST.items() if word in key))
+            if isinstance(number, int) and number > limit:
+                raise UserError(f"{file}: {key} is above {limit:,}: fetch the model again")
             if math.isnan(number):
                 raise UserError(f"{file}: {key} is NaN: fetch the model again")
         for key in ("scaling_factor", "shift_factor"):
             if not isinstance(config.get(key), (int, float, type(None))):
-                raise UserError(f"{file}: {key} {one_line(repr(config[key]))} is no number: fetch the model again")
+                raise UserError(f"{file}: {key} {one_line(repr(config[key]))} is not a number: fetch the model again")
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """Yield the numbers of a configuration, in lists and objects too, each with the key that it stands under."""
+    """Yield (key, number) for all numbers of a configuration, also in nested lists and objects."""
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, dict):
             waiting += value.items()
         elif isinstance(value, list):
-            waiting += [(key, one) for one in value]
+            waiting += [(key, item) for item in value]
         elif isinstance(value, (int, float)):
             yield key, value
 
 
 def require_safetensors(folder: Path) -> None:
-    """Raise UserError for a folder on this machine that has weights in other formats alone."""
+    """Raise UserError for a local folder whose weights are all in other formats."""
     names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
     others = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
     if others and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder}: has its weights in {others[0]}, which may run code when it is read, and not as "
+        raise UserError(f"{folder}: has weights in {others[0]}, which may run code when it is read, and none as "
                         f"safetensors: {CONVERT}")  # fmt: skip
 
 
 def _open_file(path: Path, dtype: torch.dtype, hub: dict[str, Any]) -> tuple[Any, Family]:
+    """Return diffusers' own pipeline of a single file, and its family."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: not a .safetensors file, and others may run code: if you trust it, convert it with "
                         "diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(NEW)")  # fmt: skip
-    # Only its configs are fetched: they have neither the model's revision nor its variants.
+    # Only configs are fetched, and the model's revision and variant do not apply to them.
     fetching = {key: value for key, value in hub.items() if key not in ("revision", "variant")}
     if fetching.get("config"):
         fetching["config"] = str(fetching["config"])
@@ -271,14 +274,14 @@ def _open_file(path: Path, dtype: torch.dtype, hub: dict[str, Any]) -> tuple[Any
 
 
 def revision_of(source: str) -> tuple[str, dict[str, Any]]:
-    """Part "id@revision" of a hub id; a folder has none."""
-    name, at, revision = source.rpartition("@")
-    return (source, {}) if Path(source).is_dir() or not at else (name, {"revision": revision})
+    """Split "id@revision" into the hub id and {"revision": ...}; return a folder or plain id with no options."""
+    name, separator, revision = source.rpartition("@")
+    return (source, {}) if Path(source).is_dir() or not separator else (name, {"revision": revision})
 
 
 def resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
-    """A folder or hub id as diffusers takes it, and with which options: the variant "fp16" where a folder has no other
-    weights of `part`, the revision of "id@revision"."""
+    """Return a folder or hub id as diffusers takes it, and the options to load it with: the variant "fp16" if a folder
+    has no other weights of `part`, the revision of "id@revision"."""
     folder = Path(source)
     if folder.is_dir():
         weights = [file.name for file in (folder / part).glob("*.safetensors")]
@@ -287,7 +290,7 @@ def resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
 
 
 def require_finite(module: torch.nn.Module, name: str) -> None:
-    """Raises UserError if a weight of `module` is missing, NaN or infinite."""
+    """Raise UserError if a weight of `module` is missing, NaN or infinite."""
     for key, value in module.state_dict().items():
         if value.is_meta:
             raise UserError(f"{name}: weight {key!r} is missing: fetch or train the file again")
@@ -296,12 +299,12 @@ def require_finite(module: torch.nn.Module, name: str) -> None:
 
 
 def with_network(model: str | Path, network: Path, out: Path) -> Path:
-    """Write to `out` the checkpoint `model` with the network in the folder `network` (of a full adapter), in
-    diffusers' layout. Returns `out`; what is there already stays."""
+    """Write the checkpoint `model`, with its network replaced by that in the folder `network` (of a full adapter), to
+    `out` in diffusers' layout, unless `out` has a checkpoint already. Return `out`."""
     if not (out / "model_index.json").is_file():
-        b = load_backbone(model)
+        backbone = load_backbone(model)
         require_buildable(network)
-        kind: Any = type(b.network)
-        setattr(b, b.kind.component, kind.from_pretrained(network, dtype=b.network.dtype))
-        write_folder(out, b.pipeline().save_pretrained)
+        network_class: Any = type(backbone.network)
+        setattr(backbone, backbone.kind.component, network_class.from_pretrained(network, dtype=backbone.network.dtype))
+        write_folder(out, backbone.pipeline().save_pretrained)
     return out

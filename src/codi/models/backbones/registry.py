@@ -1,4 +1,4 @@
-"""The families that the library knows, and how one is recognized."""
+"""The supported families of backbones, and how the family of a model is recognized."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from .stable_diffusion import StableDiffusion
 from .zimage import ZImage
 
 FAMILIES: tuple[Family, ...] = (StableDiffusion(), Flux(), StableDiffusion3(), Sana(), ZImage(), Flux2(), QwenImage())
-_OWN = "CoDiPipeline"  # what saved pipelines of ours call themselves
+_CODI_PIPELINE = "CoDiPipeline"  # the class name in the index of pipelines saved by codi
 
 
 def family_of(network: Any) -> Family:
-    """Return the family of a network, by its class, or of a network's configuration."""
+    """Return the family of a network, given the network or its configuration. Raises UserError for an unsupported
+    class."""
     name = network.get("_class_name") if isinstance(network, Mapping) else type(network).__name__
     known = {kind.network: kind for kind in FAMILIES}
     if name is None:  # configurations in old adapters have no class
@@ -31,23 +32,23 @@ def family_of(network: Any) -> Family:
 
 
 def family_of_text(parts: Any) -> Family:
-    """Return the family of a pipeline that has text encoders and no network, by their classes."""
+    """Return the family of a pipeline without a network, by the classes of its text encoders."""
     encoders = {name: getattr(parts, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
-    found = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+    present = {name: encoder for name, encoder in encoders.items() if encoder is not None}
     for kind in FAMILIES:
         for pipeline in kind.pipelines:
             types = stock(pipeline)._get_signature_types()
-            same = bool(found) and set(found) == {name for name in types if name.startswith("text_encoder")}
-            if same and all(isinstance(encoder, types[name]) for name, encoder in found.items()):
+            same = bool(present) and set(present) == {name for name in types if name.startswith("text_encoder")}
+            if same and all(isinstance(encoder, types[name]) for name, encoder in present.items()):
                 return kind
     raise UserError("pipeline: has no network: pass unet=... or transformer=...")
 
 
 def family_of_index(index: Mapping[str, Any], source: str) -> Family:
-    """Return the family of a model, by its model_index.json. Raises UserError for one that is not supported, and for
-    variants that take more than noise and a prompt."""
-    found: Any = index.get("_class_name")
-    pipeline = str(found[-1] if isinstance(found, list) and found else found)  # a list: with the file that defines it
+    """Return the family of a model, given its model_index.json. Raises UserError for a model that is not supported, and
+    for variants whose input is more than noise and a prompt."""
+    name: Any = index.get("_class_name")
+    pipeline = str(name[-1] if isinstance(name, list) and name else name)  # a list: [file that defines it, class]
     for kind in FAMILIES:
         part = index.get(kind.component)
         if part and part[-1] == kind.network:

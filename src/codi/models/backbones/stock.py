@@ -1,4 +1,4 @@
-"""diffusers' own classes, by name and imported when first used: importing all takes seconds."""
+"""diffusers' own classes, imported by name when first used, because importing all of them takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import diffusers
 
 
 def stock(name: str) -> Any:
-    """Return a class of diffusers by its name, without the warnings of transformers on what is not installed."""
+    """Return a class of diffusers by its name, without transformers' warnings about packages that are not installed."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -20,8 +20,8 @@ def stock(name: str) -> Any:
 
 
 def opener(name: str) -> Any:
-    """Return a pipeline class of diffusers that also opens folders whose index names a class in a file of their own, as
-    those of saved pipelines of ours do: for the parts, so that nothing in such a file is run."""
+    """Return a pipeline class of diffusers that also opens folders whose index names a class defined in the folder, as
+    pipelines saved by codi do. Only the components are loaded; the code in that file is not run."""
     kind = stock(name)
 
     class Opener(kind):
