@@ -99,7 +99,7 @@ def _run(train: Callable[..., Path], recipe: Any, minutes: float | None) -> Path
     from ..training import processes
 
     out = train(recipe, quiet=not watched(), minutes=minutes)
-    processes.part()
+    processes.shut_down()
     return out
 
 

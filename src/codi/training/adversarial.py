@@ -1,4 +1,4 @@
-"""A patch discriminator for the codec (PatchGAN, Isola et al. 2017): is this place of a picture real or rebuilt?"""
+"""A patch discriminator (PatchGAN, Isola et al. 2017) that tells patches of images from reconstructed ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 
 def new_discriminator(width: int = 48) -> nn.Sequential:
-    """Returns an untrained discriminator: (B, 3, H, W) in [-1, 1] -> verdicts (B, 1, H/8, W/8), high for real."""
+    """Return an untrained discriminator: (B, 3, H, W) in [-1, 1] -> logits (B, 1, H/8, W/8), high for real."""
 
     def down(a: int, b: int) -> list[nn.Module]:
         return [nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False), nn.GroupNorm(8, b), nn.LeakyReLU(0.2)]
@@ -20,10 +20,10 @@ def new_discriminator(width: int = 48) -> nn.Sequential:
 
 
 def adversarial_losses(discriminator: nn.Module, rebuilt: Tensor, real: Tensor, weight: float) -> dict[str, Tensor]:
-    """Returns the discriminator's hinge loss and, `weight` times, the verdict that `rebuilt` (B, 3, H, W) should raise.
+    """Return the discriminator's hinge loss and, times `weight`, the adversarial loss of `rebuilt` (B, 3, H, W).
 
-    One backward pass serves both: the first loss sees reconstructions without gradient, the second the discriminator's
-    weights without. With weight 0 only the discriminator learns.
+    One backward pass serves both: the first loss takes detached reconstructions, the second detached weights of the
+    discriminator. With weight 0 only the discriminator learns.
     """
     hinge = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(rebuilt.detach())).mean()
     losses = {"discriminator": hinge / 2}

@@ -32,7 +32,7 @@ CHECKPOINTS, STATE = "checkpoints", "state.json"
 
 @dataclass
 class Progress:
-    """How far a run is. `updates` optimiser updates, `images` training images seen, `seconds` spent training."""
+    """Progress of a run: `updates` of the optimizer, training `images` used, `seconds` spent training."""
 
     updates: int = 0
     images: int = 0
@@ -40,7 +40,7 @@ class Progress:
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, by name."""
+    """Return the trainable parameters by name."""
     return {k: p for k, p in module.named_parameters() if p.requires_grad}
 
 
@@ -49,7 +49,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Changes keys of a JSON file; None removes one."""
+    """Change keys of a JSON file; None removes a key."""
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}, indent=2) + "\n")
 
@@ -64,12 +64,12 @@ def save(
     scaler: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write `root/step-N`, then remove all but the newest `keep` checkpoints. Returns the folder. All processes call
-    it, and the first one writes."""
-    names, averages = trainable(online), dict(average.named_parameters())
+    """Write `root/step-N`, remove all but the newest `keep` checkpoints, and return the folder. All processes call it;
+    the first one writes."""
+    weights, averages = trainable(online), dict(average.named_parameters())
     state = optimizer.state_dict()
-    parts = {"weights": names, "average": {k: averages[k] for k in names}, "optimizer": flatten(state["state"])}
-    parts = {file: sharding.gathered(tensors) for file, tensors in parts.items()}
+    parts = {"weights": weights, "average": {k: averages[k] for k in weights}, "optimizer": flatten(state["state"])}
+    parts = {file: sharding.gather(tensors) for file, tensors in parts.items()}
     folder = root / f"step-{progress.updates:08d}"
     if processes.rank():
         return folder
@@ -92,7 +92,7 @@ def save(
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder; a kill on the way leaves nothing that looks whole."""
+    """Remove a folder, renamed first so that an interrupted removal leaves no checkpoint that looks complete."""
     gone = folder.with_name(f"{_GONE}{folder.name}")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -100,7 +100,7 @@ def _discard(folder: Path) -> None:
 
 
 def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Nested dicts of tensors and whole numbers -> tensors by dotted names."""
+    """Flatten nested dicts of tensors and whole numbers to tensors by dotted names."""
     flat: dict[str, Tensor] = {}
     for key, value in state.items():
         if isinstance(value, dict):
@@ -111,13 +111,13 @@ def flatten(state: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
 
 
 def complete(root: Path) -> list[Path]:
-    """Return the whole checkpoints below `root`, oldest first."""
+    """Return the complete checkpoints below `root`, oldest first."""
     return sorted(p for p in root.glob("step-*") if (p / STATE).is_file())
 
 
 def read_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """Return how far the run of a checkpoint was, and its state.json. Raises UserError where it cannot be read or
-    holds a value that no run has."""
+    """Return the progress of a checkpoint and its state.json. Raises UserError if the file cannot be read or holds an
+    impossible value."""
     file = folder / STATE
     try:
         state = json.loads(file.read_text())
@@ -129,7 +129,7 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
             raise ValueError(f"seconds is {progress.seconds}")
         scaler = state.get("scaler") or {}
         if not isinstance(state["recipe"], dict) or not all(type(value) in (int, float) for value in scaler.values()):
-            raise ValueError("the recipe or the loss scale is none")
+            raise ValueError("the recipe or the loss scale has the wrong type")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fix = "delete its folder to go on from the one before"
         raise UserError(f"{file}: not the state of a run ({one_line(repr(error))}): {fix}") from error
@@ -140,12 +140,12 @@ def require_same_run(
     root: Path, recipe: Any, free: set[str], current: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> None:
     """Raise UserError if the newest checkpoint below `root` is of a different recipe (a dataclass): resuming would mix
-    two runs. Keys in `free` may differ; one that is newer than the checkpoint had its default then.
-    `current` brings a recorded recipe up to date."""
-    found = complete(root)
-    if not found:
+    two runs. Keys in `free` may differ; keys that the recorded recipe lacks count as their defaults.
+    `current` converts a recorded recipe to the current keys."""
+    checkpoints = complete(root)
+    if not checkpoints:
         return
-    before = current(read_state(found[-1])[1]["recipe"])
+    before = current(read_state(checkpoints[-1])[1]["recipe"])
     for field in (f for f in fields(recipe) if f.name not in free):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         values = before.get(field.name, default), getattr(recipe, field.name)
@@ -158,8 +158,8 @@ def require_same_run(
 
 
 def clean(out: Path) -> None:
-    """Remove what a killed run left half-written or half-removed in `out` and its checkpoints; put back a folder caught
-    between two renames."""
+    """Remove files and folders that a killed run left half-written or half-removed in `out` and its checkpoints; put
+    back a folder whose replacement was interrupted between two renames."""
     root = out / CHECKPOINTS
     for left in (*out.glob(f"{WRITING}*"), *root.glob(f"{WRITING}*")):
         name = left.name.removeprefix(OLD)
@@ -174,24 +174,24 @@ def clean(out: Path) -> None:
 def load(
     folder: Path, online: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Any]]:
-    """Restore everything `save` wrote, in place. Returns the progress and the rest of state.json.
+    """Restore everything that `save` wrote, in place; return the progress and state.json.
 
-    Raises UserError if the checkpoint is broken or of a differently shaped run.
+    Raises UserError if the checkpoint is broken or of a run with other weights.
     """
     progress, state = read_state(folder)
     try:
-        # The first process reads for all. Checkpoints from before there were checksums have none.
+        # The first process verifies for all. Old checkpoints have no checksums.
         if processes.rank() == 0 and (fault := find_fault(folder, state.get("files", {}))):
             raise ValueError(fault)
         for file, module in (("weights", online), ("average", average)):
             values, parameters = load_file(folder / f"{file}.safetensors"), dict(module.named_parameters())
             expected = trainable(online).keys()
             if values.keys() != expected:
-                odd = sorted(values.keys() ^ expected)[0]
-                raise UserError(f"{folder}: made by a run that trains other weights ({odd}): give another --out")
+                other = sorted(values.keys() ^ expected)[0]
+                raise UserError(f"{folder}: made by a run that trains other weights ({other}): give another --out")
             with torch.no_grad():
                 for name, value in values.items():
-                    parameters[name].copy_(sharding.split_like(value, parameters[name]))
+                    parameters[name].copy_(sharding.shard_like(value, parameters[name]))
         moments: dict[int, dict[str, Any]] = {}
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -199,10 +199,10 @@ def load(
             entry, like = moments.setdefault(int(index), {}), trained[int(index)]
             for name in names:
                 entry = entry.setdefault(name, {})
-            counts = value.ndim == 0 and value.dtype == torch.int64  # steps, which bitsandbytes wants as a number
-            split = sharding.split_like(value, like) if value.shape == like.shape else value
-            entry[last] = int(value) if counts else split
-        # Rates and other settings are the recipe's.
+            is_count = value.ndim == 0 and value.dtype == torch.int64  # of steps, which bitsandbytes needs as a number
+            sharded = sharding.shard_like(value, like) if value.shape == like.shape else value
+            entry[last] = int(value) if is_count else sharded
+        # Learning rates and other settings come from the recipe, not from the checkpoint.
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         random = load_file(folder / "random.safetensors")
         torch.set_rng_state(random["cpu"])

@@ -295,7 +295,7 @@ def distill(recipe: DistillRecipe, quiet: bool = False, minutes: float | None = 
 
 def _distill(recipe: DistillRecipe, accelerator: Any, quiet: bool, deadline: float | None) -> Path:
     out = Path(recipe.out)
-    with processes.together():
+    with processes.sharing_errors():
         require_same_run(out / CHECKPOINTS, recipe, _FREE, current_names)
         torch.manual_seed(recipe.seed)
         columns = recipe_task(recipe).columns
@@ -309,7 +309,7 @@ def _distill(recipe: DistillRecipe, accelerator: Any, quiet: bool, deadline: flo
         report = out / (f"corrupt-{rank}.json" if (rank := processes.rank()) else "corrupt.json")  # of what each reads
         job = DistillJob(recipe, backbone, source, held_out, report, prompts)
     progress = train(job, recipe, out, {**asdict(recipe), "format": FORMAT}, accelerator, quiet, deadline)
-    with processes.together():  # stopped early: what there is by now can be used and looked at
+    with processes.sharing_errors():  # stopped early: what there is by now can be used and looked at
         if 0 < progress.images < recipe.images and accelerator.is_main_process:
             job.finish(out, progress)
     return out

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock that lets one training run at a time use a folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .checkpoint import clean
 
 @contextmanager
 def only_run(out: Path, *below: Path) -> Iterator[None]:
-    """Keep other trainings out of `out`, and remove there and in `below` what one that was killed left half-written.
-    All processes of a training call it; the first one does it."""
+    """Lock `out` against other trainings; remove there and in `below` files that a killed one left half-written.
+    All processes of a training call it; the first one locks."""
     with ExitStack() as stack:
-        with processes.together():
+        with processes.sharing_errors():
             if processes.rank() == 0:
                 busy = "another training is at work there: wait for it to end, or give another --out"
                 stack.enter_context(locked(out, busy))

@@ -65,13 +65,13 @@ def _pretrain(run: _Run) -> Path:
     if vae is None:
         return run.out
     if not recipe.ldm_images:
-        with processes.together():
+        with processes.sharing_errors():
             if run.accelerator.is_main_process:
                 write_folder(run.out / "vae", vae.save_pretrained)
         return run.out
     job = _text_to_image(run, vae, latents, captions)
     progress = run.train("ldm", job, recipe.ldm_images, recipe.ldm_batch, recipe.ldm_learning_rate)
-    with processes.together():
+    with processes.sharing_errors():
         if progress.updates and run.accelerator.is_main_process:
             job.export(run.out, progress)
     return run.out
@@ -117,7 +117,7 @@ class _Run:
 def _open(
     recipe: PretrainRecipe, shared: RunSettings, accelerator: Accelerator, quiet: bool, deadline: float | None
 ) -> _Run:
-    with processes.together():
+    with processes.sharing_errors():
         for stage in STAGES:
             require_same_run(Path(recipe.out) / "training" / stage / CHECKPOINTS, recipe, _FREE)
         source, held_out = (_pictures(spec, recipe, accelerator.device) for spec in (recipe.data, recipe.held_out))
@@ -153,7 +153,7 @@ def _codec(run: _Run) -> AutoencoderKL | None:
         vae = begin.vae
     else:
         if run.finished_vae("codec") is None:
-            with processes.together():
+            with processes.sharing_errors():
                 fresh = begin.vae.requires_grad_(True) if begin else new_vae(recipe)
                 if recipe.vae_start is not None:
                     fresh = open_vae(recipe.vae_start)
@@ -186,7 +186,7 @@ def _decoder(run: _Run, vae: AutoencoderKL) -> AutoencoderKL | None:
     if not recipe.decoder_images:
         return vae
     if run.finished_vae("decoder") is None:
-        with processes.together():
+        with processes.sharing_errors():
             job = DecoderJob(vae, recipe, run.source, run.held_out)
         progress = run.train("decoder", job, recipe.decoder_images, recipe.vae_batch, recipe.decoder_learning_rate)
         if progress.images < recipe.decoder_images:
@@ -198,7 +198,7 @@ def _decoder(run: _Run, vae: AutoencoderKL) -> AutoencoderKL | None:
 def _text_to_image(run: _Run, vae: AutoencoderKL, latents: np.ndarray, captions: list[str]) -> LatentsJob:
     """The job of stage two, with its untrained networks or those of the starting point."""
     recipe, begin = run.recipe, run.begin
-    with processes.together():
+    with processes.sharing_errors():
         images, held_captions = first_pictures(run.held_out, 256, recipe.size)
     with torch.no_grad():
         held: Tensor = torch.cat([codec.encode(vae, part.to(run.device)) for part in images.split(64)])
@@ -224,7 +224,7 @@ def _tokenizer(run: _Run, captions: list[str]) -> CLIPTokenizer:
     words = []
     if isinstance(run.source, SceneSource):  # whose instructions an adapter will be trained on
         words = [sample_edit(sample_scene(0, "train", i), 0, "train", i).instruction for i in range(2_000)]
-    with processes.together():
+    with processes.sharing_errors():
         if run.accelerator.is_main_process:
             train_tokenizer([*captions, *words], run.work / "tokenizer")
             if run.recipe.network == "flux":

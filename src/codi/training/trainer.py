@@ -1,4 +1,4 @@
-"""The one training loop. A job says what the losses are; this file says how a run goes on, stops and resumes."""
+"""The training loop of all jobs. A job defines the losses; this file runs, stops and resumes it."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from . import checkpoint, ema, processes
 from .checkpoint import Progress
 from .events import Events
 from .muon import Muon
-from .sharding import Sharded, whole
+from .sharding import Sharded, full_tensor
 
 
 @dataclass(kw_only=True)
 class SharedSettings:
-    """What all stages of a run have in common. Counts are in training images: batch size changes nothing else."""
+    """Settings that all stages of a run share. Counts are in training images, so that they hold for any batch size."""
 
     accumulate: int = 1
-    """Batches summed into one update. Several processes share them: a multiple of their number, and the result is the
-    same on any number."""
+    """Batches whose gradients one update averages. Several processes divide them among themselves: use a multiple of
+    the number of processes; the result is the same for any number."""
     warmup: int = 1_000
     """Images over which the learning rate rises from 0."""
     decay_to: float = 0.1
     """The learning rate falls along a cosine to this share of its peak at the last image; 1 keeps it constant."""
     ema: float = 0.999
-    """Decay of the weight average, per update (warmed up)."""
+    """Decay of the moving average of the weights, per update; lower in the first updates."""
     seed: int = 0
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -49,7 +49,7 @@ class SharedSettings:
     preview_every: int = 5_000
     checkpoint_every: int = 2_000
     keep: int = 2
-    """Checkpoints kept (of each stage); more of them give a learning curve."""
+    """Newest checkpoints kept, of each stage."""
 
     def validate(self) -> None:
         """Raises UserError for a value that no run can have."""
@@ -81,24 +81,24 @@ class SharedSettings:
 
 @dataclass(kw_only=True)
 class RunSettings(SharedSettings):
-    """How long, how fast and how often."""
+    """Length, batch size and optimizer of a run."""
 
     images: int = 20_000
-    """Training images in all (an image seen twice counts twice)."""
+    """Training images in total (an image used twice counts twice)."""
     batch_size: int = 16
-    """Images of one batch: a process works on one at a time."""
+    """Images in a batch; each process works on one batch at a time."""
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest gradient norm."""
     optimizer: str = "adamw"
     """adamw; adamw8bit: both moments in 8 bits, a quarter of the memory (bitsandbytes, extra `8bit`); or muon, for jobs
-    that name their matrices (see muon.py)."""
+    that list their matrices (see muon.py)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shard: bool = False
-    """Split the weights that train, their gradients and the optimiser's state over the processes (FSDP): less memory on
-    each, more messages between them. It changes nothing else; one process has nothing to split."""
+    """Split the trained weights, their gradients and the optimizer's state over the processes (FSDP): less memory on
+    each, more communication. Results stay the same; no effect with one process."""
 
     def validate(self) -> None:
         """Raises UserError for a value that no run can have."""
@@ -118,85 +118,87 @@ class RunSettings(SharedSettings):
 
 
 class Job(nn.Module, ABC):
-    """What is trained. `online` holds the weights that train, `average` their moving average (see ema.average_copy)."""
+    """A model with its losses and data. `online` holds the trained weights, `average` their moving average (see
+    ema.average_copy)."""
 
     online: nn.Module
     average: nn.Module
     progress: float = 0.0
-    """The share of the training that is over, for what changes on the way."""
+    """Share of the training that is done, in [0, 1], for schedules that depend on it."""
 
     @abstractmethod
     def batches(self, start: int, stride: int) -> Iterator[Any]:
-        """Endless batches, the first from training image number `start` on, each `stride` images after the one before
-        it: a pure function of the position."""
+        """Yield batches without end, the first from training image number `start` on, each `stride` images after the
+        one before it: a pure function of the position."""
 
     @abstractmethod
     def forward(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Named scalar losses; their sum is minimised. All randomness comes from `generator`."""
+        """Return named scalar losses, whose sum is minimized. All randomness comes from `generator`."""
 
     @abstractmethod
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
-        """Writes pictures of the average's present state below `out`; returns figures worth a curve."""
+        """Write images that the averaged weights make below `out`; return figures for the log."""
 
-    def finish(self, out: Path, progress: Progress) -> None:  # noqa: B027 - some jobs have nothing to add
-        """Called once all images are done: writes the finished model to `out`, atomically."""
+    def finish(self, out: Path, progress: Progress) -> None:  # noqa: B027 - some jobs write nothing
+        """Write the finished model to `out`, atomically. Called after the last image."""
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser."""
+        """Return parameter groups for the optimizer."""
         return [{"params": [p for p in self.online.parameters() if p.requires_grad], "lr": learning_rate}]
 
 
 def learning_rate_factor(settings: RunSettings, images: int) -> float:
-    """Share of the peak learning rate at training image `images`: linear warm-up, then a cosine."""
+    """Return the share of the peak learning rate at training image `images`: linear warm-up, then a cosine."""
     rise = min(1.0, (images + settings.batch_size) / max(settings.warmup, 1))
     fall = 0.5 + 0.5 * math.cos(math.pi * min(images / settings.images, 1.0))
     return rise * (settings.decay_to + (1 - settings.decay_to) * fall)
 
 
 def step_generator(seed: int, update: int, part: int) -> torch.Generator:
-    """The random stream of one batch. Keyed by position alone, so that a resumed run draws what the unbroken one would,
-    and any number of processes what one would."""
+    """Return the random generator of batch `part` of an update. Its seed depends on the position only, so a resumed run
+    and any number of processes draw the same numbers as one uninterrupted process."""
     key = np.random.SeedSequence([seed, update, part, 0]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(key >> 1))
 
 
 class Stop:
-    """Turns SIGINT and SIGTERM into a flag, so that a run ends after the update in hand, with a checkpoint."""
+    """Context manager that turns SIGINT and SIGTERM into the flag `requested`, so that a run ends after the current
+    update, with a checkpoint. A second signal raises KeyboardInterrupt."""
 
     def __enter__(self) -> Stop:
-        self.asked = False
-        self.old: dict[int, Any] = {}
+        self.requested = False
+        self.handlers: dict[int, Any] = {}  # the previous ones
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self.old[number] = signal.signal(number, self._ask)
+                self.handlers[number] = signal.signal(number, self._request)
             except ValueError:  # not the main thread: the caller handles signals
                 break
         return self
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self.old.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
 def make_accelerator(settings: RunSettings) -> Accelerator:
-    """The device and precision asked for; where a launcher started several processes, they meet here. Raises UserError
-    for batches that so many cannot share."""
-    # accelerate keeps the first run's device and precision for the whole process; a second run may want others.
+    """Return an Accelerator for the device and precision of the settings; connect the processes if a launcher started
+    several. Raises UserError if their number does not divide `accumulate`."""
+    # accelerate keeps the first run's device and precision for the whole process; a second run may need others.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     count = PartialState(cpu=on_cpu).num_processes
-    with processes.together():  # else the first would be gone while the others are still on their way here
+    with processes.sharing_errors():  # else the first could end while the others have not connected yet
         if settings.accumulate % count:
             raise UserError(
                 f"accumulate {settings.accumulate}: cannot be shared by {count} processes: set it to a multiple of "
                 f"{count}"
             )
-    # Batches without guidance leave its input without a gradient; the frozen have none anyway.
+    # A batch without guidance gives the parameters of the guidance input no gradient.
     parallel = DistributedDataParallelKwargs(
         find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
     )
@@ -209,7 +211,7 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
 
 
 def make_optimizer(settings: RunSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Returns the optimizer that the settings name, for these parameter groups."""
+    """Return the optimizer that the settings name, for these parameter groups."""
     if settings.optimizer == "muon":
         return Muon(groups, weight_decay=settings.weight_decay)
     kind = torch.optim.AdamW
@@ -219,8 +221,8 @@ def make_optimizer(settings: RunSettings, groups: list[dict[str, Any]]) -> torch
 
 
 def _not_finite(losses: dict[str, Tensor], progress: Progress, root: Path) -> str:
-    kept = checkpoint.complete(root)
-    where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
+    checkpoints = checkpoint.complete(root)
+    where = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been written yet"
     values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
     return (
         f"loss at image {progress.images}: not finite ({values}); {where}: "
@@ -237,11 +239,11 @@ def train(
     quiet: bool = False,
     deadline: float | None = None,
 ) -> Progress:
-    """Trains `job` until `settings.images`, from the newest checkpoint below `out/checkpoints` if there is one.
+    """Train `job` until `settings.images`, from the newest checkpoint below `out/checkpoints` if there is one.
 
     `deadline`: time.monotonic() after which the run stops with a checkpoint, as it does on SIGTERM or Ctrl-C.
-    Several processes share the batches of each update; one's error, signal or deadline ends all.
-    Raises UserError when a loss is not finite; the last checkpoint is from before and stays.
+    Several processes divide the batches of each update; an error, signal or deadline of one ends all of them.
+    Raises UserError when a loss is not finite; the last checkpoint is older and stays.
     """
     settings.validate()
     accelerator = accelerator or make_accelerator(settings)
@@ -252,39 +254,39 @@ def train(
     optimizer: Any = make_optimizer(settings, groups)
     peaks = [g["lr"] for g in optimizer.param_groups]
     root, progress = out / checkpoint.CHECKPOINTS, Progress()
-    with processes.together():
+    with processes.sharing_errors():
         if accelerator.is_main_process:
             checkpoint.clean(out)
-    with processes.together():
-        if found := checkpoint.complete(root):
-            progress, state = checkpoint.load(found[-1], job.online, job.average, optimizer)
+    with processes.sharing_errors():
+        if checkpoints := checkpoint.complete(root):
+            progress, state = checkpoint.load(checkpoints[-1], job.online, job.average, optimizer)
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
         elif checkpoint.trainable(job.online) == {}:
             raise UserError("this run has nothing to train: let the backbone or the adapter train")
-    # What is split averages its gradients itself: it wants accelerate's precision, but no second wrapper.
+    # FSDP averages the gradients itself: a sharded job needs accelerate's autocast, but not its DDP wrapper.
     prepared = accelerator.prepare_model(job, device_placement=False, evaluation_mode=sharded is not None)
     optimizer = accelerator.prepare_optimizer(optimizer)
     events = Events(out, settings.images, progress, quiet) if accelerator.is_main_process else None
     per_update = settings.batch_size * settings.accumulate
     totals: dict[str, float] = {}
-    counted = 0
+    updates = 0  # that `totals` sums over
     # Process r of n computes the batches r, r + n, r + 2n, ... of each update.
     batches = job.batches(progress.images + rank * settings.batch_size, count * settings.batch_size)
 
     def save() -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        kept = recipe or asdict(settings)
-        with processes.together():
-            checkpoint.save(root, progress, job.online, job.average, optimizer.optimizer, kept, scaler, settings.keep)
+        stored = recipe or asdict(settings)
+        with processes.sharing_errors():
+            checkpoint.save(root, progress, job.online, job.average, optimizer.optimizer, stored, scaler, settings.keep)
 
-    def passed(every: int) -> bool:
+    def is_due(every: int) -> bool:
         return progress.images // every != (progress.images - per_update) // every
 
     try:
         with Stop() as stop:
             while progress.images < settings.images:
-                if processes.in_any(stop.asked or bool(deadline and time.monotonic() > deadline)):
+                if processes.any_true(stop.requested or bool(deadline and time.monotonic() > deadline)):
                     break
                 began = time.monotonic()
                 factor = learning_rate_factor(settings, progress.images)
@@ -296,24 +298,24 @@ def train(
                 # ---- one update ----
                 for part in range(rank, settings.accumulate, count):
                     generator = step_generator(settings.seed, progress.updates, part)
-                    with processes.together():
+                    with processes.sharing_errors():
                         batch = next(batches)
                     with accelerator.accumulate(prepared):
-                        with processes.alone():
+                        with processes.local_errors():
                             losses = prepared(batch, generator)
                         loss = torch.stack(list(losses.values())).sum()
-                        with processes.together():
+                        with processes.sharing_errors():
                             if not torch.isfinite(loss):
                                 raise UserError(_not_finite(losses, progress, root))
-                        accelerator.backward(sharded.reach_all(loss) if sharded else loss)
+                        accelerator.backward(sharded.add_zero_gradients(loss) if sharded else loss)
                         if accelerator.sync_gradients:
                             if sharded:
-                                sharded.forget_unused()
+                                sharded.drop_zero_gradients()
                             trained: Any = checkpoint.trainable(job.online).values()
-                            norm: Any = whole(accelerator.clip_grad_norm_(trained, settings.clip))  # type: ignore[arg-type]
+                            norm: Any = full_tensor(accelerator.clip_grad_norm_(trained, settings.clip))  # type: ignore[arg-type]
                             if math.isfinite(float(norm)):
                                 totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + float(norm) / count
-                            elif accelerator.scaler is None:  # with a loss scale, an overflow is skipped and rescaled
+                            elif accelerator.scaler is None:  # a loss scaler skips such updates and lowers its scale
                                 raise UserError(_not_finite({**losses, "gradient norm": norm}, progress, root))
                         optimizer.step()
                         optimizer.zero_grad()
@@ -325,20 +327,20 @@ def train(
                 progress.updates += 1
                 progress.images += per_update
                 progress.seconds += time.monotonic() - began
-                counted += 1
-                if passed(settings.log_every):
-                    values = {k: v / counted for k, v in processes.total(totals).items()}
+                updates += 1
+                if is_due(settings.log_every):
+                    values = {k: v / updates for k, v in processes.total(totals).items()}
                     if events:
                         events.scalars(progress, {**values, "learning_rate": peaks[0] * factor})
-                    totals, counted = {}, 0
-                if passed(settings.checkpoint_every):
+                    totals, updates = {}, 0
+                if is_due(settings.checkpoint_every):
                     save()
-                if passed(settings.preview_every):
-                    with processes.together():
+                if is_due(settings.preview_every):
+                    with processes.sharing_errors():
                         if events and (figures := job.preview(out, progress)):
                             events.scalars(progress, figures)
             save()
-        with processes.together():
+        with processes.sharing_errors():
             if accelerator.is_main_process and progress.images >= settings.images:
                 job.finish(out, progress)
     finally:
