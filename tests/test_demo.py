@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from codi.apps import demo, show
-from codi.apps.lesson import lesson
+from codi.apps.lesson import train_upscaler
 from codi.errors import UserError
 from codi.models.adapter import FORMS
 from codi.sampling.pipeline import CoDiPipeline
@@ -75,7 +75,7 @@ def toured(tmp_path_factory) -> Toured:
     pipe.set_progress_bar_config(disable=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(show, "MANY_STEPS", MANY)
-        told = demo.tour(
+        told = demo.make_gallery(
             pipe, out, model=str(model), adapters=adapters, count=2, device="cpu", photographs={"coffee": "coffee"},
             changes=TRAINING, say=lambda line: None,
         )  # fmt: skip
@@ -221,7 +221,7 @@ def test_the_command_for_the_same_page_keeps_what_was_chosen(toured):
     assert toured.told["command"] == shlex.join([*map(str, parts), "--device", "cpu"])
     assert html.escape(toured.told["command"]) in toured.page
     odd = {"finetuned": Path("my runs"), "minutes": 0.0, "seed": 0, "dtype": "bfloat16"}
-    assert demo.again(**odd) == "codi demo --finetuned 'my runs' --minutes 0.0 --dtype bfloat16"
+    assert demo.repeat_command(**odd) == "codi demo --finetuned 'my runs' --minutes 0.0 --dtype bfloat16"
 
 
 def test_without_any_adapter_there_is_nothing_to_show(toured, tmp_path):
@@ -229,8 +229,8 @@ def test_without_any_adapter_there_is_nothing_to_show(toured, tmp_path):
         show.Show(CoDiPipeline.from_pretrained(toured.model), tmp_path, 0, "mini", tmp_path / "none", None)
 
 
-def test_a_lesson_goes_on_where_it_stopped(toured):
+def test_the_training_of_the_demo_resumes_where_it_stopped(toured):
     pipe = CoDiPipeline.from_pretrained(toured.model)
-    told = lesson(pipe, toured.out, 1, model=str(toured.model), side=32, seed=0, device="cpu", changes=TRAINING)
+    told = train_upscaler(pipe, toured.out, 1, model=str(toured.model), side=32, seed=0, device="cpu", changes=TRAINING)
     assert told == toured.told["training"]
     assert len(told["curve"]) == 4 and all((toured.out / path).is_file() for path in told["previews"])

@@ -1,4 +1,4 @@
-"""`codi demo`: a gallery of every task on the embedded model, then a little training."""
+"""`codi demo`: a gallery of every task on the embedded model, then a short training."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("demo"),
     count: Annotated[
         int | None,
-        typer.Option(min=1, help="Held-out scenes a task; by default what this machine makes in time, 2 to 6."),
+        typer.Option(min=1, help="Held-out scenes per task; by default 2 to 6, depending on the machine's speed."),
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="How long to train; 0 leaves the training out.")] = 0.5,
+    minutes: Annotated[float, typer.Option(min=0, help="Duration of the training; 0: no training.")] = 0.5,
     model: Model = "mini",
     adapters: Annotated[
         Path | None, typer.Option(help="A folder of adapters named after their tasks; by default the embedded ones.")
@@ -43,7 +43,7 @@ def demo(
     dtype: DType = "float32",
     json_: Json = False,
 ) -> None:
-    """A gallery of every task in 1, 2 and 4 steps beside many steps, as one page, and half a minute of training."""
+    """Show every task in 1, 2 and 4 steps beside many steps, as one HTML page, and train for half a minute."""
     with working(f"loading {model}"):
         import torch
 
@@ -53,17 +53,17 @@ def demo(
         pipe = CoDiPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(choose_device(device))
     pipe.set_progress_bar_config(disable=True)
     say = (lambda line: None) if json_ else print
-    told = tour(
+    result = make_gallery(
         pipe, out, model=model, adapters=adapters, finetuned=finetuned, count=count, minutes=minutes, seed=seed,
         device=device, say=say,
     )  # fmt: skip
     if json_:
-        print_json(told)
+        print_json(result)
     else:
-        print(f"{told['seconds']:.0f} s in all: open {out / 'index.html'}")
+        print(f"{result['seconds']:.0f} s in all: open {out / 'index.html'}")
 
 
-def tour(
+def make_gallery(
     pipe: CoDiPipeline,
     out: Path,
     *,
@@ -78,76 +78,76 @@ def tour(
     changes: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Shows every task whose adapter is here, upscales the `photographs`, trains for `minutes`, and writes pictures,
-    index.html, gallery.png and timings.json below `out`, over those of an earlier tour.
+    """Show every task that has an adapter, upscale the `photographs`, train for `minutes`, and write pictures,
+    index.html, gallery.png and timings.json below `out`, replacing those of an earlier call.
 
     `adapters` is a folder of adapters named after their tasks, `finetuned` one of many-step models, TASK-finetuned;
-    None takes the embedded ones. `count`: the first held-out scenes; None takes what Show.fitting finds. `changes` go
-    to the training's recipe.
+    None uses the embedded ones. `count`: number of held-out scenes; None uses Show.fitting. `changes` override keys of
+    the training's recipe.
 
-    Returns what timings.json holds. Raises UserError where no task can be shown, the folder cannot be written or the
-    training fails.
+    Returns the content of timings.json. Raises UserError where no task can be shown, the folder cannot be written or
+    the training fails.
     """
     from ..data.writing import check_writable
     from ..evaluation.evaluate import describe_machine
     from ..evaluation.report import write_json
     from ..tasks import TASKS
     from . import gallery, page
-    from .lesson import lesson
+    from .lesson import train_upscaler
     from .show import FEW, Show
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     check_writable(out / "gallery.png", overwrite=True)
     with working("loading adapters"):
         show = Show(pipe, out, seed, model, adapters, finetuned)
         count = count or show.fitting()
         samples = gallery.held_out(count, seed, show.side)
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "model": model, "seed": seed, "count": count, "size": show.side, "sections": [], "skipped": show.skipped,
         "adapters": show.adapters, "swap_ms": None, "training": None, "note": "", "machine": describe_machine(),
-        "command": again(
+        "command": repeat_command(
             out=out, count=count, minutes=minutes, model=model, adapters=adapters, finetuned=finetuned, seed=seed,
             device=device, dtype=str(pipe.network.dtype).removeprefix("torch."),
         ),
     }  # fmt: skip
 
     def write() -> None:
-        told["seconds"] = round(time.perf_counter() - began, 1)
-        write_text(out / "index.html", page.build(told))
-        write_json(told, out / "timings.json")
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        write_text(out / "index.html", page.build(result))
+        write_json(result, out / "timings.json")
 
     def add(section: Section) -> None:
-        told["sections"].append(asdict(section))
-        spent = ", ".join(f"{section.columns[f['column']]} {f['ms']:.0f} ms" for f in section.figures if f["ms"])
-        say(f"{section.title}: {spent}")
-        write()  # there is something to look at from the first task on, and if the rest is interrupted
+        result["sections"].append(asdict(section))
+        timings = ", ".join(f"{section.columns[f['column']]} {f['ms']:.0f} ms" for f in section.figures if f["ms"])
+        say(f"{section.title}: {timings}")
+        write()  # after each section, so that the page can be viewed at once and survives an interruption
 
     for task in show.adapters:
         add(show.task(task, samples))
         if task == "upscale" and photographs:
-            if found := show.photographs(photographs):
-                add(found)
+            if photograph_section := show.photographs(photographs):
+                add(photograph_section)
             else:
-                told["note"] = NO_PHOTOGRAPHS
-    told["swap_ms"] = show.swap_ms()
+                result["note"] = NO_PHOTOGRAPHS
+    result["swap_ms"] = show.swap_ms()
     for section in (show.guidance(samples[:FEW]), show.composition(samples[:FEW])):
         if section:
             add(section)
-    gallery.overview([s for s in told["sections"] if s["name"] in TASKS], out / "gallery.png")
-    for name, why in show.skipped.items():
-        say(f"skipped {name}: {why}")
+    gallery.overview([s for s in result["sections"] if s["name"] in TASKS], out / "gallery.png")
+    for name, reason in show.skipped.items():
+        say(f"skipped {name}: {reason}")
     if minutes:
         say(f"training an adapter for {minutes:g} min in {out / 'training'}")
-        told["training"] = training = lesson(
+        result["training"] = training = train_upscaler(
             pipe, out, minutes, model=model, side=show.side, seed=seed, device=device, changes=changes
         )
         say(f"trained on {training['images']:,} images so far; the same command again goes on from there")
     write()
-    return told
+    return result
 
 
-def again(**chosen: Any) -> str:
-    """The command that makes the same page: what was chosen, as far as it is not the default."""
-    usual = inspect.signature(demo).parameters
-    words = [(f"--{name}", str(value)) for name, value in chosen.items() if value != usual[name].default]
+def repeat_command(**chosen: Any) -> str:
+    """Return the command that makes the same page: the `chosen` options that differ from their defaults."""
+    defaults = inspect.signature(demo).parameters
+    words = [(f"--{name}", str(value)) for name, value in chosen.items() if value != defaults[name].default]
     return shlex.join(["codi", "demo", *(word for pair in words for word in pair)])

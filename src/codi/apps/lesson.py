@@ -1,4 +1,4 @@
-"""The training that `codi demo` shows: a fresh upscaler, adapted and distilled for as long as one cares to wait."""
+"""The training of `codi demo`: a new upscaling adapter, trained from the backbone for a few minutes or less."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..training.distill import DistillRecipe, distill
 from .common import watched
 
 
-def lesson(
+def train_upscaler(
     pipe: CoDiPipeline,
     out: Path,
     minutes: float,
@@ -24,29 +24,31 @@ def lesson(
     device: str,
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains below `out`/training, from the backbone on or from where an earlier tour stopped. `changes` go to the
-    recipe. Returns what the page shows of it. Raises UserError where the training fails."""
+    """Train an upscaler below `out`/training, or resume the training of an earlier demo. `changes` override keys of the
+    recipe. Returns the page's figures of the training. Raises UserError where the training fails."""
     recipe = _recipe(pipe, out, model, side, seed, device, changes or {})
-    done = distill(recipe, quiet=not watched(), minutes=minutes)
-    rows = {row["images"]: {} for row in _log(done)}
-    for row in _log(done):  # losses and obedience come in lines of their own; a killed run's lines are passed again
+    folder = distill(recipe, quiet=not watched(), minutes=minutes)
+    rows = {row["images"]: {} for row in _log(folder)}
+    for row in _log(
+        folder
+    ):  # losses and obedience are logged in separate lines; a killed run's lines are logged again on resuming
         rows[row["images"]].update(row)
-    progress, _ = read_state(complete(done / CHECKPOINTS)[-1])
+    progress, _ = read_state(complete(folder / CHECKPOINTS)[-1])
     return {
         "images": progress.images,
         "of": recipe.images,
         "seconds": progress.seconds,
         "objective": recipe.objective,
         "curve": [rows[images] for images in sorted(rows)],
-        "previews": [f"training/{done.name}/previews/{p.name}" for p in sorted((done / "previews").glob("*.png"))],
+        "previews": [f"training/{folder.name}/previews/{p.name}" for p in sorted((folder / "previews").glob("*.png"))],
     }
 
 
 def _recipe(
     pipe: CoDiPipeline, out: Path, model: str, side: int, seed: int, device: str, changes: dict[str, Any]
 ) -> DistillRecipe:
-    """Its folder is named after all that decides it, so that a tour of another model or version starts afresh instead
-    of meeting checkpoints that do not fit."""
+    """Return the recipe. Its folder is named after a checksum of settings, configuration and weights, so that another
+    model or version starts a new training instead of resuming checkpoints that do not fit."""
     settings: dict[str, Any] = {
         "model": model, "data": "scenes:train:512", "held_out": "scenes:held-out:8",
         "size": side, "degradation": "bicubic", "images": 8_000, "batch_size": 8, "learning_rate": 3e-4, "warmup": 160,

@@ -1,4 +1,4 @@
-"""The page of `codi demo`: one HTML file that needs no network, pictures by relative links. Its look: page.html."""
+"""The page of `codi demo`: one HTML file, from the template page.html, that needs no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 LAYOUT = Path(__file__).with_name("page.html")
-FIGURES = {  # key of a figure -> its heading, decimals
+FIGURES = {  # key of a figure -> (heading, decimals)
     "psnr": ("PSNR dB ↑", 2),
     "input_psnr": ("PSNR to the input, dB ↑", 1),
     "jumps_shown": ("depth jumps shown ↑", 2),
@@ -25,24 +25,25 @@ FIGURES = {  # key of a figure -> its heading, decimals
 COLOURS = ("#2f6fde", "#d9762b", "#3a9a5b", "#9a4fc4")
 
 
-def build(told: dict[str, Any]) -> str:
-    """The page's HTML from what timings.json holds."""
-    machine, sections = told["machine"], told["sections"]
-    where = machine.get("gpu") or f"{machine.get('cpus')} CPU cores, {machine.get('threads')} threads"
-    number = len(told["adapters"])
+def build(result: dict[str, Any]) -> str:
+    """Return the page's HTML from the content of timings.json."""
+    machine, sections = result["machine"], result["sections"]
+    machine_name = machine.get("gpu") or f"{machine.get('cpus')} CPU cores, {machine.get('threads')} threads"
+    number = len(result["adapters"])
     links = [*((s["name"], s["title"]) for s in sections), ("timings", "Timings")]
-    links += [("training", "Training")] if told["training"] else []
+    links += [("training", "Training")] if result["training"] else []
     return Template(LAYOUT.read_text(encoding="utf-8")).substitute(
         title="One backbone, " + (f"{_count(number)} tasks" if number > 1 else "one task") + ", 1 to 4 steps",
-        summary=f"<p>Every picture was made by <code>{escape(told['model'])}</code> on this machine "
-        f"({escape(str(where))}), {told['size']} px wide. The scenes are the first {told['count']} held-out ones of "
-        f"seed {told['seed']}: not picked, and never trained on. This page took {told['seconds']:.0f} s.</p>",
-        notes=_notes(told),
+        summary=f"<p>Every picture was made by <code>{escape(result['model'])}</code> on this machine "
+        f"({escape(str(machine_name))}), {result['size']} px wide. The scenes are the first {result['count']} held-out "
+        f"ones of seed {result['seed']}: not cherry-picked, and never trained on. This page took "
+        f"{result['seconds']:.0f} s.</p>",
+        notes=_notes(result),
         links="".join(f'<a href="#{escape(name)}">{escape(title)}</a>' for name, title in links),
         sections="\n".join(map(_section, sections)),
-        timings=_timings(told),
-        training=_training(told["training"]) if told["training"] else "",
-        command=escape(told["command"]),
+        timings=_timings(result),
+        training=_training(result["training"]) if result["training"] else "",
+        command=escape(result["command"]),
     )
 
 
@@ -50,14 +51,14 @@ def _count(number: int) -> str:
     return ("no", "one", "two", "three", "four", "five", "six")[number] if number < 7 else str(number)
 
 
-def _notes(told: dict[str, Any]) -> str:
-    lines = [f"<b>{escape(name)}</b> is not shown: {_text(why)}" for name, why in told["skipped"].items()]
-    lines += [_text(told["note"])] if told["note"] else []
+def _notes(result: dict[str, Any]) -> str:
+    lines = [f"<b>{escape(name)}</b> is not shown: {_text(reason)}" for name, reason in result["skipped"].items()]
+    lines += [_text(result["note"])] if result["note"] else []
     return f'<div class="note"><ul>{"".join(f"<li>{line}</li>" for line in lines)}</ul></div>' if lines else ""
 
 
 def _text(plain: str) -> str:
-    """HTML of a line in which backticks mark code."""
+    """Return the HTML of a line in which backticks mark code."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(plain))
 
 
@@ -107,7 +108,7 @@ def _pair(row: dict[str, Any], section: dict[str, Any]) -> str:
 
 
 def _coarse(key: str) -> str:
-    """What is given is shown with its pixels, so that it looks as coarse as it is."""
+    """Return the CSS class that shows the input with visible pixels, so that its low resolution is seen."""
     return " coarse" if key == "given" else ""
 
 
@@ -122,7 +123,7 @@ def _strip(row: dict[str, Any], columns: dict[str, str]) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of figures; the first cell of a row names it. Cells are escaped here."""
+    """Return a table of figures; the first cell of each row is its heading. Cells are escaped here."""
     lines = [
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
         for name, *cells in rows
@@ -157,27 +158,27 @@ def _commands(section: dict[str, Any]) -> str:
     )
 
 
-def _timings(told: dict[str, Any]) -> str:
-    """One row a task: milliseconds by steps, size of the adapter."""
+def _timings(result: dict[str, Any]) -> str:
+    """Return a table with one row per task: milliseconds by step count, size of the adapter."""
     rows = []
-    for section in told["sections"]:
-        if section["name"] not in told["adapters"]:
+    for section in result["sections"]:
+        if section["name"] not in result["adapters"]:
             continue
-        adapter = told["adapters"][section["name"]]
+        adapter = result["adapters"][section["name"]]
         ms = {row["column"]: row for row in section["figures"]}
         kind = "full" if adapter["full"] else "backbone shared"
-        spent = [f"{ms[f'steps-{n}']['ms']:.0f}" for n in (1, 2, 4)]
+        milliseconds = [f"{ms[f'steps-{n}']['ms']:.0f}" for n in (1, 2, 4)]
         many = f"{ms['many']['ms']:.0f} ({section['columns']['many']})"
-        rows.append([section["title"], *spent, many, f"{adapter['bytes'] / 1e6:.1f}", kind])
-    swap = told["swap_ms"]
+        rows.append([section["title"], *milliseconds, many, f"{adapter['bytes'] / 1e6:.1f}", kind])
+    swap = result["swap_ms"]
     swapping = "" if swap is None else f" Setting another adapter on the loaded backbone takes {swap:.2g} ms."
     head = ["", "1 step", "2 steps", "4 steps", "many steps", "adapter MB", "kind"]
     return (
         f"<p>Milliseconds a picture, one at a time, reading the prompt and decoding included (median).{swapping}</p>"
         f"{_table(head, rows)}"
-        '<p class="soft">PSNR is to the truth and favours blur; it is told only where one result is right. The ENLite0 '
-        "distance compares features of an image network, as LPIPS does. Figures over a handful of pictures are noisy: "
-        "<code>codi evaluate</code> measures as many as you like.</p>"
+        '<p class="soft">PSNR is to the truth and favours blur; it is shown only where one result is right. The '
+        "ENLite0 distance compares features of an image network, as LPIPS does. Figures over a handful of pictures "
+        "are noisy: <code>codi evaluate</code> measures as many pictures as you like.</p>"
     )
 
 
@@ -201,15 +202,15 @@ def _training(training: dict[str, Any]) -> str:
         for path in shown
     )
     return (
-        f'<section id="training"><h2>Training</h2><p>A fresh upscaler, adapted and distilled in one stage '
+        f'<section id="training"><h2>Training</h2><p>A new upscaling adapter, trained in one stage '
         f"({escape(training['objective'])}): {training['images']:,} of {training['of']:,} images in "
-        f"{training['seconds']:.0f} s. The same command again goes on from there; <code>codi distill</code> trains "
-        f'in earnest.</p><div class="charts">{charts}</div><div class="sheets">{sheets}</div></section>'
+        f"{training['seconds']:.0f} s. The same command resumes from there; <code>codi distill</code> runs full "
+        f'trainings.</p><div class="charts">{charts}</div><div class="sheets">{sheets}</div></section>'
     )
 
 
 def _chart(title: str, series: dict[str, list[tuple[float, float]]], width: int = 460, height: int = 200) -> str:
-    """Lines over training images, as SVG; nothing for no points."""
+    """Return an SVG chart of lines over training images; an empty string without points."""
     points = [point for line in series.values() for point in line]
     if not points:
         return ""
