@@ -252,7 +252,7 @@ def require_safetensors(folder: Path) -> None:
     names = [file.name for file in folder.glob("*")] if folder.is_dir() else []
     others = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
     if others and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{folder}: has weights in {others[0]}, which may run code when it is read, and none as "
+        raise UserError(f"{folder}: has weights in {others[0]}, which may run code when it is read, and not as "
                         f"safetensors: {CONVERT}")  # fmt: skip
 
 
