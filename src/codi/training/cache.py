@@ -1,14 +1,14 @@
-"""Latents and text features of a data set, computed once, kept in shards and read by every training that shares them.
+"""Latents and text features of a data set, computed once and stored in shards that several trainings can read.
 
 A cache is a folder of `shard-00000.safetensors` and so on, each of a run of samples in the source's order:
 
     latent (n, V, 2C, h, w)   mean and log-variance of the true picture's latent, unscaled, for each of V crops
-    text   (u, L, D)          features of the shard's different prompts; with XL also `pooled` (u, P)
-    row    (n,)               which of them is the sample's; -1 for a sample that could not be read
-    mark   (n,)               a hash of its name and prompt, so that a changed data set is noticed
+    text   (u, L, D)          features of the shard's distinct prompts; with XL also `pooled` (u, P)
+    row    (n,)               the row in `text` of the sample's prompt; -1 for a sample that could not be read
+    mark   (n,)               a hash of the sample's name and prompt, so that a changed data set is noticed
 
-and an `index.json` that says what they were made of. A shard is written under a temporary name and renamed: one with
-its name is whole, whenever the making was cut off.
+and an `index.json` that records the data, model and settings. A shard is written under a temporary name and renamed, so
+one with its final name is complete, even if the process is killed.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from .prompt_cache import PROMPTS, PromptCache, held_out_batch
 from .trainer import make_accelerator
 
 INDEX = "index.json"
-LATENT, TEXT = "latent", "text"  # columns of a batch's extras; other tensors of a prompt go by their own names
+LATENT, TEXT = "latent", "text"  # keys in a batch's extras; other tensors of a prompt have their own names
 _INDICES = ("row", "mark")
-SHARD = 512  # samples; of Stable Diffusion 1.5 at 512 px about 90 MB
-_MADE_OF = ("data", "samples", "size", "truth", "prompts", "vae", "text")  # what a training must share with its cache
+SHARD = 512  # samples: about 90 MB for Stable Diffusion 1.5 at 512 px
+_REQUIRED_KEYS = ("data", "samples", "size", "truth", "prompts", "vae", "text")  # same in a training and its cache
 
 
 def _index(recipe: DistillRecipe, task: Task, backbone: Backbone, source: Source) -> dict[str, Any]:
     encoders = [digest(encoder) for encoder in backbone.text.encoders]
-    found = {**_index_of_data(recipe, task, source), "vae": digest(backbone.vae)}
-    return {**found, "text": encoders} if encoders else found  # they were left out: their features are in the cache
+    index = {**_index_of_data(recipe, task, source), "vae": digest(backbone.vae)}
+    return {**index, "text": encoders} if encoders else index  # not loaded where the cache has the features
 
 
 def _index_of_data(recipe: DistillRecipe, task: Task, source: Source) -> dict[str, Any]:
     return {
-        "data": Path(recipe.data).name,  # a folder may move, `mark` tells whether it is the same
+        "data": Path(recipe.data).name,  # a folder may move: `mark` shows whether its samples are the same
         "samples": len(source),
         "size": recipe.size,
         "zoom": list(recipe.zoom),
-        "truth": type(task).truth.__qualname__,  # tasks that want the same picture share a cache
+        "truth": type(task).truth.__qualname__,  # tasks with the same target image share a cache
         "prompts": task.prompt_column if task.prompted else "",
         "model": recipe.model,
         "loras": dict(recipe.loras),
@@ -66,21 +66,21 @@ def _index_of_data(recipe: DistillRecipe, task: Task, source: Source) -> dict[st
 
 
 def _require_same(folder: Path, index: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
-    """The folder's index, None where there is none. Raises UserError where it differs from `index` in one of `keys`."""
+    """Return the folder's index, or None if it has none. Raises UserError if one of `keys` differs from `index`."""
     file = folder / INDEX
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text())
-        differs = next((key for key in keys if found[key] != index[key]), None)
+        stored = json.loads(file.read_text())
+        differs = next((key for key in keys if stored[key] != index[key]), None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({error!r}): rebuild the cache") from error
     if differs:
         raise UserError(
-            f"{folder}: a cache of {differs} {found[differs]!r}, not {index[differs]!r}: make one for this recipe by "
+            f"{folder}: a cache of {differs} {stored[differs]!r}, not {index[differs]!r}: make one for this recipe by "
             "`codi data cache` in another folder"
         )
-    return found
+    return stored
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -88,7 +88,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _fault(shard: Path) -> str:
-    """Why it cannot be used, "" for a whole one."""
+    """Return why the shard cannot be used, or "" if it can."""
     try:
         with safe_open(shard, "pt"):
             return ""
@@ -99,8 +99,8 @@ def _fault(shard: Path) -> str:
 
 
 def _mark(name: str, prompt: str) -> int:
-    told = f"{name.rpartition('/')[2]}\0{prompt}".encode()
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little", signed=True)
+    identity = f"{name.rpartition('/')[2]}\0{prompt}".encode()
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little", signed=True)
 
 
 def _prompt(task: Task, sample: Sample) -> str:
@@ -120,12 +120,12 @@ def make_cache(
     shard_size: int = SHARD,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes the cache of `recipe`'s data, or what is missing of it; returns its index with `unread`, the number of
-    samples that could not be read now.
+    """Write the cache of `recipe`'s data, or its missing shards; return its index with `unread`, the number of samples
+    that could not be read this time.
 
-    `variants` crops of each picture; `exact`: float32 instead of float16. `progress` is told (samples done, all).
-    Raises UserError for a folder that holds another cache or that another process is filling, features beyond float16,
-    and too much corrupt data.
+    `variants`: crops of each image. `exact`: store float32 instead of float16. `progress` is called with (samples done,
+    all samples). Raises UserError for a folder that holds a different cache or that another process is filling, for
+    features beyond the range of float16, and for too much corrupt data.
     """
     recipe.validate()
     task, accelerator = recipe_task(recipe), make_accelerator(recipe)
@@ -167,59 +167,60 @@ def make_cache(
 def _encode(
     recipe: DistillRecipe, task: Task, backbone: Backbone, source: Source, indices: range, variants: int
 ) -> tuple[dict[str, Tensor], list[CorruptSample]]:
-    """The tensors of one shard, and the samples that could not be read."""
+    """Return the tensors of a shard, and the samples that could not be read."""
     cells = recipe.size // codec.downscale(backbone.vae)
     channels = 2 * codec.channels(backbone.vae)
     latent = torch.zeros(len(indices), variants, channels, cells, cells)
-    found: dict[int, Sample] = {}
+    readable: dict[int, Sample] = {}
     corrupt: dict[int, CorruptSample] = {}
     step = recipe.batch_size
     for variant in range(variants):
         for at in range(0, len(indices), step):
-            part = indices[at : at + step]
-            results = source.read(part, recipe.size, [_crop(recipe.seed, i, variant) for i in part])
+            batch = indices[at : at + step]
+            results = source.read(batch, recipe.size, [_crop(recipe.seed, i, variant) for i in batch])
             samples = [r for r in results if isinstance(r, Sample)]
             corrupt |= {r.index: r for r in results if isinstance(r, CorruptSample)}
             if samples:
                 truth = task.truth(collate(samples)).to(backbone.vae.device)
                 rows = [s.index - indices.start for s in samples]
                 latent[rows, variant] = codec.moments(backbone.vae, truth).float().cpu()
-            found |= {s.index: s for s in samples}
-    prompts = {i: _prompt(task, found[i]) for i in indices if i in found}
+            readable |= {s.index: s for s in samples}
+    prompts = {i: _prompt(task, readable[i]) for i in indices if i in readable}
     unique = list(dict.fromkeys(prompts.values())) or [""]
     bundle = join([backbone.text.encode(unique[at : at + step], warn=False) for at in range(0, len(unique), step)])
-    number = {prompt: row for row, prompt in enumerate(unique)}
+    row_of = {prompt: row for row, prompt in enumerate(unique)}
     tensors = {
         LATENT: latent,
-        "row": torch.tensor([number[prompts[i]] if i in prompts else -1 for i in indices]),
-        "mark": torch.tensor([_mark(found[i].name, prompts[i]) if i in prompts else 0 for i in indices]),
+        "row": torch.tensor([row_of[prompts[i]] if i in prompts else -1 for i in indices]),
+        "mark": torch.tensor([_mark(readable[i].name, prompts[i]) if i in prompts else 0 for i in indices]),
     }
     text = {TEXT if name == FEATURES else name: value.float().cpu() for name, value in bundle.items()}
     return tensors | text, list(corrupt.values())
 
 
 def open_cache(recipe: DistillRecipe, backbone: Backbone, source: Source) -> CachedSource:
-    """`source` with what `recipe.cache` holds of it. Raises UserError where that is no whole cache of this recipe."""
+    """Return `source` with its cached latents and features. Raises UserError if `recipe.cache` is not a complete cache
+    for this recipe."""
     folder, task = Path(recipe.cache or ""), recipe_task(recipe)
     return CachedSource(source, folder, task, _require(folder, _index(recipe, task, backbone, source)))
 
 
 def require_cache(recipe: DistillRecipe, source: Source) -> None:
-    """What open_cache raises, as far as it can be told without the backbone's weights."""
+    """Raise the errors of open_cache that can be found without the backbone's weights."""
     folder, task = Path(recipe.cache or ""), recipe_task(recipe)
     CachedSource(source, folder, task, _require(folder, _index_of_data(recipe, task, source)))
 
 
 def _require(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    found = _require_same(folder, index, [key for key in _MADE_OF if key in index])
-    if found is None:
+    stored = _require_same(folder, index, [key for key in _REQUIRED_KEYS if key in index])
+    if stored is None:
         raise UserError(f"{folder}: no cache there: make it by `codi data cache` with this recipe")
-    return found
+    return stored
 
 
 class CachedSource:
-    """A source whose samples have, beside their own columns, `latent` (2C, h, w), `text` (L, D) and further tensors of
-    the prompt, such as XL's `pooled` (P,). Its crops are the cached ones."""
+    """A source whose samples also have `latent` (2C, h, w), `text` (L, D) and other tensors of the prompt, such as XL's
+    `pooled` (P,). Its crops are the cached ones."""
 
     def __init__(self, source: Source, folder: Path, task: Task, index: dict[str, Any]) -> None:
         self.source, self.folder, self.task = source, folder, task
@@ -245,17 +246,17 @@ class CachedSource:
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:
-        """As `Source.read`; each of `crops` chooses one of the cached crops, None takes the first. Raises UserError for
-        a sample that is not the one that was cached."""
-        chosen = [0] * len(indices) if crops is None else [int(rng.integers(self.variants)) for rng in crops]
-        keys = list(zip(indices, chosen, strict=True))
-        found = self.source.read(indices, size, [_crop(self.seed, i, variant) for i, variant in keys])
+        """Read as `Source.read` does. Each generator in `crops` picks one of the cached crops, None the first. Raises
+        UserError for a sample whose name or prompt differs from the cached one."""
+        variants = [0] * len(indices) if crops is None else [int(rng.integers(self.variants)) for rng in crops]
+        keys = list(zip(indices, variants, strict=True))
+        results = self.source.read(indices, size, [_crop(self.seed, i, variant) for i, variant in keys])
         return [
-            self._with_columns(sample, variant) if isinstance(sample, Sample) else sample
-            for sample, variant in zip(found, chosen, strict=True)
+            self._add_features(sample, variant) if isinstance(sample, Sample) else sample
+            for sample, variant in zip(results, variants, strict=True)
         ]
 
-    def _with_columns(self, sample: Sample, variant: int) -> Sample | CorruptSample:
+    def _add_features(self, sample: Sample, variant: int) -> Sample | CorruptSample:
         row = self._rows[sample.index]
         if row < 0:
             return CorruptSample(sample.index, sample.name, f"was unreadable when {self.folder} was made")
@@ -265,20 +266,20 @@ class CachedSource:
         try:
             with safe_open(_shard(self.folder, number), "pt") as file:
                 names = [name for name in file.keys() if name not in (LATENT, *_INDICES)]  # noqa: SIM118 # no mapping
-                columns = {LATENT: file.get_slice(LATENT)[at, variant]}
-                columns |= {name: file.get_slice(name)[row] for name in names}
+                tensors = {LATENT: file.get_slice(LATENT)[at, variant]}
+                tensors |= {name: file.get_slice(name)[row] for name in names}
         except (OSError, SafetensorError) as error:
             raise _unusable(_shard(self.folder, number), one_line(error)) from error
-        return replace(sample, extras=sample.extras | columns)
+        return replace(sample, extras=sample.extras | tensors)
 
 
 def _unusable(shard: Path, fault: str) -> UserError:
-    return UserError(f"{shard}: {fault}: the `codi data cache` command that made it makes what is missing")
+    return UserError(f"{shard}: {fault}: repeat the `codi data cache` command: it writes missing shards")
 
 
-def stored(batch: Batch, dropped: Tensor, blank: Bundle) -> tuple[Tensor, Bundle]:
-    """Of a batch of a CachedSource the moments (B, 2C, h, w), as `codec.draw` takes them, and the prompts' bundle,
-    float32; `blank`, that of one empty prompt, where `dropped` (B,)."""
+def cached_inputs(batch: Batch, dropped: Tensor, blank: Bundle) -> tuple[Tensor, Bundle]:
+    """Return the moments (B, 2C, h, w), as `codec.draw` takes them, and the bundle of the prompts of a batch of a
+    CachedSource, in float32. Where `dropped` (B,) is set, the bundle is `blank`, that of the empty prompt."""
     bundle = {
         name: torch.where(
             dropped.view(-1, *[1] * (empty.ndim - 1)),

@@ -1,4 +1,4 @@
-"""Bundles of the prompts that a training needs beside those of its data, kept with a cache (see cache)."""
+"""Text features of the prompts that a training needs besides those of its data, stored in a cache (see cache)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..errors import UserError
 from ..models.text import Bundle, PromptEncoder, join
 from .distill_recipe import DistillRecipe, recipe_task
 
-PROMPTS = "prompts.safetensors"  # the empty one and those of the held-out pictures, which previews need
+PROMPTS = "prompts.safetensors"  # the empty prompt and those of the held-out images, which previews need
 
 
 class PromptCache:
-    """Bundles of a few prompts, computed beforehand: the text encoders can go. Called as `PromptEncoder.encode`."""
+    """Precomputed bundles of a few prompts, called as `PromptEncoder.encode`: replaces the text encoders."""
 
     def __init__(self, known: dict[str, Bundle]) -> None:
         self._known = known
@@ -32,7 +32,7 @@ class PromptCache:
 
     @classmethod
     def load(cls, file: Path) -> PromptCache:
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         with safe_open(file, "pt") as opened:
             prompts = json.loads(opened.metadata()["prompts"])
             bundle = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 # no mapping
@@ -52,25 +52,25 @@ class PromptCache:
 
 
 def held_out_batch(recipe: DistillRecipe, source: Source) -> Batch:
-    """The held-out pictures that previews are made of, at most 64. Raises UserError where none can be read."""
-    found = source.read(range(min(64, len(source))), recipe.size)
-    samples = [s for s in found if isinstance(s, Sample)]
+    """Return the held-out samples for previews, at most 64. Raises UserError if none can be read."""
+    results = source.read(range(min(64, len(source))), recipe.size)
+    samples = [s for s in results if isinstance(s, Sample)]
     if not samples:
         raise UserError(f"{recipe.held_out}: no picture could be read: check the data set")
     return collate(samples)
 
 
-def kept_prompts(recipe: DistillRecipe, held_out: Source) -> PromptCache | None:
-    """The bundles of all prompts that a training needs beside those of its data, if its cache holds them: the text
-    encoders then need not be loaded. None otherwise."""
+def cached_prompts(recipe: DistillRecipe, held_out: Source) -> PromptCache | None:
+    """Return the bundles of the empty prompt and the held-out ones if the cache holds them all, so that the text
+    encoders need not be loaded; None otherwise."""
     folder = Path(recipe.cache or "")
     if not recipe.cache or not (folder / PROMPTS).is_file():
         return None
     try:
         known, index = PromptCache.load(folder / PROMPTS), json.loads((folder / "index.json").read_text())
-    except (OSError, SafetensorError, KeyError, ValueError):  # they are computed then
+    except (OSError, SafetensorError, KeyError, ValueError):  # they are computed instead
         return None
     if (index.get("model"), index.get("loras")) != (recipe.model, dict(recipe.loras)):
-        return None  # perhaps other text encoders: loaded, they are compared by their weights
+        return None  # the text encoders may differ: once loaded, their weights are compared
     needed = ["", *recipe_task(recipe).prompts(held_out_batch(recipe, held_out))]
     return known if all(prompt in known for prompt in needed) else None
