@@ -1,4 +1,4 @@
-"""Tasks: what image a user brings, how the adapter sees it, and how well a result obeys it. One file a task."""
+"""Tasks: a user's input image, the adapter's condition made from it, and scores of the output. One file per task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Upscale, Inpaint, D
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task of that name. Raises UserError for an unknown name or option, with the nearest one and the list."""
+    """Return the task of that name.
+
+    Raises UserError for an unknown name or option, with the nearest one and the list.
+    """
     if name not in TASKS:
         raise UserError(f"{name}: unknown task{nearest(name, TASKS)}: use one of {', '.join(sorted(TASKS))}")
     known = inspect.signature(TASKS[name]).parameters

@@ -1,4 +1,4 @@
-"""What a task is: the image a user brings, the condition made of it, the result wanted, and how it is measured."""
+"""Base class of tasks: the user's input, the condition, the target image and the scores of an output."""
 
 from __future__ import annotations
 
@@ -14,80 +14,83 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ..data.batches import Batch
 
-CAP = 60.0  # dB; the rounding of an 8-bit picture alone costs this much, so beyond it nothing is measured
+CAP = 60.0  # dB: rounding to 8 bits alone limits PSNR to about this, so higher values mean nothing
 
 
 class Task(ABC):
-    """What training, sampling and evaluation ask of a task; its options are the fields of a frozen dataclass.
+    """Interface of a task for training, sampling and evaluation; its options are the fields of a frozen dataclass.
 
-    Images are (B, C, H, W) in [0, 1]. A task answers for two people: `given` makes from a training sample what a user
-    would bring, `bring` takes what a user really brought; both return the same thing, which `condition` turns into the
-    adapter's input.
+    Images are (B, C, H, W) in [0, 1]. The task's input has two sources: `given` derives it from a training sample,
+    `bring` from what a caller passes. Both return the same format, which `condition` turns into the adapter's input.
     """
 
     name: ClassVar[str]
-    """As get_task knows it."""
+    """Name for `get_task`."""
     condition_channels: ClassVar[int] = 3
-    """C of `condition`: 3 are a picture, more are maps after it."""
+    """C of `condition`: 3 for an image, more where maps follow it."""
     prompted: ClassVar[bool] = True
-    """Whether users say what to make: a task without prompts is trained and measured without them."""
+    """Flag: the task takes prompts. Without them it is also trained and evaluated without prompts."""
     prompt_column: ClassVar[str] = "text"
     """The field of a batch that holds the prompts."""
     takes_mask: ClassVar[bool] = False
-    """Whether users bring a mask too."""
+    """Flag: the task takes a mask besides the image."""
     obedience_unit: ClassVar[str] = ""
-    """What the first figure of `obedience` is and its unit, for tables; "" where there is none."""
+    """Name and unit of the first score of `obedience`, for tables; "" where there is none."""
     scale: int = 1
-    """Output pixels per given pixel along a side."""
+    """Output pixels per input pixel along a side."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The picture columns of the data, beside the picture itself, that training and measuring need."""
+        """Image columns of the data, besides the image itself, that training and evaluation need."""
         return ()
 
     def prompts(self, batch: Batch) -> list[str]:
-        """One prompt a sample; "" each where users give none."""
+        """Return one prompt per sample, "" for each if the task takes none."""
         return list(getattr(batch, self.prompt_column)) if self.prompted else [""] * len(batch.image)
 
     def truth(self, batch: Batch) -> Tensor:
-        """What the result should be, (B, 3, H, W)."""
+        """Return the target image, (B, 3, H, W)."""
         return batch.image
 
     @abstractmethod
     def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """What a user would bring, made from a training sample. The same generator state gives the same bytes, and a
-        sample does not depend on its neighbours."""
+        """Return the task's input, derived from training samples.
+
+        The same generator state gives the same bytes, and a sample does not depend on the others of its batch.
+        """
 
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What a caller passes, as `given` would have it; what `given` returned comes back as it is.
+        """Convert a caller's image to the format of `given`; an output of `given` is returned unchanged.
 
-        Raises UserError for a mask where none is taken or for channels that are no picture (grey is repeated).
+        A grey image is repeated to three channels. Raises UserError for a mask that the task does not take or for
+        another number of channels.
         """
         self._refuse(mask)
         return colour(image, self.name)
 
     @abstractmethod
     def condition(self, given: Tensor) -> Tensor:
-        """The adapter's input (B, condition_channels, H, W) at output size."""
+        """Return the adapter's input (B, condition_channels, H, W) at output size."""
 
     def finish(self, output: Tensor, given: Tensor) -> Tensor:
-        """What reaches the user of the network's `output` (B, 3, H, W)."""
+        """Return the final image for the network's `output` (B, 3, H, W)."""
         return output
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """How well `output` (B, 3, H, W) does as asked: named figures (B,), higher is better, the first the headline.
+        """Return scores (B,) by name of how well `output` (B, 3, H, W) follows the condition: higher is better, the
+        first is the headline.
 
-        NaN for a sample in which there is nothing to measure (`means` leaves it out); {} for a task that only an
-        outside judge can measure.
+        NaN for a sample without anything to measure (`means` leaves it out); {} for a task that only an external
+        model can score.
         """
         return {}
 
     def measured(self) -> Task:
-        """The task without what augments its training: what figures are taken with."""
+        """Return the task as it is evaluated, without training augmentation."""
         return self
 
     def config(self) -> dict[str, Any]:
-        """The options, JSON-able: get_task(name, **config) rebuilds the task."""
+        """Return the options as JSON values: get_task(name, **config) rebuilds the task."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -102,25 +105,26 @@ class Task(ABC):
 
 
 def means(figures: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each figure over the samples that have it; a figure that no sample has is left out."""
+    """Return the mean of each score over the samples that are not NaN; omit a score that is NaN everywhere."""
     averages = {name: float(values.double().nanmean()) for name, values in figures.items()}
     return {name: value for name, value in averages.items() if value == value}
 
 
 def colour(image: Tensor, name: str) -> Tensor:
-    """(B, 1 or 3, H, W) -> (B, 3, H, W). Raises UserError for other channels; `name` is the task's."""
+    """Expand (B, 1 or 3, H, W) to (B, 3, H, W). Raises UserError for other channels; `name` is the task's."""
     if image.ndim != 4 or image.shape[1] not in (1, 3):
         raise UserError(f"image of shape {tuple(image.shape)}: task {name} takes pictures: give (B, 3, H, W)")
     return image.expand(-1, 3, -1, -1)
 
 
 def seeds(batch: Batch, generator: torch.Generator) -> list[int]:
-    """A seed for each sample, from which everything drawn for it follows: so samples do not depend on one another."""
+    """Return one seed per sample. Everything random about a sample follows from its own seed, not from the batch."""
     return torch.randint(2**62, (len(batch.image),), generator=generator).tolist()
 
 
 def region_psnr(output: Tensor, truth: Tensor, region: Tensor) -> Tensor:
-    """PSNR in dB (B,) of (B, 3, H, W) within the pixels that `region` (B, 1, H, W) marks, at most 60; NaN for none."""
+    """Return the PSNR in dB (B,) of (B, 3, H, W) over the pixels that `region` (B, 1, H, W) marks, at most 60; NaN if
+    it marks none."""
     inside = region.to(output.device).bool().expand_as(output)
     error = (output.float() - truth.to(output.device).float()).square().where(inside, 0).sum((1, 2, 3))
     error = error / inside.sum((1, 2, 3))  # 0 / 0 is NaN

@@ -1,8 +1,8 @@
-"""From a clean picture to what a low-resolution one looks like in the wild.
+"""Degradations that make low-resolution training inputs from clean images.
 
 `second_order` is the degradation of Real-ESRGAN (Wang, Xie, Dong & Shan, ICCVW 2021): blur, resize, noise and JPEG,
-twice, with sinc filters for ringing; `bicubic` the classical one. Pictures go one by one through OpenCV, because every
-sample has kernels, sizes and a JPEG quality of its own, which no batch could share.
+twice, with sinc filters for ringing; `bicubic` is the classical one. Images go through OpenCV one by one, because each
+has its own kernels, sizes and JPEG quality.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Stage:
-    """One round of blur, resize, noise, JPEG. Probabilities are of a sample; ranges are drawn from uniformly."""
+    """One round of blur, resize, noise, JPEG. Probabilities are per sample; values are drawn uniformly from ranges."""
 
     blur_probability: float
     blur_sigma: Range
@@ -29,15 +29,15 @@ class Stage:
     resize_weights: tuple[float, float, float]
     """Odds of enlarging, shrinking, keeping the size."""
     resize_range: Range
-    """Factor of the size; the lower end for shrinking, the upper for enlarging."""
+    """Resize factor: the lower end for shrinking, the upper for enlarging."""
     gaussian_sigma: Range
     """Standard deviation of Gaussian noise, 8-bit levels."""
     poisson_scale: Range
-    """Strength of Poisson noise against what the picture's own number of levels would give."""
+    """Strength of Poisson noise relative to that for the image's own number of levels."""
     gaussian_probability: float = 0.5
-    """Gaussian noise; otherwise Poisson."""
+    """Probability of Gaussian noise; otherwise Poisson."""
     grey_probability: float = 0.4
-    """The same noise in all channels."""
+    """Probability of the same noise in all channels."""
     jpeg_quality: Range = (30.0, 95.0)
 
 
@@ -46,21 +46,21 @@ class RealWorld:
     """The settings of `second_order`; defaults are the paper's (Real-ESRGAN x4plus, which trains on 256 px crops).
 
     `full_side` and `least_shrink` are ours. Kernels of 7 to 21 px and sigmas up to 3 px are meant for 256 px; on 64 px
-    a 21 px kernel would reach over a third of the picture, so that much of what it averages is mirrored border. Sizes
-    and sigmas are therefore multiplied by min(side) / full_side, but by no less than `least_shrink`: blur counts also
-    in pixels of the result, and at a quarter (sigma at most 0.75, before a x4 reduction) it would vanish in it. Nor
-    does a kernel ever exceed half of the side it is applied to.
+    a 21 px kernel would cover a third of the image, so that much of what it averages is mirrored border. Sizes and
+    sigmas are therefore multiplied by min(side) / full_side, but by no less than `least_shrink`: at a quarter (sigma at
+    most 0.75, before a x4 reduction) the blur would be invisible in the result. A kernel never exceeds half of the side
+    it is applied to.
     """
 
     first: Stage = Stage(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1.0, 30.0), (0.05, 3.0))
     second: Stage = Stage(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1.0, 25.0), (0.05, 2.5))
     sinc_probability: float = 0.1
-    """A sinc filter in place of a blur kernel, in each stage."""
+    """Probability of a sinc filter in place of a blur kernel, in each stage."""
     final_sinc_probability: float = 0.8
     kernel_size: tuple[int, int] = (7, 21)
     """Smallest and largest kernel, pixels, odd."""
     kernel_weights: tuple[float, float, float, float, float, float] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
-    """Odds of Gaussian, generalised Gaussian and plateau kernels, each isotropic, anisotropic."""
+    """Odds of Gaussian, generalised Gaussian and plateau kernels, each isotropic, then anisotropic."""
     generalised_beta: Range = (0.5, 4.0)
     plateau_beta: Range = (1.0, 2.0)
     full_side: int = 256
@@ -68,22 +68,22 @@ class RealWorld:
 
 
 def bicubic(image: Tensor, scale: int) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, H / scale, W / scale), antialiased bicubic, clamped."""
+    """Reduce (B, 3, H, W) in [0, 1] to (B, 3, H / scale, W / scale) by antialiased bicubic, clamped."""
     return resize(image, (image.shape[-2] // scale, image.shape[-1] // scale)).clamp(0, 1)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (B, C, H, W) to `size` (h, w) by antialiased bicubic interpolation."""
-    if size[1] == 1 < size[0]:  # torch (up to 2.13 at least) then repeats one row; of a single row it gets all columns
+    if size[1] == 1 < size[0]:  # torch (at least up to 2.13) repeats one row here; transposed, it is correct
         return resize(image.mT, (1, size[0])).mT
-    if torch.onnx.is_in_onnx_export():  # which has no such operator: it is linear, along one axis after the other
+    if torch.onnx.is_in_onnx_export():  # ONNX lacks the operator, which is linear and separable: use matrix products
         rows, columns = (_resizing_matrix(*lengths).to(image) for lengths in zip(image.shape[-2:], size, strict=True))
         return rows @ image @ columns.T
     return F.interpolate(image, size=size, mode="bicubic", antialias=True)
 
 
 def _resizing_matrix(length: int, target: int) -> Tensor:
-    """Return `resize` along one axis as a matrix (target, length), which an export takes for a constant."""
+    """Return `resize` along one axis as a matrix (target, length), a constant in an exported graph."""
     identity = torch.eye(int(length))[None, None]
     resized = F.interpolate(identity, size=(int(target), int(length)), mode="bicubic", antialias=True)
     return torch.from_numpy(resized[0, 0].numpy().copy())
@@ -95,10 +95,10 @@ def second_order(
     generator: torch.Generator,
     settings: RealWorld = RealWorld(),  # noqa: B008 (frozen)
 ) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> low (B, 3, H // scale, W // scale) in [0, 1], on 8-bit levels, on the image's device.
+    """Degrade (B, 3, H, W) in [0, 1] to (B, 3, H // scale, W // scale) in [0, 1], rounded to 8 bits, same device.
 
-    The generator gives each sample a seed, from which everything about that sample follows: the same state gives the
-    same bytes, and a sample does not depend on its neighbours.
+    The generator gives each sample its own seed: the same state gives the same bytes, and a sample does not depend on
+    the others of its batch.
     """
     seeds = torch.randint(2**62, (image.shape[0],), generator=generator).tolist()
     pictures = image.detach().float().cpu().permute(0, 2, 3, 1).numpy()
@@ -110,7 +110,7 @@ def second_order(
 
 
 def _degrade(image: np.ndarray, scale: int, rng: np.random.Generator, settings: RealWorld) -> np.ndarray:
-    """One picture, float32 (H, W, 3) in [0, 1] in OpenCV's channel order."""
+    """Degrade one image, float32 (H, W, 3) in [0, 1], BGR."""
     height, width = image.shape[:2]
     target = (height // scale, width // scale)
     shrink = min(1.0, max(min(height, width) / settings.full_side, settings.least_shrink))
@@ -126,7 +126,7 @@ def _degrade(image: np.ndarray, scale: int, rng: np.random.Generator, settings: 
         image = _blur(image, second, shrink, rng, settings)
     image = _resize(image, _random_size(target, second, rng), rng)
     image = _noise(image, second, rng)
-    # Programs sharpen before they compress, or after: both orders occur.
+    # Programs sharpen before or after they compress: both orders occur.
     if rng.random() < 0.5:
         image = _final_sinc(_resize(image, target, rng), shrink, rng, settings)
         image = _jpeg(image, second, rng)
@@ -179,7 +179,7 @@ def _jpeg(image: np.ndarray, stage: Stage, rng: np.random.Generator) -> np.ndarr
 def _blur(image: np.ndarray, stage: Stage, shrink: float, rng: np.random.Generator, settings: RealWorld) -> np.ndarray:
     size, drawn = _kernel_size(image, shrink, rng, settings)
     if rng.random() < settings.sinc_probability:
-        # Cut-offs below pi/3 ring far: only kernels that are large for their picture get them.
+        # Cut-offs below pi/3 ring over many pixels: only large kernels get them.
         cutoff = rng.uniform(math.pi / 3 if drawn < 13 else math.pi / 5, math.pi)
         return _filter(image, sinc_kernel(size, cutoff))
     shape, anisotropic = divmod(int(rng.choice(6, p=_odds(settings.kernel_weights))), 2)
@@ -190,7 +190,7 @@ def _blur(image: np.ndarray, stage: Stage, shrink: float, rng: np.random.Generat
     beta = 1.0
     if shape:
         low, high = settings.generalised_beta if shape == 1 else settings.plateau_beta
-        beta = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)  # as often below 1 as above
+        beta = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)  # equally often below and above 1
     return _filter(image, blur_kernel(size, sigma_x, sigma_y, angle, beta, plateau=shape == 2))
 
 
@@ -202,7 +202,7 @@ def _final_sinc(image: np.ndarray, shrink: float, rng: np.random.Generator, sett
 
 
 def _kernel_size(image: np.ndarray, shrink: float, rng: np.random.Generator, settings: RealWorld) -> tuple[int, int]:
-    """(odd size to use for this picture, odd size drawn from the paper's range)."""
+    """Return the odd kernel size to use for this image, and the odd size drawn from the paper's range."""
     low, high = settings.kernel_size
     drawn = 2 * int(rng.integers(low // 2, high // 2 + 1)) + 1
     half = min(int(drawn * shrink), min(image.shape[:2]) // 2) // 2
@@ -216,9 +216,10 @@ def _filter(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 def blur_kernel(
     size: int, sigma_x: float, sigma_y: float, angle: float = 0.0, beta: float = 1.0, plateau: bool = False
 ) -> np.ndarray:
-    """(size, size) float32 of sum 1. With `d = x^T S^-1 x`, S of standard deviations sigma_x, sigma_y (pixels), turned:
+    """Return a blur kernel, (size, size) float32 of sum 1.
 
-    generalised Gaussian `exp(-d^beta / 2)` (beta = 1: Gaussian), or plateau `1 / (1 + d^beta)`.
+    With `d = x^T S^-1 x`, S of standard deviations sigma_x, sigma_y (pixels) rotated by `angle`: generalised Gaussian
+    `exp(-d^beta / 2)` (beta = 1: Gaussian), or plateau `1 / (1 + d^beta)`.
     """
     x, y = _grid(size)
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
@@ -228,7 +229,8 @@ def blur_kernel(
 
 
 def sinc_kernel(size: int, cutoff: float) -> np.ndarray:
-    """(size, size) float32 of sum 1: circular low pass `cutoff J1(cutoff r) / (2 pi r)`, cutoff in radians/pixel."""
+    """Return a circular low pass `cutoff J1(cutoff r) / (2 pi r)`, (size, size) float32 of sum 1; cutoff in
+    radians/pixel."""
     x, y = _grid(size)
     r = np.hypot(x, y)
     r[size // 2, size // 2] = 1

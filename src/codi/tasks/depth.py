@@ -1,4 +1,4 @@
-"""Depth: a depth map and a prompt -> a picture with this geometry."""
+"""Task depth: a depth map and a prompt -> an image with this geometry."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from torch import Tensor
 from ..data.images import check_file, read_image, require_size
 from ..errors import UserError, nearest
 from .base import Task, seeds
-from .canny import edges, widen
+from .canny import dilate, edges
 
 if TYPE_CHECKING:
     from ..data.batches import Batch
 
 NEAR = ("auto", "bright", "dark")
-JUMP = 0.08  # of the range of depths, between neighbouring pixels
-COLOURLESS = 0.02  # mean spread of the channels: what JPEG leaves of a grey picture
+JUMP = 0.08  # least difference of neighbouring pixels that is a jump, as a share of the depth range
+COLOURLESS = 0.02  # mean spread of the channels up to which an image is grey: JPEG leaves some color in grey images
 METRIC = ("depth_pro", "glpn", "tipsv2_dpt", "zoedepth")  # model types that always estimate distances
-EDGE = (50.0, 100.0)  # thresholds of an edge that shows a jump: fainter than those of task canny
+EDGE = (50.0, 100.0)  # Canny thresholds of edges compared with jumps: lower than those of task canny
 
 
 @dataclass(frozen=True)
 class Depth(Task):
-    """Given is (B, 1, H, W), disparity scaled to [0, 1] in each picture: 1 = nearest, 0 = farthest or sky."""
+    """Task with disparity (B, 1, H, W) as input, scaled to [0, 1] in each image: 1 = nearest, 0 = farthest or sky."""
 
     near: str = "auto"
-    """What is near in the data's `conditioning_image`: "bright", "dark" (a distance, 0 = unknown), or "auto": 16-bit
-    columns are distances, 8-bit ones bright where near."""
+    """Values that mean near in the data's `conditioning_image`: "bright", "dark" (a distance, 0 = unknown), or "auto":
+    16-bit columns are distances, 8-bit ones bright where near."""
     soften: float = 0.0
-    """Share of the maps that training softens to a quarter of their resolution or more: what estimators make of photos
-    is not as sharp as exact depth."""
+    """Share of the maps that training blurs, by reducing them to between a quarter and all of their resolution: depth
+    estimated from photos is less sharp than exact depth."""
 
     name: ClassVar[str] = "depth"
     obedience_unit: ClassVar[str] = "share of depth jumps with a picture edge within 1 px, less that of all pixels"
@@ -54,7 +54,7 @@ class Depth(Task):
             raise UserError(f"soften={self.soften}: not a share: use a number from 0 to 1")
 
     def measured(self) -> Depth:
-        """With exact maps."""
+        """Return the task with exact maps, without softening."""
         return replace(self, soften=0.0)
 
     @property
@@ -63,9 +63,9 @@ class Depth(Task):
         return ("conditioning_image",)
 
     def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The data's depth, `normalise`d, (B, 1, H, W)."""
+        """Return the depth in the data, scaled by `normalise`, (B, 1, H, W)."""
         depth = self._column(batch, "conditioning_image")
-        eight_bit = depth.shape[1] == 3  # how sources hand out 8-bit columns: RGB in [0, 1]
+        eight_bit = depth.shape[1] == 3  # sources return 8-bit columns as RGB in [0, 1]
         depth = depth.mean(1, keepdim=True)
         if self.near == "bright" or (self.near == "auto" and eight_bit):
             near = normalise(depth)
@@ -73,11 +73,11 @@ class Depth(Task):
             near = inverted(depth) if eight_bit else disparity(depth)
         if not self.soften:
             return near
-        drawn = zip(near.split(1), seeds(batch, generator), strict=True)
-        return torch.cat([_softened(one, self.soften, np.random.default_rng(seed)) for one, seed in drawn])
+        maps = zip(near.split(1), seeds(batch, generator), strict=True)
+        return torch.cat([_softened(depth_map, self.soften, np.random.default_rng(seed)) for depth_map, seed in maps])
 
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """A map (B, 1 or 3, H, W), bright where near, scaled to [0, 1]. Raises UserError for a picture with colours."""
+        """Scale a map (B, 1 or 3, H, W), bright where near, to [0, 1]. Raises UserError for a color image."""
         self._refuse(mask)
         if image.ndim != 4 or image.shape[1] not in (1, 3):
             raise UserError(f"depth of shape {tuple(image.shape)}: not a depth map: give (B, 1, H, W)")
@@ -86,24 +86,23 @@ class Depth(Task):
         return normalise(image.mean(1, keepdim=True))
 
     def condition(self, given: Tensor) -> Tensor:
-        """`given` in three channels, (B, 3, H, W)."""
+        """Return `given` in three channels, (B, 3, H, W)."""
         return given.expand(-1, 3, -1, -1)
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """How many of the depth's jumps the picture shows, above chance: the share of jumps that have an edge of
-        `output` within 1 px, less the share of all pixels that have one, so that edges everywhere earn nothing; NaN
-        without jumps.
+        """Return the share of depth jumps with an edge of `output` within 1 px, minus the share of all pixels with one,
+        so that edges everywhere score 0; NaN without jumps.
 
-        The re-read depth itself needs a reader network, which a judge may bring.
+        Comparing the depth of the output itself needs a depth estimator, which an external judge can provide.
         """
-        jumps, near_edge = depth_jumps(given.float().to(output.device)), widen(edges(output, *EDGE))
+        jumps, near_edge = depth_jumps(given.float().to(output.device)), dilate(edges(output, *EDGE))
         shown = (jumps * near_edge).sum((1, 2, 3)) / jumps.sum((1, 2, 3))
         return {"jumps_shown": shown - near_edge.mean((1, 2, 3))}
 
 
 def normalise(near: Tensor) -> Tensor:
-    """(..., 1, H, W), larger where nearer -> scaled to [0, 1] map by map. What is not finite is taken as farthest; a
-    constant map has no range: it is all nearest where above 0, all farthest elsewhere."""
+    """Scale (..., 1, H, W), larger where nearer, to [0, 1] for each map. Values that are not finite count as farthest;
+    a constant map becomes 1 (nearest) if above 0, else 0 (farthest)."""
     known = near.isfinite()
     low = near.where(known, torch.inf).amin((-2, -1), keepdim=True)
     high = near.where(known, -torch.inf).amax((-2, -1), keepdim=True)
@@ -112,21 +111,21 @@ def normalise(near: Tensor) -> Tensor:
 
 
 def disparity(distance: Tensor) -> Tensor:
-    """Distances z (..., 1, H, W) of any unit -> `(1/z - 1/z_max) / (1/z_min - 1/z_max)`, map by map; what is not a
-    positive finite number (0 = sky) is 0."""
+    """Convert distances z (..., 1, H, W) of any unit to `(1/z - 1/z_max) / (1/z_min - 1/z_max)` for each map. A z that
+    is not positive and finite (0 = sky) gives 0."""
     known = distance.isfinite() & (distance > 0)
     return normalise(torch.where(known, 1 / distance.double(), torch.nan)).to(distance)
 
 
 def inverted(levels: Tensor) -> Tensor:
-    """Levels (..., 1, H, W) in [0, 1], darker where nearer -> 1 - levels, `normalise`d map by map. 0 marks the unknown
-    and the sky, farthest, in a map that has anything above it."""
+    """Convert levels (..., 1, H, W) in [0, 1], darker where nearer, to `normalise(1 - levels)`. Level 0 means unknown
+    or sky, so farthest, unless the whole map is 0."""
     known = levels > 0
     return normalise((1 - levels).where(known | ~known.any(-1, True).any(-2, True), torch.nan))
 
 
 def _softened(near: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """(1, 1, H, W), or with probability `share` the same at a lower resolution."""
+    """Return the map (1, 1, H, W), with probability `share` blurred by reducing its resolution."""
     if rng.random() >= share:
         return near
     factor, size = rng.uniform(0.25, 1), near.shape[-2:]
@@ -135,7 +134,8 @@ def _softened(near: Tensor, share: float, rng: np.random.Generator) -> Tensor:
 
 
 def depth_jumps(given: Tensor) -> Tensor:
-    """(B, 1, H, W) in [0, 1] -> 1 at either side of a jump between neighbouring pixels, (B, 1, H, W)."""
+    """Return (B, 1, H, W): 1 at both pixels of each pair of neighbours in `given` (B, 1, H, W) that differ by more than
+    JUMP, else 0."""
     jumps = torch.zeros_like(given)
     for axis in (-2, -1):
         n = given.shape[axis] - 1
@@ -145,17 +145,17 @@ def depth_jumps(given: Tensor) -> Tensor:
     return jumps.clamp_max(1)
 
 
-# --- maps of users ---------------------------------------------------------------------------------------------------
+# --- depth maps from files and estimators ----------------------------------------------------------------------------
 
 
 def read_depth(path: str | os.PathLike[str], near: str = "guess") -> Tensor:
-    """A depth map of 8 or 16 bits (PNG or another picture format) or .npy, of any range -> as `Depth.given`, (1, H, W).
+    """Read a depth map of any range from an image of 8 or 16 bits or a .npy file, in the format of `Depth.given`,
+    (1, H, W).
 
-    `near="dark"`: 16-bit and .npy numbers are distances of any unit (0, NaN and infinity = sky or unknown, farthest),
-    8-bit ones are inverted linearly, all but 0, which is farthest too. `near="bright"`: larger is nearer. "guess" takes
-    whichever makes the ground below nearer than what is above, and warns of what it took. Transparent pixels are
-    unknown. A constant map is a warning.
-    Raises UserError for a file that cannot be read, is a colour picture or holds no depth at all.
+    `near="dark"`: 16-bit and .npy values are distances of any unit (0, NaN and infinity = sky or unknown, farthest);
+    8-bit values are inverted linearly, except 0, which is farthest. `near="bright"`: larger is nearer. "guess" chooses
+    the one that makes the bottom nearer than the top, and warns of its choice. Transparent pixels are unknown. Warns of
+    a constant map. Raises UserError for a file that cannot be read, is a color image or holds no depth at all.
     """
     if near not in ("guess", "bright", "dark"):
         raise UserError(f"near={near}: unknown: use guess, bright or dark")
@@ -163,7 +163,7 @@ def read_depth(path: str | os.PathLike[str], near: str = "guess") -> Tensor:
     values, levels = _read_array(path) if path.suffix.lower() == ".npy" else _read_grey(path)
     if near == "guess":
         near, why = _guess(values, levels)
-        warnings.warn(f"{path}: took {near} as near ({why}): say --near bright or --near dark", stacklevel=2)
+        warnings.warn(f"{path}: took {near} as near ({why}): pass --near bright or --near dark", stacklevel=2)
     if near == "bright":
         known, depth = values.isfinite(), normalise(values)
     elif levels:
@@ -173,34 +173,34 @@ def read_depth(path: str | os.PathLike[str], near: str = "guess") -> Tensor:
     if not known.any():
         raise UserError(f"{path}: holds no depth, only 0, NaN or infinity: give a map with numbers above 0")
     if depth.amin() == depth.amax():
-        warnings.warn(f"{path}: is constant, so that it says nothing about depth", stacklevel=2)
+        warnings.warn(f"{path}: is constant, so it holds no depth", stacklevel=2)
     return depth.float()
 
 
 def _read_grey(path: Path) -> tuple[Tensor, bool]:
-    """(1, H, W) with NaN where transparent, and whether these are 8-bit levels in [0, 1], not numbers of 16 bits."""
+    """Return (1, H, W) with NaN where transparent, and True for 8-bit levels in [0, 1], False for 16-bit numbers."""
     picture = read_image(path)
     if not picture.grey and _coloured(picture.rgb):
         raise UserError(f"{path}: is a colour picture, not a depth map: give a grey one, or estimate the depth")
     values = picture.rgb[:1] if picture.grey else picture.rgb.mean(0, keepdim=True)
     if picture.bits == 16:
-        values = (values * 65535).round()  # the numbers of the file, exactly
+        values = (values * 65535).round()  # exactly the numbers in the file
     if picture.alpha is not None:
         values = torch.where(picture.alpha < 0.5, torch.nan, values)
     return values.double(), picture.bits == 8
 
 
 def _coloured(image: Tensor) -> bool:
-    """Whether a picture (..., C, H, W) has colours, or any of several."""
+    """Return whether any image of (..., C, H, W) is not grey."""
     spread = image.amax(-3) - image.amin(-3)
     return bool((spread.mean((-2, -1)) > COLOURLESS).any())
 
 
 def _read_array(path: Path) -> tuple[Tensor, bool]:
-    """As `_read_grey`; bool and 8-bit unsigned arrays hold levels, all others numbers."""
+    """Return the same as `_read_grey`; bool and uint8 arrays hold levels, all others numbers."""
     check_file(path)
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it takes nothing but one plain array
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it reads a single plain array only
     except (OSError, ValueError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError) as error:
         why = error.strerror if isinstance(error, OSError) else None
         raise UserError(f"{path}: cannot be read ({why or 'no whole array of numbers'}): "
@@ -216,9 +216,10 @@ def _read_array(path: Path) -> tuple[Tensor, bool]:
 
 
 def _guess(values: Tensor, levels: bool) -> tuple[str, str]:
-    """What is near, and why: most cameras see the ground at the bottom, nearer than what stands at the top.
+    """Return "bright" or "dark" for what is near, and why.
 
-    Zeros are left out: they are the sky of distances.
+    In most photos the ground at the bottom is nearer than the top. Zeros are ignored: in distance maps they are the
+    sky.
     """
     known = (values[0].isfinite() & (values[0] != 0)).nonzero(as_tuple=True)
     pairs = torch.stack([known[0].double(), values[0][known]])
@@ -230,29 +231,29 @@ def _guess(values: Tensor, levels: bool) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=1)
 def _estimator(model: str, device: str) -> Any:
-    """transformers' pipeline, kept so that a folder of photos loads it once."""
-    from transformers import pipeline  # late: it takes seconds, and depth maps of users need none of it
+    """Return the depth estimation pipeline of transformers, cached so that a folder of photos loads it once."""
+    from transformers import pipeline  # imported here: it takes seconds, and reading depth maps does not need it
 
     return pipeline("depth-estimation", model=model, device=device)
 
 
 def estimate_depth(picture: Tensor, model: str, device: str = "cpu") -> Tensor:
-    """The depth of a photo (3, H, W) in [0, 1], by a depth estimator of transformers (`model`: a folder or a hub's
-    name, e.g. depth-anything/Depth-Anything-V2-Small-hf) -> as `Depth.given`, (1, H, W).
+    """Estimate the depth of a photo (3, H, W) in [0, 1], in the format of `Depth.given`, (1, H, W).
 
-    Models of relative depth give disparity, those of metric depth distances: both come out as 1 = nearest. Raises
-    UserError where the model cannot be had or is no depth estimator.
+    `model`: a depth estimator of transformers, as a folder or a hub name such as
+    depth-anything/Depth-Anything-V2-Small-hf. Relative models give disparity, metric ones distances: both are returned
+    as 1 = nearest. Raises UserError if the model cannot be loaded or is no depth estimator.
     """
     try:
         estimator = _estimator(str(model), str(device))
-    except Exception as error:  # no such folder, no network, no weights, another kind of model: each of its own type
+    except Exception as error:  # missing folder, network or weights, or another kind of model: each raises its own type
         sentence = re.split(r"(?<=[.!?])\s", str(error).strip(), maxsplit=1)[0]
         why = textwrap.shorten(sentence.rstrip("."), 240, placeholder=" ...")
         raise UserError(f"{model}: no depth estimator ({why}): give the folder or name of one") from error
     levels = (picture.detach().float().clamp(0, 1) * 255).round().byte().cpu().permute(1, 2, 0).numpy()
-    found = estimator(Image.fromarray(levels))["predicted_depth"].float().cpu()[None, None]
+    estimate = estimator(Image.fromarray(levels))["predicted_depth"].float().cpu()[None, None]
     config = estimator.model.config
     metric = config.model_type in METRIC or getattr(config, "depth_estimation_type", "relative") == "metric"
-    if found.shape[-2:] != picture.shape[-2:]:
-        found = F.interpolate(found, picture.shape[-2:], mode="bilinear")
-    return (disparity(found) if metric else normalise(found))[0]
+    if estimate.shape[-2:] != picture.shape[-2:]:
+        estimate = F.interpolate(estimate, picture.shape[-2:], mode="bilinear")
+    return (disparity(estimate) if metric else normalise(estimate))[0]

@@ -1,4 +1,4 @@
-"""Editing: a picture and an instruction -> the picture after it (the data form of InstructPix2Pix)."""
+"""Task edit: an image and an instruction -> the edited image (the data format of InstructPix2Pix)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .base import Task, region_psnr
 if TYPE_CHECKING:
     from ..data.batches import Batch
 
-SAME = 0.02  # two pixels that differ by less in every channel are the same: five 8-bit levels, for what JPEG does
+SAME = 0.02  # pixels that differ by less in every channel count as equal: five 8-bit levels, an allowance for JPEG
 
 
 @dataclass(frozen=True)
 class Edit(Task):
-    """Given is the picture before, (B, 3, H, W), which is the condition as it stands."""
+    """Task with the unedited image (B, 3, H, W) as input, which is also the condition."""
 
     name: ClassVar[str] = "edit"
     prompt_column: ClassVar[str] = "instruction"
@@ -26,24 +26,24 @@ class Edit(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The picture after the edit."""
+        """Column of the edited image."""
         return ("edited_image",)
 
     def truth(self, batch: Batch) -> Tensor:
-        """The picture after the edit, (B, 3, H, W)."""
+        """Return the edited image, (B, 3, H, W)."""
         return self._column(batch, "edited_image")
 
     def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The picture before the edit, (B, 3, H, W)."""
+        """Return the unedited image, (B, 3, H, W)."""
         return batch.image
 
     def condition(self, given: Tensor) -> Tensor:
-        """`given`, (B, 3, H, W)."""
+        """Return `given`, (B, 3, H, W)."""
         return given
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """PSNR in dB to the edited picture where the edit changes it and where it does not, each at most 60; NaN for a
-        sample that has no such pixels (a change of everything, an edit that changes nothing)."""
+        """Return the PSNR in dB to the edited image over the pixels that the edit changes and over those that it does
+        not, each at most 60; NaN for a sample without such pixels."""
         truth = self.truth(batch)
         changed = ((truth - batch.image).abs() > SAME).any(1, keepdim=True)
         return {

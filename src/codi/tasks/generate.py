@@ -1,4 +1,4 @@
-"""Generation: a prompt alone. The adapter without a condition makes any text-to-image model a few-step one."""
+"""Task generate: a prompt alone. The adapter, without a condition, makes a text-to-image model a few-step one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generate(Task):
-    """Nothing is given but a size: an image without channels, (B, 0, H, W). What was asked for only a judge can see."""
+    """Task with only a size as input: an image without channels, (B, 0, H, W). Only an external judge can score it."""
 
     name: ClassVar[str] = "generate"
 
     def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """(B, 0, H, W)."""
+        """Return an image without channels, (B, 0, H, W)."""
         return batch.image[:, :0]
 
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`image` (B, 0, H, W), which only says the size. Raises UserError for a picture or a mask."""
+        """Return `image` (B, 0, H, W), which only holds the size. Raises UserError for an image with channels or a
+        mask."""
         self._refuse(mask)
         if image.ndim != 4 or image.shape[1]:
             raise UserError(f"image of shape {tuple(image.shape)}: task generate takes no picture: leave it out, "
@@ -34,5 +35,5 @@ class Generate(Task):
         return image
 
     def condition(self, given: Tensor) -> Tensor:
-        """Zeros (B, 3, H, W)."""
+        """Return zeros (B, 3, H, W)."""
         return given.new_zeros(given.shape[0], self.condition_channels, *given.shape[-2:])

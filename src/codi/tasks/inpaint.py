@@ -1,4 +1,4 @@
-"""Inpainting: a picture, a mask of what to make new and a prompt -> the picture with that part made anew."""
+"""Task inpaint: an image, a mask and a prompt -> the image with the masked part generated."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inpaint(Task):
-    """Given is (B, 4, H, W): the picture, then the mask, 1 = make new. The condition hides what lies under the mask."""
+    """Task with (B, 4, H, W) as input: the image, then the mask, 1 = generate. The condition hides the masked part."""
 
     masks: tuple[str, ...] = ("boxes", "strokes", "outpaint")
-    """The kinds that training draws from; "objects" wants the data column `mask` (instance ids)."""
+    """Kinds of masks that training draws from; "objects" needs the data column `mask` (instance ids)."""
 
     name: ClassVar[str] = "inpaint"
     condition_channels: ClassVar[int] = 4
@@ -42,25 +42,26 @@ class Inpaint(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Instance ids, where masks are objects."""
+        """Column of instance ids, if masks are objects."""
         return ("mask",) if "objects" in self.masks else ()
 
     def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The picture and a random mask, (B, 4, H, W)."""
+        """Return the image and a random mask, (B, 4, H, W)."""
         height, width = batch.image.shape[-2:]
         ids = self._column(batch, "mask") if "objects" in self.masks else None
         mask = draw_masks(self.masks, height, width, seeds(batch, generator), ids)
         return torch.cat([batch.image, mask.to(batch.image)], 1)
 
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Picture (B, 1 or 3, H, W) and mask (B or 1, 1, H, W), cut at 0.5; or both in one, (B, 4, H, W).
+        """Join an image (B, 1 or 3, H, W) and a mask (B or 1, 1, H, W) to (B, 4, H, W); `image` may already hold both.
 
-        Raises UserError for a mask that is missing, of another size or of several channels.
+        The mask is thresholded at 0.5. Raises UserError for a mask that is missing, of another size or of several
+        channels.
         """
         if mask is None:
             if image.ndim == 4 and image.shape[1] == 4:
                 return torch.cat([image[:, :3], (image[:, 3:] > 0.5).to(image)], 1)
-            raise UserError("mask: missing: task inpaint needs one, white where the picture is to be made new")
+            raise UserError("mask: missing: task inpaint needs one, white where the picture is to be repainted")
         picture = colour(image, self.name)
         if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, len(picture)):
             raise UserError(f"mask of shape {tuple(mask.shape)}: not a mask for {len(picture)} pictures: "
@@ -71,20 +72,20 @@ class Inpaint(Task):
         return torch.cat([picture, (mask > 0.5).to(picture).expand(len(picture), -1, -1, -1)], 1)
 
     def condition(self, given: Tensor) -> Tensor:
-        """The picture, grey (0.5) where it is to be made new, then the mask: (B, 4, H, W)."""
+        """Return the image, grey (0.5) under the mask, then the mask: (B, 4, H, W)."""
         picture, mask = given[:, :3], given[:, 3:]
         return torch.cat([torch.where(mask > 0.5, 0.5, picture), mask], 1)
 
     def finish(self, output: Tensor, given: Tensor) -> Tensor:
-        """Known pixels exactly as given; between them `output`, shifted smoothly in colour so that the two meet."""
+        """Return the known pixels unchanged and `output` in the hole, its colors shifted smoothly to hide the seam."""
         hole, picture = given[:, 3:].to(output) > 0.5, given[:, :3].to(output)
         seam = membrane(picture - output, (~hole).to(output))
         return torch.where(hole, (output + seam).clamp(0, 1), picture)
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """PSNR in dB, at most 60, to the true picture within the hole and to the known pixels; NaN where there is no
-        hole, or nothing else. The second is 60 after `finish`: it tells of the network's own output alone. Another
-        filling may be as good as the true one: whether it is what was asked for only a judge can see."""
+        """Return the PSNR in dB, at most 60, to the true image in the hole and to the input outside it; NaN if there
+        are no such pixels. After `finish` the second is 60: it measures the raw output of the network. Another fill may
+        be as good as the true one: only an external judge can score that."""
         hole = given[:, 3:] > 0.5
         return {
             "hole_psnr": region_psnr(output, batch.image, hole),

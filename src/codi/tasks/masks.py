@@ -1,4 +1,4 @@
-"""Masks of the parts of a picture to make new: drawn at random for training, read from files for users."""
+"""Masks of the part of an image to inpaint: drawn at random for training, or read from files."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..data.images import Picture, read_image
 from ..errors import UserError
 
 KINDS = ("boxes", "strokes", "objects", "outpaint")
-EVERYTHING = 0.05  # share of masks that cover all: then the prompt alone decides
-GREY = 0.25  # share of grey pixels above which a mask file is odd: soft edges have less
-NOTHING = 0.01  # share that cover nothing: then the picture must come back
+FULL_SHARE = 0.05  # of masks, that cover everything: only the prompt remains
+GREY = 0.25  # share of grey pixels above which a mask file is suspicious: soft edges have less
+EMPTY_SHARE = 0.01  # of masks, that cover nothing: the output must equal the image
 
 
 def draw_masks(
     kinds: Sequence[str], height: int, width: int, seeds: Sequence[int], ids: Tensor | None = None
 ) -> Tensor:
-    """(B, 1, height, width) of 0 and 1 (make new), one mask a seed, each of a kind drawn from `kinds`.
+    """Draw masks (B, 1, height, width) of 0 and 1 (inpaint), one per seed, each of a random kind of `kinds`.
 
-    `ids` (B, 1, height, width) are instance ids, 0 = none, which "objects" needs; a picture without instances gets a
-    box instead.
+    `ids` (B, 1, height, width) are instance ids, 0 = none, which "objects" needs; an image without instances gets boxes
+    instead.
     """
     masks = []
     for k, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
-        if (special := rng.random()) < EVERYTHING + NOTHING:
-            mask = np.full((height, width), float(special < EVERYTHING), np.float32)
+        if (chance := rng.random()) < FULL_SHARE + EMPTY_SHARE:
+            mask = np.full((height, width), float(chance < FULL_SHARE), np.float32)
         else:
             kind = kinds[int(rng.integers(len(kinds)))]
             mask = _objects(ids[k, 0], rng) if kind == "objects" and ids is not None else None
@@ -44,7 +44,7 @@ def draw_masks(
 
 
 def _boxes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """One to three boxes of an eighth to three fifths of each side."""
+    """Draw one to three boxes of an eighth to three fifths of each side."""
     mask = np.zeros((height, width), np.float32)
     for _ in range(1 + int(rng.choice(3, p=(0.6, 0.25, 0.15)))):
         h, w = (max(1, round(side * rng.uniform(0.125, 0.6))) for side in (height, width))
@@ -54,7 +54,7 @@ def _boxes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """One to four free-form strokes: brushes that wander, with round ends."""
+    """Draw one to four random walks of a round brush."""
     mask = np.zeros((height, width), np.uint8)
     side = min(height, width)
     for _ in range(int(rng.integers(1, 5))):
@@ -72,7 +72,7 @@ def _strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _outpaint(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """All but a window, or a strip along one side."""
+    """Mask all but a window, or a strip along one side."""
     mask = np.zeros((height, width), np.float32)
     if rng.random() < 0.5:
         mask[:] = 1
@@ -80,23 +80,23 @@ def _outpaint(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
         top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
         mask[top : top + h, left : left + w] = 0
         return mask
-    turned = np.rot90(mask, int(rng.integers(4)))  # a view
-    turned[: max(1, round(turned.shape[0] * rng.uniform(0.15, 0.6)))] = 1
+    rotated = np.rot90(mask, int(rng.integers(4)))  # a view: writing to it changes mask
+    rotated[: max(1, round(rotated.shape[0] * rng.uniform(0.15, 0.6)))] = 1
     return mask
 
 
 def _objects(ids: Tensor, rng: np.random.Generator) -> np.ndarray | None:
-    """One instance, sometimes two, with a loose border such as a hand would draw; None without instances."""
+    """Mask one instance, sometimes two, dilated to a loose outline like a hand-drawn one; None without instances."""
     grid = ids.cpu().numpy()
-    known = np.unique(grid[grid > 0])
-    if len(known) > 64:  # a soft mask, not ids
-        known, grid = np.ones(1), (grid > grid.max() / 2).astype(np.float32)
-    if not len(known):
+    instances = np.unique(grid[grid > 0])
+    if len(instances) > 64:  # the values are a soft mask, not ids
+        instances, grid = np.ones(1), (grid > grid.max() / 2).astype(np.float32)
+    if not len(instances):
         return None
-    chosen = rng.choice(known, size=min(len(known), 1 + int(rng.random() < 0.25)), replace=False)
+    chosen = rng.choice(instances, size=min(len(instances), 1 + int(rng.random() < 0.25)), replace=False)
     mask = np.isin(grid, chosen).astype(np.uint8)
-    reach = 2 * int(rng.integers(0, max(2, round(min(mask.shape) * 0.06)) + 1)) + 1
-    return cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))).astype(np.float32)
+    diameter = 2 * int(rng.integers(0, max(2, round(min(mask.shape) * 0.06)) + 1)) + 1
+    return cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (diameter, diameter))).astype(np.float32)
 
 
 DRAW: dict[str, Callable[[int, int, np.random.Generator], np.ndarray]] = {
@@ -107,14 +107,14 @@ DRAW: dict[str, Callable[[int, int, np.random.Generator], np.ndarray]] = {
 
 
 def read_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> Tensor:
-    """A mask file -> (1, H, W) of 0 and 1 (make new) for a picture of `size` (H, W).
+    """Read a mask file as (1, H, W) of 0 and 1 (inpaint) for an image of `size` (H, W).
 
-    White is to be made new, whatever the colour model and bit depth. With transparency: marks of one colour on a clear
-    ground are what is to be made new; of a photo with parts erased, those parts are. A mask of another resolution is
-    brought to `size`, a pixel counting as marked where any part of it is. A file without white (say, of numbers 0 and
-    1) is cut at half of its brightest, with a warning.
+    White means inpaint, in any color model and bit depth. With transparency: strokes of one color on a transparent
+    ground mean inpaint; in a photo with erased parts, these parts do. A mask of another resolution is resized, a pixel
+    counting as marked if any part of it is. A file without white (for example of values 0 and 1) is thresholded at half
+    of its maximum, with a warning.
 
-    Raises UserError for a file that cannot be read, is a photo, or has another aspect than the picture.
+    Raises UserError for a file that cannot be read, is a photo, or has another aspect ratio than the image.
     """
     picture = read_image(path)
     height, width = picture.rgb.shape[-2:]
@@ -125,31 +125,31 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> Tensor:
 
 
 def _marks(picture: Picture) -> Tensor:
-    """bool (1, H, W): what the file says is to be made new."""
-    bright = picture.rgb.amax(0, keepdim=True)  # not grey: pure red or blue marks count as white does
+    """Return the part to inpaint, bool (1, H, W)."""
+    bright = picture.rgb.amax(0, keepdim=True)  # the maximum, not grey: pure red or blue strokes count like white
     clear = torch.zeros_like(bright, dtype=torch.bool) if picture.alpha is None else picture.alpha < 0.5
     if clear.all():
-        raise UserError(f"{picture.path}: is wholly transparent: give black with white where to make new")
+        raise UserError(f"{picture.path}: is wholly transparent: give black with white where to repaint")
     if clear.any():
-        seen = picture.rgb[:, ~clear[0]]
-        if bool((seen.amax(1) - seen.amin(1) < 0.1).all()):
+        visible = picture.rgb[:, ~clear[0]]
+        if bool((visible.amax(1) - visible.amin(1) < 0.1).all()):
             return ~clear
-        if _is_photo(seen):
+        if _is_photo(visible):
             return clear
     elif _is_photo(picture.rgb.flatten(1)):
-        raise UserError(f"{picture.path}: looks like a photo, not a mask: give black with white where to make new")
-    bright, cut = bright.masked_fill(clear, 0), 0.5
+        raise UserError(f"{picture.path}: looks like a photo, not a mask: give black with white where to repaint")
+    bright, threshold = bright.masked_fill(clear, 0), 0.5
     if 0 < (top := float(bright.max())) <= 0.5:
-        warnings.warn(f"{picture.path}: has no white: took what is brighter than {top / 2:.3g} of 1", stacklevel=3)
-        cut = top / 2
+        warnings.warn(f"{picture.path}: has no white: masked what is brighter than {top / 2:.3g} of 1", stacklevel=3)
+        threshold = top / 2
     elif float(((bright > 0.1) & (bright < 0.9)).float().mean()) > GREY:
         warnings.warn(
-            f"{picture.path}: is grey rather than black and white: took what is brighter than half", stacklevel=3
+            f"{picture.path}: is grey rather than black and white: masked what is brighter than half", stacklevel=3
         )
-    return bright > cut
+    return bright > threshold
 
 
 def _is_photo(pixels: Tensor) -> bool:
-    """Whether (3, N) pixels hold more colours, as told by 4 bits a channel, than anyone draws a mask in."""
+    """Return whether pixels (3, N) have more than 64 colors, at 4 bits a channel: more than a drawn mask has."""
     coloured = pixels[:, (pixels.amax(0) - pixels.amin(0)) > 0.1]
     return len(torch.unique((coloured * 15).round(), dim=1).T) > 64

@@ -1,4 +1,4 @@
-"""Upscaling: a low-resolution picture -> one `scale` times larger that could have been its original."""
+"""Task upscale: a low-resolution image -> a plausible original, `scale` times larger."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ DEGRADATIONS = ("real", "bicubic")
 
 @dataclass(frozen=True)
 class Upscale(Task):
-    """The given image is (B, 3, h, w), the condition its enlargement; the output is (B, 3, scale h, scale w)."""
+    """Task with a small image (B, 3, h, w) as input and its bicubic enlargement as condition; the output is
+    (B, 3, scale h, scale w)."""
 
     scale: int = 4
     """Output pixels per input pixel along a side."""
     degradation: str = "real"
-    """How training makes the input: "real" (blur, noise, JPEG; see degradations) or "bicubic" (classical)."""
+    """Degradation that makes the training input: "real" (blur, noise, JPEG; see degradations) or "bicubic"."""
     full_side: int = 256
-    """"real": side in pixels from which pictures are blurred in full, smaller ones less. The size of training itself,
-    where that cuts details at their files' own pixels (a recipe's zoom)."""
+    """Shorter side in pixels from which images get the full blur of "real"; smaller ones are blurred less. Set it to
+    the training size where that crops files at their own resolution (a recipe's zoom)."""
 
     name: ClassVar[str] = "upscale"
     prompted: ClassVar[bool] = False
@@ -45,7 +46,10 @@ class Upscale(Task):
             raise UserError(f"degradation={self.degradation}: unknown{hint}: use one of {', '.join(DEGRADATIONS)}")
 
     def given(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """(B, 3, H/scale, W/scale) from `batch.image`. Raises UserError unless H and W are multiples of scale."""
+        """Return degraded images (B, 3, H/scale, W/scale) of `batch.image`.
+
+        Raises UserError unless H and W are multiples of scale.
+        """
         height, width = batch.image.shape[-2:]
         if height % self.scale or width % self.scale:
             raise UserError(f"image of {width} x {height} px: sides are not multiples of the scale {self.scale}: "
@@ -55,11 +59,11 @@ class Upscale(Task):
         return second_order(batch.image, self.scale, generator, RealWorld(full_side=self.full_side))
 
     def condition(self, given: Tensor) -> Tensor:
-        """`given` bicubically enlarged to output size, (B, 3, scale h, scale w) in [0, 1]."""
+        """Return `given` bicubically enlarged to output size, (B, 3, scale h, scale w) in [0, 1]."""
         return F.interpolate(given, scale_factor=self.scale, mode="bicubic", align_corners=False).clamp(0, 1)
 
     def obedience(self, output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """PSNR in dB of `output`, brought to the size of `given` by antialiased bicubic, to `given`; at most 60."""
+        """Return the PSNR in dB, at most 60, of `output`, reduced to the size of `given` by antialiased bicubic."""
         small = resize(output.float(), (given.shape[-2], given.shape[-1])).clamp(0, 1)
         error = (small - given.float()).square().mean(dim=(1, 2, 3))
         return {"input_psnr": (-10 * error.clamp_min(1e-12).log10()).clamp_max(CAP)}
