@@ -204,7 +204,7 @@ def test_non_finite_pictures_are_refused_by_name(features):
 
 
 def test_a_method_of_the_wrong_size_is_refused(features):
-    with pytest.raises(ValueError, match="small: made"):
+    with pytest.raises(ValueError, match="small: returned shape"):
         run(features, methods=[Method("small", lambda given, prompts, steps, seeds: given, (1,))])
 
 

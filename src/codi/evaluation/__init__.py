@@ -1,4 +1,4 @@
-"""How good the pictures are: metrics, one evaluation loop for every method, and its report."""
+"""Image quality: metrics, one evaluation loop for every method, and reports."""
 
 from .evaluate import Method, Results, Row, baselines, evaluate, pipeline_method
 from .metrics import Features, enlite0_distance, frechet_distance, psnr, ssim

@@ -1,4 +1,4 @@
-"""Measures methods against each other on held-out samples: the same inputs, noise keys, truth and machine for all."""
+"""Measurement of methods on held-out samples: same inputs, noise keys, truth and machine for all of them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..errors import UserError
 from ..tasks import Task, means
 from .metrics import MAX_PSNR, Features, default_features, frechet_distance, maps_distance, psnr, ssim
 
-READ_AT_ONCE = 16  # samples; independent of the batch, so that what is skipped does not depend on it
+READ_AT_ONCE = 16  # samples; not the batch size, so that the choice of skipped samples does not depend on it
 
 Run = Callable[[Tensor, list[str], int, list[int]], Tensor]
 Judge = Callable[[Tensor, Tensor, Batch], dict[str, Tensor]]
-"""(output (B, 3, H, W), given, batch) -> named figures (B,), higher is better, NaN where there is nothing to measure:
-what only another network can tell, e.g. how far the depth that it reads from the output is from the given one."""
+"""(output (B, 3, H, W), task input, batch) -> named figures (B,), higher is better, NaN where undefined. For figures
+that need another network, e.g. the distance of the depth estimated from the output to the input depth."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make pictures.
+    """One way to generate images.
 
-    `run(given, prompts, steps, seeds)` maps what a user would bring (B, ...), a prompt and a seed for each to pictures
-    (B, 3, H, W) in [0, 1]. Row i may depend on `given[i]`, `prompts[i]` and `seeds[i]` alone, not on the batch around
-    it. `steps` are the step counts to measure; (0,) for a method that takes none. With `sees_truth`, `run` gets the
-    true pictures instead of what a user would bring: a bound on what others can reach.
+    `run(inputs, prompts, steps, seeds)` maps task inputs (B, C, H, W), with a prompt and a seed each, to images
+    (B, 3, H, W) in [0, 1]. Row i may depend only on `inputs[i]`, `prompts[i]` and `seeds[i]`, not on the rest of the
+    batch. `steps` are the step counts to measure; (0,) for a method without steps. With `sees_truth`, `run` gets the
+    true images instead of the task inputs: an upper bound for the other methods.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one step count: means over the samples, `fd` over the whole set, latency of a single picture."""
+    """One method at one step count: means over the samples, `fd` over the whole set, latency of a single image."""
 
     method: str
     steps: int
@@ -55,65 +55,65 @@ class Row:
     ssim: float  # at most 1, higher is better
     distance: float  # ENLite0 distance, lower is better
     fd: float  # FD-ENLite0, lower is better
-    obedience: float | None  # the headline of `measures`, higher is better; None where there is none
-    latency_ms: float  # median of single-picture calls
-    measures: dict[str, float] = field(default_factory=dict)  # the judge's and the task's own figures
+    obedience: float | None  # the first of `measures`, higher is better; None if there is none
+    latency_ms: float  # median over calls with one image
+    measures: dict[str, float] = field(default_factory=dict)  # figures of the judge and of the task
 
 
 @dataclass
 class Results:
-    """The rows of one run and what is needed to read them."""
+    """The rows of one run, and the information needed to interpret them."""
 
     task: str
     count: int
     seed: int
     rows: list[Row]
     obedience_unit: str = ""
-    skipped: int = 0  # unreadable samples passed over
+    skipped: int = 0  # unreadable samples
     machine: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
     pictures: dict[str, Tensor] = field(default_factory=dict, repr=False)  # column -> (K, C, H, W), for a contact sheet
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict: task, count, seed, rows (one object a row) and how and where they were measured."""
-        told: dict[str, Any] = {"task": self.task, "count": self.count, "seed": self.seed}
+        """Return a JSON-serializable dict: task, count, seed, rows (one object each), command and machine."""
+        content: dict[str, Any] = {"task": self.task, "count": self.count, "seed": self.seed}
         if self.command:
-            told["command"] = self.command
+            content["command"] = self.command
         if self.skipped:
-            told["skipped"] = self.skipped
-        told["obedience_unit"] = self.obedience_unit
-        told["rows"] = [asdict(row) for row in self.rows]
-        told["machine"] = self.machine
-        return told
+            content["skipped"] = self.skipped
+        content["obedience_unit"] = self.obedience_unit
+        content["rows"] = [asdict(row) for row in self.rows]
+        content["machine"] = self.machine
+        return content
 
 
 def pipeline_method(
     pipe: Any, steps: Sequence[int] = (1, 2, 4), name: str = "codi", guidance_scale: float | None = None
 ) -> Method:
-    """`pipe` (a `CoDiPipeline`: one seed for each picture, `output_type="pt"`) as a method, called as users call it: a
-    picture and its mask apart, a size where there is no picture. `guidance_scale` None is the adapter's own."""
+    """Return `pipe` (a `CoDiPipeline`) as a method that calls it as users do: one seed per image, image and mask as
+    separate arguments, height and width where the task has no image. `guidance_scale` None is the adapter's default."""
 
-    def run(given: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
-        inputs: dict[str, Any] = {"image": given}
-        if given.shape[1] == 0:
-            inputs = {"height": given.shape[-2], "width": given.shape[-1]}
-        elif given.shape[1] == 4:
-            inputs = {"image": given[:, :3], "mask": given[:, 3:]}
-        made = pipe(**inputs, prompt=prompts, steps=steps, guidance_scale=guidance_scale, seed=seeds, output_type="pt")
-        return made.images
+    def run(inputs: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
+        call: dict[str, Any] = {"image": inputs}
+        if inputs.shape[1] == 0:
+            call = {"height": inputs.shape[-2], "width": inputs.shape[-1]}
+        elif inputs.shape[1] == 4:
+            call = {"image": inputs[:, :3], "mask": inputs[:, 3:]}
+        result = pipe(**call, prompt=prompts, steps=steps, guidance_scale=guidance_scale, seed=seeds, output_type="pt")
+        return result.images
 
     return Method(name, run, tuple(steps))
 
 
 def baselines(task: Task) -> list[Method]:
-    """What anyone has without a model: bicubic enlargement for upscaling, nothing for the other tasks."""
+    """Return the methods that need no model: bicubic enlargement for upscaling, none for other tasks."""
     if task.name != "upscale":
         return []
-    return [Method("bicubic", lambda given, prompts, steps, seeds: task.condition(given), (0,))]
+    return [Method("bicubic", lambda inputs, prompts, steps, seeds: task.condition(inputs), (0,))]
 
 
 def sample_seeds(seed: int, positions: Sequence[int]) -> list[int]:
-    """The seed of each sample's starting noise, from the run's `seed` and the sample's position."""
+    """Return the seed of each sample's starting noise, derived from the run's `seed` and the sample's position."""
     return [seed * 100003 + k for k in positions]
 
 
@@ -137,15 +137,15 @@ def evaluate(
 ) -> Results:
     """Measure `methods` (a list of `Method`, or a pipeline, then run at `steps`) on `source`, baselines first.
 
-    The first `count` readable samples, rendered or cropped to `size` pixels, are used (all, if there are fewer). What
-    each method is given is made by `task.given` from a generator keyed by (seed, position), and starting noise is keyed
-    by `sample_seeds`, so neither `batch` nor the list of methods changes any figure but latency. Latency is the median
-    of `calls` single-picture calls after a warm-up, methods taking turns so that a busy moment hits all alike. The
-    first `keep` samples' pictures are kept in `Results.pictures`. `progress(done, total)` counts pictures made.
-    Truth and prompts are the task's. Obedience is the first figure of `judge`, or else of the task; both are told in
-    `Row.measures`, means over the samples that have them.
+    The first `count` readable samples are used (all, if there are fewer), rendered or cropped to `size` pixels. Task
+    inputs come from `task.given` with a generator keyed by (seed, position), and starting noise is keyed by
+    `sample_seeds`, so neither `batch` nor the list of methods changes any figure but latency. Latency is the median
+    of `calls` calls with one image after a warm-up; methods take turns, so that load on the machine affects all
+    equally. `Results.pictures` holds the images of the first `keep` samples. `progress(done, total)` counts generated
+    images. The task defines truth and prompts. Obedience is the first figure of `judge`, or of the task if there is no
+    judge; `Row.measures` holds the figures of both, as means over the samples for which they are defined.
 
-    Raises `UserError` when fewer than two samples can be read or a method makes non-finite pictures.
+    Raises `UserError` if fewer than two samples can be read or a method returns non-finite images.
     """
     chosen: list[Method] = list(methods) if isinstance(methods, (list, tuple)) else [pipeline_method(methods, steps)]
     runs = [(method, n) for method in [*baselines(task), *chosen] for n in method.steps]
@@ -153,47 +153,47 @@ def evaluate(
     reader = _Reader(source, size)
     tallies = [_Tally() for _ in runs]
     truths: list[Tensor] = []
-    kept: dict[str, list[Tensor]] = {}
-    first: tuple[Tensor, Tensor, list[str]] | None = None
+    pictures: dict[str, list[Tensor]] = {}
+    first_group: tuple[Tensor, Tensor, list[str]] | None = None
     count = min(count, len(source))
     done = 0
     samples = islice(reader, count)
     while group := list(islice(samples, batch)):
         positions = range(done, done + len(group))
-        given = torch.cat([task.given(collate([s]), _stream(seed, k)) for s, k in zip(group, positions, strict=True)])
-        whole = collate(group)
-        prompts, truth = task.prompts(whole), task.truth(whole)
-        first = first or (given, truth, prompts)
+        inputs = torch.cat([task.given(collate([s]), _stream(seed, k)) for s, k in zip(group, positions, strict=True)])
+        collated = collate(group)
+        prompts, truth = task.prompts(collated), task.truth(collated)
+        first_group = first_group or (inputs, truth, prompts)
         truth_maps = features(truth)
         truths.append(truth_maps.pooled.cpu())
-        _keep(kept, "given", _shown(task, given), keep)
+        _collect(pictures, "given", _input_image(task, inputs), keep)
         for number, ((method, n), tally) in enumerate(zip(runs, tallies, strict=True)):
-            seen = truth if method.sees_truth else given
-            output = _pictures(method, n, seen, prompts, sample_seeds(seed, positions), truth)
+            method_input = truth if method.sees_truth else inputs
+            output = _run(method, n, method_input, prompts, sample_seeds(seed, positions), truth)
             maps = features(output)
             tally.pooled.append(maps.pooled.cpu())
             tally.add(
                 {"psnr": psnr(output, truth), "ssim": ssim(output, truth), "distance": maps_distance(maps, truth_maps)},
-                (judge(output, given, whole) if judge else {}) | task.obedience(output, given, whole),
+                (judge(output, inputs, collated) if judge else {}) | task.obedience(output, inputs, collated),
             )
-            _keep(kept, f"{method.name} · {n}" if n else method.name, output, keep)
+            _collect(pictures, f"{method.name} · {n}" if n else method.name, output, keep)
             if progress:
                 progress(done * len(runs) + (number + 1) * len(group), count * len(runs))
-        _keep(kept, "truth", truth, keep)
+        _collect(pictures, "truth", truth, keep)
         done += len(group)
-    if first is None or done < 2:
-        raise UserError(f"{source.describe()}: holds {done} readable pictures: at least 2 are needed to measure")
-    latencies = _latencies(runs, *first, seed=seed, calls=calls)
+    if first_group is None or done < 2:
+        raise UserError(f"{source.describe()}: has {done} readable samples: evaluation needs at least 2")
+    latencies = _latencies(runs, *first_group, seed=seed, calls=calls)
     headline = next(iter(tallies[0].measures), None) if tallies else None
     rows = []
     for (method, n), tally, ms in zip(runs, tallies, latencies, strict=True):
         measures, fd = means(tally.measures), frechet_distance(torch.cat(tally.pooled), torch.cat(truths))
-        obeys = measures.get(headline) if headline else None
+        obedience = measures.get(headline) if headline else None
         rows.append(
-            Row(method.name, n, **means(tally.figures), fd=fd, obedience=obeys, latency_ms=ms, measures=measures)
+            Row(method.name, n, **means(tally.figures), fd=fd, obedience=obedience, latency_ms=ms, measures=measures)
         )
-    # "truth" is the last column whatever the number of batches.
-    kept["truth"] = kept.pop("truth")
+    # "truth" is the last column for any number of batches.
+    pictures["truth"] = pictures.pop("truth")
     return Results(
         task=task.name,
         count=done,
@@ -203,13 +203,13 @@ def evaluate(
         skipped=reader.skipped,
         machine=describe_machine(),
         command=command,
-        pictures={name: torch.cat(parts) for name, parts in kept.items()},
+        pictures={name: torch.cat(parts) for name, parts in pictures.items()},
     )
 
 
 def describe_machine() -> dict[str, Any]:
-    """What latency depends on: processor, cores, threads, torch, accelerator."""
-    told: dict[str, Any] = {
+    """Describe what latency depends on: processor, cores, threads, torch, accelerator."""
+    machine: dict[str, Any] = {
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "architecture": platform.machine(),
@@ -218,12 +218,12 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
     }
     if torch.cuda.is_available():
-        told["gpu"] = torch.cuda.get_device_name()
-    return told
+        machine["gpu"] = torch.cuda.get_device_name()
+    return machine
 
 
 class _Tally:
-    """The figures of one method at one step count, sample by sample, in the order in which they first come."""
+    """Per-sample figures of one method at one step count, in order of first appearance."""
 
     def __init__(self) -> None:
         self.figures: dict[str, Tensor] = {}
@@ -231,14 +231,14 @@ class _Tally:
         self.pooled: list[Tensor] = []
 
     def add(self, figures: dict[str, Tensor], measures: dict[str, Tensor]) -> None:
-        for into, values in ((self.figures, figures), (self.measures, measures)):
+        for total, values in ((self.figures, figures), (self.measures, measures)):
             for name, value in values.items():
                 value = value.double().cpu().clamp_max(MAX_PSNR)
-                into[name] = torch.cat([into[name], value]) if name in into else value
+                total[name] = torch.cat([total[name], value]) if name in total else value
 
 
 class _Reader:
-    """The readable samples of a source in order; counts those passed over."""
+    """Iterator over the readable samples of a source, in order; `skipped` counts the others."""
 
     def __init__(self, source: Source, size: int):
         self.source, self.size, self.skipped = source, size, 0
@@ -252,42 +252,45 @@ class _Reader:
                     yield sample
 
 
-def _shown(task: Task, given: Tensor) -> Tensor:
-    """What people see of `given`: itself where it is a picture or a map, else the picture that the adapter sees."""
-    return given if given.shape[1] in (1, 3) else task.condition(given)[:, :3]
+def _input_image(task: Task, inputs: Tensor) -> Tensor:
+    """Return `inputs` if they can be displayed (1 or 3 channels), else the first 3 channels of their condition."""
+    return inputs if inputs.shape[1] in (1, 3) else task.condition(inputs)[:, :3]
 
 
 def _stream(seed: int, position: int) -> torch.Generator:
-    """The generator that degrades sample `position`: its own stream, or its noise would equal the sampler's."""
+    """Return the generator that degrades sample `position`; its stream differs from that of the sampler's noise."""
     state = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def _pictures(method: Method, steps: int, given: Tensor, prompts: list[str], seeds: list[int], truth: Tensor) -> Tensor:
-    output = method.run(given, prompts, steps, seeds).detach().float().cpu()
+def _run(method: Method, steps: int, inputs: Tensor, prompts: list[str], seeds: list[int], truth: Tensor) -> Tensor:
+    output = method.run(inputs, prompts, steps, seeds).detach().float().cpu()
     if output.shape != truth.shape:
-        raise ValueError(f"{method.name}: made {tuple(output.shape)}, the truth is {tuple(truth.shape)}")
+        raise ValueError(f"{method.name}: returned shape {tuple(output.shape)}, the truth has {tuple(truth.shape)}")
     if not output.isfinite().all():
-        raise UserError(f"{method.name}: made pictures with non-finite values at {steps} steps: check its weights")
+        raise UserError(f"{method.name}: returned non-finite values at {steps} steps: check its weights")
     return output.clamp(0, 1)
 
 
 def _latencies(
-    runs: list[tuple[Method, int]], given: Tensor, truth: Tensor, prompts: list[str], *, seed: int, calls: int
+    runs: list[tuple[Method, int]], inputs: Tensor, truth: Tensor, prompts: list[str], *, seed: int, calls: int
 ) -> list[float]:
-    """Median milliseconds of one picture for each run; round r takes every run once, round 0 is the warm-up."""
+    """Return the median milliseconds per image of each run; every round times each run once, round 0 is the warm-up."""
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(calls + 1):
-        k = turn % len(given)
-        for (method, steps), spent in zip(runs, times, strict=True):
-            seen = truth if method.sees_truth else given
+        k = turn % len(inputs)
+        for (method, steps), run_times in zip(runs, times, strict=True):
+            method_input = truth if method.sees_truth else inputs
             start = time.perf_counter()
-            method.run(seen[k : k + 1], prompts[k : k + 1], steps, sample_seeds(seed, [k])).cpu()  # .cpu() waits
-            spent.append((time.perf_counter() - start) * 1000)
-    return [statistics.median(spent[1:]) for spent in times]
+            method.run(
+                method_input[k : k + 1], prompts[k : k + 1], steps, sample_seeds(seed, [k])
+            ).cpu()  # .cpu() waits for the device
+            run_times.append((time.perf_counter() - start) * 1000)
+    return [statistics.median(run_times[1:]) for run_times in times]
 
 
-def _keep(kept: dict[str, list[Tensor]], name: str, pictures: Tensor, keep: int) -> None:
-    have = sum(len(part) for part in kept.setdefault(name, []))
-    if have < keep:
-        kept[name].append(pictures[: keep - have].cpu())
+def _collect(pictures: dict[str, list[Tensor]], name: str, images: Tensor, limit: int) -> None:
+    """Append `images` to column `name` until it holds `limit` of them."""
+    count = sum(len(part) for part in pictures.setdefault(name, []))
+    if count < limit:
+        pictures[name].append(images[: limit - count].cpu())
