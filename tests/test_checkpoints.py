@@ -235,5 +235,5 @@ def test_loras_of_the_command_line():
     assert parse_loras(["a.safetensors", "b=c.safetensors=0.5", "d=-1"]) == {
         "a.safetensors": 1.0, "b=c.safetensors": 0.5, "d": -1.0,
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"--lora a=much: 'much' is no weight: write FILE=0\.8"):
+    with pytest.raises(UserError, match=r"--lora a=much: 'much' is not a number: write FILE=0\.8"):
         parse_loras(["a=much"])

@@ -23,9 +23,9 @@ from .common import (
     parse_steps,
     print_json,
     progress,
-    usage,
-    watched,
-    working,
+    shows_progress,
+    spinner,
+    usage_errors,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ def benchmark(
     json_: Json = False,
 ) -> None:
     """Train and measure the methods of the paper's tables. The same command again goes on where this one stopped."""
-    with working("starting"):
+    with spinner("starting"):
         from ..evaluation.suite import load_suite
         from ..evaluation.tables import write_report
 
         hide_loading_bars()
-        with usage():
+        with usage_errors():
             chosen = load_suite(suite)
             chosen = chosen.quickly() if quick else chosen
             chosen = replace(chosen, seeds=seeds) if seeds else chosen
@@ -82,7 +82,7 @@ def benchmark(
         steps_left = results.missing(plan)
         if not steps_left or (deadline and time.monotonic() > deadline):
             continue
-        if watched():
+        if shows_progress():
             print(f"{number + 1}/{len(plans)} {plan.task}, {plan.method}, seed {plan.seed}", file=sys.stderr)
         try:
             folders = _trained(plan, out, device, deadline)
@@ -182,7 +182,7 @@ def _trained(plan: Plan, out: Path, device: str, deadline: float | None) -> list
             minutes = (deadline - time.monotonic()) / 60 if deadline else None
             if minutes is not None and minutes <= 0:
                 return None
-            distill(recipe, quiet=not watched(), minutes=minutes)
+            distill(recipe, quiet=not shows_progress(), minutes=minutes)
             if not _finished(folder):
                 return None
         folders.append(folder)

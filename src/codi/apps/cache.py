@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, hide_loading_bars, print_json, progress, usage, working
+from .common import Json, hide_loading_bars, print_json, progress, spinner, usage_errors
 from .train import Words, read
 
 EXAMPLE = (
@@ -26,12 +26,12 @@ def cache(
 
     The same command again goes on where it was cut off. `codi distill` takes the folder as `--cache`.
     """
-    with working("starting"):
+    with spinner("starting"):
         from ..training.cache import make_cache
         from ..training.distill_recipe import DistillRecipe
 
     recipe = read(DistillRecipe, [*(words or []), "--out", str(out)])
-    with usage():
+    with usage_errors():
         recipe.validate()
     hide_loading_bars()
     with progress("samples") as bar:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import BadUsage, Prompt, usage, working
+from .common import BadUsage, Prompt, spinner, usage_errors
 from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import plan_one
 
@@ -29,7 +29,7 @@ def canny(
     high: Threshold = None,
 ) -> None:
     """Make a picture that has the edges of another, in 1 to 4 steps."""
-    with working("starting"):
+    with spinner("starting"):
         from ..data.images import read_image
         from ..tasks import get_task
 
@@ -39,7 +39,7 @@ def canny(
         picture = read_image(image)
     pipe = open_pipeline("canny", settings)
     given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
-    with usage():
+    with usage_errors():
         task = get_task("canny", **{**pipe.task.config(), **given})  # type: ignore[union-attr]
     if edges:
         found = picture.rgb.mean(0, keepdim=True)

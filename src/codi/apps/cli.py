@@ -1,4 +1,4 @@
-"""The command `codi`: its sub-commands, and how it ends. 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+"""The command `codi`: its sub-commands and exit codes. 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from . import (
     train,
     upscale,
 )
-from .common import BadUsage, leads, one_voice, quiet_libraries, say_error
+from .common import BadUsage, is_first_process, print_error, quiet_libraries, silence_other_processes
 
 INTERRUPTED = 130
 
@@ -43,8 +43,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(show: bool) -> None:
+    if show:
         print(f"codi {__version__}")
         raise typer.Exit
 
@@ -76,40 +76,42 @@ app.add_typer(data.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code. Every failure is one line on stderr; one that befalls all processes
-    of a launcher alike is said once a machine."""
+    """Run the command line and return the exit code. Every failure is one line on stderr; a failure that all processes
+    of a launcher share is printed once per machine."""
     try:
-        with quiet_libraries(), one_voice():
+        with quiet_libraries(), silence_other_processes():
             code = app(None if arguments is None else list(arguments), prog_name="codi", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except UserError as error:
-        if error.alone or leads(machine=True):
-            say_error(error)
+        if error.alone or is_first_process(machine=True):
+            print_error(error)
         return 2 if isinstance(error, BadUsage) else 1
     except Exception as error:
-        return _unforeseen(error)
-    if code == INTERRUPTED and leads(machine=True):
-        say_error("interrupted")
+        return _report_unexpected(error)
+    if code == INTERRUPTED and is_first_process(machine=True):
+        print_error("interrupted")
     return code if isinstance(code, int) else 0
 
 
-def _unforeseen(error: Exception) -> int:
-    if hasattr(error, "format_message"):  # of the command line's parser, whose classes typer does not export
+def _report_unexpected(error: Exception) -> int:
+    if hasattr(error, "format_message"):  # an error of the command line's parser, whose classes typer does not export
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "codi"
         if message := error.format_message():  # type: ignore[attr-defined]
-            say_error(f"{message} (see {command} --help)")
+            print_error(f"{message} (see {command} --help)")
         return getattr(error, "exit_code", 2)
     if os.environ.get("CODI_DEBUG"):
         traceback.print_exception(error)
     text = one_line(error, 300)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        say_error("not enough memory: use a smaller --batch or --tile, or smaller pictures")
+        print_error("not enough memory: use a smaller --batch or --tile, or smaller pictures")
     elif isinstance(error, OSError) and error.strerror:
-        say_error(f"{error.filename or 'a file'}: {error.strerror}: check its name, its permissions and the space left")
+        print_error(
+            f"{error.filename or 'a file'}: {error.strerror}: check its name, its permissions and the space left"
+        )
     else:
-        say_error(f"{type(error).__name__}: {text} (unexpected: run with CODI_DEBUG=1 for the traceback)")
+        print_error(f"{type(error).__name__}: {text} (unexpected: run with CODI_DEBUG=1 for the traceback)")
     return 1
 
 

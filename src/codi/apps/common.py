@@ -1,4 +1,4 @@
-"""What the commands share: their options, their manners on the terminal, and loading a model.
+"""Code that the commands share: options, terminal output and loading a model.
 
 Nothing here or in a command's module imports torch before a command runs, so that `codi --help` answers at once.
 """
@@ -47,25 +47,25 @@ Adapter = Annotated[
 Lora = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="FILE[=WEIGHT]", help="Low-rank updates to add to the model; several times.", rich_help_panel=_MODEL
+        metavar="FILE[=WEIGHT]", help="Low-rank updates to add to the model; may be repeated.", rich_help_panel=_MODEL
     ),
 ]
 Config = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER|ID",
-        help="Of a --model that is one .safetensors file: a diffusers model of its kind, for configs and tokenizers.",
+        help="For a --model that is one .safetensors file: a diffusers model of that kind, for configs and tokenizers.",
         rich_help_panel=_MODEL,
     ),
 ]
 Decoder = Annotated[
     str | None,
     typer.Option(
-        help="full, tiny (faster) or an AutoencoderTiny folder; by default as the model was saved, else full.",
+        help="full, tiny (faster) or an AutoencoderTiny folder; by default the one saved with the model, else full.",
         rich_help_panel=_MODEL,
     ),
 ]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.", rich_help_panel=_MODEL)]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to compute on.", rich_help_panel=_MODEL)]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision of the model.", rich_help_panel=_MODEL)
 ]
@@ -76,7 +76,7 @@ Compile = Annotated[
     ),
 ]
 ChannelsLast = Annotated[
-    bool, typer.Option("--channels-last", help="Weights laid out for convolutions.", rich_help_panel=_MODEL)
+    bool, typer.Option("--channels-last", help="Lay out the weights for fast convolutions.", rich_help_panel=_MODEL)
 ]
 VaeTiling = Annotated[
     bool,
@@ -87,35 +87,34 @@ VaeTiling = Annotated[
     ),
 ]
 Steps = Annotated[
-    int, typer.Option(min=1, max=1000, help="Sampling steps; adapters are made for 1 to 4.", rich_help_panel=_SAMPLING)
+    int,
+    typer.Option(min=1, max=1000, help="Sampling steps; adapters are trained for 1 to 4.", rich_help_panel=_SAMPLING),
 ]
 Guidance = Annotated[
     float | None,
     typer.Option(min=0, help="How closely to follow the prompt; 1: no guidance.", rich_help_panel=_SAMPLING),
 ]
 Strength = Annotated[float, typer.Option(min=0, help="The adapter's influence; 0 is none.", rich_help_panel=_SAMPLING)]
-Prompt = Annotated[str, typer.Option(help="What the picture shows.", rich_help_panel=_SAMPLING)]
+Prompt = Annotated[str, typer.Option(help="Description of the picture.", rich_help_panel=_SAMPLING)]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.", rich_help_panel=_SAMPLING)]
 Count = Annotated[
-    int, typer.Option(min=1, help="Variants of each picture, of seeds SEED, SEED + 1, ...", rich_help_panel=_SAMPLING)
+    int, typer.Option(min=1, help="Variants of each picture, with seeds SEED, SEED + 1, ...", rich_help_panel=_SAMPLING)
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Pictures or tiles at a time.", rich_help_panel=_SAMPLING)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.", rich_help_panel=_OUTPUT)]
-Json = Annotated[
-    bool, typer.Option("--json", help="Machine output, and only that, on stdout.", rich_help_panel=_OUTPUT)
-]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures or tiles per batch.", rich_help_panel=_SAMPLING)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.", rich_help_panel=_OUTPUT)]
 Minutes = Annotated[
-    float | None, typer.Option(min=0.01, help="Stop after so long, with a checkpoint.", rich_help_panel=_OUTPUT)
+    float | None, typer.Option(min=0.01, help="Stop after this time, with a checkpoint.", rich_help_panel=_OUTPUT)
 ]
 
 
 class BadUsage(UserError):
-    """A command line that could not work whatever the files hold: exit code 2 instead of 1."""
+    """A command line that is wrong in itself, independent of any file: exit code 2 instead of 1."""
 
 
 @contextlib.contextmanager
-def usage() -> Iterator[None]:
-    """Within it, a UserError is the command line's fault."""
+def usage_errors() -> Iterator[None]:
+    """Turn a UserError raised in the context into BadUsage."""
     try:
         yield
     except UserError as error:
@@ -123,52 +122,52 @@ def usage() -> Iterator[None]:
 
 
 def check_seed(seed: int, most: int) -> None:
-    """Raises BadUsage for a seed above `most`."""
+    """Raise BadUsage for a seed above `most`."""
     if seed > most:
         raise BadUsage(f"--seed {seed}: too large: use at most {most}")
 
 
-def leads(machine: bool = False) -> bool:
-    """Whether this is the first of the processes that a launcher started (of this `machine`), or the only one."""
+def is_first_process(machine: bool = False) -> bool:
+    """Return True on a launcher's first process (`machine`: its first on this machine), and without a launcher."""
     return os.environ.get("LOCAL_RANK" if machine else "RANK", "0") == "0"
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """Of the processes that a launcher started, only the first has a stdout."""
-    if leads():
+def silence_other_processes() -> Iterator[None]:
+    """Discard stdout on all of a launcher's processes but the first."""
+    if is_first_process():
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         yield
 
 
-def say_error(error: object) -> None:
-    """The one line of an error, on stderr."""
+def print_error(error: object) -> None:
+    """Print an error as one line on stderr."""
     print(f"error: {one_line(error, UserError.MOST)}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
-    """Machine output on stdout."""
+    """Print JSON on stdout."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    print(text.encode(errors="backslashreplace").decode())  # names of files may be no text
+    print(text.encode(errors="backslashreplace").decode())  # file names may be invalid Unicode
 
 
-def watched() -> bool:
-    """Whether somebody looks at stderr: progress is shown to people only."""
-    return leads() and sys.stderr.isatty()
+def shows_progress() -> bool:
+    """Return True where progress should be shown: on the first process, if stderr is a terminal."""
+    return is_first_process() and sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps torch, diffusers, transformers and the hub's client from talking past the user; our own warnings become one
-    line each."""
+    """Silence torch, diffusers, transformers and the hub's client; print codi's own warnings as one line each. Does
+    nothing where CODI_DEBUG is set."""
     if os.environ.get("CODI_DEBUG"):
         yield
         return
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read when they are imported
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read on import
         os.environ.setdefault(name, "error")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as this
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read on import too
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning, module=r"codi\.")
@@ -177,9 +176,9 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner on stderr, for the seconds that loading takes."""
-    if not watched():
+def spinner(what: str) -> Iterator[None]:
+    """Show a spinner with the text `what` on stderr, if that is a terminal."""
+    if not shows_progress():
         yield
         return
     from rich.console import Console
@@ -190,18 +189,20 @@ def working(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(unit: str) -> Iterator[Progress]:
-    """A progress bar with the time left on stderr; draws nothing where nobody looks."""
+    """Show a progress bar with the time left on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not watched()) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not shows_progress()
+    ) as bar:
         yield bar
 
 
 def hide_loading_bars() -> None:
-    """Turns off the bars that diffusers and transformers draw, terminal or not, for every model that they open."""
+    """Turn off the bars that diffusers and transformers draw while loading, which appear without a terminal too."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -210,7 +211,7 @@ def hide_loading_bars() -> None:
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
-    """ "1,2,4" -> (1, 2, 4). Raises BadUsage for anything but whole numbers from 1 to 1000."""
+    """Parse "1,2,4" to (1, 2, 4), without repetitions. Raises BadUsage for other than whole numbers from 1 to 1000."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and 1 <= int(word) <= 1000 for word in words):
         raise BadUsage(f"--steps {text}: not step counts: write whole numbers from 1 to 1000, such as 1,2,4")
@@ -218,7 +219,7 @@ def parse_steps(text: str) -> tuple[int, ...]:
 
 
 def choose_device(device: str) -> str:
-    """auto, cpu or cuda -> cpu or cuda. Raises UserError for cuda where there is none."""
+    """Return cpu or cuda for auto, cpu or cuda. Raises UserError for cuda on a machine without it."""
     import torch
 
     if device == "auto":
@@ -229,15 +230,15 @@ def choose_device(device: str) -> str:
 
 
 def parse_loras(words: list[str] | None) -> dict[str, float]:
-    """["style.safetensors=0.8", "other"] -> files and their weights, 1 by default. Raises BadUsage for a weight that is
-    no number."""
+    """Parse ["style.safetensors=0.8", "other"] to {file: weight}, weight 1 by default. Raises BadUsage for a weight
+    that is not a number."""
     loras: dict[str, float] = {}
     for word in words or []:
         name, _, weight = word.rpartition("=")
         try:
             loras[name or weight] = float(weight) if name else 1.0
         except ValueError as error:
-            raise BadUsage(f"--lora {word}: {weight!r} is no weight: write FILE=0.8") from error
+            raise BadUsage(f"--lora {word}: {weight!r} is not a number: write FILE=0.8") from error
     return loras
 
 
@@ -253,21 +254,21 @@ def load_pipeline(
     compiled: bool = False,
     config: str | None = None,
 ) -> CoDiPipeline:
-    """The pipeline of a model, adapter and decoder, on its device. Raises UserError as CoDiPipeline does."""
-    with working(f"loading {model}"):
+    """Load the pipeline of a model, adapter and decoder onto its device. Raises UserError as CoDiPipeline does."""
+    with spinner(f"loading {model}"):
         import torch
 
         from ..sampling.pipeline import CoDiPipeline
 
         hide_loading_bars()
-        where = choose_device(device)
-        kind = getattr(torch, dtype)
-        hub: Any = {"config": config} if config else {}
+        place = choose_device(device)
+        precision = getattr(torch, dtype)
+        options: Any = {"config": config} if config else {}
         pipe = CoDiPipeline.from_pretrained(
-            model, task=task, adapter=adapter, dtype=kind, loras=loras, decoder=decoder, **hub
+            model, task=task, adapter=adapter, dtype=precision, loras=loras, decoder=decoder, **options
         )
-        pipe.to(where, memory_format=torch.channels_last if channels_last else None).fuse_lora()
+        pipe.to(place, memory_format=torch.channels_last if channels_last else None).fuse_lora()
         if compiled:
             pipe.compile()
-    pipe.set_progress_bar_config(disable=not watched(), leave=False, delay=1)
+    pipe.set_progress_bar_config(disable=not shows_progress(), leave=False, delay=1)
     return pipe

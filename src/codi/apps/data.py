@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError, one_line
-from .common import BadUsage, Json, Overwrite, Seed, print_json, progress, usage, working
+from .common import BadUsage, Json, Overwrite, Seed, print_json, progress, spinner, usage_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +48,7 @@ def render(
     if split not in SPLITS:
         from ..errors import nearest
 
-        with usage():
+        with usage_errors():
             raise UserError(f"--split {split}: unknown{nearest(split, SPLITS)}: use one of {', '.join(SPLITS)}")
     began = time.perf_counter()
     with progress("scenes") as bar:
@@ -87,7 +87,7 @@ def check(
 
     Exit code 1 where training would fail.
     """
-    with working(f"opening {folder}"):
+    with spinner(f"opening {folder}"):
         from ..data.check import check_data
         from ..data.writing import check_writable
 
@@ -110,7 +110,7 @@ def check(
     remarks: list[str] = []
     if report.readable and not any(column.missing for column in report.columns.values()):
         try:
-            with working("making conditions"):
+            with spinner("making conditions"):
                 first = rehearse(chosen, folder, size, seed, min(PREVIEWED, report.looked))
                 remarks = first.remarks(chosen)
                 if sheet is not None:
@@ -158,7 +158,7 @@ def _task(name: str, options: str | None) -> Task:
         values = None
     if not isinstance(values, dict):
         raise BadUsage(f"--task-options {one_line(options)}: not `key: value` pairs: write '{{scale: 8}}'")
-    with usage():
+    with usage_errors():
         return get_task(name, **values)
 
 

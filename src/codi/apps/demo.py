@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import write_text
-from .common import Device, DType, Json, Model, Seed, choose_device, hide_loading_bars, print_json, working
+from .common import Device, DType, Json, Model, Seed, choose_device, hide_loading_bars, print_json, spinner
 
 if TYPE_CHECKING:
     from ..sampling.pipeline import CoDiPipeline
@@ -44,7 +44,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Show every task in 1, 2 and 4 steps beside many steps, as one HTML page, and train for half a minute."""
-    with working(f"loading {model}"):
+    with spinner(f"loading {model}"):
         import torch
 
         from ..sampling.pipeline import CoDiPipeline
@@ -98,7 +98,7 @@ def make_gallery(
 
     start = time.perf_counter()
     check_writable(out / "gallery.png", overwrite=True)
-    with working("loading adapters"):
+    with spinner("loading adapters"):
         show = Show(pipe, out, seed, model, adapters, finetuned)
         count = count or show.fitting()
         samples = gallery.held_out(count, seed, show.side)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import BadUsage, Prompt, choose_device, working
+from .common import BadUsage, Prompt, choose_device, spinner
 from .pictures import Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import plan_one
 
@@ -38,7 +38,7 @@ def depth(
     ] = None,
 ) -> None:
     """Make a picture that has the geometry of a depth map, in 1 to 4 steps."""
-    with working("reading"):
+    with spinner("reading"):
         from ..data.images import read_image
         from ..tasks.depth import estimate_depth, read_depth
 

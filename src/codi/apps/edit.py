@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import working
+from .common import spinner
 from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import plan_one
 
@@ -25,7 +25,7 @@ def edit(
     ] = None,
 ) -> None:
     """Change a picture as an instruction says, in 1 to 4 steps. Alpha and 16 bits are kept."""
-    with working("starting"):
+    with spinner("starting"):
         from ..data.images import read_image
 
         job = plan_one(image, out, settings.count, settings.overwrite)

@@ -26,8 +26,8 @@ from .common import (
     parse_steps,
     print_json,
     progress,
-    usage,
-    working,
+    spinner,
+    usage_errors,
 )
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ HELD_OUT = "scenes:held-out:500"
 MAX_SEED = 2**46  # those of the samples are about 100,000 times as large, in 63 bits
 WIDTH = 120  # of the table where no terminal says how wide it is
 MANY_STEPS = (1, 2, 4, 50)  # of the fine-tuned reference: what it makes of a few, and what it needs
-# objective -> its name in tables
-NAMES = {name: name for name in ("codi", "codi-release", "codi-tuned", "decoupled", "flow-map")} | {"finetune": "ldm"}
 
 
 def evaluate(
@@ -81,7 +79,7 @@ def evaluate(
     adapters = list(adapter or [])
     options: dict[str, Any] = {}
     loras: dict[str, float] = {}
-    with working("starting"):
+    with spinner("starting"):
         from ..data.sources import open_source
         from ..data.writing import check_writable
         from ..evaluation import contact_sheet, pipeline_method, rich_table, write_json
@@ -102,7 +100,7 @@ def evaluate(
         if len(models) > 1:
             raise BadUsage(f"--adapter {', '.join(adapters)}: of different models: name one with --model")
         model = models.pop()
-        with usage():
+        with usage_errors():
             get_task(task, **options)
             if degradation is not None:
                 get_task(task, degradation=degradation)
@@ -128,7 +126,7 @@ def evaluate(
     if degradation is not None:
         options["degradation"] = degradation
     measured = get_task(task, **{**reference.task.config(), **options}).measured()
-    with working("opening the pictures"):
+    with spinner("opening the pictures"):
         source = open_source(data or HELD_OUT, measured.columns)  # an adapter may need more than its task by default
     with progress("pictures") as bar:
         line = bar.add_task("measuring", total=None)
@@ -186,13 +184,15 @@ def _info(pipe: CoDiPipeline) -> dict[str, Any]:
 
 def _name(pipe: CoDiPipeline, adapter: str, before: list[Method]) -> str:
     """What to call an adapter in the table: by its objective, and by its folder too where that is taken."""
+    from ..objectives import OBJECTIVES
     from ..training.recipe import current_names
 
     info = _info(pipe)
     folder = Path(adapter).name or adapter
-    name = NAMES.get(current_names(info["recipe"])["objective"], folder) if info.get("recipe") else folder
-    if name in NAMES and not info.get("full", True):
-        name = f"pe-{name}"
+    objective = OBJECTIVES.get(current_names(info["recipe"])["objective"]) if info.get("recipe") else None
+    label = objective.label if objective else ""
+    form = "" if info.get("full", True) else "pe-"
+    name = f"{form}{label}" if label else folder
     taken = {method.name for method in before}
     if name in taken:
         name = f"{name} ({folder})"

@@ -18,7 +18,7 @@ from .common import (
     hide_loading_bars,
     parse_loras,
     print_json,
-    working,
+    spinner,
 )
 from .generate import parse_size
 
@@ -59,7 +59,7 @@ def export(
         raise BadUsage(f"{out}: --to ldm writes a .safetensors file: call it {out.name}.safetensors")
     if to != "ldm" and out.suffix == ".safetensors":
         raise BadUsage(f"{out}: --to {to} writes a folder: leave the .safetensors out")
-    with working(f"exporting {adapter}"):
+    with spinner(f"exporting {adapter}"):
         hide_loading_bars()
         pixels = (height, width) if height and width else None
         from ..models.adapter_files import default_model

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import BadUsage, Prompt, working
+from .common import BadUsage, Prompt, spinner
 from .pictures import Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import plan_new
 
@@ -24,7 +24,7 @@ def generate(
     ] = None,
 ) -> None:
     """Make a picture from a prompt, in 1 to 4 steps."""
-    with working("starting"):
+    with spinner("starting"):
         width, height = parse_size(size)
         job = plan_new(out, "generated", settings.count, settings.overwrite)
     pipe = open_pipeline("generate", settings)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Prompt, working
+from .common import Prompt, spinner
 from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import plan_one
 
@@ -33,7 +33,7 @@ def inpaint(
     in a lossless file (PNG); what is made anew is opaque."""
     import torch
 
-    with working("starting"):
+    with spinner("starting"):
         from ..data.images import read_image
         from ..tasks.masks import read_mask
 

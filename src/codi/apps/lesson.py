@@ -10,7 +10,7 @@ from typing import Any
 from ..sampling.pipeline import CoDiPipeline
 from ..training.checkpoint import CHECKPOINTS, complete, read_state
 from ..training.distill import DistillRecipe, distill
-from .common import watched
+from .common import shows_progress
 
 
 def train_upscaler(
@@ -27,7 +27,7 @@ def train_upscaler(
     """Train an upscaler below `out`/training, or resume the training of an earlier demo. `changes` override keys of the
     recipe. Returns the page's figures of the training. Raises UserError where the training fails."""
     recipe = _recipe(pipe, out, model, side, seed, device, changes or {})
-    folder = distill(recipe, quiet=not watched(), minutes=minutes)
+    folder = distill(recipe, quiet=not shows_progress(), minutes=minutes)
     rows = {row["images"]: {} for row in _log(folder)}
     for row in _log(
         folder

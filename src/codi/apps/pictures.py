@@ -39,8 +39,8 @@ from .common import (
     check_seed,
     load_pipeline,
     parse_loras,
+    print_error,
     print_json,
-    say_error,
 )
 from .planning import Job
 
@@ -176,7 +176,7 @@ def deliver(pipe: CoDiPipeline, items: Iterable[Item | UserError], order: Order,
 
     def report(error: UserError) -> None:
         faults.append(error)
-        say_error(error)
+        print_error(error)
 
     rows = []
     for row in make(pipe, items, order, settings, report):

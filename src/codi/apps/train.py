@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .common import BadUsage, Json, Minutes, hide_loading_bars, print_json, usage, watched, working
+from .common import BadUsage, Json, Minutes, hide_loading_bars, print_json, shows_progress, spinner, usage_errors
 
 DISTILL_EXAMPLE = "Example: codi distill smoke --out runs/mine --data photos --images 20000"
 PRETRAIN_EXAMPLE = "Example: codi pretrain mini --out runs/mini --ldm-images 500000"
@@ -44,7 +44,7 @@ def distill(
     json_: Json = False,
 ) -> None:
     """Adapt and distil a model in one stage. The same command again resumes."""
-    with working("starting"):
+    with spinner("starting"):
         from ..tasks import get_task
         from ..training.distill import DistillRecipe
         from ..training.distill import distill as run
@@ -52,7 +52,7 @@ def distill(
     if keys:
         return _show_keys(DistillRecipe)
     recipe = read(DistillRecipe, words)
-    with usage():
+    with usage_errors():
         recipe.validate()
         get_task(recipe.task)
     hide_loading_bars()
@@ -65,7 +65,7 @@ def distill(
 
 def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
     """Train a backbone of your own: the codec, then text-to-image diffusion. The same command again resumes."""
-    with working("starting"):
+    with spinner("starting"):
         from ..training.pretrain import PretrainRecipe
         from ..training.pretrain import pretrain as run
 
@@ -79,17 +79,17 @@ def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, j
 
 def distill_decoder(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
     """Train a tiny, fast decoder for any model's VAE. The same command again resumes."""
-    with working("starting"):
+    with spinner("starting"):
         from ..training.decoder import RECORD, DecoderRecipe
         from ..training.decoder import distill_decoder as run
 
     if keys:
         return _show_keys(DecoderRecipe)
     recipe = read(DecoderRecipe, words)
-    with usage():
+    with usage_errors():
         recipe.validate()
     hide_loading_bars()
-    out = run(recipe, quiet=not watched(), minutes=minutes)
+    out = run(recipe, quiet=not shows_progress(), minutes=minutes)
     record = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else {}
     _report(out, _reached(out / "checkpoints"), recipe.images, minutes, json_, record.get("metrics", {}))
 
@@ -98,7 +98,7 @@ def _run(train: Callable[..., Path], recipe: Any, minutes: float | None) -> Path
     """Trains; processes that a launcher started part in the end."""
     from ..training import processes
 
-    out = train(recipe, quiet=not watched(), minutes=minutes)
+    out = train(recipe, quiet=not shows_progress(), minutes=minutes)
     processes.shut_down()
     return out
 
@@ -111,7 +111,7 @@ def read(cls: Callable[..., Any], words: list[str] | None) -> Any:
     if not name or name.startswith("-"):
         raise BadUsage("RECIPE: name it first, then the changes: codi distill smoke --images 64")
     values = read_values(cls, name)
-    with usage():
+    with usage_errors():
         overrides = parse_overrides(changes)
         build(cls, {"out": "", **overrides}, "command line")  # type: ignore[arg-type]
     return build(cls, {**values, **overrides}, name)  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def _report(out: Path, images: int, wanted: int, minutes: float | None, json_: b
 
 
 def _show_dry_run(recipe: Any, json_: bool) -> None:
-    with working("building it without weights"):
+    with spinner("building it without weights"):
         from ..training.dry_run import dry_run
 
         told = dry_run(recipe)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import UserError
-from .common import BadUsage, Prompt, working
+from .common import BadUsage, Prompt, spinner
 from .pictures import Item, Order, Out, Settings, deliver, open_pipeline, shared, variants
 from .planning import Job, plan
 
@@ -54,7 +54,7 @@ def upscale(
     and written row by row, in little memory; the whole picture is held for
     other formats, a smaller --scale and --colour adain.
     """
-    with working("starting"):
+    with spinner("starting"):
         from ..data.images import read_image
         from ..files import locked
 
