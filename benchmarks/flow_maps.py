@@ -34,7 +34,7 @@ from codi.evaluation.report import write_json
 from codi.evaluation.suite import Suite, load_suite
 from codi.models import codec
 from codi.models.backbones import load_backbone
-from codi.training import objective
+from codi.objectives import OBJECTIVES, Objective
 from codi.training.distill import DistillRecipe, recipe_task
 from codi.training.recipe import build
 
@@ -45,10 +45,8 @@ FLOORS = ("floor", "codec")
 
 def register_candidates() -> None:
     """Make the objectives of candidates.py available to recipes."""
-    module: Any = objective
-    module.OBJECTIVES["tuning"] = partial(tuning, dt=250, dt_end=3)
-    module.PASSES["tuning"] = 4
-    module.SAMPLERS["tuning"] = "renoise"
+    loss = partial(tuning, dt=250, dt_end=3)
+    OBJECTIVES["tuning"] = Objective(loss, lambda options: 4, "tuning", sampler="renoise")
 
 
 def own_distances(suite: Suite, work: Path, tasks: list[str], rows: list[str]) -> None:

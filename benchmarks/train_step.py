@@ -37,9 +37,9 @@ from codi.models.backbones import Backbone
 from codi.models.lora import add_lora
 from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
+from codi.objectives import OBJECTIVES
 from codi.objectives.batch import Guidance, LatentBatch
 from codi.training import ema
-from codi.training.objective import OBJECTIVES
 
 Step = Callable[[Tensor, dict[str, Any], Tensor], None]
 DECAY, RATE = 0.95, 1e-6
@@ -116,7 +116,9 @@ def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int 
             scales = 1 + 7 * torch.rand(len(x), 1).to(x)
             guidance = Guidance(scales, [conditioning, replace(conditioning, text=blank)])
             conditioning = replace(conditioning, guidance=scales)
-        losses = OBJECTIVES["codi-tuned"](student, average, LatentBatch(x, conditioning, guidance=guidance), schedule)
+        losses = OBJECTIVES["codi-tuned"].loss(
+            student, average, LatentBatch(x, conditioning, guidance=guidance), schedule
+        )
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
         trained.step()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codi.models.adapter import FORMS
 from codi.models.student import Conditioning, Student
+from codi.objectives import OBJECTIVES
 from codi.objectives.batch import Guidance, LatentBatch
 from codi.objectives.codi import codi
 from codi.objectives.consistency import consistency
@@ -17,7 +18,6 @@ from codi.objectives.guided import guided
 from codi.sampling.sampler import initial_noise, sample
 from codi.schedule import CosineSchedule, DiscreteSchedule
 from codi.training.distill_recipe import SCALES, DistillRecipe
-from codi.training.objective import OBJECTIVES
 from test_fixed_points import M, S, denoiser, flow, gaussian_batch, network, straight
 from tiny import LATENT_CHANNELS, TEXT_WIDTH, randn, seeded, tiny_scheduler, tiny_unet, tiny_vae
 
@@ -238,10 +238,10 @@ def test_the_passes_told_are_those_that_the_objective_makes(objective, options, 
     recipe = DistillRecipe(
         out="out", objective=objective, objective_options=options, guidance=guidance, guidance_share=1.0
     )
-    bound = OBJECTIVES[objective]
+    loss = OBJECTIVES[objective].loss
     for k in range(20):  # of which a flow map's warm-up is three
         batch.progress = k / 20
-        bound(net, net, batch, LEVELS, seeded(), **options, **({"teacher": net} if recipe.taught else {}))
+        loss(net, net, batch, LEVELS, seeded(), **options, **({"teacher": net} if recipe.teaching else {}))
     assert recipe.passes == pytest.approx(passes / 4 / 20)
 
 

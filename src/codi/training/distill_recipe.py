@@ -1,4 +1,4 @@
-"""What a distillation is told: one dataclass, a key of the YAML file each, and the objective they choose."""
+"""The recipe of a distillation: one dataclass, whose fields are the keys of the YAML file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from ..data.crops import ZOOM
 from ..errors import UserError, nearest
 from ..models.adapter import FORMS, READS
+from ..objectives import OBJECTIVES
 from ..sampling.colour import METHODS
 from ..tasks import Task, get_task
-from .objective import CODI, OBJECTIVES, PASSES, SAMPLERS, require_options
+from .objective import require_options
 from .trainer import RunSettings
 
 SCALES = ("text", "image")  # of distilled guidance, in the order of the network's input
@@ -121,13 +122,13 @@ class DistillRecipe(RunSettings):
 
     @property
     def sampler(self) -> str:
-        """How the adapter is to be sampled: one of sampling.sampler's SAMPLERS."""
-        return SAMPLERS.get(self.objective, "ddim")
+        """The sampler that the adapter is trained for, one of sampling.sampler.SAMPLERS."""
+        return OBJECTIVES[self.objective].sampler
 
     @property
     def has_target_time(self) -> bool:
         """Whether the network gets a target time as an input."""
-        return self.objective in ("decoupled", "flow-map")
+        return OBJECTIVES[self.objective].target_time
 
     @property
     def bounded(self) -> bool:
@@ -135,13 +136,9 @@ class DistillRecipe(RunSettings):
         return bool(self.objective_options.get("boundary"))
 
     @property
-    def taught(self) -> bool:
-        """Whether the objective has a frozen teacher."""
-        return self.objective in ("guided", "consistency") or self._ode == "teacher"
-
-    @property
-    def _ode(self) -> str:
-        return self.objective_options.get("ode", "teacher" if self.objective == "codi-release" else "own")
+    def teaching(self) -> str:
+        """The frozen network that the loss needs: "adapter", "backbone" or "" for none; see Objective.teacher."""
+        return OBJECTIVES[self.objective].teacher_for(self.objective_options)
 
     def encodes(self, control_reads: str) -> bool:
         """Whether training needs the VAE's encoder for more than the latents of the true pictures. `control_reads`: see
@@ -153,18 +150,8 @@ class DistillRecipe(RunSettings):
     @property
     def passes(self) -> float:
         """Forward passes of the network that an image costs on average, a backward pass counted as two."""
-        scales = len(self.guidance)  # a teacher's point costs one pass more a scale, a guided signal all of them
-        guided = {"guided": 2 * scales, "consistency": scales}.get(self.objective, scales and scales + 1)
-        passes = PASSES[self.objective] + self.guidance_share * guided
-        if self.objective in CODI:
-            passes += self.taught and self.objective != "codi-release"  # the teacher's step, which the release has
-            passes -= self.objective_options.get("consistency_weight") == 0  # no second point
-        if self.objective == "flow-map":  # two more for rows with r < t, guided ones for the others
-            defaults: Any = OBJECTIVES["flow-map"].__kwdefaults__  # type: ignore[attr-defined]
-            options = {**defaults, **self.objective_options}
-            instant = options["warmup"] + (1 - options["warmup"]) * options["instant"]
-            passes = 3 + 2 * (1 - instant) + self.guidance_share * guided * instant
-        return passes
+        objective = OBJECTIVES[self.objective]
+        return objective.cost(self.objective_options, len(self.guidance), self.guidance_share)
 
     def __post_init__(self) -> None:
         if self.objective == "paper":

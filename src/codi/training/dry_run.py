@@ -52,7 +52,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     if recipe.start:
         _, started, config = read_config(recipe.start, recipe.task, backbone.family, recipe.model)
         require_fits(recipe, started, config)
-    if recipe.taught and recipe.teacher:
+    if recipe.teaching and recipe.teacher:
         read_config(recipe.teacher, recipe.task, backbone.family, recipe.model)
     form: Any = FORMS[recipe.adapter]
     inputs = (task.condition_channels, len(recipe.guidance), recipe.has_target_time)
@@ -145,7 +145,7 @@ def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
         scales = torch.ones(count, len(recipe.guidance))
         guidance = Guidance(scales, [conditioning] * (len(recipe.guidance) + 1))
     x = torch.zeros(count, channels, cells, cells, device="meta")
-    objective = configure_objective(recipe, backbone.vae, _silent if recipe.taught else None)
+    objective = configure_objective(recipe, backbone.vae, _silent if recipe.teaching else None)
     parameters = {id(p) for p in student.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no storage's number is used twice

@@ -1,9 +1,8 @@
-"""The objectives that a recipe may name, with their options."""
+"""The options of a recipe's objective: checks, and the loss with everything bound that it needs."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,36 +11,9 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from ..models import codec
-from ..objectives import distances
+from ..objectives import OBJECTIVES, distances
 from ..objectives.batch import Network
-from ..objectives.codi import codi
-from ..objectives.consistency import consistency
-from ..objectives.decoupled import decoupled
-from ..objectives.finetune import finetune
-from ..objectives.flow_map import flow_map
-from ..objectives.guided import guided
 
-# `codi` has every choice of the paper, `codi-release` those of the code that its authors released: times on a grid of
-# 50 levels, drawn for each sample, steps by the frozen backbone without the condition, consistency of signals.
-# `codi-tuned` is the paper's loss for a short training: a time of its own for every sample (less noise), the data term
-# weighted as the backbone was trained with (low noise counts too), and a longer step of the consistency.
-OBJECTIVES: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "codi": codi,
-    "codi-release": functools.partial(codi, dt=50, shared_t=False, on_grid=True, consistency="signal", ode="teacher"),
-    "codi-tuned": functools.partial(codi, dt=50, shared_t=False, signal_weighting="velocity"),
-    "flow-map": flow_map,
-    "decoupled": decoupled,
-    "finetune": finetune,
-    "guided": guided,
-    "consistency": consistency,
-}
-# Forward passes of the network that an image costs, a backward pass counted as two; see DistillRecipe.passes.
-PASSES = {
-    "codi": 4, "codi-release": 5, "codi-tuned": 4, "flow-map": 4, "decoupled": 7, "finetune": 3, "guided": 5,
-    "consistency": 5,
-}  # fmt: skip
-CODI = ("codi", "codi-release", "codi-tuned")
-SAMPLERS = {"flow-map": "map", "decoupled": "renoise", "consistency": "renoise"}  # see sampling.sampler; others: ddim
 _CHOICES = {
     "consistency": ("noise", "signal"),
     "ode": ("own", "teacher"),
@@ -53,11 +25,7 @@ _CHOICES = {
 
 def require_options(objective: str, chosen: Mapping[str, Any]) -> None:
     """Raise UserError for options that the objective does not have, or values that no run can have."""
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(OBJECTIVES[objective]).parameters.values()
-        if p.kind == p.KEYWORD_ONLY and p.name not in ("teacher", "t", "index")  # no keys: networks, tensors
-    }
+    defaults = OBJECTIVES[objective].defaults
     options = {**defaults, **chosen}
     for key, values in _CHOICES.items():
         value = chosen.get(key, values[0])
@@ -80,6 +48,7 @@ def require_options(objective: str, chosen: Mapping[str, Any]) -> None:
 
 
 def _require_shares(options: Mapping[str, Any]) -> None:
+    """Raise UserError unless the options of a flow map are weights and shares."""
     for key in ("weight", "weight_end"):
         if not isinstance(options[key], int | float) or not 0 < options[key] < math.inf:
             raise UserError(f"{key} {options[key]!r}: must be a number above 0: use for example 10")
@@ -107,11 +76,12 @@ def configure_objective(recipe: Any, vae: Any, teacher: Network | None) -> Calla
     else:
         known = distances.DISTANCES
         raise UserError(f"d_x {name!r}: not known{nearest(str(name), known)}: use one of {', '.join(known)}")
-    if recipe.objective in CODI:
+    objective = OBJECTIVES[recipe.objective]
+    if "d_x" in objective.defaults:
         options["d_x"] = distance
-    if recipe.taught:
+    if recipe.teaching:
         options["teacher"] = teacher
-    return functools.partial(OBJECTIVES[recipe.objective], **options)
+    return functools.partial(objective.loss, **options)
 
 
 def _perceptual(vae: Any) -> Callable[[Tensor, Tensor], Tensor]:
