@@ -1,7 +1,7 @@
 """Low-rank updates of a frozen network (LoRA, Hu et al., ICLR 2022), by peft and in diffusers' own file format.
 
-The backbone is never touched: updates live in a light copy that shares all of its weights, so that any number of
-adapters stand side by side on one backbone and changing over is a matter of choosing the copy.
+The backbone is never changed: updates are added to a copy of it that shares all of its weights. So any number of
+adapters can be loaded on one backbone, and switching between them means using another copy.
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ NOTE = "lora_adapter_metadata"  # where diffusers keeps the ranks and scales
 
 
 def shared_copy(network: Any) -> Any:
-    """Return a network of its own modules with the very parameters of `network`, without accelerate's hooks."""
+    """Return a copy of `network` with new modules that share its parameters, without accelerate's hooks."""
     hooks = [part._hf_hook for part in network.modules() if hasattr(part, "_hf_hook")]
-    # Hooks know other models, which are not to be copied along.
-    copied = copy.deepcopy(network, {id(kept): kept for kept in (*network.parameters(), *hooks)})
+    # Hooks refer to other models, which must not be copied.
+    copied = copy.deepcopy(network, {id(shared): shared for shared in (*network.parameters(), *hooks)})
     return remove_hook_from_module(copied, recurse=True) if hooks else copied
 
 
 def add_lora(network: Any, rank: int, name: str, seed: int = 0) -> Any:
-    """A shared copy of `network` with fresh updates W + B A of `rank`; B = 0: nothing changes before training."""
+    """Return a shared copy of `network` with new updates W + B A of `rank`; B = 0, so the output is unchanged before
+    training."""
     adapted = shared_copy(network)
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         targets = family_of(network).lora_targets
         adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name=name)
-    return _with_updates(adapted, network, [name])
+    return _activate_updates(adapted, network, [name])
 
 
 def load_lora(network: Any, folder: Path, name: str) -> Any:
-    """A shared copy of `network` with the updates in `folder`/FILE under this name.
+    """Return a shared copy of `network` with the updates in `folder`/FILE under this name.
 
     Raises ValueError for a file in which an update has only one of its two factors.
     """
@@ -63,114 +64,116 @@ def load_lora(network: Any, folder: Path, name: str) -> Any:
     # Keys begin with the pipeline's name of the network, without which stock pipelines load nothing. Old files lack it.
     prefix = family_of(network).component
     prefix = prefix if all(key.startswith(f"{prefix}.") for key in keys) else None
-    here: dict[str, Any] = {"weight_name": FILE, "use_safetensors": True, "local_files_only": True, "prefix": prefix}
+    options: dict[str, Any] = {"weight_name": FILE, "use_safetensors": True, "local_files_only": True, "prefix": prefix}
     with _quiet():
-        adapted.load_lora_adapter(folder, adapter_name=name, **here)
-    return _with_updates(adapted, network, [name]).requires_grad_(False)
+        adapted.load_lora_adapter(folder, adapter_name=name, **options)
+    return _activate_updates(adapted, network, [name]).requires_grad_(False)
 
 
 def join_lora(network: Any, others: Mapping[str, Any]) -> Any:
-    """A shared copy of `network` with the updates of `others` under the names given; those without any add none."""
+    """Return a shared copy of `network` with the updates of each network of `others` under its key; networks without
+    updates add none."""
     adapted = shared_copy(network)
     with _quiet():
         for name, other in others.items():
             for own in update_names(other):
                 state: Any = get_peft_model_state_dict(other, adapter_name=own)
-                notes = other.peft_config[own].to_dict()  # type: ignore[union-attr, operator]
-                adapted.load_lora_adapter(state, adapter_name=name, prefix=None, metadata=notes)  # type: ignore[arg-type]
-    return _with_updates(adapted, network, list(others)).requires_grad_(False)
+                metadata = other.peft_config[own].to_dict()  # type: ignore[union-attr, operator]
+                adapted.load_lora_adapter(state, adapter_name=name, prefix=None, metadata=metadata)  # type: ignore[arg-type]
+    return _activate_updates(adapted, network, list(others)).requires_grad_(False)
 
 
 def save_lora(network: Any, folder: Path, name: str, half: bool = False) -> None:
-    """Writes the updates called `name` to `folder`/FILE, in float16 with `half`."""
+    """Write the updates called `name` to `folder`/FILE, in float16 with `half`."""
     with _quiet():
         network.save_lora_adapter(folder, adapter_name=name, weight_name=FILE, safe_serialization=True)
     add_prefix(folder / FILE, family_of(network).component, half)
 
 
 def add_prefix(path: Path, part: str, half: bool = False) -> None:
-    """Rewrite a file of updates with `part`, a stock pipeline's name of the network, before each key, in float16 with
-    `half`. Without it a stock pipeline loads nothing, and says nothing. A file that has it stays as it is."""
+    """Prefix each key of a file of updates with `part`, a stock pipeline's name of the network; store float16 with
+    `half`. Without the prefix a stock pipeline silently loads nothing. A file that has it is left unchanged."""
     with safe_open(path, "pt") as file:
-        keys, note = list(file.keys()), (file.metadata() or {}).get(NOTE)
+        keys, metadata = list(file.keys()), (file.metadata() or {}).get(NOTE)
     if all(key.startswith(f"{part}.") for key in keys):
         return
-    # One note alone: safetensors writes several in random order, and the same weights shall give the same bytes.
-    settings = {f"{part}.{k}": v for k, v in json.loads(note).items()} if note else {}
-    notes = {NOTE: json.dumps(settings, sort_keys=True)} if note else None
+    # Only one metadata entry: safetensors writes several in random order, and equal weights must give equal bytes.
+    settings = {f"{part}.{k}": v for k, v in json.loads(metadata).items()} if metadata else {}
+    new_metadata = {NOTE: json.dumps(settings, sort_keys=True)} if metadata else None
     weights, mode = load_file(path), path.stat().st_mode
     weights = {f"{part}.{k}": v.to(torch.float16 if half else v.dtype, copy=True) for k, v in weights.items()}
-    save_file(weights, path, notes)
-    path.chmod(mode)  # safetensors leaves files to their owner alone
+    save_file(weights, path, new_metadata)
+    path.chmod(mode)  # safetensors makes files readable by their owner only
 
 
 def merge_lora(network: Any) -> Any:
-    """Return a shared copy of `network` without updates that computes the same: W + weight B A, at the weights that are
-    set, in place of W. The layers updated have weights of their own, all others share those of `network`."""
+    """Return a shared copy of `network` that has its updates merged into the weights: W + weight B A, at the current
+    weights of the updates, in place of W. Merged layers have weights of their own; all others share those of
+    `network`."""
 
-    def merged(layer: Any) -> Any:
+    def merge(layer: Any) -> Any:
         layer = copy.deepcopy(layer)
-        layer.merge()  # of the updates that are active those that this layer has
+        layer.merge()  # merges the active updates of this layer
         return layer.get_base_layer()
 
-    return _replaced(network, merged)
+    return _replace_updated_layers(network, merge)
 
 
 def without_lora(network: Any) -> Any:
-    """Return a shared copy of `network`, also of a text encoder, without any updates."""
-    return _replaced(network, lambda layer: layer.get_base_layer())
+    """Return a shared copy of `network`, which may be a text encoder, without any updates."""
+    return _replace_updated_layers(network, lambda layer: layer.get_base_layer())
 
 
-def _replaced(network: Any, plain: Callable[[Any], Any]) -> Any:
-    """Return a shared copy of `network` with `plain` of each layer that has updates in its place."""
+def _replace_updated_layers(network: Any, convert: Callable[[Any], Any]) -> Any:
+    """Return a shared copy of `network` in which each layer that has updates is replaced by `convert(layer)`."""
     copied = shared_copy(network)
     for name, layer in list(copied.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            copied.set_submodule(name, plain(layer))
+            copied.set_submodule(name, convert(layer))
     if lora_names(copied):
         del copied.peft_config
         copied._hf_peft_config_loaded = False
     return copied
 
 
-def _with_updates(adapted: Any, network: Any, names: Sequence[str]) -> Any:
-    """Return `adapted`, a copy of `network`, with the updates of these names active beside the backbone's LoRAs."""
+def _activate_updates(adapted: Any, network: Any, names: Sequence[str]) -> Any:
+    """Activate the updates `names` of `adapted`, a copy of `network`, beside the backbone's LoRAs; return `adapted`."""
     adapted._codi_updates = tuple(names)
     copy_lora_scales(adapted, network)
     return adapted
 
 
 def lora_names(network: Any) -> list[str]:
-    """Return the names of all updates that `network` carries, of adapters and of users' LoRAs."""
+    """Return the names of all low-rank updates of `network`: those of adapters and users' LoRAs."""
     return list(getattr(network, "peft_config", {}))
 
 
 def update_names(network: Any) -> list[str]:
-    """Return the names of the updates that belong to adapters. All others are LoRAs that users load: a backbone and
-    text encoders have none but those."""
+    """Return the names of the updates that belong to adapters. All others are LoRAs loaded by users; a backbone and
+    text encoders have only those."""
     return [name for name in lora_names(network) if name in getattr(network, "_codi_updates", ())]
 
 
 def scale_lora(network: Any, weights: dict[str, float]) -> None:
-    """Sets the weight of each update of `network`; 0 is exactly the backbone. Names of others are ignored."""
-    mine = {name: float(weight) for name, weight in weights.items() if name in update_names(network)}
-    if mine and getattr(network, "_codi_lora_weights", None) != mine:
+    """Set the weight of each update of `network`; 0 is exactly the backbone. Unknown names are ignored."""
+    known = {name: float(weight) for name, weight in weights.items() if name in update_names(network)}
+    if known and getattr(network, "_codi_lora_weights", None) != known:
         for _, layer in _lora_layers(network):
-            for name, weight in mine.items():
+            for name, weight in known.items():
                 layer.set_scale(name, weight)
-        network._codi_lora_weights = mine  # type: ignore[assignment] # walking all layers at each step would cost time
+        network._codi_lora_weights = known  # type: ignore[assignment] # avoids visiting all layers at each step
 
 
-# ---- LoRAs that users load onto a backbone and its text encoders; what is set is read off peft's layers, because stock
-# pipelines that share the modules change it, too
+# ---- LoRAs that users load onto a backbone and its text encoders. Their state is read from peft's layers each time,
+# because stock pipelines that share the modules also change it.
 
 
 def lora_state(network: Any) -> dict[tuple[str, str, int], float]:
-    """Return the scales of a backbone's LoRAs by layer, name and identity of the weights, 0 where one is not active.
+    """Return {(layer, LoRA, id of its weights): scale} of a backbone's LoRAs; the scale of an inactive LoRA is 0.
 
-    Raises UserError where a LoRA is fused into the weights, under which no adapter's updates would have an effect.
+    Raises UserError if a LoRA is fused into the weights, because then no adapter's updates would have an effect.
     """
-    found: dict[tuple[str, str, int], float] = {}
+    scales: dict[tuple[str, str, int], float] = {}
     for path, layer in _lora_layers(network):
         if layer.merged:
             raise UserError(f"LoRA {', '.join(layer.merged_adapters)}: is fused into the weights of a "
@@ -178,26 +181,26 @@ def lora_state(network: Any) -> dict[tuple[str, str, int], float]:
                             "which leaves it in the weights, or unfuse_lora()")  # fmt: skip
         active = [] if layer.disable_adapters else layer.active_adapters
         for name, scale in layer.scaling.items():
-            weights = next((kind[name] for kind in (layer.lora_A, layer.lora_embedding_A) if name in kind), None)
-            found[path, name, id(weights)] = scale if name in active else 0.0
-    return found
+            weights = next((part[name] for part in (layer.lora_A, layer.lora_embedding_A) if name in part), None)
+            scales[path, name, id(weights)] = scale if name in active else 0.0
+    return scales
 
 
 def active_loras(network: Any) -> list[str]:
-    """Return the names of the LoRAs on a backbone or text encoder that are set."""
-    used = {name for (_, name, _), scale in lora_state(network).items() if scale}
-    return [name for name in lora_names(network) if name in used]
+    """Return the names of the active LoRAs of a backbone or text encoder: those with a scale other than 0."""
+    active = {name for (_, name, _), scale in lora_state(network).items() if scale}
+    return [name for name in lora_names(network) if name in active]
 
 
 def set_active_loras(network: Any, names: Sequence[str]) -> None:
-    """Set these LoRAs and no others, with the weights that they have."""
+    """Activate exactly these LoRAs, with their current weights."""
     for _, layer in _lora_layers(network):
         layer.enable_adapters(True)
         layer.set_adapter(list(names), inference_mode=True)
 
 
 def set_lora_weights(network: Any, weights: Mapping[str, float]) -> None:
-    """Set these LoRAs and no others, with these weights."""
+    """Activate exactly these LoRAs, with these weights."""
     set_active_loras(network, list(weights))
     for _, layer in _lora_layers(network):
         for name, weight in weights.items():
@@ -205,14 +208,14 @@ def set_lora_weights(network: Any, weights: Mapping[str, float]) -> None:
 
 
 def enable_loras(network: Any, enabled: bool) -> None:
-    """Disable the LoRAs that are set, or enable them again; each keeps its weight."""
+    """Disable the active LoRAs, or enable them again; each keeps its weight."""
     for _, layer in _lora_layers(network):
         layer.enable_adapters(enabled)
-        layer.requires_grad_(False)  # which peft would switch on
+        layer.requires_grad_(False)  # peft switches gradients on
 
 
 def copy_lora_scales(adapted: Any, network: Any) -> None:
-    """Have a copy of the backbone `network` compute its LoRAs as it does, each layer alike, with all updates active."""
+    """Copy the scales of the LoRAs of the backbone `network` to `adapted`, layer by layer, and activate all updates."""
     scales = {(path, name): scale for (path, name, _), scale in lora_state(network).items()}
     trained = [parameter.requires_grad for parameter in adapted.parameters()]
     set_active_loras(adapted, lora_names(adapted))
@@ -224,7 +227,7 @@ def copy_lora_scales(adapted: Any, network: Any) -> None:
 
 @contextmanager
 def scaled_loras(network: Any, scale: float) -> Iterator[None]:
-    """Multiply the scales of the LoRAs that `network` carries, and leave those of adapters' updates alone."""
+    """Within the context, multiply the scales of users' LoRAs on `network`, not those of adapters' updates."""
     names = [] if scale == 1 else [name for name in lora_names(network) if name not in update_names(network)]
     before = [(layer.scaling, {name: layer.scaling[name] for name in names if name in layer.scaling})
               for _, layer in _lora_layers(network) if names]  # fmt: skip
@@ -238,15 +241,15 @@ def scaled_loras(network: Any, scale: float) -> Iterator[None]:
 
 
 def _lora_layers(network: Any) -> list[tuple[str, Any]]:
-    """Return the layers that carry updates, by their paths."""
-    found = network.named_modules() if lora_names(network) else ()
-    return [(path, layer) for path, layer in found if isinstance(layer, LoraLayer)]
+    """Return (path, layer) of the layers that have updates."""
+    modules = network.named_modules() if lora_names(network) else ()
+    return [(path, layer) for path, layer in modules if isinstance(layer, LoraLayer)]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft and diffusers list all weights of the other updates as missing, warn that there are several, and when saving
-    of layers to be kept in float32, of which there are none."""
+    """Silence needless warnings: peft and diffusers report the weights of all other updates as missing, that there are
+    several updates, and, when saving, layers to be kept in float32, of which there are none."""
     loggers = [logging.getLogger(f"diffusers.{name}") for name in ("loaders.peft", "models.modeling_utils")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
