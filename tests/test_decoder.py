@@ -23,7 +23,7 @@ from codi.models.tiny import new_tiny, open_decoder
 from codi.sampling.pipeline import CoDiPipeline
 from codi.training.codec import psnr
 from codi.training.decoder import DecoderRecipe, distill_decoder
-from codi.training.pairs import make_pairs, of_pictures, parse_samples
+from codi.training.pairs import latents_of_images, make_pairs, parse_samples
 from folders import noise
 from pipelines import given, run
 from shell import make_adapter
@@ -95,7 +95,7 @@ def test_it_learns_to_do_as_the_full_decoder(recipe, tmp_path):
 
 def test_pairs_are_made_once_and_go_on_where_they_stopped(tmp_path):
     vae, source = tiny_vae().requires_grad_(False), open_source("scenes:train:20")
-    origin = of_pictures(vae, source, 20, 32, 0.2, 0)
+    origin = latents_of_images(vae, source, 20, 32, 0.2, 0)
 
     def make(name, limit=None, which=origin, mark=0):
         calls: list[int] = []
@@ -127,14 +127,14 @@ def test_unreadable_pictures_are_left_out_or_too_many(tmp_path):
         noise(32, 32, i).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
     vae = tiny_vae().requires_grad_(False)
-    origin = of_pictures(vae, open_source(tmp_path), 3, 32, 0.0, 0)
+    origin = latents_of_images(vae, open_source(tmp_path), 3, 32, 0.0, 0)
     pairs = make_pairs(vae, origin, 3, 32, tmp_path / "pairs", {})
     assert pairs and len(pairs.latents) == len(pairs.pictures) == 2
     assert json.loads((tmp_path / "pairs" / "corrupt.json").read_text())["skipped"] == 1
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="no other file is readable"):
-        make_pairs(vae, of_pictures(vae, open_source(tmp_path), 3, 32, 0.0, 0), 3, 32, tmp_path / "none", {})
+        make_pairs(vae, latents_of_images(vae, open_source(tmp_path), 3, 32, 0.0, 0), 3, 32, tmp_path / "none", {})
 
 
 def test_without_pictures_the_model_draws_its_own(recipe, tmp_path):
