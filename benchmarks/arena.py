@@ -250,6 +250,7 @@ def methods() -> dict[str, Method]:
         "tuning on data": one_stage(partial(tuning, dt=250 * LEVEL, dt_end=2.5 * LEVEL), 4, "consistency"),
         "central difference": one_stage(central, 4, "map"),
         "flow-map": one_stage(flow_map, 4, "map"),
+        "flow-map, re-noised": one_stage(flow_map, 4, "jump"),
     }
 
 
