@@ -18,7 +18,7 @@ from codi.data.batches import batches
 from codi.data.samples import CorruptSample, order
 from codi.data.shards import expand, open_shard
 from codi.data.sources import open_source
-from codi.data.tars import FEW, WINDOW
+from codi.data.tars import FULL_SHUFFLE, WINDOW
 from folders import noise, read, refused, rows_of, same, shard
 
 
@@ -122,13 +122,13 @@ def test_several_may_write_an_index_at_a_time(parts):
 
 
 def test_many_shards_are_read_a_few_at_a_time(photos, tmp_path):
-    source = open_source(split(photos, tmp_path / "many", FEW + 3))
+    source = open_source(split(photos, tmp_path / "many", FULL_SHUFFLE + 3))
     count = len(source)
     epochs = [order(source, 5, epoch) for epoch in (0, 1)]
     assert all(sorted(found) == list(range(count)) for found in epochs) and list(epochs[0]) != list(epochs[1])
     for found in epochs:
         windows = [{i // 3 for i in found[at : at + 3 * WINDOW]} for at in range(0, count, 3 * WINDOW)]
-        assert max(map(len, windows)) == WINDOW and sum(map(len, windows)) == FEW + 3
+        assert max(map(len, windows)) == WINDOW and sum(map(len, windows)) == FULL_SHUFFLE + 3
         assert list(found[: 3 * WINDOW]) != sorted(found[: 3 * WINDOW])
     run = list(islice(batches(source, 7, 32, seed=5), 20))  # more than an epoch
     assert [i for b in run for i in b.index][:count] == list(epochs[0])
