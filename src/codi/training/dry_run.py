@@ -1,7 +1,7 @@
-"""What a distillation would take, told from configurations alone: no weight is read, nothing is computed.
+"""Estimate of a distillation's memory and time from configurations only, without reading weights.
 
-The networks are built on the "meta" device, where tensors have shapes but no values; one forward pass of the objective
-there tells what autograd would keep for the backward pass.
+The networks are built on the "meta" device, where tensors have shapes but no values; a forward pass of the objective
+there shows which tensors autograd would keep for the backward pass.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ GB = 1e9
 
 
 def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
-    """Parameters, memory in GB, updates and data of a recipe.
+    """Return the parameters, memory in GB, updates and data of a recipe.
 
-    `memory`: weights; gradients, Adam's two moments and the moving average of what trains; activations kept by one
-    forward pass of the objective (halved under autocast, of which most are). The largest operation's workspace and the
-    allocator's losses come on top: about a tenth. `cache_saves_gb`: weights that a `cache` would spare. Raises
-    UserError as the run itself would for a wrong recipe, data, a cache or adapters that cannot be opened or do not fit,
-    and for a model without configurations (a single file has none: `recipe.config` does).
+    `memory_gb`: weights; gradients, Adam's two moments and the moving average of trained weights; activations that a
+    forward pass of the objective keeps (halved under autocast, as most are in 16 bits). The largest operation's
+    workspace and the allocator's overhead add about a tenth. `cache_saves_gb`: weights that need no memory with a
+    `cache`. Raises UserError as the run itself would for a wrong recipe and for data, a cache or adapters that cannot
+    be opened or do not fit, and for a model without configurations (a single file needs `recipe.config`).
     """
     recipe.validate()
     task = recipe_task(recipe)
     source, _ = (open_source(spec, task.columns, zoom=recipe.zoom) for spec in (recipe.data, recipe.held_out))
-    if recipe.cache and Path(recipe.cache).exists():  # one that is not made yet counts as made
+    if recipe.cache and Path(recipe.cache).exists():  # assume a complete cache if there is none yet
         require_cache(recipe, source)
     single = recipe.config is not None and Path(recipe.model).is_file()
     backbone = blank_backbone(recipe.config if single else recipe.model).freeze()  # type: ignore[arg-type]
@@ -72,13 +72,13 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
     saved = sum(p.numel() for part in cacheable if part is not None for p in part.parameters())
     frozen = sum(p.numel() for part in (student, backbone.vae, *backbone.text.encoders) for p in part.parameters())
     frozen -= trained + (saved if recipe.cache else 0)
-    kept = _kept(recipe, backbone, student) * (1 if recipe.precision == "no" else 0.5)
-    held = 2 if recipe.backbone_precision == "bf16" else 4  # bytes of a frozen weight
+    activations = _activation_bytes(recipe, backbone, student) * (1 if recipe.precision == "no" else 0.5)
+    frozen_bytes = 2 if recipe.backbone_precision == "bf16" else 4  # per weight
     memory = {
-        "weights": (4 * trained + held * frozen) / GB,
-        # Gradient, average, two moments: 4 bytes each, or the moments one.
+        "weights": (4 * trained + frozen_bytes * frozen) / GB,
+        # Gradient, average and two moments: 4 bytes each, or 1 per moment.
         "training": (10 if recipe.optimizer == "adamw8bit" else 16) * trained / GB,
-        "activations": kept / GB,
+        "activations": activations / GB,
     }
     images = recipe.batch_size * recipe.accumulate
     return {
@@ -86,7 +86,7 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
         "family": backbone.family,
         "parameters": {"trained": trained, "frozen": frozen},
         "memory_gb": {**memory, "total": sum(memory.values())},
-        "cache_saves_gb": 0.0 if recipe.cache else held * saved / GB,
+        "cache_saves_gb": 0.0 if recipe.cache else frozen_bytes * saved / GB,
         "updates": -(-recipe.images // images),
         "images_an_update": images,
         "passes": recipe.passes * recipe.images,
@@ -95,8 +95,8 @@ def dry_run(recipe: DistillRecipe) -> dict[str, Any]:
 
 
 def blank_backbone(model: str | Path) -> Backbone:
-    """The parts of a diffusers folder or hub id on the meta device, of their configurations; without tokenizers.
-    Raises UserError where there are none."""
+    """Build the parts of a diffusers folder or hub id on the meta device from their configurations, without tokenizers.
+    Raises UserError if there are none."""
     source, options = revision_of(find_model(model))
     try:
         index: Any = DiffusionPipeline.load_config(source, **options)
@@ -111,27 +111,27 @@ def blank_backbone(model: str | Path) -> Backbone:
                 parts[name] = _blank(library, component, source, name, options)
     except UserError:
         raise
-    except Exception as error:  # of as many kinds as for weights
-        raise UserError(f"{model}: its configurations could not be read ({one_line(error)}): a dry run wants a "
-                        "diffusers folder or hub id, or `config` beside a single file") from error  # fmt: skip
+    except Exception as error:  # diffusers and transformers raise many kinds
+        raise UserError(f"{model}: its configurations could not be read ({one_line(error)}): a dry run needs a "
+                        "diffusers folder or hub id, or `config` for a single file") from error  # fmt: skip
     kind.require_scheduler(parts["scheduler"], str(model))
     return Backbone(**kind.prepare_parts(parts))
 
 
 def _blank(library: str, component: str, source: str, name: str, options: dict[str, Any]) -> Any:
-    """One part of a pipeline, of its configuration."""
+    """Build one part of a pipeline from its configuration."""
     require_buildable(Path(source) / name)
-    kind = getattr(importlib.import_module(library), component)
-    if name == "scheduler":  # its tables are computed from values
-        return kind.from_config(kind.load_config(source, subfolder=name, **options))
+    cls = getattr(importlib.import_module(library), component)
+    if name == "scheduler":  # whose tables need real values
+        return cls.from_config(cls.load_config(source, subfolder=name, **options))
     with torch.device("meta"):
         if library == "transformers":
-            return kind(kind.config_class.from_pretrained(source, subfolder=name, **options))
-        return kind.from_config(kind.load_config(source, subfolder=name, **options))
+            return cls(cls.config_class.from_pretrained(source, subfolder=name, **options))
+        return cls.from_config(cls.load_config(source, subfolder=name, **options))
 
 
-def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
-    """Bytes that autograd keeps of one forward pass of the objective, parameters aside."""
+def _activation_bytes(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
+    """Return the bytes that autograd keeps for the backward pass of the objective, without the parameters."""
     cells = recipe.size // codec.downscale(backbone.vae)
     count, channels = recipe.batch_size, codec.channels(backbone.vae)
     picture = torch.zeros(count, recipe_task(recipe).condition_channels, recipe.size, recipe.size, device="meta")
@@ -145,29 +145,29 @@ def _kept(recipe: DistillRecipe, backbone: Backbone, student: Student) -> int:
         scales = torch.ones(count, len(recipe.guidance))
         guidance = Guidance(scales, [conditioning] * (len(recipe.guidance) + 1))
     x = torch.zeros(count, channels, cells, cells, device="meta")
-    objective = configure_objective(recipe, backbone.vae, _silent if recipe.teaching else None)
+    objective = configure_objective(recipe, backbone.vae, _without_gradient if recipe.teaching else None)
     parameters = {id(p) for p in student.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no storage's number is used twice
+    sizes: dict[int, int] = {}  # bytes by storage
+    alive: list[Tensor] = []  # so that no storage's address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         if id(tensor) not in parameters and tensor.device.type == "meta":
             storage = tensor.untyped_storage()
-            if storage._cdata not in kept:
-                kept[storage._cdata] = storage.nbytes()
+            if storage._cdata not in sizes:
+                sizes[storage._cdata] = storage.nbytes()
                 alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         objective(
             student,
-            _silent,
+            _without_gradient,
             LatentBatch(x, conditioning, picture[:, :3], guidance),
             backbone.schedule_for((cells, cells)),
         )
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
-def _silent(z: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
-    """Stand for a network that runs without gradient, of which autograd keeps nothing."""
+def _without_gradient(z: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
+    """Return zeros in place of a network that runs without gradient, for which autograd keeps nothing."""
     return torch.zeros_like(z)

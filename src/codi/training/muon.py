@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalized; everything else is trained by AdamW."""
+"""Muon (Jordan et al. 2024): orthogonalized momentum for matrices, AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 # The quintic of Jordan et al.: five steps bring every singular value to between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
-_ADAM_SHARE = 0.25  # of Muon's rate
-_ONE_A_PICTURE = ("norm", "time")  # in names of layers whose input is one vector a picture, in diffusers' networks
-_LEAST = 24  # rows and columns below which a matrix is left to AdamW: first and last layers, mostly
+_ADAM_SHARE = 0.25  # AdamW's learning rate as a share of Muon's
+_PER_IMAGE = ("norm", "time")  # parts of names of diffusers' layers whose input is a single vector per image
+_LEAST = 24  # smaller matrices, mostly of first and last layers, are trained by AdamW
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `matrices=True` follow orthogonalized momentum, the others AdamW.
+    """Optimizer that applies Muon to groups with `matrices=True` and AdamW to the others.
 
     An orthogonalized update is scaled to a root mean square of 0.2, about that of AdamW's (Liu et al. 2025, "Muon is
     scalable"), so that one learning rate serves both kinds. A convolution (O, I, H, W) counts as a matrix (O, I H W).
@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Makes one update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -46,17 +46,17 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for p in parameters:
             by_shape.setdefault(p.shape, []).append(p)
-        for shape, alike in by_shape.items():  # one batched product for all of one shape
-            moving = []
-            for p in alike:
+        for shape, same in by_shape.items():  # one batched product for all matrices of a shape
+            momenta = []
+            for p in same:
                 state, gradient = self.state[p], cast(Tensor, p.grad)
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(gradient, 1 - group["momentum"])
-                moving.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))  # Nesterov's
-            updates = orthogonalized(torch.stack(moving))
+                momenta.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))  # Nesterov's
+            updates = orthogonalized(torch.stack(momenta))
             scale = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
-            for p, update in zip(alike, updates, strict=True):
+            for p, update in zip(same, updates, strict=True):
                 p.add_(update.view(shape).to(p.dtype), alpha=-scale)
 
     def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
@@ -72,14 +72,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(mean, gradients, 1 - low)
         torch._foreach_mul_(square, high)
         torch._foreach_addcmul_(square, gradients, gradients, 1 - high)
-        spread = torch._foreach_sqrt(square)
-        torch._foreach_div_(spread, [(1 - high ** s["step"]) ** 0.5 for s in states])
-        torch._foreach_add_(spread, 1e-8)
-        torch._foreach_addcdiv_(parameters, mean, spread, [-group["lr"] / (1 - low ** s["step"]) for s in states])
+        root = torch._foreach_sqrt(square)
+        torch._foreach_div_(root, [(1 - high ** s["step"]) ** 0.5 for s in states])
+        torch._foreach_add_(root, 1e-8)
+        torch._foreach_addcdiv_(parameters, mean, root, [-group["lr"] / (1 - low ** s["step"]) for s in states])
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Returns roughly U V' of the singular value decompositions U S V' of `matrices` (N, rows, columns), bfloat16."""
+    """Return roughly U V' of the singular value decompositions U S V' of `matrices` (N, rows, columns), bfloat16."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -91,17 +91,17 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def muon_groups(module: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-    """Returns parameter groups for `Muon`: the weights of linear layers and convolutions that see tokens or pixels, and
-    all others (embeddings, norms, biases, matrices with fewer than 24 rows or columns, and layers that read only the
-    time or modulate a norm), for AdamW at a quarter of the rate."""
-    inner = {
+    """Return parameter groups for `Muon`: the weights of linear layers and convolutions on tokens or pixels, and all
+    others (embeddings, norms, biases, matrices with fewer than 24 rows or columns, and layers that read only the time
+    or modulate a norm), for AdamW at a quarter of the learning rate."""
+    matrix_ids = {
         id(m.weight)
         for name, m in module.named_modules()
         if isinstance(m, (nn.Linear, nn.Conv2d))
         and min(m.weight.flatten(1).shape) >= _LEAST
-        and not any(word in name for word in _ONE_A_PICTURE)
+        and not any(word in name for word in _PER_IMAGE)
     }
     trained = [p for p in module.parameters() if p.requires_grad]
-    matrices, rest = [p for p in trained if id(p) in inner], [p for p in trained if id(p) not in inner]
+    matrices, rest = [p for p in trained if id(p) in matrix_ids], [p for p in trained if id(p) not in matrix_ids]
     groups = [{"params": matrices, "lr": learning_rate, "matrices": True}]
     return [*groups, {"params": rest, "lr": learning_rate * _ADAM_SHARE, "matrices": False}]
