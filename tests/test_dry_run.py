@@ -84,7 +84,7 @@ def test_what_has_no_configurations_is_refused(tmp_path):
 
 def test_a_single_file_needs_somebodys_configurations(checkpoint, tmp_path):
     file = save_original(tiny_backbone(), tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="or `config` beside a single file"):
+    with pytest.raises(UserError, match="or `config` for a single file"):
         dry_run(recipe(file))
     told = dry_run(recipe(file, config=str(checkpoint)))
     assert told["parameters"] == dry_run(recipe(checkpoint))["parameters"]
