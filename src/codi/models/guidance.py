@@ -1,6 +1,6 @@
-"""Further inputs of the network beside the timestep, zero at first: guidance scales, and the target time.
+"""Embeddings of inputs beside the timestep, zero before training: guidance scales and the target time.
 
-They join the time features where diffusers' U-Net puts its `timestep_cond`.
+They are added to the time features where diffusers' U-Net adds its `timestep_cond`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ FREQUENCIES = 16
 
 
 class SineEmbedding(nn.Module):
-    """Numbers u (B, k) -> (B, width), added to the time features of a U-Net.
+    """Embedding of numbers u (B, k) as (B, width), to be added to the time features of the network.
 
-    e(u) = sum_k P_k sin(w u_k), w from 1/2 to 8: e(0) = 0 exactly whatever was learnt. P is zero before training.
+    e(u) = sum_k P_k sin(w u_k), w from 1/2 to 8, so that e(0) = 0 exactly for any P. P is zero before training.
     """
 
     def __init__(self, numbers: int, width: int) -> None:
@@ -32,8 +32,8 @@ class SineEmbedding(nn.Module):
 
 
 class GuidanceEmbedding(SineEmbedding):
-    """Guidance scales (B, k), each >= 0, by their logarithms (Meng et al., CVPR 2023): guided pictures in one pass.
-    Guidance 1 is no guidance, bit for bit."""
+    """Embedding of guidance scales (B, k), each >= 0, by their logarithms, so that guided pictures need one pass (Meng
+    et al., CVPR 2023). Guidance 1 is no guidance, bit for bit."""
 
     def __init__(self, scales: int, width: int) -> None:
         super().__init__(scales, width)
@@ -44,8 +44,8 @@ class GuidanceEmbedding(SineEmbedding):
 
 
 class TargetTimeEmbedding(SineEmbedding):
-    """The target time r of a flow map, as the way (t - r) / T from the time t: 0 is the instantaneous prediction,
-    exactly the network without this input. See objectives.flow_map."""
+    """Embedding of a flow map's target time r as (t - r) / T, the time span of the step from t. 0 is the instantaneous
+    prediction, exactly that of the network without this input. See objectives.flow_map."""
 
     def __init__(self, width: int) -> None:
         super().__init__(1, width)
@@ -55,7 +55,7 @@ class TargetTimeEmbedding(SineEmbedding):
 
 
 class JumpEmbedding(SineEmbedding):
-    """The same as the share (t - r) / t of the way to the clean latent, in older adapters."""
+    """Embedding of the target time in older adapters, as the fraction (t - r) / t of the time to the clean latent."""
 
     def __init__(self, width: int) -> None:
         super().__init__(1, width)
@@ -65,7 +65,7 @@ class JumpEmbedding(SineEmbedding):
 
 
 def jump_between(t: Tensor, r: Tensor, horizon: float) -> Tensor:
-    """Return what a network with a target time is given for steps from times `t` to `r` (B,): [(t - r) / t,
-    (t - r) / T], float32 (B, 2)."""
-    way = (t - r).double()
-    return torch.stack([way / t, way / horizon], dim=1).float()
+    """Return the target-time input of a network for steps from times `t` to `r` (B,): [(t - r) / t, (t - r) / T],
+    float32 (B, 2)."""
+    span = (t - r).double()
+    return torch.stack([span / t, span / horizon], dim=1).float()

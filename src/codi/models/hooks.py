@@ -1,7 +1,7 @@
-"""Hooks of accelerate and diffusers around a network whose parts are called one by one.
+"""Run the hooks of accelerate and diffusers around a network whose layers are called one by one.
 
-Adapters work inside a network, so that it is never called as a whole; but offloading whole models, and the parameters
-that belong to no layer of its own, hang on the call of the whole. `called` stands for that call.
+Adapters change features inside a network, so its own forward pass is never called. But the hooks that offload a whole
+model, or parameters outside of its layers, run on that call. `called` runs them instead.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import nn
 
 
 def device_of(module: Any) -> torch.device:
-    """Return the device on which a module computes: where its hooks bring its weights, or where these are."""
+    """Return the device on which a module computes: the one its hooks move its weights to, or that of the weights."""
     if not isinstance(module, nn.Module):
         return module.device
     try:
         return _get_group_onload_device(module)
-    except ValueError:  # has no such hook
+    except ValueError:  # it has no hook of group offloading
         pass
     for part in module.modules() if hasattr(module, "_hf_hook") else ():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
@@ -32,7 +32,7 @@ def device_of(module: Any) -> torch.device:
 
 @contextmanager
 def called(*modules: Any) -> Iterator[None]:
-    """Run the hooks that surround the forward pass of each module, while the caller runs its parts."""
+    """Within the context, run the hooks of each module's forward pass; the caller runs the module's layers."""
     with ExitStack() as stack:
         for module in {id(module): module for module in modules}.values():
             stack.enter_context(_called(module))

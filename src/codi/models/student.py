@@ -15,13 +15,13 @@ from .lora import lora_names, scale_lora
 
 @dataclass
 class Conditioning:
-    """What a prediction may look at besides z_t and t.
+    """The inputs of a prediction other than z_t and t.
 
-    `text` (B, L, D) prompt features; `condition` what `adapter.read` gave (None: no adapter, exactly the backbone);
-    `prepared` the adapter's cached features, made by `Student.prepare`; `added` further tensors of the prompts that the
-    family's network takes, such as XL's and FLUX.1's pooled features; `guidance`
-    (B, k) distilled guidance scales, one column each (text, then image), None where all are 1; `jump` (B, 2) the
-    target time (see guidance.jump_between), None for the instantaneous prediction.
+    `text` (B, L, D) prompt features; `condition` the output of `adapter.read` (None: no adapter, exactly the backbone);
+    `prepared` the adapter's cached features, from `Student.prepare`; `added` further tensors of the prompts that the
+    network takes, such as the pooled features of XL and FLUX.1; `guidance` (B, k) distilled guidance scales, one column
+    each (text, then image), None if all are 1; `jump` (B, 2) the target time (see guidance.jump_between), None for the
+    instantaneous prediction.
     """
 
     text: Tensor
@@ -39,7 +39,7 @@ class Student(nn.Module):
     """A backbone network with an optional adapter. Without an adapter, or before training, exactly the backbone.
 
     `adapter` is an Adapter or, for several at once, a composition.AdapterSet. `network` (a U-Net or a transformer)
-    carries the adapter's low-rank updates if it has any.
+    includes the adapter's low-rank updates, if any.
     """
 
     def __init__(self, network: Any, adapter: Any | None = None) -> None:
@@ -49,14 +49,14 @@ class Student(nn.Module):
         self.kind = family_of(network)
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """Computes once what does not depend on z_t, for samplers that call the student several times."""
+        """Compute once whatever does not depend on z_t, for samplers that call the student several times."""
         c = conditioning
         if self.adapter is None or c.condition is None or c.prepared is not None:
             return c
         return replace(c, prepared=self.adapter.prepare(c.condition, c.text, c.added, c.guidance))
 
     def forward(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float = 1.0) -> Tensor:
-        """The network's prediction (B, C, h, w) at z_t. `timestep` (B,) or (1,), the checkpoint's own numbering;
+        """Return the network's prediction (B, C, h, w) at z_t. `timestep` (B,) or (1,), the checkpoint's own numbering;
         `strength` scales the adapter's influence (0: exactly the backbone)."""
         if conditioning.condition is None:
             strength = 0.0
@@ -64,52 +64,55 @@ class Student(nn.Module):
         return self._predict(z, timestep, conditioning, strength)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """By `torch.compile`, in place, with its arguments: all but the setting of low-rank updates' weights."""
-        for name in ("_predict", "prepare"):  # of the class: not what an earlier call made of them
-            setattr(self, name, _kept(torch.compile(getattr(Student, name).__get__(self), *args, **kwargs)))
+        """Compile the student in place by `torch.compile` with these arguments, except for setting the weights of
+        low-rank updates."""
+        for name in ("_predict", "prepare"):  # methods of the class, not those that an earlier call compiled
+            setattr(self, name, _cloned_outputs(torch.compile(getattr(Student, name).__get__(self), *args, **kwargs)))
 
     def _predict(self, z: Tensor, timestep: Tensor, conditioning: Conditioning, strength: float) -> Tensor:
-        at = (z, timestep, conditioning.text, conditioning.added)
+        inputs = (z, timestep, conditioning.text, conditioning.added)
         adapter = self.adapter
         if adapter is None or strength == 0:
-            return self.kind.predict(self.network, *at)
+            return self.kind.predict(self.network, *inputs)
         extra = adapter.time_condition(conditioning.guidance, conditioning.jump)
         extra = None if extra is None else strength * extra
-        prepared = Student.prepare(self, conditioning).prepared  # not the compiled one: this is one graph
+        prepared = Student.prepare(self, conditioning).prepared  # not the compiled method, so that all is one graph
         hint = adapter.hint(prepared, strength)
-        seen = adapter.look(prepared, *at)
+        adapter_features = adapter.look(prepared, *inputs)
 
         def fuse(index: int, feature: Tensor) -> Tensor:
-            return adapter.fuse(index, feature, seen, strength)
+            return adapter.fuse(index, feature, adapter_features, strength)
 
-        return self.kind.predict(self.network, *at, extra, hint, fuse)
+        return self.kind.predict(self.network, *inputs, extra, hint, fuse)
 
     def scale(self, strength: float) -> None:
-        """Sets the weights of the low-rank updates."""
+        """Set the weights of the low-rank updates."""
         weights = getattr(self.adapter, "lora_weights", {})  # of an AdapterSet
         scale_lora(self.network, {name: strength * weights.get(name, 1.0) for name in lora_names(self.network)})
 
 
-def _kept(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, whose answers outlive its next call: CUDA graphs (mode="reduce-overhead") write all of theirs
-    to the same memory, and solvers keep what was prepared, some also what was predicted before."""
+def _cloned_outputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a compiled function so that its outputs are copies that stay valid after the next call. CUDA graphs
+    (mode="reduce-overhead") write every output to the same memory, but samplers keep the prepared features, and some
+    solvers keep earlier predictions."""
 
     def call(*args: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        answer = compiled(*args)
-        return answer.clone() if isinstance(answer, Tensor) else cat_conditionings(answer)
+        output = compiled(*args)
+        return output.clone() if isinstance(output, Tensor) else cat_conditionings(output)
 
     return call
 
 
 def cat_conditionings(*parts: C) -> C:
-    """All in one batch, in order: several predictions in one forward pass. Any dataclass of tensors will do."""
+    """Concatenate conditionings along the batch, to compute several predictions in one forward pass. Works for any
+    dataclass of tensors."""
     first = parts[0]
     return type(first)(**{f.name: _join([getattr(p, f.name) for p in parts]) for f in fields(first)})
 
 
 def conditioning_rows(conditioning: C, rows: slice) -> C:
-    """Return the `rows` of a batch of conditionings, of any dataclass of tensors (B, ...)."""
+    """Return the `rows` of a batch of conditionings, or of any dataclass of tensors (B, ...)."""
     return type(conditioning)(**{f.name: _rows(getattr(conditioning, f.name), rows) for f in fields(conditioning)})
 
 
