@@ -1,8 +1,8 @@
-"""Prompts -> tensors: the part that all families share, and the CLIP encoders of Stable Diffusion 1, 2 and XL.
+"""Prompt encoding: the part that all families share, and the CLIP encoders of Stable Diffusion 1, 2 and XL.
 
-The tensors of a prompt are a bundle: a dict with "features" (B, L, D), which the network attends to, and whatever else
-the family's network takes of a prompt ("pooled", "mask"). Bundles of equal prompts are equal, so they can be cached,
-and joined along the batch.
+A bundle is the dict of a prompt's tensors: "features" (B, L, D), which the network attends to, and any other inputs of
+the family's network that depend on the prompt ("pooled", "mask"). Bundles of equal prompts are equal, so they can be
+cached, and concatenated along the batch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .hooks import device_of
 
 Bundle = dict[str, Tensor]
 FEATURES = "features"
-LONGEST = 100_000  # letters of a prompt: no encoder reads a tenth of them, and tokenizers take seconds for more
+LONGEST = 100_000  # characters of a prompt: no encoder reads a tenth of them, and tokenizers take seconds for more
 
 
 def limit_tokenizers(parts: Mapping[str, Any]) -> None:
-    """Let no tokenizer among a checkpoint's parts keep more tokens than its text encoder has positions.
+    """Limit each tokenizer among a checkpoint's components to the number of positions of its text encoder.
 
-    One without `model_max_length`, or without tokenizer_config.json, would keep any number and pad to 10^30.
+    A tokenizer without `model_max_length` or tokenizer_config.json would keep any number of tokens and pad to 10^30.
     """
     for suffix in ("", "_2", "_3"):
         tokenizer, encoder = parts.get(f"tokenizer{suffix}"), parts.get(f"text_encoder{suffix}")
@@ -37,8 +37,8 @@ def limit_tokenizers(parts: Mapping[str, Any]) -> None:
 
 
 class PromptEncoder:
-    """A checkpoint's text encoders. `run` makes the bundle of a list of prompts; `limits` are pairs (tokenizer, tokens
-    that it keeps); `run_negative` makes that of negative prompts, where a family reads these in another way."""
+    """A checkpoint's text encoders. `run` computes the bundle of a list of prompts; `limits` are pairs (tokenizer, most
+    tokens it keeps); `run_negative` computes the bundle of negative prompts if the family encodes these differently."""
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class PromptEncoder:
         limits: Sequence[tuple[Any, int]] = (),
         run_negative: Callable[[list[str]], Bundle] | None = None,
     ) -> None:
-        self.encoders = tuple(e for e in encoders if e is not None)  # those left out need no memory
+        self.encoders = tuple(e for e in encoders if e is not None)  # encoders that were not loaded are None
         self.run, self.limits, self.run_negative = run, tuple(limits), run_negative or run
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], warn: bool = True, negative: bool = False) -> Bundle:
         """Return the bundle of the prompts, without gradient. Equal prompts are computed once; with `warn`, a warning
-        says what was cut of one that is too long. `negative`: prompts that guidance leads away from."""
+        shows the end that was cut off a prompt that is too long. `negative`: encode as negative prompts."""
         unique = list(dict.fromkeys(prompts))
         for prompt in unique:
             require_readable(prompt)
@@ -62,7 +62,7 @@ class PromptEncoder:
             warn_of_cuts(tokenizer, unique, limit)
         logger = logging.getLogger("diffusers")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # stock pipelines would say again what they cut
+        logger.setLevel(logging.ERROR)  # stock pipelines would also warn of cut prompts
         try:
             bundle = (self.run_negative if negative else self.run)(unique)
         finally:
@@ -71,14 +71,14 @@ class PromptEncoder:
 
     @staticmethod
     def conditions(bundle: Bundle, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Return what the network takes of a bundle for a picture of `size` (height, width) in pixels: the features,
-        and the rest by name (None: nothing)."""
+        """Return the network's inputs from a bundle, for a picture of `size` (height, width) in pixels: the features,
+        and the other tensors by name (None if there are none)."""
         rest = {name: value for name, value in bundle.items() if name != FEATURES}
         return bundle[FEATURES], rest or None
 
 
 def require_readable(prompt: str, name: str = "prompt") -> None:
-    """Raise UserError for a prompt that no tokenizer should be given: a whole file, or half a character."""
+    """Raise UserError for a prompt that tokenizers cannot handle: far too long, or with half a surrogate pair."""
     if len(prompt) > LONGEST:
         raise UserError(f"{name} of {len(prompt)} letters: no text encoder reads so many: give at most {LONGEST}")
     if surrogate := next((letter for letter in prompt if "\ud800" <= letter <= "\udfff"), None):
@@ -86,7 +86,7 @@ def require_readable(prompt: str, name: str = "prompt") -> None:
 
 
 def warn_of_cuts(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
-    """Warn of each prompt that has more than `limit` tokens, with the words that are not read."""
+    """Warn of each prompt that has more than `limit` tokens, and show the words that are cut off."""
     for prompt in prompts:
         ids = tokenizer(prompt, truncation=False, add_special_tokens=False, verbose=False).input_ids
         special = tokenizer.num_special_tokens_to_add()  # start and end, where the encoder has them
@@ -100,7 +100,7 @@ def warn_of_cuts(tokenizer: Any, prompts: Sequence[str], limit: int) -> None:
 class TextEncoders(PromptEncoder):
     """One CLIP encoder (Stable Diffusion 1 and 2) or two (XL), each with its tokenizer.
 
-    `zero_empty`: an empty prompt is nothing but zeros, as XL's unconditional passes were trained.
+    `zero_empty`: an empty prompt is encoded as zeros, as in the unconditional passes of XL's training.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class TextEncoders(PromptEncoder):
         self.tokenizers, self.zero_empty = tokenizers, zero_empty
 
     def _run(self, prompts: list[str]) -> Bundle:
-        """With one encoder its last layer after the final norm; with two, the last layer but one of both, side by side,
-        and the second's "pooled" features (B, P)."""
+        """Return the bundle of the prompts. With one encoder, the features are its last layer after the final norm;
+        with two, the last layer but one of both, concatenated, and "pooled" (B, P) features of the second."""
         if len(self.encoders) == 1:
             return {FEATURES: embed(self.encoders[0], tokenize(self.tokenizers[0], prompts))}
         outputs = [
@@ -127,8 +127,9 @@ class TextEncoders(PromptEncoder):
 
     @staticmethod
     def conditions(bundle: Bundle, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """XL's U-Net takes, beside the features, "text_embeds", the pooled ones, and "time_ids" (B, 6): the picture's
-        own `size` (height, width), the corner it was cut out at, here (0, 0), and the size wanted, all in pixels."""
+        """Return the network's inputs from a bundle. For XL's U-Net these include "text_embeds", the pooled features,
+        and "time_ids" (B, 6): the picture's original `size` (height, width), the top left corner of its crop, here (0,
+        0), and the target size, all in pixels."""
         pooled = bundle.get("pooled")
         if pooled is None:
             return bundle[FEATURES], None
@@ -137,21 +138,21 @@ class TextEncoders(PromptEncoder):
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, L), padded and cut to the tokenizer's model length."""
+    """Return token ids (B, L), padded and cut to the tokenizer's model length."""
     return tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
 
 
 def embed(text_encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
-    """Token ids (B, L) -> features (B, L, D): the encoder's last layer after its final norm."""
+    """Return the features (B, L, D) of token ids (B, L): the encoder's last layer after its final norm."""
     return text_encoder(tokens.to(device_of(text_encoder)))[0]
 
 
 def embed_prompts(
     text: PromptEncoder, prompts: Sequence[str], size: tuple[int, int] = (0, 0), negative: bool = False
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Return what the network takes of the prompts, for a picture of `size` (height, width) in pixels."""
+    """Encode prompts to the network's inputs, for a picture of `size` (height, width) in pixels."""
     return text.conditions(text.encode(prompts, negative=negative), size)
 
 
