@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from codi.apps.benchmark import remembering
+from codi.apps.benchmark import with_disk_cache
 from codi.errors import UserError
 from codi.evaluation import Method
 from codi.evaluation.suite import load_suite
@@ -145,8 +145,8 @@ def test_pictures_that_were_made_once_are_read(tmp_path):
 
     given, told = rand(3, 3, 4, 4), (["a"] * 3, 2, [5, 6, 7])
     folders = {n: tmp_path / f"made-{n}" for n in (2, 4)}
-    first = remembering(Method("m", run, (2,)), folders).run(given, *told)
-    again = remembering(Method("m", run, (2,)), folders)
+    first = with_disk_cache(Method("m", run, (2,)), folders).run(given, *told)
+    again = with_disk_cache(Method("m", run, (2,)), folders)
     assert torch.equal(again.run(given, *told), first) and len(asked) == 1
     for other in ((["a"] * 3, 4, [5, 6, 7]), (["a"] * 3, 2, [8, 9, 10])):
         assert not torch.equal(again.run(given, *other), first)
