@@ -96,7 +96,7 @@ def velocity(network: Network, z: Tensor, t: Tensor, conditioning: Any, schedule
 def guidance_push(
     target: Network, batch: LatentBatch, z: Tensor, t: Tensor, schedule: Schedule, rows: slice
 ) -> Tensor | float:
-    """Return what guidance adds to u at z_t of these rows: (x - guided x) / s at s of the linear path."""
+    """Return the change of u at z_t by guidance, for these rows: (x - guided x) / s at s of the linear path."""
     if batch.guidance is None:
         return 0.0
     ladder = [conditioning_rows(c, rows) for c in batch.guidance.ladder]
@@ -122,7 +122,7 @@ def two_steps(
 def step(
     network: Network, z: Tensor, t: Tensor, r: Tensor, conditioning: Any, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean velocity from t to r and z_r = alpha_r x + sigma_r eps. Where t = 0 nothing is left to go."""
+    """Return the mean velocity from t to r and z_r = alpha_r x + sigma_r eps. With t = 0, z_r = z."""
     jump = jump_between(t.clamp_min(schedule.least), r, schedule.horizon).clamp(0, 1)
     conditioned = replace(conditioning, jump=jump.to(z.device))
     x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), conditioned), z, t)

@@ -24,88 +24,88 @@ SCALES = ("text", "image")  # of distilled guidance, in the order of the network
 
 @dataclass(kw_only=True)
 class DistillRecipe(RunSettings):
-    """Everything that decides a run, one key of the YAML file each; RunSettings' keys too."""
+    """All settings of a distillation; each field, with those of RunSettings, is a key of the YAML file."""
 
     out: str
-    """Folder of the finished adapter; checkpoints, previews and logs lie in its sub-folders."""
+    """Output folder of the finished adapter, with checkpoints, previews and logs in subfolders."""
     task: str = "upscale"
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task, e.g. {scale: 4, degradation: bicubic}."""
     degradation: str | None = None
-    """Short for task_options.degradation: real or bicubic."""
+    """Shorthand for task_options.degradation: real or bicubic."""
     model: str = "mini"
     """The backbone: mini, a diffusers folder, a .safetensors file or a hub id (ID@REVISION)."""
     config: str | None = None
-    """Of a model that is a single file: a folder or hub id whose configs and tokenizers are its own. None: fetched."""
+    """For a model in a single file: a folder or hub id with its configs and tokenizers. None: downloaded."""
     loras: dict[str, float] = field(default_factory=dict)
-    """LoRA files made part of the backbone before training, each with its weight, e.g. {style.safetensors: 0.8}. Users
-    of the adapter name the same ones, unless it brings its own backbone (train_backbone)."""
+    """LoRA files to fuse into the backbone before training, with their weights, e.g. {style.safetensors: 0.8}. Users of
+    the adapter need to load the same ones, unless it includes its backbone (train_backbone)."""
     data: str = "scenes:train:20000"
-    """Training pictures: a folder, WebDataset tars (a glob, or paths or URLs with braces, https://host/{000..999}.tar),
+    """Training images: a folder, WebDataset tars (a glob, or paths or URLs with braces, https://host/{000..999}.tar),
     datasets:NAME, or scenes:SPLIT:COUNT."""
     cache: str | None = None
-    """A folder that `codi data cache` made of this recipe: latents and text features are read from it, so that neither
-    the text encoders nor, unless the adapter reads latents, the VAE's encoder take memory or time. A picture then has
-    the crops that were cached, `--variants` of them, instead of a new one every time. Depth, canny and inpaint can
-    share one."""
+    """A folder written by `codi data cache` for this recipe, with latents and text features. Training then needs no
+    text encoder and, unless the adapter reads latents, no VAE encoder. Each image has the cached crops (`--variants` of
+    them) instead of a new crop every time. Depth, canny and inpaint can share a cache."""
     held_out: str = "scenes:held-out:64"
-    """Pictures for previews and the obedience curve; never trained on."""
+    """Images for previews and their scores; never trained on."""
     size: int = 64
-    """Side of training pictures in pixels."""
+    """Side length of training images in pixels."""
     zoom: tuple = ZOOM
-    """Of random crops from files: their picture's shorter side is scaled to between so many times `size`, never
-    enlarged. [1, 2] shows most of each picture; high values, such as [4, 8], cut details at the file's own pixels,
-    which upscaling is about."""
+    """Range for random crops: the image's shorter side is first scaled to this many times `size`, but never enlarged.
+    [1, 2] keeps most of each image; high values, such as [4, 8], crop details at the file's resolution, which suits
+    upscaling."""
     max_corrupt: float = 0.05
-    """Share of unreadable files above which the run stops; those below it are skipped and listed in corrupt.json."""
+    """Largest share of unreadable files before the run stops; fewer are skipped and listed in corrupt.json."""
     objective: str = "codi-tuned"
-    """flow-map (ours: steps of any length), codi (the paper's algorithm), codi-release (that of its authors' code),
-    codi-tuned (the paper's loss, for short training), decoupled, finetune (plain conditional diffusion), or of a frozen
-    teacher: guided (progressive distillation), consistency (consistency distillation)."""
+    """codi-tuned (the paper's loss, adjusted for short trainings), codi (the paper's algorithm), codi-release (that of
+    the authors' code), flow-map (ours, with a target time: steps of any length), decoupled (two target times), finetune
+    (plain conditional diffusion); with a frozen teacher: guided (progressive distillation) and consistency (consistency
+    distillation)."""
     objective_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
+    """Options of the objective, e.g. {dt: 20, consistency: signal, d_x: pixel}."""
     adapter: str = "fused"
-    """fused (CoDi's condition encoder), controlnet, hint (lean: a few convolutions; wants lora_rank or a backbone that
-    trains), or lora (no condition: plain acceleration)."""
+    """fused (CoDi's condition encoder), controlnet, hint (small: a few convolutions; needs lora_rank or
+    train_backbone), or lora (no condition: plain acceleration)."""
     reads: str = "latent"
-    """What a fused adapter sees of the condition: its latent, by the VAE, or its pixels, by convolutions of its own:
-    faster, and enough for maps of depth or edges."""
+    """Input of a fused adapter: the condition's latent by the VAE, or its pixels by a few convolutions: faster, and
+    sufficient for depth or edge maps."""
     depth: int | None = None
-    """Blocks of a fused adapter's encoder on a transformer. None: half of the network's."""
+    """Number of encoder blocks of a fused adapter on a transformer. None: half of the network's."""
     embedded_guidance: float | None = None
-    """Of backbones that take a guidance scale as an input (FLUX.1-dev): its value in training, kept as the adapter's
-    own. None: the family's default."""
+    """For backbones with a guidance scale as an input (FLUX.1-dev): its value in training, stored with the adapter.
+    None: the family's default."""
     backbone_precision: str = "no"
-    """bf16: the frozen backbone (train_backbone: false) is kept in bfloat16, at half the memory; what trains stays in
-    float32. Wants precision: bf16."""
+    """bf16: keep the frozen backbone (train_backbone: false) in bfloat16, with half the memory; trained weights stay in
+    float32. Needs precision: bf16."""
     start: str | None = None
-    """An adapter to go on from, instead of a fresh copy of the backbone's encoder."""
+    """An adapter whose weights training starts from, instead of a copy of the backbone's encoder."""
     teacher: str | None = None
-    """For guided, consistency and ode: teacher: the adapter whose path is followed; none takes the starting point."""
+    """The teacher adapter of guided, consistency and ode: teacher. None: the starting point."""
     train_backbone: bool = True
-    """Full CoDi. false: PE-CoDi, the adapter alone trains and the backbone stays shared between tasks."""
+    """true: full CoDi. false: PE-CoDi, which trains only the adapter; tasks can share the backbone."""
     lora_rank: int = 0
-    """With train_backbone: false, low-rank updates of the shared backbone as part of the adapter; 0: none."""
+    """With train_backbone: false, the rank of a LoRA of the backbone that is part of the adapter; 0: none."""
     guidance: dict[str, list[float]] = field(default_factory=dict)
-    """Ranges of guidance scales to distil in, e.g. {text: [1, 4]} or {text: [1, 4], image: [1, 2]}: guided pictures at
-    one forward pass a step. Empty: none, and guidance at inference costs a second pass."""
+    """Ranges of guidance scales to distil, e.g. {text: [1, 4]} or {text: [1, 4], image: [1, 2]}, for guided sampling
+    with one forward pass per step. Empty: none; guidance at inference costs a second pass."""
     guidance_share: float = 0.5
-    """Share of the updates that train with guidance; each costs one more forward pass a scale, and one more."""
+    """Share of the updates that distil guidance; each costs one forward pass per scale plus one."""
     guidance_scale: float = 1.0
-    """The default for users of the adapter, and what previews are made with."""
+    """Default text guidance scale of the adapter, also used for previews."""
     image_guidance_scale: float = 1.0
-    """The same for guidance by the picture."""
+    """Default image guidance scale of the adapter, also used for previews."""
     shift: float = 1.0
-    """Time grid of the sampler, kept with the adapter: above 1, more steps lie where noise is high, below 1 where it
-    is low, which suits those that predict the end of the ODE."""
+    """Time grid of the sampler, stored with the adapter: above 1 places more steps at high noise, below 1 at low noise,
+    which suits networks that predict the end of the ODE."""
     colour: str = "wavelet"
-    """Of upscaling, the default for users of the adapter: how results are corrected to their inputs (see
-    sampling.colour); back-projection where these are small but clean."""
+    """For upscaling, the adapter's default color correction towards the input (see sampling.colour); use
+    back-projection for small but clean inputs."""
     prompt_dropout: float = 0.5
-    """Share of prompts replaced by the empty one."""
+    """Probability of replacing a prompt by the empty one."""
     mu_rate: float = 30.0
-    """Learning rate of the fusion weights mu and of the guidance input, as a multiple: they start at 0 and have a long
-    way to go."""
+    """Learning rate of the fusion weights mu and the guidance input, as a multiple of learning_rate: they start at 0
+    and have far to go."""
     half: bool = True
     """Store the finished adapter in float16."""
 
@@ -117,7 +117,7 @@ class DistillRecipe(RunSettings):
 
     @property
     def form_options(self) -> dict[str, Any]:
-        """What a new adapter of this form takes beside its inputs."""
+        """Further arguments of a new adapter of this form."""
         return {"reads": self.reads, "depth": self.depth} if self.adapter == "fused" else {}
 
     @property
@@ -127,12 +127,12 @@ class DistillRecipe(RunSettings):
 
     @property
     def has_target_time(self) -> bool:
-        """Whether the network gets a target time as an input."""
+        """True if the network gets a target time as an input."""
         return OBJECTIVES[self.objective].target_time
 
     @property
     def bounded(self) -> bool:
-        """Whether the network's signal is scaled as CoDi's boundary scaling does, in training and sampling."""
+        """True if training and sampling use CoDi's boundary scaling of the network's signal."""
         return bool(self.objective_options.get("boundary"))
 
     @property
@@ -141,8 +141,8 @@ class DistillRecipe(RunSettings):
         return OBJECTIVES[self.objective].teacher_for(self.objective_options)
 
     def encodes(self, control_reads: str) -> bool:
-        """Whether training needs the VAE's encoder for more than the latents of the true pictures. `control_reads`: see
-        Family.control_reads."""
+        """Return True if training needs the VAE's encoder for more than the latents of the targets. `control_reads`:
+        see Family.control_reads."""
         reads = {"fused": self.reads, "hint": "latent", "controlnet": control_reads}.get(self.adapter)
         reads_latents = reads == "latent"
         return reads_latents or self.objective_options.get("d_x") == "features"
@@ -159,7 +159,7 @@ class DistillRecipe(RunSettings):
             self.objective = "codi"
 
     def validate(self) -> None:
-        """Raises UserError for values that no run can have."""
+        """Raise UserError for invalid values."""
         super().validate()
         for key, known in (("objective", OBJECTIVES), ("adapter", FORMS), ("reads", READS), ("colour", METHODS)):
             if getattr(self, key) not in known:
@@ -200,7 +200,7 @@ class DistillRecipe(RunSettings):
         if unknown := set(self.guidance) - set(SCALES):
             raise UserError(f"guidance: unknown scale {sorted(unknown)[0]!r}: known are {', '.join(SCALES)}")
         if "image" in self.guidance and self.adapter == "lora":
-            raise UserError("guidance: image: there is none to keep to: leave it out")
+            raise UserError("guidance: image: adapter lora has no image condition: leave it out")
         if "image" in self.guidance and self.train_backbone:
             raise UserError("guidance: image: is measured from the backbone without a picture, which must stay as it "
                             "was: set train_backbone: false")  # fmt: skip
@@ -225,7 +225,7 @@ class DistillRecipe(RunSettings):
 
 
 def recipe_task(recipe: DistillRecipe) -> Task:
-    """The task with the recipe's options. Raises UserError for an unknown task or option."""
+    """Return the recipe's task with its options. Raises UserError for an unknown task or option."""
     options = dict(recipe.task_options)
     if recipe.degradation is not None:
         options["degradation"] = recipe.degradation
@@ -233,7 +233,7 @@ def recipe_task(recipe: DistillRecipe) -> Task:
 
 
 def require_fits(recipe: DistillRecipe, form: type, config: Mapping[str, Any]) -> None:
-    """Raises UserError unless `recipe.start`, of that form and configuration, is an adapter as the recipe's."""
+    """Raise UserError unless `recipe.start`, of this form and configuration, fits the recipe."""
     if form is not FORMS[recipe.adapter]:
         raise UserError(f"{recipe.start}: not a {recipe.adapter} adapter: set `adapter` to its form")
     if config.get("reads", recipe.reads) != recipe.reads:

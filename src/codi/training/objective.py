@@ -24,7 +24,7 @@ _CHOICES = {
 
 
 def require_options(objective: str, chosen: Mapping[str, Any]) -> None:
-    """Raise UserError for options that the objective does not have, or values that no run can have."""
+    """Raise UserError for unknown options of the objective and for invalid values."""
     defaults = OBJECTIVES[objective].defaults
     options = {**defaults, **chosen}
     for key, values in _CHOICES.items():
@@ -32,7 +32,7 @@ def require_options(objective: str, chosen: Mapping[str, Any]) -> None:
         if value not in values:
             raise UserError(f"{key} {value!r}: not known{nearest(str(value), values)}: use one of {', '.join(values)}")
     if options.get("signal_weighting") == "velocity" and chosen.get("d_x", "latent") != "latent":
-        raise UserError("signal_weighting 'velocity': weighs latents: use it with d_x: latent, or set it to signal")
+        raise UserError("signal_weighting 'velocity': applies to latents only: use it with d_x: latent, or set it to signal")
     for key in ("dt", "dt_end"):
         dt = options.get(key)
         if dt is not None and (not isinstance(dt, int) or not 1 <= dt < 1000):
@@ -60,8 +60,7 @@ def _require_shares(options: Mapping[str, Any]) -> None:
 
 
 def configure_objective(recipe: Any, vae: Any, teacher: Network | None) -> Callable[..., dict[str, Tensor]]:
-    """Return the objective of a DistillRecipe with its options bound: names of distances and the teacher become
-    functions."""
+    """Return the loss of a DistillRecipe's objective with its options, distance and teacher bound."""
     options = dict(recipe.objective_options)
     name = options.pop("d_x", "latent")
     decode = functools.partial(codec.decode, vae, clamp=False)
@@ -87,7 +86,7 @@ def configure_objective(recipe: Any, vae: Any, teacher: Network | None) -> Calla
 def _perceptual(vae: Any) -> Callable[[Tensor, Tensor], Tensor]:
     from ..evaluation.metrics import Features, enlite0_distance
 
-    extractors: dict[Any, Features] = {}  # made where the codec is, which is not known before training starts
+    extractors: dict[Any, Features] = {}  # created on the codec's device, which is not known before training starts
 
     def metric(a: Tensor, b: Tensor) -> Tensor:
         if vae.device not in extractors:
