@@ -182,12 +182,12 @@ def test_a_folder_of_odd_things_is_worked_through(shell, tiny, tmp_path, monkeyp
     ran = shell("upscale", "in", "-o", "out", *options)
     assert ran.code == 1 and os.listdir("out") == ["a.png"]
     assert [line.split(": ")[1:3] for line in ran.err.splitlines()] == [
-        ["in/gone.png", "is a link to nowhere.png, which is not there"],
-        ["in/pipe.png", "is no ordinary file"],
-        ["in/self.png", "is a link to self.png, which is not there"],
+        ["in/gone.png", "is a link to nowhere.png, which does not exist"],
+        ["in/pipe.png", "is not a regular file"],
+        ["in/self.png", "is a link to self.png, which does not exist"],
     ]
     assert shell("upscale", "in/a.png", "-o", "new/", *options).code == 0 and os.listdir("new") == ["a.png"]
-    for words in (("in/*.jpg", "no file matches"), ("https://host/a.png", "https://host/a.png: is an address")):
+    for words in (("in/*.jpg", "no file matches"), ("https://host/a.png", "https://host/a.png: is a URL")):
         shell("upscale", words[0], "-o", "x.png", *options).failed(1, words[1])
     for other in ("pipe", "self", "gone"):
         shell("depth", f"in/{other}.png", "-o", "x.png", *options).failed(1, f"in/{other}.png: is ")

@@ -198,7 +198,7 @@ def test_scenes_beyond_the_memory_limit_are_rendered_again():
 
     tight = SceneSource("train", 10, memory=12_000)
     first = tight.read(range(6), 32)
-    assert len(tight._kept) == 2
+    assert len(tight._cache) == 2
     assert all(map(same, first, tight.read(range(6), 32)))
 
 
@@ -303,7 +303,7 @@ def test_metadata_csv_is_metadata_jsonl(photos):
     expected = read(open_source(photos), range(12), 32)
     rows = [f'{row["file_name"]},"{row["text"]}",{row["instruction"]}' for row in rows_of(photos)]
     (photos / "metadata.csv").write_text("\n".join(["file_name,text,instruction", *rows]))
-    refused(lambda: open_source(photos), "metadata.jsonl: there is metadata.csv beside it: keep one of them")
+    refused(lambda: open_source(photos), "metadata.jsonl: the folder also has metadata.csv: keep one of them")
     (photos / "metadata.jsonl").unlink()
     source = open_source(photos)
     assert isinstance(source, PictureSource) and source.unused() == [] and "metadata.csv" in source.describe()
@@ -381,7 +381,7 @@ def test_half_of_a_character_in_a_caption_is_named(tmp_path, name):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     open_source(tmp_path)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({**row, name: "a \ud83d cat"}))
-    refused(lambda: open_source(tmp_path), f"line 1: {name} holds U+D83D, half of a character")
+    refused(lambda: open_source(tmp_path), f"line 1: {name} holds U+D83D, half of a surrogate pair")
     fields = json.dumps({name: "\udc00"}).encode()
     write_tar(tmp_path / "x.tar", [("a.png", (tmp_path / "a.png").read_bytes()), ("a.json", fields)])
     (found,) = open_source(tmp_path / "x.tar").read([0], 16)

@@ -196,7 +196,7 @@ def test_what_is_no_depth_map_is_one_clear_line(tmp_path: Path):
         "empty.npy": r"shape \(0, 4\): give one number a pixel|cannot be read",
         "objects.npy": "cannot be read",
         "missing.npy": "no such file",
-        "pipe.npy": "is no ordinary file",
+        "pipe.npy": "is not a regular file",
         "huge.npy": "40000 x 40000 pixels, above the limit",
         "missing.png": "no such file",
     }

@@ -1,4 +1,4 @@
-"""Samples to training batches: an endless stream that is a pure function of (seed, position)."""
+"""Training batches: an endless stream of samples that is a pure function of (seed, position)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import UserError
 from .samples import CorruptSample, Sample, Source, order
 from .writing import write_whole
 
-MIN_READ = 20  # distinct files read before the share of corrupt ones is judged
+MIN_READ = 20  # distinct files to read before the fraction of corrupt ones is tested
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Batch:
     instruction: list[str] = field(default_factory=list)
 
     def part(self, which: slice) -> Batch:
-        """Some of its samples."""
+        """Return the samples of the slice `which` as a batch."""
         extras = {name: column[which] for name, column in self.extras.items()}
         return Batch(self.image[which], self.text[which], extras, self.index[which], self.instruction[which])
 
@@ -48,18 +48,17 @@ def batches(
     prefetch: bool = False,
     stride: int | None = None,
 ) -> Generator[Batch, None, None]:
-    """An endless stream of batches of `size` x `size` pixels.
+    """Yield an endless stream of batches of `size` x `size` pixels.
 
-    Position p (counted in images from 0) holds sample `order[p mod n]` of epoch `p div n`; both the order
-    and the crop are drawn from streams keyed by (`seed`, epoch) and (`seed`, p). So `start=p` goes on exactly where a
-    run that had drawn p images stopped, whatever happened before, and whatever the batch size. A batch begins `stride`
-    positions after the one before it (by default where that one ended): several processes share a stream if each draws
-    every other batch.
+    Position p (counted in images from 0) holds sample `order[p mod n]` of epoch `p div n`; the order is drawn from a
+    random stream keyed by (`seed`, epoch), the crop from one keyed by (`seed`, p). So `start=p` continues exactly where
+    a run that had drawn p images stopped, for any batch size. A batch starts `stride` positions after the previous one
+    (by default where that one ended), so that several processes can share a stream.
 
     A corrupt file is replaced by the next readable one in order. `report` names a JSON file that lists them:
     {"read": distinct files read, "skipped": ..., "files": [{"file", "why"}]}. `prefetch` prepares up to two batches in
-    a thread; close the generator to end it. Raises UserError for arguments out of range, and while drawing when more
-    than the share `max_corrupt` of at least 20 distinct files is corrupt, or when no file at all is readable.
+    a thread; close the generator to end it. Raises UserError for arguments out of range, and while drawing if more
+    than the fraction `max_corrupt` of at least 20 distinct files is corrupt, or if no file is readable.
     """
     for name, value, least in (
         ("batch size", batch_size, 1),
@@ -71,8 +70,8 @@ def batches(
         if value < least:
             raise UserError(f"{name} {value}: too small: give at least {least}")
     stream = _Stream(source, size, seed, None if report is None else Path(report), max_corrupt)
-    drawn = _draw(stream, batch_size, start, stride or batch_size)
-    return _prefetched(drawn) if prefetch else drawn
+    generator = _draw(stream, batch_size, start, stride or batch_size)
+    return _prefetched(generator) if prefetch else generator
 
 
 def _draw(stream: _Stream, batch_size: int, start: int, stride: int) -> Generator[Batch, None, None]:
@@ -86,13 +85,13 @@ def _draw(stream: _Stream, batch_size: int, start: int, stride: int) -> Generato
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples of one size as one batch. Raises UserError where their columns do not fit together."""
+    """Stack samples of the same size into a batch. Raises UserError if the shapes of a column differ."""
     extras: dict[str, Tensor] = {}
     for column in samples[0].extras:
         grids = [s.extras[column] for s in samples]
         for grid, sample in zip(grids, samples, strict=True):
             if grid.shape != grids[0].shape:
-                raise UserError(f"{sample.name}: its {column} has another bit depth than others': convert it")
+                raise UserError(f"{sample.name}: its {column} differs in bit depth from other samples: convert it")
         extras[column] = torch.stack(grids)
     return Batch(
         image=torch.stack([s.image for s in samples]),
@@ -104,7 +103,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class _Stream:
-    """The samples by position, with what is known of corrupt files (which changes no sample, only saves reading)."""
+    """Samples by position. Remembers corrupt files, which saves reading them again but changes no result."""
 
     def __init__(self, source: Source, size: int, seed: int, report: Path | None, max_corrupt: float) -> None:
         self.source, self.size, self.seed = source, size, seed
@@ -114,41 +113,42 @@ class _Stream:
         self._order = (-1, np.empty(0, int))
 
     def item(self, position: int) -> int:
-        epoch, at = divmod(position, len(self.source))
+        """Return the source index of the sample at `position`."""
+        epoch, offset = divmod(position, len(self.source))
         if self._order[0] != epoch:
             self._order = epoch, order(self.source, self.seed, epoch)
-        return int(self._order[1][at])
+        return int(self._order[1][offset])
 
     def at(self, positions: range) -> list[Sample]:
-        """The samples at these positions, each replaced by the next readable one where it is corrupt."""
-        found: dict[int, Sample] = {}
-        looking = {p: p for p in positions}  # position -> where its sample is looked for
-        while looking:
-            for wanted, at in looking.items():
-                while self.item(at) in self.corrupt:
-                    at += 1
-                looking[wanted] = at
-            crops = [np.random.default_rng([self.seed, p, 1]) for p in looking]
-            results = self.source.read([self.item(at) for at in looking.values()], self.size, crops)
-            known = len(self.corrupt)
-            for wanted, result in zip(list(looking), results, strict=True):
+        """Return the samples at `positions`; a corrupt one is replaced by the next readable one."""
+        samples: dict[int, Sample] = {}
+        pending = {p: p for p in positions}  # position -> position to read its sample from
+        while pending:
+            for position, candidate in pending.items():
+                while self.item(candidate) in self.corrupt:
+                    candidate += 1
+                pending[position] = candidate
+            crops = [np.random.default_rng([self.seed, p, 1]) for p in pending]
+            results = self.source.read([self.item(candidate) for candidate in pending.values()], self.size, crops)
+            previous = len(self.corrupt)
+            for position, result in zip(list(pending), results, strict=True):
                 self.read.add(result.index)
                 if isinstance(result, Sample):
-                    found[wanted] = result
-                    del looking[wanted]
+                    samples[position] = result
+                    del pending[position]
                 else:
                     self.corrupt[result.index] = result
-            if len(self.corrupt) > known:
+            if len(self.corrupt) > previous:
                 self.write_report()
             if self.corrupt:
                 self._judge()
-        return [found[p] for p in positions]
+        return [samples[p] for p in positions]
 
     def _judge(self) -> None:
-        # Before the whole set is read the share is an estimate: take off a one-sided 95 % margin, or an unlucky start
-        # would stop a run on a set that is well below the limit.
-        seen_all = len(self.read) == len(self.source)
-        margin = 0 if seen_all else 1.64 * len(self.corrupt) ** 0.5
+        # Until all files are read the fraction is an estimate: subtract a one-sided 95 % margin, or an unlucky start
+        # would stop a run on a data set that is well below the limit.
+        complete = len(self.read) == len(self.source)
+        margin = 0 if complete else 1.64 * len(self.corrupt) ** 0.5
         corrupt = list(self.corrupt.values())
         judge(corrupt, len(self.read), len(self.source), self.max_corrupt, self.report, margin)
 
@@ -165,8 +165,8 @@ def judge(
     report: Path | None = None,
     margin: float = 0.0,
 ) -> None:
-    """Raises UserError where none of all `count` files is readable or, of at least 20 that were `read`, more than the
-    share `max_corrupt` is corrupt, `margin` files taken off; it names the first and the `report`."""
+    """Raise UserError if all `count` files are corrupt or if, after at least 20 were `read`, the number of corrupt ones
+    less `margin` is more than the fraction `max_corrupt`. The message names the first corrupt file and `report`."""
     if not corrupt:
         return
     first = corrupt[0]
@@ -180,14 +180,14 @@ def judge(
 
 
 def report_corrupt(path: Path, read: int, corrupt: Sequence[CorruptSample]) -> None:
-    """Write the report that `batches` describes, whole or not at all. Raises UserError where it cannot be written."""
+    """Write the report described in `batches`, atomically. Raises UserError if it cannot be written."""
     files = [{"file": c.file, "why": c.why} for c in corrupt]
     content = {"read": read, "skipped": len(files), "files": files}
     write_whole(path, [json.dumps(content, indent=1).encode() + b"\n"])
 
 
-def _prefetched(drawn: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    """The same batches, prepared up to two ahead in a thread. Errors come out where the batch would have."""
+def _prefetched(generator: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """Yield the batches of `generator`, up to two of them prepared in a thread. Errors are raised in their order."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=2)
     stop = threading.Event()
 
@@ -198,14 +198,14 @@ def _prefetched(drawn: Generator[Batch, None, None]) -> Generator[Batch, None, N
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def produce() -> None:
         try:
             while not stop.is_set():
-                put(next(drawn))
+                put(next(generator))
         except BaseException as error:
             put(error)
 
-    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread = threading.Thread(target=produce, name="batches", daemon=True)
     thread.start()
     try:
         while True:
@@ -216,4 +216,4 @@ def _prefetched(drawn: Generator[Batch, None, None]) -> Generator[Batch, None, N
     finally:
         stop.set()
         thread.join()
-        drawn.close()
+        generator.close()

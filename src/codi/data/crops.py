@@ -1,4 +1,4 @@
-"""Decoding and cropping of training pictures: strict where bytes are damaged, the same crop for all columns."""
+"""Decoding and cropping of training images: damaged files are refused, and all columns get the same crop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from .decoding import decode_numbers, decode_picture, is_deep, numbers_image
 
-NUMBERS = ("conditioning_image", "mask")  # columns whose 16 bits are distances or ids; elsewhere they are brightness
-ZOOM = (1.0, 2.0)  # of random crops: times their size that the shorter side of the whole picture has; see draw_square
-MAX_PIXELS = 89_000_000  # a header that promises more is taken for a decompression bomb; Pillow warns above this
+NUMBERS = ("conditioning_image", "mask")  # columns whose 16-bit values are distances or ids, not brightness
+ZOOM = (1.0, 2.0)  # range of (shorter side of the image) / (side of a random crop); see draw_square
+MAX_PIXELS = 89_000_000  # a header with more is taken for a decompression bomb; Pillow warns above this
 
 
 def load_picture(data: bytes, least: int | None = None) -> Image.Image:
-    """Decode a picture file, upright, to 8-bit sRGB of mode L or RGB; see decoding.decode_picture. Animations are
-    refused: which of their frames is meant, nothing says."""
+    """Decode an image file, upright, to 8-bit sRGB of mode L or RGB; see decoding.decode_picture. Animations are
+    refused, since it is unclear which frame is meant."""
     return decode_picture(data, "a training picture", MAX_PIXELS, least, still=True).to_image()
 
 
 def load_column(data: bytes, column: str) -> Image.Image:
-    """Decode the file of a picture column: a picture, as load_picture, or for numbers what the file holds, which may be
-    an array that numpy.save wrote, one number a pixel, (H, W), (1, H, W) or (H, W, 1)."""
+    """Decode the file of an image column, as load_picture does. Columns in NUMBERS keep the file's values, and the file
+    may also be a numpy array (numpy.save) with one value per pixel, (H, W), (1, H, W) or (H, W, 1)."""
     if column not in NUMBERS:
         return load_picture(data)
     if not data.startswith(b"\x93NUMPY"):
@@ -34,22 +34,22 @@ def load_column(data: bytes, column: str) -> Image.Image:
     shape, kind = grid.shape, grid.dtype
     grid = grid.squeeze(tuple(axis for axis in (0, 2) if shape[axis] == 1)[:1]) if len(shape) == 3 else grid
     if grid.ndim != 2 or not 0 < grid.size <= MAX_PIXELS or kind.kind not in "buif":
-        raise ValueError(f"an array of {kind} of shape {shape}: it needs one number a pixel, (H, W)")
+        raise ValueError(f"an array of {kind} of shape {shape}: it needs one number per pixel, (H, W)")
     if kind.kind == "b" or kind == np.uint8:
         return Image.fromarray(grid * np.uint8(255) if kind.kind == "b" else grid)
     return numbers_image(grid)
 
 
 def why_unreadable(error: Exception) -> str:
-    """One line for a report: what the decoder or the operating system said."""
+    """Return the message of the decoder or the operating system as one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
 class Square:
-    """A square crop, as fractions of the picture's width and height (`side_*` too, so that a column of another
-    resolution is cut alike)."""
+    """A square crop as fractions of the image's width and height, so that it also fits a column of another
+    resolution."""
 
     left: float
     top: float
@@ -57,6 +57,7 @@ class Square:
     side_y: float
 
     def box(self, picture: Image.Image) -> tuple[float, float, float, float]:
+        """Return (left, top, right, bottom) in pixels of `picture`."""
         width, height = picture.size
         left, top = self.left * width, self.top * height
         return left, top, min(left + self.side_x * width, width), min(top + self.side_y * height, height)
@@ -65,23 +66,23 @@ class Square:
 def draw_square(
     width: int, height: int, size: int, rng: np.random.Generator | None, zoom: tuple[float, float] = ZOOM
 ) -> Square:
-    """A random square such that the shorter side is scaled to between zoom[0] and zoom[1] times `size`, but not
-    enlarged; without `rng` the centred one of the least zoom."""
+    """Draw a random square crop such that scaling it to `size` scales the image's shorter side to between zoom[0] and
+    zoom[1] times `size`, but never enlarges it. Without `rng`, return the centered crop at the least zoom."""
     shorter = min(width, height)
     least, most = (min(z * size, shorter) for z in zoom)
     scale, across, down = (0.0, 0.5, 0.5) if rng is None else rng.random(3)
     side = shorter * size / max(size, least + scale * (most - least))
     left, top = across * (width - side), down * (height - side)
-    if side == size and rng is not None:  # at its own pixels: on whole ones, for nothing is resampled then
+    if side == size and rng is not None:  # no scaling: align to whole pixels, so that nothing is resampled
         left, top = round(left), round(top)
     return Square(left / width, top / height, side / width, side / height)
 
 
 def cut(picture: Image.Image, square: Square, size: int, column: str | None = None) -> Tensor:
-    """Cuts and resizes to a float32 (C, size, size): Lanczos for pictures; ids and distances are never averaged."""
+    """Crop and resize to float32 (C, size, size): Lanczos for images, nearest neighbor for ids and distances."""
     box = square.box(picture)
     if column == "mask" or (column in NUMBERS and is_deep(picture)):
-        numbers = is_deep(picture) or picture.mode == "P"  # a palette's indices are ids, its colours are not
+        numbers = is_deep(picture) or picture.mode == "P"  # of a palette, the indices are the ids
         scale = 1.0 if numbers else 1 / 255
         grid = np.asarray(picture if numbers else picture.convert("L"))
         step = (np.arange(size) + 0.5) / size

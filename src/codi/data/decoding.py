@@ -1,7 +1,7 @@
-"""Decoding of picture files, the same for training and for commands: every color model and bit depth becomes sRGB.
+"""Decoding of image files, shared by training and commands: every color model and bit depth becomes sRGB.
 
-`decode_picture` serves both: `images.read_image` turns what it returns into tensors, `crops.load_picture` into a
-picture of 8 bits. `decode_numbers` leaves the numbers of depth maps and masks as they are.
+`images.read_image` turns the result of `decode_picture` into tensors, `crops.load_picture` into an 8-bit image.
+`decode_numbers` keeps the values of depth maps and masks.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .formats import image_formats
 
 _ORIENTATION = 0x0112  # EXIF tags
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for files above 4 GB
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", *_TIFF)  # what common formats start with
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", *_TIFF)  # the first bytes of common formats
 
 
 @dataclass
 class Decoded:
-    """A picture file's pixels, not yet turned upright."""
+    """Decoded pixels of an image file, before its EXIF orientation is applied."""
 
     color: Image.Image | np.ndarray
-    """Of 8 bits a picture of mode L or RGB; of more, float32 (1 or 3, H, W) in [0, 1]."""
+    """For 8 bits an image of mode L or RGB; for more, float32 (1 or 3, H, W) in [0, 1]."""
     alpha: Image.Image | np.ndarray | None
-    """Straight (not premultiplied): mode L, or float32 (H, W) in [0, 1]."""
+    """Not premultiplied: mode L, or float32 (H, W) in [0, 1]."""
     bits: int
-    """8 or 16: the depth that keeps what the file held."""
+    """8 or 16: the smallest depth that preserves the file's values."""
     orientation: int = 1
-    """As EXIF numbers it."""
+    """EXIF orientation, 1 to 8."""
     icc: bytes | None = None
-    """The profile that the colors are in; None: sRGB."""
+    """The profile of the colors; None: sRGB."""
     exif: bytes | None = None
     """EXIF without the orientation and the thumbnail."""
 
@@ -65,22 +65,22 @@ def decode_picture(
     own_profile: bool = False,
     still: bool = False,
 ) -> Decoded:
-    """Decode a file or its bytes. Colors are turned into sRGB; with `own_profile` they stay in the embedded profile
-    where networks that know sRGB can do with it (see profiles.stays). `least`: the shorter side in pixels that the
-    caller needs; a larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, several times faster.
+    """Decode a file or its bytes. Colors are converted to sRGB; with `own_profile` they stay in the embedded profile
+    if it is close enough to sRGB for the networks (see profiles.stays). `least` is the shorter side in pixels that the
+    caller needs: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, several times faster.
 
-    Raises PictureFault for what is no image, damaged, of more than `limit` pixels (read from the header, before any
-    pixel is decoded), or whose floating-point pixels are not finite or not within [0, 1]; with `still` also for
-    several frames or pages, of which otherwise the first is read, with a warning. `name` is for warnings.
+    Raises PictureFault if the file is no image, is damaged, has more than `limit` pixels (checked in the header, before
+    any pixel is decoded), or has floating-point pixels that are not finite or not within [0, 1]; with `still` also for
+    several frames or pages, of which otherwise the first is read, with a warning. `name` is used in warnings.
     """
-    with _one_fault():
+    with _as_picture_fault():
         image = _open(source, limit)
         if isinstance(image, TiffHeader):
             _check_frames(image.pages, name, still)
             return _decode_tiff(source, image)
         with image:
             _check_frames(_is_animated(image), name, still)
-            with _quiet(source):
+            with _no_warnings(source):
                 stored = _load(image, least)
                 # Pillow and OpenCV both turn a TIFF upright while decoding it; Pillow then drops the tag.
                 orientation, exif = _orientation(image), _exif(image)
@@ -88,19 +88,19 @@ def decode_picture(
             # Pillow would cut 16-bit color to 8 bits.
             cut = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA") and ";16" in stored
             if not cut and not is_deep(image):
-                color, alpha, kept = _decode_eight_bit(image, stored, icc, name, own_profile)
-                return Decoded(color, alpha, 8, orientation, kept, exif)
+                color, alpha, profile = _decode_eight_bit(image, stored, icc, name, own_profile)
+                return Decoded(color, alpha, 8, orientation, profile, exif)
             planes, alpha, bits = _decode_deep(source, image, stored, cut)
-            kept, used = _divide(icc, "L" if len(planes) == 1 else "RGB", alpha is not None, own_profile)
-            _convert_deep(planes, used, name)
-            return Decoded(planes, alpha, bits, orientation, kept, exif)
+            profile, converted = _split_profile(icc, "L" if len(planes) == 1 else "RGB", alpha is not None, own_profile)
+            _convert_deep(planes, converted, name)
+            return Decoded(planes, alpha, bits, orientation, profile, exif)
 
 
 def decode_numbers(source: bytes, limit: int, palette: bool) -> Image.Image | None:
-    """Decode a depth map or a mask, upright, with its numbers as they are: of mode I;16, I or F or, if `palette`, the
-    indices of mode P. Returns None for others, which are pictures. Raises PictureFault as decode_picture, with
-    `still`."""
-    with _one_fault():
+    """Decode a depth map or a mask, upright, with its values unchanged: of mode I;16, I or F or, if `palette`, the
+    indices of mode P. Returns None for other modes, which are ordinary images. Raises PictureFault like decode_picture
+    with `still`."""
+    with _as_picture_fault():
         image = _open(source, limit)
         if isinstance(image, TiffHeader):
             _check_frames(image.pages, "", still=True)
@@ -120,15 +120,15 @@ def decode_numbers(source: bytes, limit: int, palette: bool) -> Image.Image | No
 
 
 def numbers_image(grid: np.ndarray) -> Image.Image:
-    """Return an array (H, W) of numbers as a picture of mode I;16 where these hold it, else F. Numbers that are not
-    finite become 0, which is "none"."""
+    """Return an array (H, W) as an image of mode I;16 if its integers fit, else of mode F. Values that are not finite
+    become 0, which means "none"."""
     if grid.dtype.kind == "f":
         return Image.fromarray(np.nan_to_num(grid.astype(np.float32), nan=0, posinf=0, neginf=0))
     return Image.fromarray(grid.astype(np.uint16 if grid.min() >= 0 and grid.max() <= 65535 else np.float32))
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether a picture holds numbers of more than 8 bits."""
+    """Return True for modes of more than 8 bits per channel."""
     return image.mode.startswith(("I", "F"))
 
 
@@ -147,8 +147,8 @@ def upright(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 @contextmanager
-def _one_fault() -> Iterator[None]:
-    """Within it, whatever decoders raise on damaged bytes becomes a PictureFault."""
+def _as_picture_fault() -> Iterator[None]:
+    """Turn all exceptions that decoders raise on damaged bytes into PictureFault."""
     try:
         yield
     except PictureFault:
@@ -161,13 +161,13 @@ def _one_fault() -> Iterator[None]:
 
 
 def _open(source: Path | bytes, limit: int) -> Image.Image | TiffHeader:
-    """Read a picture's header; return TiffHeader for a TIFF that OpenCV alone can decode."""
-    with _stream(source) as stream, _quiet(source):
+    """Read an image's header; return TiffHeader for a TIFF that only OpenCV can decode."""
+    with _stream(source) as stream, _no_warnings(source):
         prefix = stream.read(16)
         stream.seek(0)
         tiff = tiff_header(stream) if prefix[:4] in _TIFF else None
     try:
-        with _quiet(source):
+        with _no_warnings(source):
             image = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=image_formats())
     except Image.DecompressionBombError as error:
         raise _too_large(_header_size(source, prefix), limit) from error
@@ -186,9 +186,9 @@ def _open(source: Path | bytes, limit: int) -> Image.Image | TiffHeader:
 
 
 @contextmanager
-def _quiet(source: Path | bytes) -> Iterator[None]:
-    """Leave out Pillow's own warnings, of odd metadata and of sizes, for which there is a limit. Not for bytes, which
-    are training's: it decodes in threads, while the filters of warnings are the whole process's."""
+def _no_warnings(source: Path | bytes) -> Iterator[None]:
+    """Suppress Pillow's warnings about odd metadata and about sizes, for which there is a limit. Has no effect for
+    bytes: training decodes these in threads, and warning filters are shared by the whole process."""
     if isinstance(source, bytes):
         yield
         return
@@ -213,7 +213,7 @@ def _too_large(size: tuple[int, int], limit: int) -> PictureFault:
 
 
 def _header_size(source: Path | bytes, prefix: bytes) -> tuple[int, int]:
-    """(width, height) from the header. Image.open says only how many pixels a refused picture has; its readers do."""
+    """Return (width, height) from the header of a file that Image.open refuses, from Pillow's readers."""
     with _stream(source) as stream:
         for reader, accepts in Image.OPEN.values():
             if accepts is None or accepts(prefix) is True:
@@ -226,24 +226,24 @@ def _header_size(source: Path | bytes, prefix: bytes) -> tuple[int, int]:
 
 
 def _is_animated(image: Image.Image) -> bool:
-    try:  # of a JPEG or PSD the first is the picture, others are previews, gain maps or layers of it
+    try:  # in a JPEG or PSD, later frames are previews, gain maps or layers
         return image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
-    except DAMAGE:  # of another frame than the first
+    except DAMAGE:  # in another frame than the first
         return False
 
 
 def _check_frames(several: bool, name: str, still: bool) -> None:
     if several and still:
-        raise PictureFault("holds several frames or pages: save the one that is meant as a file of its own")
+        raise PictureFault("holds several frames or pages: save one of them as a separate file")
     if several:
         warnings.warn(f"{name}: holds several frames or pages: only the first is read", stacklevel=4)
 
 
 def _load(image: Image.Image, least: int | None) -> str:
-    """Decode the pixels; return how the file stores them."""
+    """Decode the pixels; return Pillow's description of how the file stores them."""
     if least is not None and image.format == "JPEG":
         image.draft(None, (least, least))
-    stored = str(getattr(image, "tile", ""))  # gone after load()
+    stored = str(getattr(image, "tile", ""))  # not available after load()
     image.load()
     return stored
 
@@ -251,17 +251,17 @@ def _load(image: Image.Image, least: int | None) -> str:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # EXIF comes from cameras and editors in any shape: an unreadable one turns nothing
+    except Exception:  # malformed EXIF is common and ignored
         return 1
 
 
 def _exif(image: Image.Image) -> bytes | None:
     try:
-        kept = image.getexif()
+        exif = image.getexif()
         for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-            kept.get_ifd(part)  # or tobytes would leave it out
-        kept.pop(_ORIENTATION, None)
-        return kept.tobytes() if len(kept) else None
+            exif.get_ifd(part)  # or tobytes would leave it out
+        exif.pop(_ORIENTATION, None)
+        return exif.tobytes() if len(exif) else None
     except Exception:  # as in _orientation
         return None
 
@@ -272,28 +272,28 @@ def _exif(image: Image.Image) -> bytes | None:
 def _decode_eight_bit(
     image: Image.Image, stored: str, icc: bytes | None, name: str, own_profile: bool
 ) -> tuple[Image.Image, Image.Image | None, bytes | None]:
-    """Return colors and alpha of a loaded picture of 8 bits a channel and any mode, and the profile that the colors
-    are in, None for sRGB."""
-    mode, clear = image.mode, image.info.get("transparency")
-    if isinstance(clear, int) and (packed := re.search(r"'L;([24])'", stored)):
-        image.info["transparency"] = clear * 255 // (2 ** int(packed[1]) - 1)  # Pillow scales the pixels alone
-    if clear is not None and mode in ("1", "L", "P", "RGB"):  # a palette entry or one color is clear
+    """Return colors and alpha of a loaded image with 8 bits per channel, of any mode, and the profile of the colors,
+    None for sRGB."""
+    mode, transparent = image.mode, image.info.get("transparency")
+    if isinstance(transparent, int) and (packed := re.search(r"'L;([24])'", stored)):
+        image.info["transparency"] = transparent * 255 // (2 ** int(packed[1]) - 1)  # Pillow scales only the pixels
+    if transparent is not None and mode in ("1", "L", "P", "RGB"):  # a palette entry or one color is transparent
         image = image.convert("LA" if mode in ("1", "L") else "RGBA")
     elif mode in ("La", "RGBa"):  # premultiplied
         image = image.convert("LA" if mode == "La" else "RGBA")
     elif mode == "PA":
         image = image.convert("RGBA")
-    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None  # that of LAB is another A
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None  # not the A of LAB
     if image.mode in ("1", "LA"):
         image = image.convert("L")
     elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
         image = image.convert("RGB")
-    kept, used = _divide(icc, image.mode, alpha is not None, own_profile)
-    return profiles.to_srgb(image, used, name), alpha, kept
+    profile, converted = _split_profile(icc, image.mode, alpha is not None, own_profile)
+    return profiles.to_srgb(image, converted, name), alpha, profile
 
 
 def _decode_tiff(source: Path | bytes, header: TiffHeader) -> Decoded:
-    """Decode a TIFF that OpenCV alone can decode."""
+    """Decode a TIFF that only OpenCV can decode."""
     planes = scale(decode_deep(source))
     color, alpha = planes[:3], planes[3] if len(planes) == 4 and header.extra != 0 else None
     straighten(color, alpha, header.photometric == 0, header.extra == 1)
@@ -303,34 +303,34 @@ def _decode_tiff(source: Path | bytes, header: TiffHeader) -> Decoded:
 def _decode_deep(
     source: Path | bytes, image: Image.Image, stored: str, cut: bool
 ) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Return colors float32 (1 or 3, H, W), alpha (H, W) or None, and bits of a loaded picture of more than 8 bits.
-    `cut`: Pillow has 8 of them, so that OpenCV decodes it again."""
-    clear = image.info.get("transparency")
+    """Return colors float32 (1 or 3, H, W), alpha (H, W) or None, and bits of a loaded image of more than 8 bits.
+    `cut`: Pillow cut it to 8 bits, so OpenCV decodes it again."""
+    transparent = image.info.get("transparency")
     inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(262) == 0
     if cut:
-        image.close()  # which frees its pixels
+        image.close()  # frees its pixels
         channels = decode_deep(source)
     else:
         channels = [np.asarray(image)]
     planes = scale(channels)
     alpha = planes[3] if len(planes) == 4 and "RGBX" not in stored else None
-    if len(channels) == 1 and isinstance(clear, int):
-        alpha = (channels[0] != clear).astype(np.float32)
+    if len(channels) == 1 and isinstance(transparent, int):
+        alpha = (channels[0] != transparent).astype(np.float32)
     color = planes[:1] if "LA;16" in stored else planes[:3]  # OpenCV repeats the grey
     straighten(color, alpha, inverted, "RGBa" in stored)
     return color, alpha, 8 if channels[0].dtype == np.uint8 else 16
 
 
 def _convert_deep(color: np.ndarray, icc: bytes | None, name: str) -> None:
-    """Convert from the profile to sRGB, in place, some rows at a time."""
+    """Convert colors from the profile to sRGB, in place, in bands of rows to limit memory."""
     rows = max(1, 2**24 // color.shape[2])
     for top in range(0, color.shape[1] if icc else 0, rows):
         part = color[:, top : top + rows]
         part[:] = profiles.deep_to_srgb(part.transpose(1, 2, 0), icc, name).transpose(2, 0, 1)
 
 
-def _divide(icc: bytes | None, mode: str, has_alpha: bool, own: bool) -> tuple[bytes | None, bytes | None]:
-    """Return a profile as (one that the picture stays in, one that is turned into sRGB): one of them is None. Grey with
-    alpha is written as color, where a profile of grey would be wrong."""
+def _split_profile(icc: bytes | None, mode: str, has_alpha: bool, own: bool) -> tuple[bytes | None, bytes | None]:
+    """Return (profile to stay in, profile to convert to sRGB from), of which at least one is None. Grey with alpha is
+    always converted: it is written as color, for which a grey profile would be wrong."""
     stays = own and icc is not None and (mode != "L" or not has_alpha) and profiles.stays(icc, mode)
     return (icc, None) if stays else (None, icc)

@@ -50,5 +50,5 @@ def list_files(folder: Path, below: bool = False) -> list[Path]:
 def read_file(path: Path) -> bytes:
     """Return the content of a file. Raises OSError, also for a pipe or device, which might never end."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is no ordinary file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return path.read_bytes()

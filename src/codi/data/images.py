@@ -1,8 +1,8 @@
-"""Picture files of users: anything Pillow or OpenCV can read -> float32 RGB in [0, 1]; `writing` has the way back.
+"""Reading of image files: anything Pillow or OpenCV can decode -> float32 RGB in [0, 1]; `writing` does the reverse.
 
-Reading turns every colour model, bit depth, EXIF rotation and ICC profile into one thing, upright sRGB; what the file
-was (grey, 16 bits, alpha) is kept in the `Picture`, so that a result can be written in kind, in the file's own profile
-too if that is asked for. Every fault of a file is a `UserError` of one line.
+Reading turns every color model, bit depth, EXIF rotation and ICC profile into upright sRGB. `Picture` records what the
+file was (grey, 16 bits, alpha), so that a result can be written in the same way, on request in the file's own ICC
+profile. Every fault of a file is a `UserError` of one line.
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ __all__ = [
     "require_size", "write_image", "write_png",
 ]  # fmt: skip
 
-PIXEL_LIMIT = 178_956_970  # width x height; 512 MiB of 8-bit RGB, the size at which Pillow refuses too
+PIXEL_LIMIT = 178_956_970  # width x height; 512 MiB of 8-bit RGB, which is Pillow's limit too
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as read, upright and in sRGB, or in a profile of its own."""
+    """An image as read: upright, in sRGB or in the file's own profile."""
 
     rgb: Tensor
     """(3, H, W) float32 in [0, 1]."""
     alpha: Tensor | None = None
-    """(1, H, W) float32 in [0, 1], straight (not premultiplied)."""
+    """(1, H, W) float32 in [0, 1], not premultiplied."""
     grey: bool = False
-    """The file had no colour channels; the three channels of `rgb` are equal."""
+    """True if the file was greyscale; the three channels of `rgb` are then equal."""
     bits: int = 8
-    """8 or 16: the depth that keeps what the file held."""
+    """8 or 16: the smallest depth that preserves the file's values."""
     icc: bytes | None = None
-    """The profile that `rgb` is in; None: sRGB."""
+    """The color profile of `rgb`; None: sRGB."""
     exif: bytes | None = None
-    """What camera and editor noted, as EXIF without the orientation, which is applied, and the thumbnail."""
+    """EXIF metadata without the orientation (already applied) and the thumbnail."""
     path: str = ""
 
 
 def read_image(path: str | os.PathLike[str], own_profile: bool = False) -> Picture:
-    """Read a picture; of an animated one, the first frame. Its embedded profile is turned into sRGB; with `own_profile`
-    colours stay as they are in it where that does for networks that know sRGB (see profiles.stays).
+    """Read an image; of an animated one, the first frame. Colors are converted from the embedded profile to sRGB; with
+    `own_profile` they stay in it if it is close enough to sRGB for the networks (see profiles.stays).
 
-    Raises UserError for a file that is missing, a folder, empty, no image, damaged, above PIXEL_LIMIT (told
-    from the header, before any pixel is decoded), or whose floating-point pixels are not finite or not within [0, 1].
-    A broken colour profile is only a warning: the colours are then read as sRGB.
+    Raises UserError for a file that is missing, a folder, empty, no image, damaged, above PIXEL_LIMIT (checked in the
+    header, before any pixel is decoded), or whose floating-point pixels are not finite or not within [0, 1].
+    A broken color profile only causes a warning: the colors are then read as sRGB.
     """
     path = Path(path)
     check_file(path)
     try:
-        found = decode_picture(path, str(path), PIXEL_LIMIT, own_profile=own_profile)
-        rgb = _tensor(found.color, found.orientation)
-        alpha = None if found.alpha is None else _tensor(found.alpha, found.orientation)
+        decoded = decode_picture(path, str(path), PIXEL_LIMIT, own_profile=own_profile)
+        rgb = _tensor(decoded.color, decoded.orientation)
+        alpha = None if decoded.alpha is None else _tensor(decoded.alpha, decoded.orientation)
         return Picture(
             rgb=rgb.expand(3, -1, -1).contiguous(),
             alpha=alpha,
             grey=len(rgb) == 1,
-            bits=found.bits,
-            icc=found.icc,
-            exif=found.exif,
+            bits=decoded.bits,
+            icc=decoded.icc,
+            exif=decoded.exif,
             path=str(path),
         )
     except PictureFault as error:
@@ -81,7 +81,7 @@ def read_image(path: str | os.PathLike[str], own_profile: bool = False) -> Pictu
 
 
 def _tensor(channels: Image.Image | np.ndarray, orientation: int) -> Tensor:
-    """8-bit or float channels -> float32 (C, H, W) in [0, 1], upright."""
+    """Convert 8-bit or float channels to float32 (C, H, W) in [0, 1], upright."""
     if isinstance(channels, Image.Image):
         pixels = np.atleast_3d(np.asarray(channels))
         channels = scale([pixels[..., c] for c in range(pixels.shape[2])])
@@ -90,16 +90,18 @@ def _tensor(channels: Image.Image | np.ndarray, orientation: int) -> Tensor:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError for what is not there, empty or no ordinary file: reading a pipe would wait forever."""
+    """Raise UserError for a file that is missing, empty or not regular: reading a pipe would wait forever."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder: name an image file in it")
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there: restore it or name another")
+            raise UserError(
+                f"{path}: is a link to {os.readlink(path)}, which does not exist: restore it or name another file"
+            )
         if not path.exists():
             raise _missing(path)
         if not path.is_file():
-            raise UserError(f"{path}: is no ordinary file: name an image file")
+            raise UserError(f"{path}: is not a regular file: name an image file")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty (0 bytes): copy or download it again")
         with path.open("rb"):
@@ -110,8 +112,8 @@ def check_file(path: Path) -> None:
 
 def _missing(path: Path) -> UserError:
     if address := re.match(r"([a-z][a-z0-9+.-]+):/+", str(path), re.IGNORECASE):
-        named = f"{address[1]}://{str(path)[address.end() :]}"  # as typed: a Path has one slash
-        return UserError(f"{named}: is an address: download the file first, and name it")
+        url = f"{address[1]}://{str(path)[address.end() :]}"  # as typed: Path merges the two slashes
+        return UserError(f"{url}: is a URL: download the file first, then give its path")
     if glob.has_magic(str(path)):
         return UserError(f"{path}: no file matches: check the folder and the pattern")
     hint = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""

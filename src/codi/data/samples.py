@@ -1,4 +1,4 @@
-"""One sample, the protocol of what yields samples, and what every source of picture files shares."""
+"""Samples, the protocol of their sources, and the base class of all sources of image files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError, one_line
 from .crops import ZOOM, cut, draw_square, load_column, load_picture, why_unreadable
 
-NAMES = {  # what fields are called in data sets: our name first, then other people's
+NAMES = {  # field -> its names in data sets, our own name first
     "image": ("image", "original_image", "input_image"),
     "text": ("text", "caption"),
     "instruction": ("instruction", "edit_prompt", "edit_instruction"),
@@ -25,9 +25,12 @@ NAMES = {  # what fields are called in data sets: our name first, then other peo
 
 @dataclass
 class Sample:
-    """`image` float32 (3, S, S) in [0, 1]; `extras`: one tensor (C, S, S) a column asked for, cropped like the image:
-    pictures in [0, 1] (RGB; one channel for `mask`), 16-bit depth maps and masks, and masks with a palette, (1, S, S)
-    with the raw numbers of the file (millimetres in a depth map, ids in an instance mask; 0 is "none")."""
+    """A decoded sample: `image` is float32 (3, S, S) in [0, 1].
+
+    `extras` holds one tensor (C, S, S) per requested column, with the crop of the image: images in [0, 1] (RGB; one
+    channel for `mask`); for 16-bit depth maps and masks, and for masks with a palette, (1, S, S) with the raw values of
+    the file (millimeters in a depth map, ids in an instance mask; 0 is "none").
+    """
 
     index: int
     name: str
@@ -39,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class CorruptSample:
-    """A sample that could not be read: the file's name and one line on why."""
+    """A sample that could not be read, with its file name and the reason in one line."""
 
     index: int
     file: str
@@ -52,20 +55,20 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def describe(self) -> str:
-        """One line for people: what this is and how many samples it holds."""
+        """Return one line for reports: the source and its number of samples."""
         ...
 
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:
-        """The samples at `indices` as `size` x `size` pixels. `crops`: one generator a sample that draws its random
-        crop; None takes the largest centred square."""
+        """Return the samples at `indices` as `size` x `size` pixels. `crops`: one generator per sample that draws its
+        random crop; None takes the largest centered square."""
         ...
 
 
 @dataclass
 class Row:
-    """A sample before decoding: the bytes of its picture files."""
+    """A sample before decoding, with the bytes of its image files."""
 
     image: bytes
     text: str = ""
@@ -74,8 +77,8 @@ class Row:
 
 
 def words(row: dict[str, Any], key: str, where: str) -> str:
-    """Return a text of a line of metadata, "" for none, under one of its NAMES. Raises UserError, naming `where`, for
-    anything but a string, and for one with half of a surrogate pair, which no tokenizer takes."""
+    """Return the text that a row of metadata has under one of the NAMES of `key`, or "". Raises UserError, naming
+    `where`, for anything but a string, and for half of a surrogate pair, which tokenizers reject."""
     name = next((n for n in NAMES[key] if row.get(n) not in (None, "")), key)
     value = row.get(name)
     if not isinstance(value, str | None):
@@ -84,21 +87,20 @@ def words(row: dict[str, Any], key: str, where: str) -> str:
         (value or "").encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(error.object[error.start]):04X}"
-        raise UserError(f"{where}: {name} holds {half}, half of a character: write that character again") from None
+        raise UserError(f"{where}: {name} holds {half}, half of a surrogate pair: write that character again") from None
     return value or ""
 
 
 def order(source: Source, seed: int, epoch: int) -> np.ndarray:
-    """In which order an epoch has the samples: that of the source's own `order`, if it asks for one, else a permutation
-    of all of them."""
+    """Return the order of samples in an epoch: that of `source.order`, if it has one, else a random permutation."""
     own = getattr(source, "order", None)
-    found = None if own is None else own(seed, epoch)
-    return np.random.default_rng([seed, epoch, 0]).permutation(len(source)) if found is None else found
+    indices = None if own is None else own(seed, epoch)
+    return np.random.default_rng([seed, epoch, 0]).permutation(len(source)) if indices is None else indices
 
 
 class PictureSource(ABC):
-    """What all sources of picture files share: decoding, cropping, and turning failures into `CorruptSample`. `zoom` is
-    that of crops (see crops.draw_square)."""
+    """Base class of sources of image files: decodes, crops, and turns failures into `CorruptSample`. `zoom` is the
+    range of random crops (see crops.draw_square)."""
 
     zoom: tuple[float, float] = ZOOM
 
@@ -110,26 +112,26 @@ class PictureSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call this sample in a report."""
+        """Return the name of the sample in reports."""
 
     @abstractmethod
     def row(self, index: int) -> Row:
-        """The undecoded sample. Raises OSError or ValueError where it cannot be had."""
+        """Return the undecoded sample. Raises OSError or ValueError if it cannot be read."""
 
     def unused(self) -> list[str]:
-        """What lies there and is no sample, by name: pictures that no line of metadata names, captions and masks
-        of a tar without their picture."""
+        """Return the names of files that belong to no sample: images not named in the metadata, captions and masks of a
+        tar without an image."""
         return []
 
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:
-        return [self._read(i, size, None if crops is None else crops[at]) for at, i in enumerate(indices)]
+        return [self._read(i, size, None if crops is None else crops[k]) for k, i in enumerate(indices)]
 
     @staticmethod
     def decode(row: Row, least: int | None = None) -> tuple[Image.Image, dict[str, Image.Image]]:
-        """Return the sample's picture and its columns' pictures, whole. `least` as `crops.load_picture`. Raises what a
-        decoder raises on damaged bytes, and ValueError, naming the column, for a fault of a column's picture."""
+        """Decode the sample's image and those of its columns, without cropping. `least` as in `crops.load_picture`.
+        Raises any exception of a decoder for damaged bytes, and ValueError, naming the column, for a column's file."""
         picture, others = load_picture(row.image, least), {}
         for column, data in row.pictures.items():
             try:
@@ -146,13 +148,13 @@ class PictureSource(ABC):
             square = draw_square(picture.width, picture.height, size, rng, self.zoom)
             extras = {column: cut(other, square, size, column) for column, other in others.items()}
             return Sample(index, self.name(index), cut(picture, square, size), row.text, row.instruction, extras)
-        except Exception as error:  # Pillow's decoders raise nearly every type there is on damaged bytes
+        except Exception as error:  # Pillow's decoders raise many types on damaged bytes
             return CorruptSample(index, self.name(index), why_unreadable(error))
 
 
 def _same_shape(picture: tuple[int, int], other: tuple[int, int], column: str) -> None:
-    """A column may have another resolution than its picture, but not another aspect: it would be stretched out of
-    register. Raises ValueError where the two differ by more than the rounding of a pixel."""
+    """Raise ValueError if a column's aspect ratio differs from the image's by more than the rounding of a pixel: it
+    would no longer be aligned. Its resolution may differ."""
     if abs(picture[0] * other[1] - picture[1] * other[0]) > max(*picture, *other):
         sizes = f"{other[0]} x {other[1]} px, the picture {picture[0]} x {picture[1]}"
         raise ValueError(f"its {column} has another shape: {sizes}")

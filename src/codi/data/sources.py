@@ -1,8 +1,8 @@
-"""Where training pictures come from: folders, WebDataset tars, `datasets` names and scenes, all read the same way.
+"""Sources of training data with one interface: folders, WebDataset tars, Hugging Face `datasets` and rendered scenes.
 
-A source is a numbered list of samples. Reading picture files never raises: a file that cannot be decoded comes back
-as a `CorruptSample`, so that the caller decides how many of them are too many. What is wrong with the data set as a
-whole (a missing folder, broken metadata) is a `UserError` when the source is opened.
+A source is a numbered list of samples. Reading never raises for a file that cannot be decoded: it is returned as a
+`CorruptSample`, and the caller decides how many of them are too many. Faults of the data set as a whole (a missing
+folder, broken metadata) raise `UserError` when the source is opened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .tars import TarSource
 from .text_files import METADATA, decode_text, read_rows
 
 SCHEMES = ("scenes", "datasets")
-CAPTION = ".txt"  # among the files of a sample, its caption
+CAPTION = ".txt"  # key of the caption file among the files of a sample
 SCENE_COUNTS = {"train": 20_000, "held-out": 500, "composition": 500}
 
 
@@ -39,22 +39,22 @@ def open_source(
     optional: Sequence[str] = (),
     zoom: tuple[float, float] | None = None,
 ) -> Source:
-    """Opens training data.
+    """Open training data.
 
     `spec` is one of: a folder (Hugging Face imagefolder: pictures, in sub-folders too, and optionally metadata.jsonl
     or metadata.csv with `file_name`, `text`, `instruction` and further pictures by names such as `mask_file_name`, or
     captions as .txt files beside the pictures); WebDataset shards (a .tar, a glob, a folder of them, or paths or URLs
     with braces, `https://host/train-{0000..0999}.tar`); `scenes:SPLIT[:COUNT[:SEED]]`; `datasets:NAME` (train split of
     a `datasets` data set).
-    `columns` names the picture columns to read into `extras`, e.g. `("mask",)`; every sample must have them, those in
-    `optional` it may lack. In a tar, column `mask` is member KEY.mask.png. `zoom` of random crops, as crops.draw_square
-    has it; None: 1 to 2.
-    Raises UserError for data that is missing, empty or malformed, and for a zoom into scenes.
+    `columns` names the image columns to read into `extras`, e.g. `("mask",)`; every sample must have these, and may
+    have those in `optional`. In a tar, column `mask` is member KEY.mask.png. `zoom` is the range of random crops (see
+    crops.draw_square); None: 1 to 2.
+    Raises UserError for data that is missing, empty or malformed, and for a zoom with scenes.
     """
     source = _open(str(spec), columns, optional)
     if zoom is not None and tuple(zoom) != ZOOM:
         if not isinstance(source, PictureSource):
-            raise UserError(f"zoom {zoom[0]:g} to {zoom[1]:g}: {spec} is rendered to fit, whole: leave zoom out")
+            raise UserError(f"zoom {zoom[0]:g} to {zoom[1]:g}: {spec} is rendered at the training size: leave zoom out")
         source.zoom = (zoom[0], zoom[1])
     return source
 
@@ -94,14 +94,17 @@ def _open_shards(spec: str, names: Sequence[str], columns: Sequence[str], option
         if not name.partition("?")[0].endswith(".tar"):
             raise UserError(f"{name}: not a .tar: name WebDataset shards, as in train-{{0000..0999}}.tar")
         if "://" not in name and not Path(name).is_file():
-            raise UserError(f"{name}: no such file: restore it, or name those there are in {spec}")
+            raise UserError(f"{name}: no such file: restore it, or leave it out of {spec}")
     return TarSource(spec, names, columns, optional)
 
 
 class FolderSource(PictureSource):
-    """A folder of pictures. With metadata.jsonl or metadata.csv (anywhere in it; names are relative to it) its lines
-    are the list, in their order; without, every picture below the folder, sorted. A sample without text has that of a
-    .txt file of the same name beside its picture, if there is one."""
+    """A folder of images, sub-folders included.
+
+    The samples are the lines of metadata.jsonl or metadata.csv, in their order (in any sub-folder; file names are
+    relative to the metadata file); without metadata, all images, sorted. If a sample has no text, a .txt file with the
+    same name as its image provides it.
+    """
 
     def __init__(self, folder: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
         self.folder, self.columns, self.optional = folder, tuple(columns), tuple(optional)
@@ -112,10 +115,10 @@ class FolderSource(PictureSource):
                 raise UserError(f"{path}: cannot be read here: give datasets:{folder}, or write metadata.jsonl")
         for one, two in pairwise(self.metadata):
             if one.parent == two.parent:
-                raise UserError(f"{two}: there is {one.name} beside it: keep one of them")
-        self._rows: list[tuple[str, str, str, dict[str, str]]] = []  # picture, text, instruction, other files
+                raise UserError(f"{two}: the folder also has {one.name}: keep one of them")
+        self._rows: list[tuple[str, str, str, dict[str, str]]] = []  # image, text, instruction, other files
         for path in self.metadata:
-            self._rows.extend(self._listed(path))
+            self._rows.extend(self._read_metadata(path))
         if not self.metadata:
             if columns:
                 raise UserError(
@@ -126,10 +129,11 @@ class FolderSource(PictureSource):
         if not self._rows:
             raise UserError(f"{folder}: no pictures in it: put PNG, JPEG, WebP or other pictures there")
         for image, text, _, others in self._rows:
-            if not text and os.path.isfile(beside := f"{os.path.splitext(image)[0]}.txt"):
-                others[CAPTION] = beside
+            if not text and os.path.isfile(caption := f"{os.path.splitext(image)[0]}.txt"):
+                others[CAPTION] = caption
 
-    def _listed(self, metadata: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+    def _read_metadata(self, metadata: Path) -> Iterator[tuple[str, str, str, dict[str, str]]]:
+        """Yield the image, text, instruction and other files (column -> path) of each row of a metadata file."""
         folder = str(metadata.parent)
         for where, row in read_rows(metadata):
             if not isinstance(row.get("file_name"), str):
@@ -140,7 +144,7 @@ class FolderSource(PictureSource):
                 if name is not None:
                     files[column] = os.path.join(folder, name)
                 elif column in self.columns:
-                    raise UserError(f"{where} has no {column}: name each one's file as {column}_file_name")
+                    raise UserError(f"{where} has no {column}: name the file as {column}_file_name")
             for column, file in list(files.items()):
                 if os.path.isfile(file):
                     continue
@@ -153,25 +157,27 @@ class FolderSource(PictureSource):
     def unused(self) -> list[str]:
         if not self.metadata:
             return []
-        named = {
+        referenced = {
             os.path.normpath(os.path.join(path.parent, value))
             for path in self.metadata
             for _, row in read_rows(path)
             for value in row.values()
             if isinstance(value, str)
         }
-        return [str(p.relative_to(self.folder)) for p in list_images(self.folder, below=True) if str(p) not in named]
+        return [
+            str(p.relative_to(self.folder)) for p in list_images(self.folder, below=True) if str(p) not in referenced
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def describe(self) -> str:
-        beside = sum(CAPTION in files for *_, files in self._rows)
-        captions = self.metadata[0].name if self.metadata else f"{beside:,} with captions" if beside else "no captions"
+        count = sum(CAPTION in files for *_, files in self._rows)
+        captions = self.metadata[0].name if self.metadata else f"{count:,} with captions" if count else "no captions"
         return f"{self.folder}: {len(self):,} pictures, {captions}"
 
     def name(self, index: int) -> str:
-        path = Path(self._rows[index][0])  # anywhere, where the metadata names it from the root
+        path = Path(self._rows[index][0])  # metadata may hold absolute paths outside the folder
         return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
 
     def row(self, index: int) -> Row:
@@ -183,14 +189,14 @@ class FolderSource(PictureSource):
 
 
 def file_of(row: dict[str, Any], column: str) -> str | None:
-    """Return the file that a row of metadata names for a column: `mask_file_name`, as datasets has it, else `mask`."""
+    """Return a row's file name for a column, from the key `mask_file_name` (as in `datasets`) or else `mask`."""
     keys = (key for name in NAMES.get(column, (column,)) for key in (f"{name}_file_name", name))
     return next((row[key] for key in keys if isinstance(row.get(key), str) and row[key]), None)
 
 
 class DatasetsSource(PictureSource):
-    """The train split of a data set of the Hugging Face `datasets` library: columns `image`, `text`, `instruction`,
-    under these names or other people's (see NAMES)."""
+    """The train split of a data set of the Hugging Face `datasets` library, with columns `image`, `text` and
+    `instruction`, or other common names for them (see NAMES)."""
 
     def __init__(self, dataset: str, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
         try:
@@ -199,24 +205,24 @@ class DatasetsSource(PictureSource):
             raise UserError(f"datasets:{dataset}: the datasets library is missing: pip install datasets") from None
         try:
             self._table: Any = datasets.load_dataset(dataset, split="train")
-        except Exception as error:  # a missing name, no network, a broken script: each has a type of its own
+        except Exception as error:  # missing name, network or script errors all have different types
             why = one_line(error)
             raise UserError(f"datasets:{dataset}: cannot be loaded ({why}): check the name and the network") from None
         self.dataset, has = dataset, self._table.column_names
-        self._named = {  # column -> what it is called in this data set
+        self._names = {  # column -> its name in this data set
             column: name
             for column in ("image", "text", "instruction", *columns, *optional)
             if (name := next((n for n in _hub_names(column) if n in has), None)) is not None
         }
         for column in ("image", *columns):
-            if column not in self._named:
+            if column not in self._names:
                 raise UserError(f"datasets:{dataset}: no column {column}: it has {', '.join(has)}")
-        self.needed, self.columns = ("image", *columns), [c for c in (*columns, *optional) if c in self._named]
+        self.needed, self.columns = ("image", *columns), [c for c in (*columns, *optional) if c in self._names]
         for column in ("image", *self.columns):
-            self._require_pictures(self._named[column])
-            self._table = self._table.cast_column(self._named[column], datasets.Image(decode=False))
+            self._require_pictures(self._names[column])
+            self._table = self._table.cast_column(self._names[column], datasets.Image(decode=False))
         for column in ("text", "instruction"):
-            self._require_text(self._named.get(column))
+            self._require_text(self._names.get(column))
         if not len(self._table):
             raise UserError(f"datasets:{dataset}: holds no rows: give another data set")
 
@@ -247,7 +253,7 @@ class DatasetsSource(PictureSource):
 
     def row(self, index: int) -> Row:
         stored = self._table[index]
-        row, data = {column: stored[name] for column, name in self._named.items()}, {}
+        row, data = {column: stored[name] for column, name in self._names.items()}, {}
         for column in ("image", *self.columns):
             if row[column] is not None:
                 data[column] = row[column]["bytes"] or read_file(Path(row[column]["path"]))
@@ -257,8 +263,10 @@ class DatasetsSource(PictureSource):
 
 
 def _hub_names(column: str) -> tuple[str, ...]:
+    """Return the names of a column in data sets of the Hugging Face Hub, our own name first."""
     names = NAMES.get(column, (column,))
-    return (*names, "edit") if column == "instruction" else names  # InstructPix2Pix's, but in ours the edit's kind
+    # InstructPix2Pix has instructions in "edit"; our metadata has the kind of edit there, so NAMES omits it.
+    return (*names, "edit") if column == "instruction" else names
 
 
 def _open_scenes(spec: str, rest: str, columns: Sequence[str]) -> SceneSource:
@@ -279,16 +287,16 @@ def _open_scenes(spec: str, rest: str, columns: Sequence[str]) -> SceneSource:
 
 
 class SceneSource:
-    """Scenes of `data.scenes`, rendered when first read and kept (up to `memory` bytes): what `codi data render`
-    writes, without the files. `conditioning_image` is depth in millimetres, `mask` instance ids."""
+    """Scenes of `data.scenes`, rendered when first read and cached (up to `memory` bytes): the data of `codi data
+    render`, without files. `conditioning_image` is depth in millimeters, `mask` instance ids."""
 
     def __init__(
         self, split: str, count: int, seed: int = 0, columns: Sequence[str] = (), memory: int = 1 << 30
     ) -> None:
         self.split, self.count, self.seed, self.columns = split, count, seed, tuple(columns)
-        self._room = memory
-        self.device = "cpu"  # where to render; another device rounds a few pixels differently
-        self._kept: dict[tuple[int, int], Sample] = {}  # (size, index) -> sample with integer tensors
+        self._memory_left = memory
+        self.device = "cpu"  # renders there; other devices round a few pixels differently
+        self._cache: dict[tuple[int, int], Sample] = {}  # (size, index) -> sample with integer tensors
 
     def __len__(self) -> int:
         return self.count
@@ -299,33 +307,34 @@ class SceneSource:
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:
-        """As `Source.read`; scenes fit every size, so that `crops` changes nothing. Raises UserError for a size that
-        the ray caster does not render."""
+        """Read samples as `Source.read` does; `crops` has no effect, since scenes are rendered at any size. Raises
+        UserError for a size that the ray caster does not support."""
         check_size(size)
         fresh: dict[int, Sample] = {}
-        missing = [i for i in dict.fromkeys(indices) if (size, i) not in self._kept]
+        missing = [i for i in dict.fromkeys(indices) if (size, i) not in self._cache]
         step = chunk(size, self.device)
-        for at in range(0, len(missing), step):
-            for sample in self._render(missing[at : at + step], size):
+        for start in range(0, len(missing), step):
+            for sample in self._render(missing[start : start + step], size):
                 fresh[sample.index] = sample
-                self._keep(sample, size)
-        return [self._finish(fresh[i] if i in fresh else self._kept[size, i]) for i in indices]
+                self._add_to_cache(sample, size)
+        return [self._finish(fresh[i] if i in fresh else self._cache[size, i]) for i in indices]
 
     def _render(self, indices: Sequence[int], size: int) -> Iterator[Sample]:
         out = render_chunk(self.split, indices, size, self.seed, "edited_image" in self.columns, self.device)
         for k, i in enumerate(indices):
-            # Clones, because a slice would keep the whole chunk alive.
+            # Cloned, because a slice would keep the whole chunk in memory.
             extras = {c: out.columns[c][k].clone() for c in self.columns}
             name, caption, instruction = f"scenes:{self.split}[{i}]", out.scenes[k].caption, out.edits[k].instruction
             yield Sample(i, name, out.image[k].clone(), caption, instruction, extras)
 
-    def _keep(self, sample: Sample, size: int) -> None:
-        weight = sum(t.numel() * t.element_size() for t in (sample.image, *sample.extras.values())) + 2048
-        if weight <= self._room:
-            self._room -= weight
-            self._kept[size, sample.index] = sample
+    def _add_to_cache(self, sample: Sample, size: int) -> None:
+        num_bytes = sum(t.numel() * t.element_size() for t in (sample.image, *sample.extras.values())) + 2048
+        if num_bytes <= self._memory_left:
+            self._memory_left -= num_bytes
+            self._cache[size, sample.index] = sample
 
     @staticmethod
-    def _finish(kept: Sample) -> Sample:
-        extras = {c: t.float() / 255 if c == "edited_image" else t.float() for c, t in kept.extras.items()}
-        return replace(kept, image=kept.image.float() / 255, extras=extras)
+    def _finish(cached: Sample) -> Sample:
+        """Convert the integer tensors of a cached sample to float."""
+        extras = {c: t.float() / 255 if c == "edited_image" else t.float() for c, t in cached.extras.items()}
+        return replace(cached, image=cached.image.float() / 255, extras=extras)
