@@ -1,4 +1,4 @@
-"""What a run tells the world: TensorBoard scalars, one JSON line a report, and a progress line with an ETA."""
+"""Log of a run: TensorBoard scalars, a JSON line per report, and a progress line with the time left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .checkpoint import Progress
 
 
 class Events:
-    """Writes below `out`: `tensorboard/` and `log.jsonl`. The x-axis is training images everywhere."""
+    """Writer of `tensorboard/` and `log.jsonl` below `out`. The x-axis is training images everywhere."""
 
     def __init__(self, out: Path, total: int, start: Progress, quiet: bool = False) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -20,16 +20,16 @@ class Events:
         self.total, self.quiet = total, quiet
         self.start, self.began = start.images, time.monotonic()
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start.images or None)
-        self.log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - open for the run
+        self.log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - open during the run
 
     def scalars(self, progress: Progress, values: dict[str, float]) -> None:
-        """Records `values`; prints one line with rate and time left."""
+        """Record `values`; print a line with the rate and the time left."""
         for name, value in values.items():
             self.board.add_scalar(name, value, progress.images)
         row = {"images": progress.images, "seconds": round(progress.seconds, 1), **values}
         try:
             self.log.write(json.dumps(row) + "\n")
-        except OSError as error:  # a full disk: an open file's error does not name it
+        except OSError as error:  # such as a full disk: name the file, which the error lacks
             error.filename = self.log.name
             raise
         if self.quiet:
@@ -44,6 +44,6 @@ class Events:
         )
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flush and close the files."""
         self.board.close()
         self.log.close()

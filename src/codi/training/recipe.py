@@ -1,4 +1,4 @@
-"""Recipes: a YAML file and `--key value` overrides -> a settings dataclass. Unknown keys are refused by name."""
+"""Recipes: settings dataclasses built from a YAML file and `--key value` overrides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A path, or the name of a shipped recipe: "depth", or of a family of backbones "flux/depth"."""
+    """Return the file of a recipe: a path, or the name of a shipped one ("depth", "flux/depth" for a family)."""
     path = Path(name)
     if path.is_file():
         return path
@@ -35,12 +35,12 @@ def shipped_recipes() -> list[str]:
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """Read the keys and values of a recipe file. Raises UserError where it is missing or not a YAML mapping."""
+    """Read the keys and values of a recipe file. Raises UserError if it is missing or not a YAML mapping."""
     return read_yaml(find_recipe(name))
 
 
 def current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded recipe with its objective by today's name: before format 2, `codi` was called `paper`, and
+    """Return a recorded recipe with the current name of its objective: before format 2, `codi` was called `paper` and
     `codi-tuned` was called `codi`."""
     objective = recorded.get("objective", "codi")
     if recorded.get("format", 1) < FORMAT:
@@ -49,7 +49,8 @@ def current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """["--learning-rate", "1e-4", "--seed=3", "--gradient-checkpointing"] -> {"learning_rate": 1e-4, ...}."""
+    """Parse ["--learning-rate", "1e-4", "--seed=3", "--gradient-checkpointing"] to {"learning_rate": 1e-4, ...}. Raises
+    UserError for a word that is no flag."""
     values: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -67,9 +68,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def build(cls: type[S], values: dict[str, Any], origin: str) -> S:
-    """A `cls` (a dataclass) from `values`; `origin` names them in errors.
+    """Build a `cls` (a dataclass) from `values`, which error messages call `origin`.
 
-    Raises UserError for an unknown key (naming the nearest one), a value of the wrong type, or a missing value.
+    Raises UserError for an unknown key (with the nearest known one), a value of the wrong type, or a missing value.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -100,7 +101,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 return float(value)  # YAML reads 1e-4 as text
             except ValueError:
                 continue
-        if kind is str and value is False:  # YAML 1.1 reads the word so: `precision: no`
+        if kind is str and value is False:  # YAML 1.1 reads `no` as false, as in `precision: no`
             return "no"
         if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
@@ -109,4 +110,4 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if kind in (list, dict) and isinstance(value, kind):
             return value
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    raise UserError(f"{where} is {one_line(repr(value), 80)}: should be {names}: mend the value")
+    raise UserError(f"{where} is {one_line(repr(value), 80)}: should be {names}: change the value")

@@ -1,5 +1,4 @@
-"""Tokenizers whose vocabularies fit the captions: CLIP's (byte-level BPE, so that any Latin text still has tokens) and
-T5's (unigram pieces)."""
+"""Tokenizers trained on captions: CLIP's (byte-level BPE, so that any text has tokens) and T5's (unigram pieces)."""
 
 from __future__ import annotations
 
@@ -15,23 +14,23 @@ from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-MODEL_LENGTH = 40  # tokens; four fully described objects, floor and time of day fit
+MODEL_LENGTH = 40  # tokens: enough for four fully described objects, the floor and the time of day
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 1024) -> CLIPTokenizer:
-    """Learns at most `vocabulary` tokens from `texts`, the same of the same texts; writes the tokenizer to `folder` and
-    loads it from there."""
+    """Learn at most `vocabulary` tokens from `texts`, always the same for the same texts; write the tokenizer to
+    `folder` and load it from there."""
     letters = list(bytes_to_unicode().values())
-    # As in CLIP's own, each letter also as the end of a word. The trainer would number those it meets as it meets them,
-    # in an order of its own each time, and break ties by their numbers: so it is told of all of them first.
+    # As in CLIP's own, each letter also as the end of a word. The trainer would number letters in a random order of
+    # appearance and break ties by their numbers: listing all of them as special tokens fixes the order.
     alphabet = [START, END, *letters, *(letter + "</w>" for letter in letters)]
     learner: Any = CLIPTokenizer(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]).backend_tokenizer
     trainer = BpeTrainer(vocab_size=vocabulary, special_tokens=alphabet, end_of_word_suffix="</w>", show_progress=False)
     learner.train_from_iterator(texts, trainer)
-    learnt = json.loads(learner.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in learnt["merges"]]
-    tokenizer = CLIPTokenizer(vocab=learnt["vocab"], merges=merges)
+    model = json.loads(learner.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in model["merges"]]
+    tokenizer = CLIPTokenizer(vocab=model["vocab"], merges=merges)
     tokenizer.model_max_length = MODEL_LENGTH
     tokenizer.save_pretrained(folder)
     write_classic_files(folder)
@@ -39,11 +38,11 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int = 1024) 
 
 
 def train_unigram(texts: Iterable[str], folder: Path, vocabulary: int = 1024) -> T5Tokenizer:
-    """Returns a T5 tokenizer whose pieces are the commonest words of `texts`, at most `vocabulary`, and every printable
-    Latin letter and sign, alone and as the beginning of a word; writes it to `folder`.
+    """Return a T5 tokenizer of at most `vocabulary` pieces: the most frequent words of `texts` and every printable
+    Latin character, on its own and as the beginning of a word. Written to `folder`.
 
-    The scores are log-probabilities of the words. There is no search for pieces inside words: captions of a small world
-    have few words, and the result does not depend on the order of a hash table.
+    The scores are log-probabilities of the words. There is no search for pieces inside words: captions of rendered
+    scenes use few words, and this way the result does not depend on the order of a hash table.
     """
     words: Counter[str] = Counter()
     for text in texts:
@@ -61,12 +60,12 @@ def train_unigram(texts: Iterable[str], folder: Path, vocabulary: int = 1024) ->
 
 
 def load_unigram(folder: Path) -> T5Tokenizer:
-    """Returns the T5 tokenizer of a folder."""
+    """Load the T5 tokenizer of a folder."""
     return T5Tokenizer.from_pretrained(folder)
 
 
 def write_classic_files(folder: Path) -> None:
-    """vocab.json and merges.txt beside tokenizer.json: the classic layout, for readers that know no other."""
+    """Write vocab.json and merges.txt beside tokenizer.json, for programs that read only this older layout."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
