@@ -6,13 +6,13 @@ Variance-preserving path (Stable Diffusion 1, 2, XL):
     v   = alpha_t eps - sigma_t x             (velocity)
     x   = alpha_t z_t - sigma_t v,            eps = alpha_t v + sigma_t z_t
 
-Linear path (flow matching): z_t = (1 - s) x + s eps with s = sigma_t, and the network predicts u = eps - x. The two are
-one affine map apart, without singularity: with m = alpha + sigma, s = sigma / m, z_lin = z / m, u = m v +
-(sigma - alpha) z. So an objective written for (z_lin, s, u) serves both.
+Linear path (flow matching): z_t = (1 - s) x + s eps with s = sigma_t, and the network predicts u = eps - x. An affine
+map without singularity relates the two paths: with m = alpha + sigma, s = sigma / m, z_lin = z / m, u = m v +
+(sigma - alpha) z. So an objective written for (z_lin, s, u) works for both.
 
-Time `t` runs from 0 (clean: alpha = 1, sigma = 0) to `horizon` (noise). A latent diffusion checkpoint knows T discrete
-noise levels; level k of the checkpoint (0-based) is t = k + 1 here, so that t = 0 is free to mean "clean" exactly and
-`s = t - dt` may reach it.
+Time `t` runs from 0 (clean: alpha = 1, sigma = 0) to `horizon` (noise). A latent diffusion checkpoint has T discrete
+noise levels; level k of the checkpoint (0-based) is t = k + 1 here, so that t = 0 is exactly clean and `s = t - dt` may
+reach it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SIGMA_DATA = 0.5
 
 
 def to_signal_noise(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """Network output -> (x, eps), whatever the network predicts. All of one broadcastable shape.
+    """Convert a network's output to (x, eps). All tensors broadcast against each other.
 
-    `prediction` is one of PREDICTIONS. "epsilon" needs alpha > 0. Where sigma = 0 all of them give x = z / alpha; a
-    "sample" network says nothing about the noise there, and eps is 0.
+    `prediction`, what the network predicts, is one of PREDICTIONS. "epsilon" needs alpha > 0. Where sigma = 0 all give
+    x = z / alpha; there a "sample" network does not determine the noise, and eps is 0.
     """
     if prediction == "v_prediction":
         return alpha * z - sigma * output, alpha * output + sigma * z
@@ -53,7 +53,7 @@ def to_signal_noise(output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, pre
 
 
 def from_signal_noise(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """(x, eps) -> what a network of this `prediction` type should say. The inverse of `to_signal_noise`."""
+    """Return the output of a network of this `prediction` type for (x, eps): the inverse of `to_signal_noise`."""
     if prediction == "v_prediction":
         return alpha * eps - sigma * x
     if prediction == "epsilon":
@@ -66,7 +66,7 @@ def from_signal_noise(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, pred
 
 
 def to_linear(z: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Map a point z = alpha x + sigma eps of any path to the linear one: (z_lin, s), z_lin = (1 - s) x + s eps."""
+    """Map a point z = alpha x + sigma eps of any path to (z_lin, s) on the linear path, z_lin = (1 - s) x + s eps."""
     m = alpha + sigma
     return z / m, sigma / m
 
@@ -77,25 +77,25 @@ def from_linear(z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def flow_from_velocity(v: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return u = eps - x of v = alpha eps - sigma x at z on a variance-preserving path: m v + (sigma - alpha) z."""
+    """Convert v = alpha eps - sigma x at z on a variance-preserving path to u = eps - x = m v + (sigma - alpha) z."""
     return (alpha + sigma) * v + (sigma - alpha) * z
 
 
 def velocity_from_flow(u: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return v of u: the inverse of `flow_from_velocity`, for the same z."""
+    """Convert u at z to v: the inverse of `flow_from_velocity`."""
     return (u - (sigma - alpha) * z) / (alpha + sigma)
 
 
 class Schedule(ABC):
-    """A noise schedule together with what the network predicts.
+    """A noise schedule together with the network's prediction type.
 
-    Subclasses give `horizon`, `_alpha_sigma` and `timestep`; everything else follows. Times are tensors of shape (B,)
-    or (1,), answers broadcast against (B, C, H, W).
+    Subclasses define `horizon`, `_alpha_sigma` and `timestep`; everything else is derived. Times are tensors of shape
+    (B,) or (1,); results broadcast against (B, C, H, W).
     """
 
     horizon: float
-    least: float  # the earliest time above 0 that training looks at
-    whole: bool = False  # times are numbers of discrete noise levels
+    least: float  # the smallest time above 0 used in training
+    whole: bool = False  # times are integers, the numbers of discrete noise levels
     prediction: str
 
     @abstractmethod
@@ -103,51 +103,52 @@ class Schedule(ABC):
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """The timestep that is passed to the network for `t`."""
+        """Return the timestep passed to the network at time `t`."""
 
     def to(self, device: torch.device) -> Self:
-        """The same for times on `device`: a sampler's steps then wait for no copy."""
+        """Return this schedule for times on `device`, so that a sampler's steps need no copy between devices."""
         return self
 
     def unstretched(self) -> Self:
-        """Return the schedule of adapters, for any number of steps: without what a scheduler adds for one number."""
+        """Return the schedule that adapters use: without changes that a scheduler makes for one number of steps."""
         return self
 
     def draw(self, count: int, dt: float, shared: bool, generator: torch.Generator | None) -> Tensor:
-        """Times uniform on [dt, horizon]: (count,), or (1,) where one time serves the whole batch."""
+        """Draw times uniformly on [dt, horizon]: (count,), or (1,) if `shared` by the whole batch."""
         u = torch.rand(1 if shared else count, generator=generator, dtype=torch.float64)
         return dt + u * (self.horizon - dt)
 
     def between(self, earlier: Tensor, later: Tensor, share: Tensor) -> Tensor:
-        """Return the times (B,) at a `share` in [0, 1] of the way from `earlier` to `later`."""
+        """Interpolate times (B,) from `earlier` (at `share` 0) to `later` (at 1)."""
         return earlier + share * (later - earlier)
 
     def at(self, share: Tensor) -> Tensor:
-        """The time at a share of the horizon, in [0, 1]."""
+        """Return the time that is a fraction `share`, in [0, 1], of the horizon."""
         return share.double() * self.horizon
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha_t, sigma_t), shaped to broadcast against `like`, in its dtype and on its device."""
+        """Return (alpha_t, sigma_t), shaped to broadcast against `like`, in its dtype and on its device."""
         alpha, sigma = self._alpha_sigma(t)
         shape = (-1, *[1] * (like.ndim - 1))
         return alpha.to(like).reshape(shape), sigma.to(like).reshape(shape)
 
     def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """z_t = alpha_t x + sigma_t eps."""
+        """Return z_t = alpha_t x + sigma_t eps."""
         alpha, sigma = self.alpha_sigma(t, x)
         return alpha * x + sigma * eps
 
     def signal_noise(self, output: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, eps) that the network's `output` at (z_t, t) stands for."""
+        """Convert the network's `output` at (z_t, t) to (x, eps)."""
         return to_signal_noise(output, z, *self.alpha_sigma(t, z), self.prediction)
 
     def boundary_scaling(self, x: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """CoDi's x <- c_skip z_t + c_out x: c_skip = sd^2 / (u^2 + sd^2), c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5.
+        """Apply CoDi's boundary scaling x <- c_skip z_t + c_out x, with c_skip = sd^2 / (u^2 + sd^2),
+        c_out = sd u / sqrt(u^2 + sd^2), sd = 0.5. Return (x, eps) with eps = (z_t - alpha_t x) / sigma_t; where
+        sigma_t = 0 the signal is z_t and eps is 0.
 
         The paper does not give the unit of its t; here u = t / T, in [0, 1]. In the authors' release u is 10 times the
-        level and c_out = u / sqrt(u^2 + sd^2), as in LCM: the identity at all levels but the first (c_skip = 0.0025 at
-        the second), so that their setting is to leave the scaling out. Returns (x, eps) with
-        eps = (z_t - alpha_t x) / sigma_t; where sigma_t = 0 the signal is z_t and eps is 0.
+        level and c_out = u / sqrt(u^2 + sd^2), as in LCM: nearly the identity at all levels but the first
+        (c_skip = 0.0025 at the second), so their code in effect does not scale.
         """
         u = (t.double() / self.horizon).to(z).reshape(-1, *[1] * (z.ndim - 1))
         skip = SIGMA_DATA**2 / (u**2 + SIGMA_DATA**2)
@@ -155,12 +156,12 @@ class Schedule(ABC):
         return to_signal_noise(skip * z + out * x, z, *self.alpha_sigma(t, z), "sample")
 
     def output(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The network output that stands for (x, eps) at t: the regression target of diffusion training."""
+        """Return the network output for (x, eps) at t: the regression target of diffusion training."""
         return from_signal_noise(x, eps, *self.alpha_sigma(t, x), self.prediction)
 
 
 class DiscreteSchedule(Schedule):
-    """The T noise levels of a checkpoint. `t` is an integer tensor in 0..T; the network sees t - 1."""
+    """The T discrete noise levels of a checkpoint. `t` is an integer tensor in 0..T; the network's input is t - 1."""
 
     least = 1
     whole = True
@@ -171,7 +172,7 @@ class DiscreteSchedule(Schedule):
         signal = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().cpu()])
         if prediction == "epsilon" and signal[-1] <= 0:
             raise UserError(
-                "scheduler: the last noise level has no signal left, so an 'epsilon' network says nothing about the "
+                "scheduler: the last noise level has no signal left, so an 'epsilon' network cannot predict the "
                 "picture there: use a v_prediction checkpoint or turn rescale_betas_zero_snr off"
             )
         self.alphas, self.sigmas = signal.sqrt(), (1 - signal).clamp_min(0).sqrt()
@@ -180,7 +181,8 @@ class DiscreteSchedule(Schedule):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DiscreteSchedule:
-        """From a diffusers scheduler config: its betas (zero-terminal-SNR rescaling included) and prediction type."""
+        """Build a schedule from a diffusers scheduler config: its betas (with any zero-terminal-SNR rescaling) and
+        prediction type."""
         from diffusers import DDIMScheduler
 
         scheduler: Any = DDIMScheduler.from_config(dict(config))
@@ -196,21 +198,21 @@ class DiscreteSchedule(Schedule):
         return self.alphas[index], self.sigmas[index]
 
     def draw(self, count: int, dt: float, shared: bool, generator: torch.Generator | None) -> Tensor:
-        """Integer times uniform on {dt, ..., T}."""
+        """Draw integer times uniformly from {dt, ..., T}."""
         u = torch.rand(1 if shared else count, generator=generator, dtype=torch.float64)
         levels = int(self.horizon) - int(dt) + 1
         return int(dt) + (u * levels).long().clamp_max(levels - 1)
 
     def between(self, earlier: Tensor, later: Tensor, share: Tensor) -> Tensor:
-        """Return the levels nearest to that."""
+        """Interpolate times and round them to the nearest level."""
         return super().between(earlier, later, share).round().long()
 
     def at(self, share: Tensor) -> Tensor:
-        """The level nearest to a share of the horizon."""
+        """Return the level nearest to a fraction `share` of the horizon."""
         return super().at(share).round().long()
 
     def timestep(self, t: Tensor) -> Tensor:
-        """The checkpoint's own level number."""
+        """Return the checkpoint's own level number, t - 1."""
         return (t - 1).clamp_min(0)
 
 
@@ -219,7 +221,7 @@ class FlowSchedule(Schedule):
 
     `t` in [0, 1000] is continuous. s = shift u / (1 + (shift - 1) u) with u = t / 1000 (Esser et al., 2024), so that
     evenly spaced `t` are the steps of a stock sampler and times drawn uniformly are noisier for a larger `shift`.
-    `terminal`: where given, 1 - s is stretched so that a grid of `steps` ends at s = terminal before 0, as
+    `terminal`: if given, 1 - s is stretched so that a grid of `steps` ends at s = terminal before 0, as
     diffusers' `shift_terminal` does. The network's timestep is 1000 s; each family converts it.
     """
 
@@ -236,7 +238,7 @@ class FlowSchedule(Schedule):
             self.stretch = (1 - terminal) / (1 - last) if last < 1 else 1.0
 
     def unstretched(self) -> Self:
-        """Without `terminal`: of 4 steps it would make the last one start where no noise is left."""
+        """Return this schedule without `terminal`, with which the last of 4 steps would start almost without noise."""
         plain = copy.copy(self)
         plain.stretch = 1.0
         return plain
@@ -250,12 +252,12 @@ class FlowSchedule(Schedule):
         return alpha, 1 - alpha
 
     def timestep(self, t: Tensor) -> Tensor:
-        """1000 s, float64."""
+        """Return 1000 s, float64."""
         return self.horizon * self._alpha_sigma(t)[1]
 
 
 class CosineSchedule(Schedule):
-    """Continuous time with alpha = cos t, sigma = sin t on [0, pi / 2]: the schedule of closed forms and toys."""
+    """Continuous time with alpha = cos t, sigma = sin t on [0, pi / 2], for closed-form tests and toy examples."""
 
     horizon = math.pi / 2
     least = horizon / 1000
@@ -267,5 +269,5 @@ class CosineSchedule(Schedule):
         return t.cos(), t.sin()
 
     def timestep(self, t: Tensor) -> Tensor:
-        """Returned unchanged."""
+        """Return `t` unchanged."""
         return t

@@ -1,4 +1,4 @@
-"""What every objective is given."""
+"""The training batch that every objective takes, and helpers that objectives share."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ Network = Callable[[Tensor, Tensor, Any], Tensor]
 
 @dataclass
 class Guidance:
-    """What distilled guidance is made of: `scales` (B, k), and k + 1 conditionings from full to none, each with less
-    than the one before. One scale: with and without the prompt; two: prompt and picture, picture, neither."""
+    """Inputs for guidance distillation: `scales` (B, k), and `ladder`, k + 1 conditionings from full to none, each with
+    one condition less than the one before. For one scale: with the prompt, without; for two: prompt and picture,
+    picture, neither."""
 
     scales: Tensor
     ladder: Sequence[Any]
@@ -26,10 +27,10 @@ class Guidance:
 
 @dataclass
 class LatentBatch:
-    """`x` clean latents (B, C, h, w); `conditioning` what the networks may look at (opaque to objectives);
-    `image` the pictures behind `x`, (B, 3, H, W) in [0, 1], for distances that look at pixels; `guidance` where the
-    conditioning names guidance scales that the student shall learn; `progress` the share of the training that is over,
-    for what changes on the way."""
+    """A training batch: `x` clean latents (B, C, h, w); `conditioning` the networks' further input (opaque to
+    objectives); `image` the pictures encoded in `x`, (B, 3, H, W) in [0, 1], for distances between pixels; `guidance`
+    if the conditioning has guidance scales that the student learns; `progress` the completed fraction of the training,
+    for settings that change during it."""
 
     x: Tensor
     conditioning: Any
@@ -39,59 +40,60 @@ class LatentBatch:
 
 
 def prepared(network: Network, conditioning: Any) -> Any:
-    """What `network` can compute of the conditioning once, where it is asked several times."""
+    """Return the conditioning with everything that `network` can compute once for several calls."""
     prepare = getattr(network, "prepare", None)
     return prepare(conditioning) if prepare else conditioning
 
 
 def falling_step(dt: float, dt_end: float | None, progress: float) -> float:
-    """A consistency's step from t to s: `dt` at the start of the training, `dt_end` (None: `dt`) at its end, geometric
-    in between. Long steps carry the boundary's answer to high noise in few updates, short ones follow the ODE closely.
-    Whole where `dt` is an int."""
+    """Return the step from t to s of a consistency loss: `dt` at the start of the training, `dt_end` (None: `dt`) at
+    its end, geometric in between. Long steps carry the boundary condition to high noise in few updates; short ones
+    follow the ODE closely. An int if `dt` is."""
     step = dt * ((dt if dt_end is None else dt_end) / dt) ** progress
     return max(1, round(step)) if isinstance(dt, int) else step
 
 
 @torch.no_grad()
 def guided_signal(batch: LatentBatch, network: Network, z: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """The signal that a guided prediction at (z_t, t) is trained towards, (B, C, h, w):
+    """Return the regression target (B, C, h, w) for a guided signal prediction at (z_t, t):
 
         x + sum_k (g_k - 1) (x(z_t, c_k) - x(z_t, c_k+1)),        c_0 full ... c_n nothing
 
     whose mean is that of classifier-free guidance with scales g (Ho & Salimans 2022; the two scales of InstructPix2Pix,
-    Brooks et al. 2023), while each sample keeps the data in it (model guidance, Tang et al. 2025). `network`'s own
-    predictions serve. Without guidance, or where g = 1, it is x.
+    Brooks et al. 2023), while each target still contains its data sample x (model guidance, Tang et al. 2025). The
+    predictions x(z_t, c) are those of `network`. Without guidance, or for g = 1, the target is x.
     """
     if batch.guidance is None:
         return batch.x
-    signals = _ladder(batch.guidance, network, z, t, schedule)
-    return batch.x + _push(batch.guidance, signals)
+    signals = _ladder_signals(batch.guidance, network, z, t, schedule)
+    return batch.x + _guidance_term(batch.guidance, signals)
 
 
 @torch.no_grad()
 def guided_prediction(
     batch: LatentBatch, network: Network, z: Tensor, t: Tensor, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """(x, eps) of `network` at (z_t, t), by classifier-free guidance where the batch asks for it:
+    """Return (x, eps) predicted by `network` at (z_t, t), with classifier-free guidance if the batch has scales:
 
     x = x(z_t, c_0) + sum_k (g_k - 1) (x(z_t, c_k) - x(z_t, c_k+1)),        c_0 full ... c_n nothing
     """
     timestep = schedule.timestep(t).to(z.device)
     if batch.guidance is None:
         return schedule.signal_noise(network(z, timestep, batch.conditioning), z, t)
-    signals = _ladder(batch.guidance, network, z, t, schedule)
-    x = signals[0] + _push(batch.guidance, signals)
+    signals = _ladder_signals(batch.guidance, network, z, t, schedule)
+    x = signals[0] + _guidance_term(batch.guidance, signals)
     alpha, sigma = schedule.alpha_sigma(t, z)
     return x, (z - alpha * x) / sigma
 
 
-def _ladder(guidance: Guidance, network: Network, z: Tensor, t: Tensor, schedule: Schedule) -> list[Tensor]:
+def _ladder_signals(guidance: Guidance, network: Network, z: Tensor, t: Tensor, schedule: Schedule) -> list[Tensor]:
+    """Return the signal that `network` predicts with each conditioning of the ladder."""
     timestep = schedule.timestep(t).to(z.device)
     return [schedule.signal_noise(network(z, timestep, c), z, t)[0] for c in guidance.ladder]
 
 
-def _push(guidance: Guidance, signals: list[Tensor]) -> Tensor:
-    """sum_k (g_k - 1) (x_k - x_k+1)."""
+def _guidance_term(guidance: Guidance, signals: list[Tensor]) -> Tensor:
+    """Return sum_k (g_k - 1) (x_k - x_k+1)."""
     shape = (-1, *[1] * (signals[0].ndim - 1))
     scales = (guidance.scales.to(signals[0]) - 1).T
     pairs = zip(scales, signals, signals[1:], strict=False)
@@ -99,10 +101,10 @@ def _push(guidance: Guidance, signals: list[Tensor]) -> Tensor:
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """Squared L2 distance per element, in at least float32."""
+    """Return the squared L2 distance per element, in at least float32."""
     return (a.float() - b.float() if a.dtype.itemsize < 4 else a - b).square().mean()
 
 
 def mean_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """Pseudo-Huber distance per element, sqrt((a - b)^2 + c^2) - c."""
+    """Return the pseudo-Huber distance per element, sqrt((a - b)^2 + c^2) - c."""
     return ((a.float() - b.float()).square() + c**2).sqrt().mean() - c

@@ -6,16 +6,16 @@ r"""Conditional diffusion distillation (CoDi, CVPR 2024, arXiv 2310.01407), one 
     e_s      = noise prediction of w_theta-(z_s, c, s)                average network, no gradient
     loss     = d_eps(e_t, e_s) + d_x(x, x_t)
 
-Every argument's default is the paper's choice, but for one: its boundary scaling is off, because x = alpha z - sigma v
+Every argument's default is the paper's choice, except that its boundary scaling is off, because x = alpha z - sigma v
 meets the boundary condition already and the scaling halves a pretrained network's signal prediction at high noise.
-The paper's t may also be dt; then s = 0, where z_s holds no noise that e_s could be a prediction of. So noise is
-compared from the earliest level on; signals meet the boundary x(z_0, 0) = z_0 at s = 0.
+The paper also allows t = dt; then s = 0, where z_s has no noise for e_s to predict. So noise predictions are compared
+only for s at or above the lowest noise level; signal predictions also at s = 0, where x(z_0, 0) = z_0.
 
 The code that the authors released differs: s = t - dt on a grid of dt, z_s by the frozen backbone without the
 condition, and d(x_t, x_s) in place of d_eps. That is `on_grid`, ode "teacher" and consistency "signal".
 
-Where the batch asks for guidance, x in the data term is the guided signal (see batch.guided_signal), and the network,
-which is told the scales, learns to answer as if it had been guided.
+If the batch has guidance scales, x in the data term is the guided signal (see batch.guided_signal), and the network,
+which has the scales as an input, learns to predict the guided result.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def codi(
     signal_weighting: str = "signal",
     t: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Named losses {"consistency", "signal"} of one batch; a weight of 0 leaves its term out.
+    """Return the losses {"consistency", "signal"} of one batch; a weight of 0 leaves its term out.
 
     `student` trains, `target` is its average. `dt` in schedule time (levels of T for a checkpoint). `shared_t`: one
     time for the whole batch. `on_grid`: times are multiples of `dt`, which divides the horizon. `consistency`: compare
-    "noise" or "signal" predictions. `ode`: who makes z_s, the adapted model ("own") or a frozen `teacher` ("teacher":
-    the paper's "distilling PF-ODE" ablation). `d_x`: see distances. `signal_weighting`: "signal" compares x, which
-    weighs noise level t by sigma_t^2 against a velocity network's own loss, so that the last steps of a sampler are
-    hardly trained; "velocity" divides both sides by sigma_t. `t`: fixed times instead of drawn ones. Raises ValueError
-    for an unknown `consistency`, `signal_weighting` or `ode`, or a missing teacher.
+    "noise" or "signal" predictions. `ode`: the model that computes z_s, the adapted one ("own") or a frozen `teacher`
+    ("teacher": the paper's "distilling PF-ODE" ablation). `d_x`: see distances. `signal_weighting`: "signal" compares
+    x, which weighs time t by sigma_t^2 relative to a velocity network's own loss, so that the last steps of a sampler
+    are hardly trained; "velocity" divides both sides by sigma_t. `t`: fixed times instead of drawn ones. Raises
+    ValueError for an unknown `consistency`, `signal_weighting` or `ode`, or a missing teacher.
     """
     _require_known(consistency, signal_weighting, ode, teacher)
     x, c = batch.x, batch.conditioning

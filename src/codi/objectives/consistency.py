@@ -1,12 +1,12 @@
 r"""Consistency distillation (CM, Song et al., ICML 2023), and its latent form LCM (Luo et al., 2023), one step.
 
     z_t = alpha_t x + sigma_t eps,  s = max(t - dt, 0)
-    x_T, e_T = prediction of a frozen teacher at (z_t, c, t)           guided where the batch asks for guidance
+    x_T, e_T = prediction of a frozen teacher at (z_t, c, t)           guided if the batch has guidance scales
     z_s      = alpha_s x_T + sigma_s e_T                               one DDIM step of the teacher
     loss     = d(x(w_theta(z_t, c, t)), x(w_theta-(z_s, c, s)))        average network, no gradient
 
-The boundary x(z_0, 0) = z_0 holds exactly, whatever the network predicts, so that s = 0 may be drawn: there the target
-is the teacher's x_T itself. In the paper's tables: CM-II distils a fine-tuned teacher; CM-I distils
+The boundary condition x(z_0, 0) = z_0 holds exactly for any network, so s = 0 is allowed: there the target is the
+teacher's x_T itself. In the paper's tables: CM-II distils a fine-tuned teacher; CM-I distils
 text-to-image first and is fine-tuned after; LCM takes a skipping step of `dt` = 20 along the guided ("augmented") ODE
 with the Huber distance.
 """
@@ -34,8 +34,9 @@ def consistency(
     huber: float = 0.0,
     t: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """{"consistency"} of one batch. `huber`: c of the pseudo-Huber distance sqrt(d^2 + c^2) - c (LCM: 0.001); 0 takes
-    squared L2. `dt`, `dt_end` in schedule time: see batch.falling_step; `t`: fixed times instead of drawn ones."""
+    """Return the loss {"consistency"} of one batch. `huber`: c of the pseudo-Huber distance sqrt(d^2 + c^2) - c (LCM:
+    0.001); 0 takes squared L2. `dt`, `dt_end` in schedule time: see batch.falling_step; `t`: fixed times instead of
+    drawn ones."""
     x, c = batch.x, batch.conditioning
     t = schedule.draw(len(x), schedule.least, shared_t, generator) if t is None else t
     s = (t - falling_step(dt, dt_end, batch.progress)).clamp_min(0)

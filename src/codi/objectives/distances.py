@@ -1,7 +1,8 @@
-"""The four d_x of the paper: how far a predicted signal is from the clean one.
+"""The paper's four distances d_x between the predicted and the clean signal.
 
-Each maker returns `distance(x_hat, batch) -> scalar`. The latent form is the paper's default: the others need the
-codec's decoder in the backward pass and the paper found them blurrier (pixel, features) or over-saturated (perceptual).
+`latent` is a distance(x_hat, batch) -> scalar; the other functions return one. The latent form is the paper's default:
+the others need the codec's decoder in the backward pass and the paper found them blurrier (pixel, features) or
+over-saturated (perceptual).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ DISTANCES = ("latent", "pixel", "features", "perceptual")
 
 
 def latent(x_hat: Tensor, batch: LatentBatch) -> Tensor:
-    """Squared L2 in latent space."""
+    """Return the squared L2 distance in latent space."""
     return mean_square(x_hat, batch.x)
 
 
 def pixel(decode: Callable[[Tensor], Tensor]) -> SignalDistance:
-    """Squared L2 between decoded prediction and picture, in [0, 1]."""
+    """Return the distance: squared L2 between the decoded prediction and the picture, in [0, 1]."""
 
     def distance(x_hat: Tensor, batch: LatentBatch) -> Tensor:
         assert batch.image is not None
@@ -32,7 +33,7 @@ def pixel(decode: Callable[[Tensor], Tensor]) -> SignalDistance:
 
 
 def features(decode: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tensor]) -> SignalDistance:
-    """Squared L2 between the codec encoder's features of the decoded prediction and of the picture."""
+    """Return the distance: squared L2 between encoder features of the decoded prediction and of the picture."""
 
     def distance(x_hat: Tensor, batch: LatentBatch) -> Tensor:
         assert batch.image is not None
@@ -42,7 +43,8 @@ def features(decode: Callable[[Tensor], Tensor], encode: Callable[[Tensor], Tens
 
 
 def perceptual(decode: Callable[[Tensor], Tensor], metric: Callable[[Tensor, Tensor], Tensor]) -> SignalDistance:
-    """A perceptual metric (B, 3, H, W) x 2 -> (B,) between decoded prediction and picture; LPIPS in the paper."""
+    """Return the distance: a perceptual metric, (B, 3, H, W) x 2 -> (B,), LPIPS in the paper, between the decoded
+    prediction and the picture."""
 
     def distance(x_hat: Tensor, batch: LatentBatch) -> Tensor:
         assert batch.image is not None

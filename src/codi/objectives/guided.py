@@ -1,14 +1,15 @@
 r"""Guided and progressive distillation (GD; Salimans & Ho, ICLR 2022; Meng et al., CVPR 2023), one training step.
 
-A student that takes `steps` steps learns to do in one of them what its frozen teacher does in two. From a point t of
-the student's grid, t' half a step and s a whole step later:
+A student that takes `steps` steps learns to match in one of them two steps of its frozen teacher. From a time t on
+the student's grid, t' is half a step and s a whole step later:
 
-    z_t' = DDIM step of the teacher from z_t,   z_s = DDIM step of the teacher from z_t'
-    x~   = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)      whose one step leads to z_s
-    loss = max(1, alpha_t^2 / sigma_t^2) |x(w_theta(z_t, c, t)) - x~|^2
+    z_t' = DDIM step of the teacher from z_t,   z_s = DDIM step of the teacher from z_t' x~   = (z_s - (sigma_s /
+    sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)      one DDIM step with x~ leads to z_s loss = max(1,
+    alpha_t^2 / sigma_t^2) |x(w_theta(z_t, c, t)) - x~|^2
 
-Training goes in phases, each with the last one's student as teacher and half its steps. Where the batch asks for
-guidance the teacher is guided, and the student, which is told the scales, learns to answer as if it had been.
+Training has several phases; each takes the student of the previous one as teacher and halves the number of steps. If
+the batch has guidance scales, the teacher is guided, and the student, which has the scales as an input, learns to
+predict the guided result.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def guided(
     shared_t: bool = False,
     index: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """{"distillation"} of one batch. `steps`: the student's, the teacher's are twice as many; both evenly spaced.
-    `index`: which steps, 1 (the last one taken) to `steps`, instead of drawn ones. `target` is not asked."""
+    """Return the loss {"distillation"} of one batch. `steps`: the number of the student's steps, half of the teacher's;
+    both evenly spaced. `index`: the steps to train, from 1 (the last one in sampling) to `steps`, instead of drawn
+    ones. `target` is not used."""
     x, c = batch.x, batch.conditioning
     if index is None:
         u = torch.rand(1 if shared_t else len(x), generator=generator, dtype=torch.float64)
