@@ -34,8 +34,8 @@ class Objective:
     forward passes of the network that an image costs, a backward pass counted as two; `guided(options, scales)` those
     that an image with distilled guidance adds. `sampler`: of sampling.sampler.SAMPLERS. `target_time`: whether the
     network gets a target time as an input. `teacher`: a frozen network that the loss gets, "adapter" (the recipe's
-    teacher, by default the starting point) or "backbone" (without any adapter); "" for none. `label`: its name in tables; ""
-    leaves the adapter's own.
+    teacher, by default the starting point) or "backbone" (without any adapter); "" for none. `label`: the name in
+    tables of adapters that it trained; "" for the adapter's own name.
     """
 
     loss: Callable[..., dict[str, Tensor]]
