@@ -1,10 +1,10 @@
-"""The protocol of a backbone family: what everything else in the library asks of a pretrained diffusion model.
+"""The protocol of a backbone family: everything that the rest of the library needs from a pretrained diffusion model.
 
-A family is one stateless object, defined in one file. It says how prompts become tensors, how the network is called,
-where an adapter can reach into it, and how its scheduler spaces the steps. The conventions that it hides never leave
-its file: the number that stands for time, the sign of the output, packing of latents into tokens, positions.
+A family is one stateless object, defined in one file. It defines how prompts are encoded, how the network is called,
+which of its features an adapter can change, and how its scheduler spaces the steps. The file hides the family's own
+conventions: the scale of the timestep, the sign of the output, packing of latents into tokens, positions.
 
-Outside, one convention holds: a latent is (B, C, h, w) of about unit variance, a timestep is what
+The rest of the library uses one convention: a latent is (B, C, h, w) of about unit variance, a timestep is what
 `Schedule.timestep` returns, and the network's output is what `Schedule.signal_noise` takes.
 """
 
@@ -29,12 +29,12 @@ from ..text import PromptEncoder, limit_tokenizers
 from .stock import opener, stock
 from .stock_forms import StockForms
 
-# (index of a feature, the feature) -> the feature with the adapter's own in it.
+# (index of a feature, the feature) -> the feature combined with the adapter's.
 Fuse = Callable[[int, Tensor], Tensor]
 
 
 def named_parts(parts: Any) -> dict[str, Any]:
-    """Return the parts of a Backbone or a pipeline, and the settings beside them, by name."""
+    """Return the components and settings of a Backbone or a pipeline, by name."""
     return {**getattr(parts, "config", {}), **vars(parts)}
 
 
@@ -44,30 +44,31 @@ class Family(StockForms, ABC):
     name: str
     """For messages, e.g. "FLUX.1"."""
     component: str = "transformer"
-    """What diffusers' pipelines call the network."""
+    """The network's name in diffusers' pipelines."""
     network: str
-    """The name of its class in diffusers. Classes are imported when first used: importing all takes seconds."""
+    """The network's class in diffusers, by name: classes are imported when first used, as importing all takes
+    seconds."""
     pipelines: tuple[str, ...]
-    """diffusers' text-to-image pipelines of it; the first opens its folders."""
+    """diffusers' text-to-image pipelines of the family; the first one loads folders."""
     control_reads: str = "latent"
-    """What its ControlNet is given of the condition: "latent" or "pixels"."""
+    """The form in which its ControlNet takes the condition: "latent" or "pixels"."""
     lora_targets: str
-    """A pattern of the layers that low-rank updates change."""
+    """A regular expression for the names of layers that low-rank updates change."""
     block_classes: tuple[str, ...] = ()
-    """Classes of the blocks that training on several GPUs puts together at a time; see `sharded_blocks`."""
+    """Classes of the blocks that sharded training gathers one at a time; see `sharded_blocks`."""
     channel_dim: int = -1
     """The dimension of a feature that counts channels."""
     file_key: str | None = None
-    """The end of a key by which a single file of the network in its authors' layout is recognized."""
+    """A key suffix that identifies a single file of the network in its authors' layout."""
     samplers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
-    """Classes of its checkpoints' schedulers whose steps the sampler here makes itself."""
+    """Classes of its checkpoints' schedulers whose steps codi's own sampler implements."""
     embedded_guidance: float = 1.0
-    """The default of the guidance scale that is an input of some networks of the family (not classifier-free)."""
+    """The default of the guidance scale that some networks of the family take as an input (not classifier-free)."""
 
     # ---- loading
 
     def require_pipeline(self, pipeline: str, source: str) -> None:
-        """Raise UserError for a model_index.json of another pipeline class than text-to-image."""
+        """Raise UserError for a pipeline class, from a model_index.json, that is not text-to-image."""
         if pipeline not in (*self.pipelines, "CoDiPipeline"):
             raise UserError(f"{source}: a {pipeline} takes more than noise and a prompt, as edit, fill and control "
                             f"variants do: use the text-to-image model of {self.name}, and train the task as an "
@@ -78,18 +79,18 @@ class Family(StockForms, ABC):
         return opener(self.pipelines[0]).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
 
     def holds(self, keys: set[str]) -> bool:
-        """Whether a single file with these keys is of this family."""
+        """Return True if a single file with these keys is of this family."""
         return bool(self.file_key) and any(key.endswith(self.file_key) for key in keys)  # type: ignore[arg-type]
 
     def open_file(self, path: Path, keys: set[str], dtype: torch.dtype, fetching: dict[str, Any]) -> Any:
-        """Return diffusers' pipeline of a single file that has the network alone; the other parts are those of
-        `config`, a folder or hub id of its kind."""
+        """Return diffusers' pipeline of a single file that has only the network; the other components are those of
+        `config` in `fetching`, a folder or hub id of the same family."""
         config = fetching.pop("config", None)
         if config is None:
             raise UserError(f"{path}: has a network of {self.name} alone: pass config (--config), a folder or hub id "
                             "with its text encoders and VAE")  # fmt: skip
-        kind: Any = stock(self.network)
-        network = kind.from_single_file(
+        network_class: Any = stock(self.network)
+        network = network_class.from_single_file(
             path.as_posix(), config=config, subfolder=self.component, torch_dtype=dtype, **fetching
         )
         index: Any = diffusers.DiffusionPipeline.load_config(config, **fetching)
@@ -101,20 +102,20 @@ class Family(StockForms, ABC):
 
     @abstractmethod
     def fingerprint(self, network: Any, vae: Any, scheduler: Any) -> str:
-        """Name the checkpoints that an adapter fits: one architecture, its latents and its prediction."""
+        """Return a name for the checkpoints that an adapter fits: architecture, latent space and prediction type."""
 
     def sharded_blocks(self) -> tuple[str, ...]:
-        """Return `block_classes`, by default the blocks that diffusers says may not be split."""
+        """Return `block_classes`, by default the blocks in diffusers' `_no_split_modules`."""
         names = stock(self.network)._no_split_modules
         return self.block_classes or tuple(name for name in names if name.endswith("Block"))
 
     def sample_size(self, network: Any, vae: Any) -> int:
-        """Return the side, in latent cells, of pictures that the network was trained on: by its configuration, or where
-        that has none, as FLUX's, by the VAE's."""
+        """Return the side, in latent cells, of pictures that the network was trained on: from its configuration or, if
+        that has none, as FLUX's, from the VAE's."""
         return network.config.get("sample_size") or (vae.config.get("sample_size") or 1024) // codec.downscale(vae)
 
     def patch(self, config: Any) -> int:
-        """Return the latent cells along a side of one token."""
+        """Return the number of latent cells along a side of one token."""
         return 1
 
     text_parts: tuple[str, ...] = ("text_encoder",)
@@ -134,46 +135,47 @@ class Family(StockForms, ABC):
         return stock(self.pipelines[0])
 
     def build_pipeline(self, parts: Any) -> Any:
-        """Return diffusers' own text-to-image pipeline of the same parts; nothing is copied."""
-        kind, values = self.pipeline_for(parts), named_parts(parts)
-        names = [name for name in inspect.signature(kind.__init__).parameters if name in values]
-        return kind(**{name: values[name] for name in names})
+        """Return diffusers' own text-to-image pipeline with the same components, not copies."""
+        pipeline_class, values = self.pipeline_for(parts), named_parts(parts)
+        names = [name for name in inspect.signature(pipeline_class.__init__).parameters if name in values]
+        return pipeline_class(**{name: values[name] for name in names})
 
     def prepare_parts(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """Return the loaded components as codi uses them."""
+        """Return the loaded components with the changes that codi needs."""
         return parts
 
     # ---- prompts and schedule
 
     @abstractmethod
     def prompts(self, parts: Any) -> PromptEncoder:
-        """Return what turns prompts into tensors."""
+        """Return the encoder of prompts."""
 
     @abstractmethod
     def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Return the shape, without the batch, of each tensor that the network takes of a prompt."""
+        """Return the shape, without the batch, of each prompt tensor that the network takes."""
 
     @abstractmethod
     def schedule(self, scheduler: Any, cells: tuple[int, int], steps: int | None = None) -> Schedule:
         """Return the noise schedule for latents of `cells` (h, w). Some schedulers depend on the number of steps."""
 
     def usual_steps(self, parts: Any) -> int | None:
-        """Return the steps for which `schedule` holds where no number is known, as in training; None: it has none."""
+        """Return the number of steps to assume for `schedule` in training; None if the schedule does not depend on
+        it."""
         return None
 
     def solver(self, scheduler: Any) -> Any:
-        """Return a checkpoint's scheduler by whose steps the backbone alone is sampled; None: by the sampler here."""
+        """Return the checkpoint's scheduler if it must sample the plain backbone, or None for codi's own sampler."""
         return None
 
     def own_grid(self, scheduler: Any, schedule: Schedule, steps: int) -> Tensor:
-        """Return the `steps` + 1 times at which the checkpoint's own scheduler looks, noisiest first."""
+        """Return the `steps` + 1 times of the checkpoint's own scheduler, noisiest first."""
         return schedule.horizon * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
     def with_embedded_guidance(
         self, network: Any, added: dict[str, Tensor] | None, scale: float | None, count: int
     ) -> dict[str, Tensor] | None:
-        """Add the scale (None: the family's default) to the tensors of `count` prompts, where it is an input of the
-        network. Raises UserError for a scale that the network does not take."""
+        """Add the embedded guidance scale (None: the family's default) to the tensors of `count` prompts, if the
+        network has this input. Raises UserError for a scale that the network does not take."""
         if not network.config.get("guidance_embeds"):
             if scale is not None:
                 raise UserError(f"embedded_guidance {scale:g}: this {self.name} has no such input: leave it out")
@@ -182,7 +184,7 @@ class Family(StockForms, ABC):
         return {**(added or {}), "embedded_guidance": torch.full((count,), value, device=device_of(network))}
 
     def require_guidance(self, parts: Any, scale: float) -> None:  # noqa: B027
-        """Raise UserError for a checkpoint that is not meant for classifier-free guidance, of another scale than 1."""
+        """Raise UserError if the checkpoint was not trained for classifier-free guidance of this `scale`, not 1."""
 
     def guide(self, with_: Tensor, without: Tensor, scale: float) -> Tensor:
         """Combine two outputs of the network by classifier-free guidance."""
@@ -193,7 +195,7 @@ class Family(StockForms, ABC):
         return z
 
     def from_stock(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
-        """Return the latent (B, C, h, w) of `cells` (h, w) that `to_stock` gives in that layout."""
+        """Return the latent (B, C, h, w) of `cells` (h, w), given in the layout of `to_stock`."""
         return latents
 
     # ---- the network
@@ -212,9 +214,9 @@ class Family(StockForms, ABC):
     ) -> Tensor:
         """Return the network's output (B, C, h, w) at z (B, C, h, w).
 
-        `timestep` (B,) or (1,); `text` (B, L, D) and `added`, further tensors of the prompts; `extra` (B, W) is added
-        to the time embedding, W as `time_width`; `hint` to the input features; `fuse` replaces each feature that an
-        adapter may change. With None for these three, exactly the network.
+        `timestep` (B,) or (1,); `text` (B, L, D) and `added`, further tensors of the prompts; `extra` (B, W), with W
+        from `time_width`, is added to the time embedding; `hint` to the input features; `fuse` replaces each feature
+        that an adapter may change. If these three are None, the result is exactly the network's.
         """
 
     @abstractmethod
@@ -226,24 +228,24 @@ class Family(StockForms, ABC):
         added: dict[str, Tensor] | None = None,
         extra: Tensor | None = None,
     ) -> list[Tensor]:
-        """Return the features of an `encoder` (see there) that reads the condition at time 0, in the order in which
-        `predict` offers its own to `fuse`."""
+        """Return the features of a condition encoder (see `encoder`) at time 0, in the order in which `predict` passes
+        the network's features to `fuse`."""
 
     @abstractmethod
     def encoder(self, config: Any, channels: int, reads: str, downscale: int, depth: int | None) -> nn.Module:
         """Return a condition encoder: the untrained first half (or `depth` blocks) of a network of that `config`.
 
-        `channels` of the condition in pixels: 3, and one for each further map. `reads`: "latent" (of the latent's
-        channels plus maps) or "pixels". `downscale`: pixels a latent cell.
+        `channels` of the condition in pixels: 3, and one for each further map. `reads`: its input, "latent" (the
+        latent's channels plus maps) or "pixels". `downscale`: pixels per latent cell.
         """
 
     @abstractmethod
     def encoder_weights(self, network: Any, encoder: Any, reads: str) -> dict[str, Tensor]:
-        """Return the weights with which `encoder` starts as a copy of `network`; those missing stay as they are."""
+        """Return the weights to copy from `network` to `encoder` before training; others keep their initial values."""
 
     @abstractmethod
     def feature_widths(self, config: Any, depth: int | None) -> list[int]:
-        """Return the channels of each of `features`."""
+        """Return the number of channels of each tensor in `features`."""
 
     @abstractmethod
     def time_width(self, config: Any) -> int:
@@ -251,11 +253,11 @@ class Family(StockForms, ABC):
 
     @abstractmethod
     def hint_entry(self, config: Any, channels: int) -> nn.Module:
-        """Return a module, zero at first, from a condition's latent (B, channels, h, w) to a `hint`."""
+        """Return a module, zero-initialized, that maps a condition's latent (B, channels, h, w) to a `hint`."""
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
-        """Return diffusers' ControlNet for `network` (None: untrained, for a network of that `config`), whose outputs
-        are zero at first. Raises UserError where the family has none, or none for so many condition `channels`."""
+        """Return diffusers' ControlNet for `network` (None: untrained, for a network of that `config`), with outputs
+        that are zero before training. Raises UserError if the family has none for this number of `channels`."""
         raise UserError(
             f"adapter controlnet: diffusers has no ControlNet for {self.name}: use adapter fused, hint or lora"
         )
@@ -264,13 +266,13 @@ class Family(StockForms, ABC):
         self, config: Any, controlnet: Any, condition: Tensor, z: Tensor, timestep: Tensor, text: Tensor,
         added: dict[str, Tensor] | None = None,
     ) -> list[Tensor | None]:  # fmt: skip
-        """Return what a ControlNet adds to each feature of `predict`, None for nothing. `config`: the network's."""
+        """Return the tensors that a ControlNet adds to each feature of `predict`, or None. `config`: the network's."""
         raise NotImplementedError
 
 
 @dataclass
 class Backbone:
-    """The parts of a checkpoint, as diffusers and transformers classes, by the names of diffusers' pipelines."""
+    """The components of a checkpoint, of diffusers and transformers classes, named as in diffusers' pipelines."""
 
     vae: Any
     unet: Any = None
@@ -284,7 +286,7 @@ class Backbone:
     text_encoder_3: Any = None
     tokenizer_3: Any = None
     is_distilled: bool = False
-    """Of FLUX.2 klein: to a few steps, without classifier-free guidance."""
+    """True for FLUX.2 klein if distilled to a few steps, without classifier-free guidance."""
 
     def __post_init__(self) -> None:
         limit_tokenizers(vars(self))
@@ -296,19 +298,19 @@ class Backbone:
 
     @property
     def kind(self) -> Family:
-        """The family's conventions."""
+        """The family of the network."""
         from .registry import family_of
 
         return family_of(self.network)
 
     @property
     def text(self) -> PromptEncoder:
-        """What turns prompts into tensors."""
+        """The encoder of prompts."""
         return self.kind.prompts(self)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The networks among the parts."""
+        """The components that are networks."""
         return (self.vae, self.network, *self.text.encoders)
 
     @property
@@ -323,7 +325,7 @@ class Backbone:
 
     @property
     def family(self) -> str:
-        """Which checkpoints an adapter of this one fits."""
+        """The name of the checkpoints that an adapter of this one fits; see `Family.fingerprint`."""
         return self.kind.fingerprint(self.network, self.vae, self.scheduler)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Backbone:
@@ -337,5 +339,5 @@ class Backbone:
         return self
 
     def pipeline(self) -> Any:
-        """Return diffusers' own text-to-image pipeline of the same parts."""
+        """Return diffusers' own text-to-image pipeline with the same components."""
         return self.kind.build_pipeline(self)

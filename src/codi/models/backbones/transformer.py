@@ -1,8 +1,8 @@
-"""What the families of flow-matching transformers share: a residual stream of image tokens that passes through blocks.
+"""The base of all families of flow-matching transformers: image tokens as a residual stream through the blocks.
 
 `predict` follows the stock forward pass block by block, so that an adapter can change the stream between two blocks. A
-family's file says how the stream starts, how a block is called and how the stream ends; tests hold the result against
-the stock network.
+family's file defines how the stream starts, how a block is called and how the stream ends; tests compare the result
+with the stock network's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from .base import Family, Fuse
 
 @dataclass
 class Stream:
-    """What passes from block to block: `image` (B, N, W) tokens, `text` (B, L, W) tokens or None, and, constant,
-    `time` (B, W'), the time embedding, `grid`, the rows and columns of image tokens, and the family's `rest`."""
+    """The state passed from block to block: `image` (B, N, W) tokens and `text` (B, L, W) tokens or None; and
+    constants: `time` (B, W'), the time embedding, `grid`, the rows and columns of image tokens, and the family's own in
+    `rest`."""
 
     image: Tensor
     text: Tensor | None
@@ -38,7 +39,7 @@ class Stream:
 
 
 class TokenEntry(nn.Module):
-    """A condition (B, C, h, w), or its pixels, -> (B, N, W) tokens, in place of a network's own patch embedding."""
+    """A patch embedding of a condition (B, C, h, w) as (B, N, W) tokens, in place of a network's own."""
 
     def __init__(self, channels: int, width: int, patch: int, bias: bool = True) -> None:
         super().__init__()
@@ -51,19 +52,19 @@ class TokenEntry(nn.Module):
 
 
 class PixelEntry(nn.Module):
-    """The same for pixels: ControlNet's convolutions down to one position a token."""
+    """An embedding of a condition's pixels as tokens, by ControlNet's convolutions down to one position per token."""
 
     def __init__(self, channels: int, width: int, pixels: int) -> None:
         super().__init__()
         widths = (16, 32, 96, 256, 256, 256, 256)[: pixels.bit_length()]
         self.conv = ControlNetConditioningEmbedding(width, channels, widths)
-        self.conv.conv_out.reset_parameters()  # not zero, as in a ControlNet: the fusion weights are
+        self.conv.conv_out.reset_parameters()  # not zero as in a ControlNet: the fusion weights are zero already
 
     forward = TokenEntry.forward
 
 
 class HintEntry(TokenEntry):
-    """A condition's latent -> what is added to the input tokens, zero at first."""
+    """A zero-initialized embedding of a condition's latent, to be added to the input tokens."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__(channels, width, patch, bias=False)
@@ -84,14 +85,14 @@ class TransformerFamily(Family):
     time_embedder: str = "time_text_embed"
     """The module that embeds the timestep."""
 
-    # ---- what a family's file says
+    # ---- defined by each family
 
     @abstractmethod
     def start(
         self, network: Any, tokens: Tensor, grid: tuple[int, int], timestep: Tensor, text: Tensor,
         added: dict[str, Tensor], extra: Tensor | None,
     ) -> Stream:  # fmt: skip
-        """Return the stream before the first block; `tokens` (B, N, W) are embedded already."""
+        """Return the stream before the first block; `tokens` (B, N, W) are those of `embed`, plus any hint."""
 
     @abstractmethod
     def blocks(self, network: Any) -> list[nn.Module]:
@@ -115,17 +116,17 @@ class TransformerFamily(Family):
 
     @abstractmethod
     def shortened(self, config: Any, depth: int | None) -> Any:
-        """Return an untrained network of that `config` with the first `depth` (None: half) of its blocks alone."""
+        """Return an untrained network of that `config` with only the first `depth` (None: half) of its blocks."""
 
     @abstractmethod
     def width(self, config: Any) -> int:
-        """Return the channels of image tokens."""
+        """Return the number of channels of image tokens."""
 
     @abstractmethod
     def latent_channels(self, config: Any) -> int:
-        """Return the channels of the latent."""
+        """Return the number of channels of the latent."""
 
-    # ---- what they have in common
+    # ---- common to all families
 
     def require_scheduler(self, scheduler: Any, name: str) -> None:
         try:
@@ -151,7 +152,7 @@ class TransformerFamily(Family):
         grid = (z.shape[-2] // patch, z.shape[-1] // patch)
         stream = self.start(network, tokens, grid, self._time(timestep, z), text, added or {}, extra)
         for index, block in enumerate(self.blocks(network)):
-            self._step(network, block, stream)
+            self._run_block(network, block, stream)
             if fuse is not None:
                 stream.image = fuse(index, stream.image)
         return self.finish(network, stream)
@@ -165,13 +166,13 @@ class TransformerFamily(Family):
         stream = self.start(encoder, tokens, grid, zero, text, added or {}, extra)
         features = []
         for block in self.blocks(encoder):
-            self._step(encoder, block, stream)
+            self._run_block(encoder, block, stream)
             features.append(stream.image)
         return features
 
-    def _step(self, network: Any, block: Any, stream: Stream) -> None:
+    def _run_block(self, network: Any, block: Any, stream: Stream) -> None:
         if network.gradient_checkpointing and torch.is_grad_enabled():
-            constant = copy.copy(stream)  # recomputation must not see what later blocks leave in the stream
+            constant = copy.copy(stream)  # recomputation must not use changes by later blocks
             stream.image, stream.text = checkpoint(
                 self.run, block, stream.image, stream.text, constant, use_reentrant=False
             )  # type: ignore[misc]
@@ -231,30 +232,31 @@ class TransformerFamily(Family):
         return inner.act(inner.linear_1(embedder.time_proj(self.time_argument(network, timesteps.float()))))
 
     def time_argument(self, network: Any, timesteps: Tensor) -> Tensor:
-        """Return what the time embedder is given of timesteps."""
+        """Return the time embedder's input for timesteps."""
         return timesteps
 
     def refuse_maps(self, channels: int) -> None:
-        """Raise UserError for a condition with maps beside the picture, which a stock ControlNet does not take."""
+        """Raise UserError for a condition with maps beside the picture, which stock ControlNets do not take."""
         if channels != 3:
-            raise UserError(f"adapter controlnet: {self.name}'s ControlNet takes a picture alone, and this task brings "
+            raise UserError(f"adapter controlnet: {self.name}'s ControlNet takes only a picture, and this task has "
                             "a mask too: use adapter fused or hint")  # fmt: skip
 
     def schedule(self, scheduler: Any, cells: tuple[int, int], steps: int | None = None) -> Schedule:
-        """The shift of a FlowMatchEulerDiscreteScheduler, static or by the number of tokens."""
+        """Return the schedule of a FlowMatchEulerDiscreteScheduler, whose shift is static or depends on the number of
+        tokens."""
         return flow_schedule(scheduler.config, self.shift_exponent(scheduler.config, cells, steps), steps)
 
     def shift_exponent(self, config: Any, cells: tuple[int, int], steps: int | None) -> float:
-        """Return mu of dynamic shifting, which the stock pipelines make linear in the number of tokens."""
+        """Return mu of dynamic shifting, which is linear in the number of tokens in the stock pipelines."""
         tokens = cells[0] * cells[1] / 4
-        least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        slope = (high - low) / (most - least)
-        return tokens * slope + low - slope * least
+        min_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        min_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        slope = (max_shift - min_shift) / (max_tokens - min_tokens)
+        return tokens * slope + min_shift - slope * min_tokens
 
 
 def spread(samples: Sequence[Tensor] | None, count: int) -> list[Tensor | None]:
-    """Give each of `count` blocks the sample of a ControlNet that diffusers' transformers add after it."""
+    """Return, for each of `count` blocks, the output of a ControlNet that diffusers' transformers add after it."""
     if not samples:
         return [None] * count
     interval = -(-count // len(samples))
@@ -262,10 +264,10 @@ def spread(samples: Sequence[Tensor] | None, count: int) -> list[Tensor | None]:
 
 
 def flow_schedule(config: Any, mu: float, steps: int | None) -> FlowSchedule:
-    """Return the schedule of a FlowMatchEulerDiscreteScheduler's config; `mu` counts with dynamic shifting.
+    """Return the schedule of a FlowMatchEulerDiscreteScheduler's config; `mu` is used only with dynamic shifting.
 
     We compute the sigmas ourselves, because `set_timesteps(n)` of diffusers 0.42 shifts a static shift's sigmas twice
-    (diffusers #13243). Raises UserError for a kind of spacing that flow checkpoints do not have.
+    (diffusers #13243). Raises UserError for a scheduler without flow shift and for options that are not supported.
     """
     if "shift" not in config and "flow_shift" not in config:
         raise UserError(f"scheduler: a {config.get('_class_name')} has no flow shift, and this network predicts flow: "
@@ -276,9 +278,9 @@ def flow_schedule(config: Any, mu: float, steps: int | None) -> FlowSchedule:
         raise UserError(f"scheduler: a {config.get('_class_name')} that is not for flow matching: set use_flow_sigmas "
                         f"to true and prediction_type to {FlowSchedule.prediction}")  # fmt: skip
     spacings = [f"use_{name}_sigmas" for name in ("karras", "exponential", "beta")]
-    odd = [name for name in (*spacings, "invert_sigmas", "stochastic_sampling") if config.get(name)]
-    if odd:
-        raise UserError(f"scheduler: {odd[0]} is not supported for flow matching: set it to false")
+    unsupported = [name for name in (*spacings, "invert_sigmas", "stochastic_sampling") if config.get(name)]
+    if unsupported:
+        raise UserError(f"scheduler: {unsupported[0]} is not supported for flow matching: set it to false")
     shift = config.get("shift", config.get("flow_shift"))
     if config.get("use_dynamic_shifting"):
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
@@ -286,7 +288,7 @@ def flow_schedule(config: Any, mu: float, steps: int | None) -> FlowSchedule:
 
 
 def require_channels(parts: Any, name: str, channels: int) -> None:
-    """Raise UserError where the network takes another number of latent channels than the VAE makes."""
+    """Raise UserError if the network's number of latent channels, `channels`, is not the VAE's."""
     latent = codec.channels(parts.vae)
     if channels != latent:
         raise UserError(
