@@ -75,7 +75,7 @@ def benchmark(
             chosen = replace(chosen, seeds=seeds) if seeds else chosen
             plans = list(chosen.plans(_split(tasks), _split(rows), parse_steps(steps) if steps else ()))
             if not plans:
-                raise UserError(f"--steps {steps}: none of these rows is measured at these step counts: see the suite")
+                raise UserError(f"--steps {steps}: no row is measured at these step counts: see the suite")
     deadline = time.monotonic() + 60 * minutes if minutes else None
     results = _Results(out / RESULTS, chosen)
     failed: list[str] = []
