@@ -3,7 +3,7 @@
     pipe = codi.CoDiPipeline.from_pretrained("mini", task="upscale")
     picture = pipe(image=small, steps=4, seed=0).images[0]
 
-Names are looked up when first used, so that `import codi` costs nothing.
+Names are imported on first use, so that `import codi` is fast.
 """
 
 from __future__ import annotations

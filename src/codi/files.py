@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and locks that keep other processes out of a folder."""
+"""Atomic writing of files and folders, and locks that keep other processes out of a folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from .errors import UserError, one_line
 
 LOCK = ".lock"
-WRITING = ".writing-"  # how the name of a folder begins that is being written
-OLD = f"{WRITING}old-"  # one that a new one is about to replace
+WRITING = ".writing-"  # prefix of a folder that is being written
+OLD = f"{WRITING}old-"  # prefix of a folder that is being replaced
 
 
 def write_file(path: Path, fill: Callable[[Path], Any], durable: bool = True) -> None:
-    """Write a file whole or not at all: `fill(temporary)` writes it beside `path`, then it is renamed. Missing folders
-    are made. `durable`: flushed to disk before, so that it is whole after a loss of power, too. Raises UserError where
+    """Write a file atomically: `fill(temporary)` writes it next to `path`, then it is renamed. Missing folders are
+    created. `durable` flushes it to disk before, so that it is also complete after a loss of power. Raises UserError if
     it cannot be written."""
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
@@ -33,7 +33,7 @@ def write_file(path: Path, fill: Callable[[Path], Any], durable: bool = True) ->
             with temporary.open("xb") as file:
                 mode = os.fstat(file.fileno()).st_mode
             fill(temporary)
-            temporary.chmod(mode)  # safetensors leaves files to their owner alone
+            temporary.chmod(mode)  # safetensors makes files readable only for their owner
             if durable:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
@@ -46,21 +46,21 @@ def write_file(path: Path, fill: Callable[[Path], Any], durable: bool = True) ->
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8, as write_file does."""
+    """Write `text` as UTF-8, atomically; see write_file."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Remove what write_file left in `folder` when it was killed, of files whose names match the regular expression
-    `names` in full."""
+    """Remove temporary files that a killed write_file left in `folder`, for targets whose names match the regular
+    expression `names` in full."""
     for file in folder.glob(".*.tmp"):
         if re.fullmatch(rf"\.({names})\.[0-9a-f]{{8}}\.tmp", file.name):
             file.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
-    """Call `fill(temporary)` on an empty folder beside `folder`, flush it, then rename it over `folder`. Raises
-    UserError where it cannot be written."""
+    """Call `fill(temporary)` on an empty folder next to `folder`, flush it, then rename it to `folder`, replacing that.
+    Raises UserError if it cannot be written."""
     temporary, old = folder.with_name(f"{WRITING}{folder.name}"), folder.with_name(f"{OLD}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -71,7 +71,7 @@ def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+            shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed here
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -82,20 +82,20 @@ def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> UserError:
-    """Return the error of one line for a file or folder that cannot be written."""
+    """Return the UserError for a file or folder that cannot be written."""
     reason = one_line(getattr(error, "strerror", None) or error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in reason.lower()
-    if full:  # safetensors says so in its own way
+    disk_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in reason.lower()
+    if disk_full:  # safetensors reports it only in its message
         return UserError(f"{path}: no space left on the disk: free some, or write elsewhere")
     return UserError(f"{path}: cannot be written ({reason}): check the folder, or write elsewhere")
 
 
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of `folder`, which goes with its process, however that ends. The folder is made if need be, and
-    then removed again where nothing was left in it. Raises UserError `busy` where another process holds it, and for a
+    """Hold the lock of `folder`; the operating system releases it if the process dies. A missing folder is created, and
+    removed again if it stays empty. Raises UserError with message `busy` if another process holds the lock, and for a
     folder that cannot be written."""
-    lock, made = FileLock(folder / LOCK, timeout=0), not folder.exists()
+    lock, created = FileLock(folder / LOCK, timeout=0), not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -106,8 +106,8 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is held: whoever opened this file cannot take it for the new one
+        with suppress(OSError):  # while the lock is held, or another process could lock the removed file
             (folder / LOCK).unlink()
-            if made:
+            if created:
                 folder.rmdir()
         lock.release()

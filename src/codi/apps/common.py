@@ -144,7 +144,7 @@ def silence_other_processes() -> Iterator[None]:
 
 def print_error(error: object) -> None:
     """Print an error as one line on stderr."""
-    print(f"error: {one_line(error, UserError.MOST)}", file=sys.stderr)
+    print(f"error: {one_line(error, UserError.MAX_LENGTH)}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
