@@ -16,7 +16,7 @@ def test_a_long_text_loses_its_middle(length, most):
 
 def test_no_message_echoes_a_whole_file():
     message = str(UserError(f"file.json: {'x ' * 100_000}: fix it"))
-    assert len(message) == UserError.MOST and message.startswith("file.json: x") and message.endswith(": fix it")
+    assert len(message) == UserError.MAX_LENGTH and message.startswith("file.json: x") and message.endswith(": fix it")
     assert str(UserError("a  b.png: missing")) == "a  b.png: missing"  # a name stays as it is
 
 
