@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from codi.apps.data import rehearse
+from codi.apps.data import first_batch
 from codi.data import check
 from codi.data.batches import batches
 from codi.data.check import check_data, contact_sheet
@@ -190,7 +190,7 @@ def test_sixteen_bits_of_a_picture_are_brightness_not_numbers(rendered):
     assert check_data(rendered, ("edited_image",)).faults() == []
     truth = next(batches(open_source(rendered, ("edited_image",)), 6, 32, seed=0)).extras["edited_image"]
     assert truth.shape == (6, 3, 32, 32) and truth.max() <= 1
-    rehearse(get_task("edit"), str(rendered), 32, 0, 6)
+    first_batch(get_task("edit"), str(rendered), 32, 0, 6)
 
 
 def test_the_size_must_fit_the_models_latent_cells(shell, rendered, tmp_path):
@@ -236,7 +236,7 @@ def test_every_task_is_checked_and_its_conditions_shown(shell, rendered, tmp_pat
 
 def test_the_sheet_shows_what_training_sees(rendered):
     task = get_task("edit")
-    first = rehearse(task, str(rendered), size=32, seed=3, count=4)
+    first = first_batch(task, str(rendered), size=32, seed=3, count=4)
     batch = next(batches(open_source(rendered, task.columns), 4, 32, seed=3))
     assert torch.equal(first.condition, batch.image) and torch.equal(first.truth, batch.extras["edited_image"])
     assert first.prompts == batch.instruction
@@ -263,7 +263,7 @@ def test_the_sheet_shows_what_training_draws(rendered, tmp_path, name):
             return {}
 
     train(Draws(), RunSettings(images=4, batch_size=4, seed=3, device="cpu"), tmp_path / "run", quiet=True)
-    given = rehearse(task, str(rendered), size=32, seed=3, count=6).given
+    given = first_batch(task, str(rendered), size=32, seed=3, count=6).given
     assert torch.equal(given[:4], drawn[0]) and not torch.equal(given[:4, -1], given[1:5, -1])
 
 
@@ -306,10 +306,10 @@ def test_a_task_whose_condition_is_none_is_refused(tmp_path):
         condition=lambda given: given * 2, truth=lambda batch: batch.image, prompts=lambda batch: [""],
     )  # fmt: skip
     with pytest.raises(UserError, match=r"task own: its condition leaves \[0, 1\]"):
-        rehearse(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+        first_batch(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
     own.condition = lambda given: given[:, :1]
     with pytest.raises(UserError, match=r"its condition is \(1, 1, 32, 32\), not \(1, 3, 32, 32\)"):
-        rehearse(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+        first_batch(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
     own.condition = lambda given: given
     for truth, words in (
         (lambda batch: batch.image[:, :1], r"its truth is \(1, 1, 32, 32\)"),
@@ -317,7 +317,7 @@ def test_a_task_whose_condition_is_none_is_refused(tmp_path):
     ):
         own.truth = truth
         with pytest.raises(UserError, match=words):
-            rehearse(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+            first_batch(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
 
 
 # The sheet of pictures.

@@ -1,4 +1,4 @@
-"""`codi canny`: a picture with the edges of another."""
+"""`codi canny`: generate a picture with the edges of another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .common import BadUsage, Prompt, spinner, usage_errors
-from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .pictures import ImageFile, Out, Request, Settings, open_pipeline, shared, variants, write_pictures
 from .planning import plan_one
 
 EXAMPLE = 'Example: codi canny house.jpg --prompt "a green house at dusk" -o painted.png'
@@ -34,17 +34,19 @@ def canny(
         from ..tasks import get_task
 
         if edges and (low is not None or high is not None):
-            raise BadUsage("--edges: finds no edges, so --low and --high say nothing: leave them out")
+            raise BadUsage("--edges: takes the edges from IMAGE, so --low and --high have no effect: leave them out")
         job = plan_one(image, out, settings.count, settings.overwrite)
         picture = read_image(image)
     pipe = open_pipeline("canny", settings)
-    given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
+    thresholds = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
     with usage_errors():
-        task = get_task("canny", **{**pipe.task.config(), **given})  # type: ignore[union-attr]
+        task = get_task("canny", **{**pipe.task.config(), **thresholds})  # type: ignore[union-attr]
     if edges:
-        found = picture.rgb.mean(0, keepdim=True)
-        found = found if picture.alpha is None else found * picture.alpha  # what is clear shows no line
+        edge_map = picture.rgb.mean(0, keepdim=True)
+        edge_map = edge_map if picture.alpha is None else edge_map * picture.alpha  # transparent pixels have no edge
     else:
-        found = task.bring(picture.rgb[None])[0]
+        edge_map = task.bring(picture.rgb[None])[0]
     notes = {"prompt": prompt, **({} if edges else {k: f"{task.config()[k]:g}" for k in ("low", "high")})}
-    deliver(pipe, variants(job, settings, {"image": found}), Order("canny", {"prompt": prompt}, notes), settings)
+    write_pictures(
+        pipe, variants(job, settings, {"image": edge_map}), Request("canny", {"prompt": prompt}, notes), settings
+    )

@@ -1,4 +1,4 @@
-"""`codi depth`: a picture with the geometry of a depth map, or of a photo."""
+"""`codi depth`: generate a picture with the geometry of a depth map or of a photo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from .common import BadUsage, Prompt, choose_device, spinner
-from .pictures import Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .pictures import Out, Request, Settings, open_pipeline, shared, variants, write_pictures
 from .planning import plan_one
 
 EXAMPLE = 'Example: codi depth room-depth.png --near bright --prompt "a red ball in a hall" -o room.png'
@@ -26,13 +26,14 @@ def depth(
     settings: Settings,
     prompt: Prompt = "",
     near: Annotated[
-        Literal["guess", "bright", "dark"], typer.Option(help="Which end of the map is near; dark: distances.")
+        Literal["guess", "bright", "dark"],
+        typer.Option(help="The near end of the map; dark: values are distances."),
     ] = "guess",
     from_image: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="DEPTHMAP is a photo: estimate its depth by this model of transformers, a folder or hub id.",
+            help="DEPTHMAP is a photo: estimate its depth with this transformers model, a folder or hub id.",
             show_default=False,
         ),
     ] = None,
@@ -43,12 +44,14 @@ def depth(
         from ..tasks.depth import estimate_depth, read_depth
 
         if from_image and near != "guess":
-            raise BadUsage(f"--near {near}: the model of --from-image says itself what is near: leave one out")
+            raise BadUsage(f"--near {near}: the model of --from-image determines what is near: leave one out")
         job = plan_one(depthmap, out, settings.count, settings.overwrite)
         if from_image:
-            found = estimate_depth(read_image(depthmap).rgb, from_image, choose_device(settings.device))
+            depth_map = estimate_depth(read_image(depthmap).rgb, from_image, choose_device(settings.device))
         else:
-            found = read_depth(depthmap, near)
+            depth_map = read_depth(depthmap, near)
     pipe = open_pipeline("depth", settings)
     notes = {"prompt": prompt, **({} if from_image else {"near": near})}
-    deliver(pipe, variants(job, settings, {"image": found}), Order("depth", {"prompt": prompt}, notes), settings)
+    write_pictures(
+        pipe, variants(job, settings, {"image": depth_map}), Request("depth", {"prompt": prompt}, notes), settings
+    )

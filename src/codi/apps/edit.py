@@ -1,4 +1,4 @@
-"""`codi edit`: a picture after an instruction."""
+"""`codi edit`: change a picture by an instruction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import spinner
-from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .pictures import ImageFile, Out, Request, Settings, open_pipeline, shared, variants, write_pictures
 from .planning import plan_one
 
 EXAMPLE = 'Example: codi edit room.png --instruction "make the ball blue" -o edited.png'
@@ -21,7 +21,7 @@ def edit(
     out: Out,
     settings: Settings,
     image_guidance: Annotated[
-        float | None, typer.Option(min=0, help="How closely to keep to IMAGE; by default the adapter's.")
+        float | None, typer.Option(min=0, help="How closely to follow IMAGE; by default the adapter's.")
     ] = None,
 ) -> None:
     """Change a picture as an instruction says, in 1 to 4 steps. Alpha and 16 bits are kept."""
@@ -32,5 +32,9 @@ def edit(
         picture = read_image(image)
     pipe = open_pipeline("edit", settings)
     like = replace(picture, grey=False)  # an instruction may ask for colour
-    order = Order("edit", {"prompt": instruction, "image_guidance_scale": image_guidance}, {"instruction": instruction})
-    deliver(pipe, variants(job, settings, {"image": picture.rgb}, like=like, alpha=picture.alpha), order, settings)
+    request = Request(
+        "edit", {"prompt": instruction, "image_guidance_scale": image_guidance}, {"instruction": instruction}
+    )
+    write_pictures(
+        pipe, variants(job, settings, {"image": picture.rgb}, like=like, alpha=picture.alpha), request, settings
+    )

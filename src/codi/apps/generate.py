@@ -1,4 +1,4 @@
-"""`codi generate`: a picture of a prompt alone."""
+"""`codi generate`: generate a picture from a prompt alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import BadUsage, Prompt, spinner
-from .pictures import Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .pictures import Out, Request, Settings, open_pipeline, shared, variants, write_pictures
 from .planning import plan_new
 
 EXAMPLE = 'Example: codi generate --prompt "a red ball and a blue box" -o scene.png'
@@ -31,11 +31,11 @@ def generate(
 
     check_cells(width, height, pipe.cell)
     arguments = {"prompt": prompt, "width": width, "height": height}
-    deliver(pipe, variants(job, settings, {}), Order("generate", arguments, {"prompt": prompt}), settings)
+    write_pictures(pipe, variants(job, settings, {}), Request("generate", arguments, {"prompt": prompt}), settings)
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """ "512x384" -> (512, 384), width first; None -> (None, None). Raises BadUsage for anything else."""
+    """Parse "512x384" to (512, 384), width first, and None to (None, None). Raises BadUsage for anything else."""
     if text is None:
         return None, None
     match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text.strip().lower())
@@ -45,7 +45,7 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 
 
 def check_cells(width: int | None, height: int | None, cell: int) -> None:
-    """Raises BadUsage for sides that are no multiples of `cell` pixels."""
+    """Raise BadUsage for sides that are not multiples of `cell` pixels."""
     if width and height and (width % cell or height % cell):
-        near = [max(1, round(side / cell)) * cell for side in (width, height)]
-        raise BadUsage(f"--size {width}x{height}: not multiples of {cell} px: use {near[0]}x{near[1]}")
+        nearest = [max(1, round(side / cell)) * cell for side in (width, height)]
+        raise BadUsage(f"--size {width}x{height}: not multiples of {cell} px: use {nearest[0]}x{nearest[1]}")

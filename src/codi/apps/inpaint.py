@@ -1,4 +1,4 @@
-"""`codi inpaint`: a picture with a part of it, white in the mask, made anew."""
+"""`codi inpaint`: regenerate the part of a picture that is white in a mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .common import Prompt, spinner
-from .pictures import ImageFile, Order, Out, Settings, deliver, open_pipeline, shared, variants
+from .pictures import ImageFile, Out, Request, Settings, open_pipeline, shared, variants, write_pictures
 from .planning import plan_one
 
 EXAMPLE = 'Example: codi inpaint room.png --mask hole.png --prompt "a red ball" -o filled.png'
@@ -21,7 +21,7 @@ def inpaint(
     mask: Annotated[
         Path,
         typer.Option(
-            help="A picture of IMAGE's shape: white, or marks on a clear ground, where to make anew.",
+            help="A picture of IMAGE's shape: white, or marks on a transparent ground, where to regenerate.",
             show_default=False,
         ),
     ],
@@ -29,8 +29,8 @@ def inpaint(
     settings: Settings,
     prompt: Prompt = "",
 ) -> None:
-    """Make a part of a picture anew, in 1 to 4 steps. All other pixels come back exactly, 16 bits, grey and alpha too,
-    in a lossless file (PNG); what is made anew is opaque."""
+    """Regenerate a part of a picture, in 1 to 4 steps. All other pixels are kept exactly, with 16 bits, grey and alpha,
+    in a lossless file (PNG); the regenerated part is opaque."""
     import torch
 
     with spinner("starting"):
@@ -46,4 +46,4 @@ def inpaint(
     pipe = open_pipeline("inpaint", settings)
     alpha = None if picture.alpha is None else torch.where(hole > 0.5, 1.0, picture.alpha)
     items = variants(job, settings, {"image": picture.rgb, "mask": hole}, like=picture, alpha=alpha)
-    deliver(pipe, items, Order("inpaint", {"prompt": prompt}, {"prompt": prompt}), settings)
+    write_pictures(pipe, items, Request("inpaint", {"prompt": prompt}, {"prompt": prompt}), settings)

@@ -1,4 +1,4 @@
-"""What the commands that make pictures share: their options, batches, writing, rows of figures."""
+"""Code that the picture commands share: options, batches, writing of files, rows of output."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ..data.images import Picture
     from ..sampling.pipeline import CoDiPipeline
 
-Out = Annotated[  # a string: a Path would lose the slash that a folder's name may end in
+Out = Annotated[  # a string, because a Path would drop the final slash that marks a folder
     str,
     typer.Option("--out", "-o", metavar="PATH", help="The file to write, or a folder/ for it.", show_default=False),
 ]
@@ -59,7 +59,7 @@ ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that every command which makes pictures has; `shared` adds them to one."""
+    """The options of every picture command; the decorator `shared` adds them."""
 
     model: ModelOrDefault = None
     adapter: Adapter = None
@@ -84,7 +84,7 @@ class Settings:
         check_seed(self.seed, 2**63 - 1 - self.count)
 
     def model_for(self, task: str) -> str:
-        """The model that is named, else the task's default."""
+        """Return the model of --model, else the task's default."""
         if self.model is not None:
             return self.model
         from ..models.adapter_files import default_model
@@ -93,7 +93,7 @@ class Settings:
 
 
 def shared(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the options of Settings as its own, which it gets packed in its parameter `settings`."""
+    """Add the options of Settings to `command`, which receives them as its parameter `settings`."""
     own, options = (get_type_hints(c, include_extras=True) for c in (command, Settings))
     parameters = [
         p.replace(kind=p.KEYWORD_ONLY, annotation=own[p.name])
@@ -115,22 +115,22 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to make: its own arguments for the pipeline, tensors without a batch, and what the file is like."""
+    """One picture to make. `given`: its tensor arguments for the pipeline, without a batch axis."""
 
     target: Path
     seed: int
     given: dict[str, Tensor]
     source: str | None = None
-    like: Picture | None = None  # whose grey and 16 bits are kept; None: colour of 8 bits
+    like: Picture | None = None  # its grey, 16 bits and metadata are kept; None: 8-bit colour
     alpha: Tensor | None = None  # (1, h, w)
     alone: bool = False  # too large to share a batch
 
 
 @dataclass(frozen=True)
-class Order:
-    """What all pictures of one command share: the pipeline's further arguments, notes for the files' metadata, and
-    `fit`, which brings a result (C, H, W) to the size of its file; `rows`, for an item that is made and written row by
-    row what gives rows a to b of its alpha, (1, b - a, W) or None."""
+class Request:
+    """Settings that all pictures of one command share. `arguments`: further arguments of the pipeline; `notes`: for the
+    files' metadata; `fit`: resizes a result (C, H, W) to the size of its file; `rows`: for an item that is made and
+    written row by row, returns a function that gives rows a to b of its alpha, (1, b - a, W) or None, else None."""
 
     task: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Order:
 
 
 def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
-    """The pipeline that the options name. Raises BadUsage for steps that it cannot take."""
+    """Load the pipeline that the options name. Raises BadUsage for more steps than the model has."""
     s = settings
     pipe = load_pipeline(
         s.model_for(task),
@@ -163,68 +163,68 @@ def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
     return pipe
 
 
-def variants(job: Job, settings: Settings, given: dict[str, Tensor], **kept: Any) -> Iterator[Item]:
-    """The items of one job, of seeds settings.seed, + 1, ...; `kept` are further fields of Item."""
+def variants(job: Job, settings: Settings, given: dict[str, Tensor], **item_fields: Any) -> Iterator[Item]:
+    """Yield the items of one job, with seeds settings.seed, + 1, ...; `item_fields` are further fields of Item."""
     source = None if job.source is None else str(job.source)
     for number, target in enumerate(job.targets):
-        yield Item(target, settings.seed + number, given, source, **kept)
+        yield Item(target, settings.seed + number, given, source, **item_fields)
 
 
-def deliver(pipe: CoDiPipeline, items: Iterable[Item | UserError], order: Order, settings: Settings) -> None:
-    """`make`s, and prints a line a picture or, in the end, JSON rows; exits with 1 in the end if anything failed."""
-    faults = []
+def write_pictures(pipe: CoDiPipeline, items: Iterable[Item | UserError], request: Request, settings: Settings) -> None:
+    """Make and write all pictures, printing a line for each or, at the end, JSON; then exit with 1 if any failed."""
+    errors = []
 
     def report(error: UserError) -> None:
-        faults.append(error)
+        errors.append(error)
         print_error(error)
 
     rows = []
-    for row in make(pipe, items, order, settings, report):
+    for row in make_pictures(pipe, items, request, settings, report):
         rows.append(row)
         if not settings.json_:
             arrow = f"{row['input']} -> " if row["input"] else ""
-            told = f"{row['width']} x {row['height']} px, {row['seconds']:.2f} s, by {_public(row['model'])}"
-            print(f"{arrow}{row['output']}  {told}")
+            summary = f"{row['width']} x {row['height']} px, {row['seconds']:.2f} s, by {_public(row['model'])}"
+            print(f"{arrow}{row['output']}  {summary}")
     if settings.json_:
         print_json(rows)
-    if faults:
+    if errors:
         raise typer.Exit(1)
 
 
-def make(
+def make_pictures(
     pipe: CoDiPipeline,
     items: Iterable[Item | UserError],
-    order: Order,
+    request: Request,
     settings: Settings,
     report: Callable[[UserError], None],
 ) -> Iterator[dict[str, Any]]:
-    """Makes and writes; yields a row for each picture written. What is wrong with one, or stands in its place among the
-    items, goes to `report`, and the others follow. A picture depends on its seed, not on what else is in the run."""
+    """Make and write the pictures; yield a row for each one written. An error of one picture, or in its place among the
+    items, goes to `report`, and the others follow. A picture depends on its seed, not on the rest of its batch."""
     from ..data.writing import write_image, write_png_bands
 
-    scales, model = _scales(pipe, order, settings), settings.model_for(order.task)
-    arguments = {**order.arguments, "guidance_scale": scales["text"], "image_guidance_scale": scales.get("image")}
+    scales, model = _scales(pipe, request, settings), settings.model_for(request.task)
+    arguments = {**request.arguments, "guidance_scale": scales["text"], "image_guidance_scale": scales.get("image")}
     notes = {
         "Software": f"codi {__version__}",
         "codi model": _public(model),
-        **{f"codi lora {i}": _public(word) for i, word in enumerate(settings.lora or [])},
-        "codi adapter": _public(settings.adapter or order.task),
+        **{f"codi lora {i}": _public(lora) for i, lora in enumerate(settings.lora or [])},
+        "codi adapter": _public(settings.adapter or request.task),
         **({"codi decoder": _public(settings.decoder or "tiny")} if pipe.tiny_vae is not None else {}),
-        "codi task": order.task,
+        "codi task": request.task,
         "codi steps": str(settings.steps),
         "codi guidance": f"{scales['text']:g}",
         **({"codi image guidance": f"{scales['image']:g}"} if "image" in scales else {}),
         **({"codi strength": f"{settings.strength:g}"} if settings.strength != 1 else {}),
-        **{f"codi {name}": value for name, value in order.notes.items()},
+        **{f"codi {name}": value for name, value in request.notes.items()},
     }
     bar: dict[str, Any] = getattr(pipe, "_progress_bar_config", {})
-    for group in _groups(items, settings.batch, report):
-        began = time.perf_counter()
+    for group in _batches(items, settings.batch, report):
+        start = time.perf_counter()
         pipe.set_progress_bar_config(**{**bar, "desc": group[0].target.name})
-        rows = order.rows(group[0])
+        rows = request.rows(group[0])
         try:
-            made: Any = pipe(
-                **{name: _stacked([item.given[name] for item in group]) for name in group[0].given},
+            images: Any = pipe(
+                **{name: _stack([item.given[name] for item in group]) for name in group[0].given},
                 steps=settings.steps,
                 strength=settings.strength,
                 seed=[item.seed for item in group],
@@ -235,9 +235,9 @@ def make(
         except UserError as error:
             report(UserError(f"{group[0].source}: {error}") if group[0].source else error)
             continue
-        seconds = (time.perf_counter() - began) / len(group)
-        for item, one in zip(group, made, strict=True):
-            kept: dict[str, Any] = {
+        seconds = (time.perf_counter() - start) / len(group)
+        for item, image in zip(group, images, strict=True):
+            extra: dict[str, Any] = {
                 "metadata": {**notes, "codi seed": str(item.seed)},
                 "bits": item.like.bits if item.like else 8,
                 "grey": item.like is not None and item.like.grey,
@@ -248,12 +248,14 @@ def make(
             try:
                 if rows:
                     height, width = (pipe.task.scale * side for side in item.given["image"].shape[-2:])  # type: ignore[union-attr]
-                    write_png_bands(item.target, _with_alpha(one, rows), height, width, **kept)
-                    seconds = time.perf_counter() - began
+                    write_png_bands(item.target, _with_alpha(image, rows), height, width, **extra)
+                    seconds = time.perf_counter() - start
                 else:
-                    rgb = order.fit(one, item)
+                    rgb = request.fit(image, item)
                     height, width = rgb.shape[-2:]
-                    write_image(item.target, rgb, None if item.alpha is None else order.fit(item.alpha, item), **kept)
+                    write_image(
+                        item.target, rgb, None if item.alpha is None else request.fit(item.alpha, item), **extra
+                    )
             except UserError as error:
                 report(error)
                 continue
@@ -266,12 +268,12 @@ def make(
                 "seed": item.seed,
                 "steps": settings.steps,
                 "model": model,
-                "adapter": settings.adapter or order.task,
+                "adapter": settings.adapter or request.task,
             }
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """(n, ...); a single one, which may be large, is not copied."""
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Stack tensors to (n, ...); a single one, which may be large, is not copied."""
     import torch
 
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
@@ -280,44 +282,45 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 def _with_alpha(
     bands: Iterator[Tensor], alpha: Callable[[int, int], Tensor | None]
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    done = 0
+    end = 0
     for band in bands:
-        first, done = done, done + band.shape[2]
-        yield band, alpha(first, done)
-        _give_back_memory()
+        start, end = end, end + band.shape[2]
+        yield band, alpha(start, end)
+        _release_memory()
 
 
-def _give_back_memory() -> None:
-    """To the system what glibc keeps of freed tensors in pieces: over thousands of tiles it would add up."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems' libraries
+def _release_memory() -> None:
+    """Return to the system the freed memory that glibc holds, which grows over thousands of tiles."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # C libraries other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _scales(pipe: CoDiPipeline, order: Order, settings: Settings) -> dict[str, float]:
-    """Guidance by name, as the pipeline will take it. Raises BadUsage, in the options' own names, where it cannot."""
-    asked = order.arguments.get("image_guidance_scale")
+def _scales(pipe: CoDiPipeline, request: Request, settings: Settings) -> dict[str, float]:
+    """Return the guidance scales by name, as the pipeline applies them. Raises BadUsage, with the names of the command
+    line's options, for scales that it refuses."""
+    image_scale = request.arguments.get("image_guidance_scale")
     try:
-        return pipe.guidance(settings.guidance, asked, settings.strength).scales
+        return pipe.guidance(settings.guidance, image_scale, settings.strength).scales
     except UserError as error:
-        told = str(error).replace("image_guidance_scale", "--image-guidance").replace("guidance_scale", "--guidance")
-        told = f"--{told}" if told.startswith("strength") else told
-        raise BadUsage(told) from error
+        message = str(error).replace("image_guidance_scale", "--image-guidance").replace("guidance_scale", "--guidance")
+        message = f"--{message}" if message.startswith("strength") else message
+        raise BadUsage(message) from error
 
 
 def _public(name: str) -> str:
-    """A model's name for a picture that may be passed on: of a path its last part, not where the user keeps it."""
+    """Return a model's name for the metadata of files that may be shared: of a path the last part only."""
     path = Path(name)
     return path.name if path.exists() else name
 
 
-def _groups(items: Iterable[Item | UserError], most: int, report: Callable[[UserError], None]) -> Iterator[list[Item]]:
-    """In batches of one size."""
+def _batches(items: Iterable[Item | UserError], most: int, report: Callable[[UserError], None]) -> Iterator[list[Item]]:
+    """Yield batches of items of one size, at most `most`; errors among the items go to `report`."""
     group: list[Item] = []
     for item in items:
         if isinstance(item, UserError):
             report(item)
             continue
-        shapes = [{name: tensor.shape for name, tensor in one.given.items()} for one in (item, *group[:1])]
+        shapes = [{name: tensor.shape for name, tensor in member.given.items()} for member in (item, *group[:1])]
         if group and (len(group) >= most or item.alone or group[0].alone or shapes[0] != shapes[1]):
             yield group
             group = []
