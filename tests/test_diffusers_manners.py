@@ -154,7 +154,7 @@ def test_a_negative_prompt_each(pipe):
         ({"prompt": []}, "prompt: an empty list"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt 0"),
         ({"batch_size": 0.5}, "batch_size 0.5: not a whole number"),
-        ({"generator": 3}, "generator: int is none"),
+        ({"generator": 3}, "generator: int is no torch.Generator"),
         ({"latents": torch.zeros(1, 4, 3, 3)}, "latents of shape"),
         ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents: holds NaN"),
         ({"latents": torch.zeros(1, 4, 8, 8, device="meta")}, "latents: a meta tensor"),
@@ -212,7 +212,7 @@ def test_empty_negative_prompts_are_none(pipe, task):
     for empty in (["", ""], [""], ("", ""), None):
         assert torch.equal(run(pipe, **asked, negative_prompt=empty), expected)
     if task == "edit":
-        with pytest.raises(UserError, match="^negative_prompt: guidance is distilled"):
+        with pytest.raises(UserError, match="^negative_prompt: this adapter has distilled guidance"):
             run(pipe, **asked, negative_prompt=["", "blue"])
 
 

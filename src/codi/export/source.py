@@ -21,7 +21,7 @@ from ..models.lora import lora_names, shared_copy
 from ..models.student import Conditioning
 from ..sampling.adapter_store import AdapterStore, LoadedAdapter
 from ..sampling.guidance import Guidance, resolve
-from ..sampling.sampler import aimed, sampler_of, time_grid
+from ..sampling.sampler import sampler_of, time_grid, with_target_time
 from ..schedule import Schedule
 from ..tasks import Task
 
@@ -138,7 +138,7 @@ class Source:
         grid = self.grid(steps).tolist()
         plain = Conditioning(torch.zeros(1), guidance=self.guidance.columns(["a prompt"]))
         horizon = float(self.schedule(steps).horizon)
-        walk = [aimed(plain, self.sampler, t, s, horizon) for t, s in zip(grid, grid[1:], strict=False)]
+        walk = [with_target_time(plain, self.sampler, t, s, horizon) for t, s in zip(grid, grid[1:], strict=False)]
         rows = [row for c in walk if (row := self.adapter.time_condition(c.guidance, c.jump)) is not None]
         if not any(bool(row.any()) for row in rows):
             return None

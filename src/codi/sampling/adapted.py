@@ -1,4 +1,4 @@
-"""A backbone and its adapters as one diffusers pipeline: loaded, set, moved and saved; `pipeline` samples with it."""
+"""Base of the pipeline: loading, activating, moving and saving a backbone and its adapters, without sampling."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from .adapter_store import AdapterStore
 from .diffusers_mixin import DiffusersMixin
 from .guidance import Guidance, resolve
 from .loras import LoraLoaderMixin
-from .options import ENTRY, name_class, sorted_options
+from .options import ENTRY, split_options, write_class_name
 from .saved import require_sources, save_adapters
 from .tiles import Tiles
 
 
 class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
-    """What CoDiPipeline is made of, without the sampling."""
+    """Backbone and adapters as one diffusers pipeline; CoDiPipeline adds the sampling."""
 
-    # Families have different parts; those that a checkpoint lacks are None.
+    # Parts of all model families; those that a checkpoint lacks are None.
     _optional_components = [
         "unet", "transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3",
         "tokenizer_3", "tiny_vae",
@@ -68,22 +68,22 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         }  # fmt: skip
         limit_tokenizers(parts)
         self._store = AdapterStore(unet if unet is not None else transformer, "")
-        # Parts of other families are no attributes: users of diffusers look for `pipe.transformer` by hasattr.
+        # Do not set parts of other families as attributes: diffusers code tests hasattr(pipe, "transformer").
         always = ("vae", "text_encoder", "tokenizer", "scheduler", "tiny_vae")
         self.register_modules(**{name: part for name, part in parts.items() if part is not None or name in always})
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled)
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
-                lora_state(part)  # which may be refused
+                lora_state(part)  # raises UserError for LoRAs that are not supported
                 part.requires_grad_(False).eval()
-        # Of those here: what the class lists is for opening any family.
+        # Limit the list to this family's parts: the class lists those of all families.
         self._optional_components = [name for name in always if parts[name] is None or name == "tiny_vae"]
         self._store.family = self._family()
         self._set_up_vae(vae)
         self.solver: Any = None
-        """A diffusers scheduler to sample with instead of DDIM or jumps, for comparisons: without guidance."""
+        """A diffusers scheduler that replaces our samplers, for comparisons; it samples without guidance."""
         self.shift: float | None = None
-        """Of the time grid (see sampler.time_grid); None: the adapter's own."""
+        """Shift of the time grid (see sampler.time_grid); None: the adapter's default."""
 
     # ---- models and adapters
 
@@ -99,58 +99,59 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
         **options: Any,
     ) -> Self:
-        """Load a checkpoint of a supported family or a saved CoDiPipeline, and set an adapter.
+        """Load a checkpoint of a supported family or a saved CoDiPipeline, and activate an adapter.
 
         `model`: "mini", "photo", a diffusers folder, a single .safetensors file or a hub id, which may end in
         "@revision". `adapter`: the name of one in the model's folder `adapters` or of an embedded one, or a folder;
-        None takes that of `task`. `dtype`: float32 by default; `torch_dtype` is its older name. `loras`: low-rank
-        updates made part of the backbone, with weights. `decoder`: "full", "tiny", the one in the model's folder, or an
+        None loads the one for `task`. `dtype`: float32 by default; `torch_dtype` is its older name. `loras`: files of
+        LoRAs to merge into the backbone, with weights. `decoder`: "full", "tiny" (the one in the model's folder), or an
         AutoencoderTiny folder or hub id; None: as the pipeline was saved, else the full one. `options`: revision,
-        variant, token, cache_dir, local_files_only and config of the model; parts in its place (`vae=...`,
-        `text_encoder=None`); device_map, quantization_config and what else diffusers loads by (see options.LOADING).
-        Raises UserError for a missing or broken model, adapter or decoder, or one made for another backbone or task.
+        variant, token, cache_dir, local_files_only and config of the model; parts that replace the model's
+        (`vae=...`, `text_encoder=None`); device_map, quantization_config and other loading options of diffusers (see
+        options.LOADING). Raises UserError for a missing or broken model, adapter or decoder, or one made for another
+        backbone or task.
         """
         if task is not None:
             get_task(task)
-        hub, given = sorted_options(options)
-        chosen: Any = dtype or torch_dtype or torch.float32
-        backbone, folder = load_backbone(model, chosen, loras, given=given, **hub), Path(find_model(model))
-        of_tiny = chosen.get("tiny_vae", chosen.get("default", torch.float32)) if isinstance(chosen, dict) else chosen
+        hub, loading = split_options(options)
+        types: Any = dtype or torch_dtype or torch.float32
+        backbone, folder = load_backbone(model, types, loras, given=loading, **hub), Path(find_model(model))
+        tiny_type = types.get("tiny_vae", types.get("default", torch.float32)) if isinstance(types, dict) else types
         tiny = options.get("tiny_vae")
         if tiny is None:
-            tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, of_tiny, **hub)
+            tiny = open_decoder(decoder or saved_decoder(folder), model, backbone.vae, tiny_type, **hub)
         pipe = cls(**vars(backbone), tiny_vae=tiny)
-        if (device_map := given.get("device_map")) is not None:
+        if (device_map := loading.get("device_map")) is not None:
             placed = {name: str(device_of(part)) for name, part in pipe.components.items() if hasattr(part, "device")}
             pipe.hf_device_map = placed if device_map == "balanced" else device_map
         pipe._store.model = model
-        super(AdaptedPipeline, pipe).register_to_config(_name_or_path=str(folder))  # ours would also choose the decoder
+        super(AdaptedPipeline, pipe).register_to_config(_name_or_path=str(folder))  # ours also loads adapters
         if pipe.network is not None:
             pipe._store.load_saved(folder)
         pipe._set(task, adapter)
         return pipe
 
     def _set(self, task: str | None, adapter: str | Path | None) -> None:
-        """Set this adapter, or one of `task` if none is set."""
+        """Activate this adapter, or one for `task` if none is active."""
         store = self._store
-        of_task = [name for name, entry in store.loaded.items() if entry.task.name == task]
+        candidates = [name for name, entry in store.loaded.items() if entry.task.name == task]
         if adapter is not None:
             store.set(store.load(adapter, task=task))
         elif task is not None and task not in [entry.task.name for entry in store.active.values()]:
-            store.set(of_task[0] if of_task else store.load(task, task=task))
+            store.set(candidates[0] if candidates else store.load(task, task=task))
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Note settings; where diffusers has just opened a saved pipeline, also load what was saved beside its parts.
+        """Store settings; when diffusers has just opened a saved pipeline, also load its adapters and decoder.
 
-        `DiffusionPipeline.from_pretrained(folder)` makes a pipeline of the checkpoint's parts, which adapters are not,
-        and says only afterwards, by this method, where they came from: there is no other place to load adapters in.
+        `DiffusionPipeline.from_pretrained(folder)` constructs the pipeline from the checkpoint's parts, without
+        adapters, and passes the folder only afterwards, to this method.
         """
         super().register_to_config(**kwargs)
         if kwargs.get("_name_or_path") and not self._store.loaded:
             self._load_saved(Path(kwargs["_name_or_path"]))
 
     def _load_saved(self, folder: Path) -> None:
-        """Load the adapters and the tiny decoder that `save_pretrained` left in `folder`, and set those that were."""
+        """Load the adapters and tiny decoder that `save_pretrained` wrote to `folder`; activate the same adapters."""
         if self.network is not None:
             self._store.load_saved(folder)
         if self.tiny_vae is None and self.vae is not None and saved_decoder(folder) == TINY:
@@ -158,27 +159,29 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """Make a pipeline of another's parts, with its adapters if it has any; nothing is copied. `kwargs`: parts in
-        place of its own, and dtype."""
+        """Return a pipeline with the parts of `pipeline`, and its adapters if it has any, without copying.
+
+        `kwargs`: replacements of parts, and dtype.
+        """
         names = set(inspect.signature(cls.__init__).parameters) - {"self"}
         parts = {name: part for name, part in pipeline.components.items() if name in names}
         config = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
         source = SimpleNamespace(config=config, components=pipeline.components,
                                  _optional_components=pipeline._optional_components)  # fmt: skip
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or pipeline.dtype)
-        pipe: Any = super().from_pipe(source, **{**parts, **kwargs})  # passed as parts, whose types are not looked up
+        pipe: Any = super().from_pipe(source, **{**parts, **kwargs})  # diffusers does not check the types of arguments
         if isinstance(pipeline, AdaptedPipeline):
             pipe._store = pipeline._store.copy(pipe.network, pipe._family())
             pipe.solver, pipe.shift = pipeline.solver, pipeline.shift
-            pipe._store.follow()
+            pipe._store.move_to_backbone()
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save the checkpoint, its tiny decoder, every adapter loaded, and which ones are set with what weights.
+        """Save the checkpoint, its tiny decoder, every loaded adapter, and the weights of the active ones.
 
-        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it with all of these, and without any
-        adapter, as the stock pipeline, needs no such trust. LoRAs are left out, with a warning. Raises UserError for
-        pickled weights, which nothing reads, and for an adapter whose folder is gone or was changed.
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` opens it with all of these; a pipeline
+        without adapters opens as the stock pipeline, without trust_remote_code. LoRAs are left out, with a warning.
+        Raises UserError for pickled weights, and for an adapter whose folder is gone or was changed.
         """
         folder = Path(save_directory)
         if not safe_serialization:
@@ -187,21 +190,21 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{save_directory}: is a file: name a folder")
         require_sources(self._store.loaded)  # before anything is written
-        # diffusers leaves out a part that was None when the pipeline was made and has been set since.
+        # diffusers would omit a part that was None in the constructor and was set later.
         self.register_modules(**{name: part for name, part in self.components.items() if part is not None})
         try:
             with self._without_loras():
                 super().save_pretrained(folder, **kwargs)
             mark_saved(folder, self.tiny_vae is not None)
             stock = self.kind.pipeline_for(self.parts).__name__
-            name_class(folder, [ENTRY, "CoDiPipeline"] if self._store.loaded else stock)
+            write_class_name(folder, [ENTRY, "CoDiPipeline"] if self._store.loaded else stock)
             save_adapters(folder, self._store.loaded, self._store.weights, self.kind.component)
         except (OSError, SafetensorError) as error:
             raise unwritable(folder, error) from error
 
     def load_adapter(self, adapter: str | Path, as_: str | None = None, task: str | None = None) -> str:
-        """Load one more adapter, an embedded one's name or a folder, and returns the name that `set_adapters` knows it
-        by: `as_`, or the folder's. It is set at once if no other is. Raises UserError for one that does not fit."""
+        """Load another adapter, embedded (by name) or from a folder, and return its name for `set_adapters`: `as_`, or
+        the folder's. It becomes active if no other is. Raises UserError for one that does not fit."""
         name = self._store.load(adapter, as_, task, self._lora_names)
         if not self._store.weights:
             self._store.set(name)
@@ -209,12 +212,12 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
 
     @property
     def adapters(self) -> list[str]:
-        """Names of all adapters loaded."""
+        """Names of all loaded adapters."""
         return list(self._store.loaded)
 
     @property
     def adapter(self) -> Adapter | None:
-        """The adapter that is set, the first of several; None without."""
+        """The (first) active adapter; None without."""
         return next((entry.adapter for entry in self._store.active.values()), None)
 
     @property
@@ -224,12 +227,12 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """The tasks of the adapters that are set, by their names."""
+        """Tasks of the active adapters, by adapter name."""
         return {name: entry.task for name, entry in self._store.active.items()}
 
     @property
     def student(self) -> Student:
-        """The backbone with the adapters that are set."""
+        """The backbone with the active adapters."""
         return self._store.student()[0]
 
     @property
@@ -245,59 +248,61 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name, without those of other families."""
+        """Parts by name, without those of other families."""
         names, _ = self._get_signature_keys(self)
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def _family(self) -> str:
-        whole = None not in (self.network, self.vae, self.scheduler)
-        return self.kind.fingerprint(self.network, self.vae, self.scheduler) if whole else ""
+        complete = None not in (self.network, self.vae, self.scheduler)
+        return self.kind.fingerprint(self.network, self.vae, self.scheduler) if complete else ""
 
     def infos(self, strength: float = 1.0) -> list[dict[str, Any]]:
-        """What the adapters with some influence say of themselves."""
+        """Return the info of each active adapter whose weight times `strength` is not 0."""
         return self._store.infos(strength)
 
     @property
     def cell(self) -> int:
-        """Pixels along a side of one token, or of one latent cell where the network has no tokens."""
+        """Side in pixels of one token, or of one latent cell where the network has no tokens."""
         return codec.downscale(self.vae) * self.kind.patch(self.network.config)
 
     def cells_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the latent's (h, w) of pictures of `size` (height, width), on whole tokens."""
+        """Return the latent size (h, w) for images of `size` (height, width), rounded up to whole tokens."""
         f, patch = codec.downscale(self.vae), self.kind.patch(self.network.config)
         return (-(-size[0] // (f * patch)) * patch, -(-size[1] // (f * patch)) * patch)
 
     def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return (height, width) of text-to-image. Raises UserError for sides that are no whole cells."""
+        """Return the size (height, width) of text-to-image, by default the backbone's training size.
+
+        Raises UserError for sides that are no multiples of `cell`.
+        """
         f = self.cell
-        own = self.kind.sample_size(self.network, self.vae) * codec.downscale(self.vae)
+        default = self.kind.sample_size(self.network, self.vae) * codec.downscale(self.vae)
         for side in (height, width):
             if side is not None and (not isinstance(side, int) or side < f or side % f):
                 fix = f"use {max(1, round(side / f)) * f}" if isinstance(side, int) else "use whole numbers"
                 raise UserError(f"size {width} x {height}: not multiples of {f} px: {fix}")
-        return height or own, width or own
+        return height or default, width or default
 
-    def tiles(self, given: Tensor, side: int | None = None) -> Tiles | None:
-        """Return the tiles that a picture (B, C, h, w) is upscaled in, of `side` input pixels (0: none; None: as
-        needed)."""
+    def tiles(self, image: Tensor, side: int | None = None) -> Tiles | None:
+        """Return the tiles to upscale images (B, C, h, w) in, of `side` input pixels (0: none; None: large ones)."""
         scale, f = self.task.scale, codec.downscale(self.vae)  # type: ignore[union-attr]
-        return Tiles.choose(side, given, scale, f, max(self.size_of(None, None)), self.cell // f)
+        return Tiles.choose(side, image, scale, f, max(self.size_of(None, None)), self.cell // f)
 
     @property
     def text(self) -> PromptEncoder:
-        """What turns prompts into tensors."""
+        """Encoder of prompts to tensors."""
         return self.kind.prompts(self.parts)
 
     @property
     def parts(self) -> Backbone:
-        """The checkpoint's parts; those that its family lacks are None."""
+        """Parts of the checkpoint; those that its family lacks are None."""
         settings: Any = {name: self.config[name] for name in ("force_zeros_for_empty_prompt", "is_distilled")}
         names = {field.name for field in fields(Backbone)} - set(settings)
         return Backbone(**settings | {name: getattr(self, name, None) for name in names})
 
     @property
     def schedule(self) -> Schedule:
-        """The backbone's noise schedule at the size that it was trained at."""
+        """The backbone's noise schedule at its training size."""
         side = self.kind.sample_size(self.network, self.vae)
         return self.schedule_for((side, side))
 
@@ -306,43 +311,45 @@ class AdaptedPipeline(DiffusersMixin, LoraLoaderMixin):
         return self.kind.schedule(self.scheduler, cells, steps or self.kind.usual_steps(self))
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Self:
-        """Moves or casts everything, as any diffusers pipeline. `memory_format`: torch.channels_last lays weights out
-        as convolutions like them best."""
+        """Move or cast everything, like any diffusers pipeline. `memory_format`: torch.channels_last speeds up
+        convolutions."""
         super().to(*args, **kwargs)
         if memory_format is not None:
             self._store.layout = memory_format
             parts: Any = filter(None, (self.vae, self.network, self.tiny_vae))
             for part in parts:
                 part.to(memory_format=memory_format)
-        self._store.follow()
+        self._store.move_to_backbone()
         return self
 
     def compile(self, **options: Any) -> Self:
-        """Has the networks compiled by torch.compile with these options, e.g. mode="max-autotune", when they are first
-        used and for each new size of picture: that takes a minute or more. What an adapter and the U-Net do together
-        is one graph, with mode="reduce-overhead" one CUDA graph."""
+        """Compile the networks by torch.compile with these options, e.g. mode="max-autotune".
+
+        Compilation happens at the first use and for each new image size, and takes a minute or more. An adapter and the
+        U-Net together become one graph, with mode="reduce-overhead" one CUDA graph.
+        """
         self._store.compile(**options)
         for part in filter(None, (self.vae.encoder, self.vae.decoder, getattr(self.tiny_vae, "decoder", None))):
             part.compile(**options)
         return self
 
     def fuse_lora(self, fused: bool = True) -> Self:
-        """Makes the adapters' low-rank updates part of the weights they update: faster, for the memory of a second copy
-        of these weights. The backbone's own stay as they are; a change of weights or strength makes it happen again."""
+        """Merge the adapters' low-rank updates into copies of the weights they update: faster, at the memory of these
+        copies. The backbone's weights do not change. A change of adapter weights or strength merges again."""
         self._store.fused = fused
         return self
 
     def unfuse_lora(self) -> Self:
-        """Undoes `fuse_lora`, exactly."""
+        """Undo `fuse_lora` exactly."""
         return self.fuse_lora(False)
 
     def guidance(self, text: float | None = None, image: float | None = None, strength: float = 1.0) -> Guidance:
-        """The guidance that scales asked for lead to with the adapters that are set; None is the adapter's own.
+        """Return the guidance for the requested scales with the active adapters; None is the adapter's default.
 
-        Raises UserError for a scale that is no number from 0 up, an image scale that no adapter has learnt, or a
-        strength that a full adapter cannot have.
+        Raises UserError for a scale that is no number from 0 up, an image scale that no adapter has learned, or a
+        strength that a full adapter does not support.
         """
-        self._store.require_whole(strength)
+        self._store.require_strength(strength)
         infos = self._store.infos(strength)
-        # Where all influence is turned down there is nothing to refuse: a slider may reach 0.
+        # Accept any image scale at strength 0, so that a strength slider may reach 0.
         return resolve(text, image if infos or not self._store.weights else None, infos)

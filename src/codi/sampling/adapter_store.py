@@ -1,4 +1,4 @@
-"""The adapters of a pipeline: loaded once, side by side on one backbone, and set in milliseconds."""
+"""Adapters of a pipeline: loaded once, sharing one backbone, and switched in milliseconds."""
 
 from __future__ import annotations
 
@@ -36,44 +36,44 @@ from .saved import saved_weights
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """One adapter, the network that works with it, its task, and the folder it came from."""
+    """An adapter with its network, its task, and its source folder."""
 
     adapter: Adapter
     network: Any
     task: Task
     folder: Path
     full: bool
-    """Whether it brought a network of its own, which is there in whole or not at all."""
+    """True for a full adapter, which has a fine-tuned backbone of its own and therefore only strengths 0 and 1."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the adapter says of itself."""
+        """Info in the adapter's configuration; {} without."""
         return self.adapter.config["info"] or {}
 
 
 def names_of(names: Any) -> list[str]:
-    """Return one name or several as a list. Raises UserError for anything else, and for a dict, whose values would be
-    ignored."""
+    """Return one name or several as a list. Raises UserError for anything else, including a dict, whose values would
+    be ignored."""
     listed = isinstance(names, Iterable) and not isinstance(names, (str, Mapping))
     several: list[Any] = list(names) if listed else [names]
     if wrong := [name for name in several if not isinstance(name, str)]:
-        raise UserError(f"{one_line(repr(wrong[0]))}: not the name of an adapter: give one, or a list of them")
+        raise UserError(f"{one_line(repr(wrong[0]))}: not the name of an adapter: pass a name, or a list of names")
     return several
 
 
 class AdapterStore:
-    """Adapters by name for `network`, the backbone's own, of `family`; `weights` are those of the ones that are set.
-    `model` is where the backbone came from, which may have adapters of its own."""
+    """Adapters by name for the backbone's `network`, whose fingerprint is `family`. `weights`: of the active adapters.
+    `model`: the backbone's source, whose folder may hold adapters."""
 
     def __init__(self, network: Any, family: str, model: str | Path = "mini") -> None:
         self.network, self.family, self.model = network, family, model
-        self._loras = lora_state(network)  # of users, which the networks of `loaded` carry, too
+        self._loras = lora_state(network)  # users' LoRAs, as the networks of `loaded` have them too
         self.offload: Callable[[Any], Any] | None = None
-        """What is done to networks that a pipeline of diffusers does not know of, where its own are offloaded."""
+        """Function that offloads the adapters' networks, which diffusers does not know of; None: no offloading."""
         self.loaded: dict[str, LoadedAdapter] = {}
         self.weights: dict[str, float] = {}
         self._students: dict[tuple[str, ...], Student] = {}
-        self._merged: tuple[Any, Student] | None = None  # what for, and the student
+        self._merged: tuple[Any, Student] | None = None  # (settings, merged student)
         self._compiling: dict[str, Any] | None = None
         self.fused = False
         self.layout = torch.preserve_format
@@ -81,34 +81,34 @@ class AdapterStore:
     def load(
         self, source: str | Path, name: str | None = None, task: str | None = None, loras: Sequence[str] = ()
     ) -> str:
-        """Loads an embedded adapter or a folder; returns the name it has from now on, by default the folder's. `loras`:
-        names that are taken by LoRAs of other parts than the network.
+        """Load an embedded adapter or a folder and return its name, by default the folder's. `loras`: names used by
+        LoRAs of other parts than the network.
 
-        Raises UserError for an adapter that does not fit or is not of `task`, and for a name that is taken.
+        Raises UserError for an adapter that does not fit or is not for `task`, and for a name in use.
         """
         if not isinstance(source, (str, Path)) or not isinstance(name, (str, type(None))):
             wrong = source if isinstance(name, (str, type(None))) else name
-            raise UserError(f"{one_line(repr(wrong))}: not an adapter: give the name of one, or a folder")
+            raise UserError(f"{one_line(repr(wrong))}: not an adapter: pass a name or a folder")
         if self.network is None:
             raise UserError(f"{source}: this pipeline has no network: pass unet=... or transformer=... first")
         chosen = fitting_adapter(source, self.network, self.family, self.model)
         folder = chosen.resolve()
-        name = (name or folder.name).replace(".", "-")  # dots would part the names of modules
+        name = (name or folder.name).replace(".", "-")  # module names cannot have dots
         if not name or "/" in name or "\\" in name:
-            raise UserError(f"{name!r}: not a name for an adapter: it becomes a folder's, so leave slashes out")
+            raise UserError(f"{name!r}: not a valid adapter name: it becomes a folder name, so use no slashes")
         if name in self.loaded:
             if self.loaded[name].folder == folder:
                 return name
             raise UserError(f"{source}: an adapter called {name!r} is loaded already: name this one with as_=...")
-        if clash := {name, *TASKS} & {*lora_names(self.network), *loras}:  # its updates are called by its task
+        if clash := {name, *TASKS} & {*lora_names(self.network), *loras}:  # updates are named after their task
             raise UserError(f"{source}: a LoRA is called {clash.pop()!r}: load that under another name first")
-        self._require_free(name)
-        wanted = source if chosen == find_adapter(source, self.model) else chosen  # messages repeat what was given
-        adapter, network = load_adapter(wanted, task, self.family, self.network, self.model)
+        self._require_not_offloaded(name)
+        shown = source if chosen == find_adapter(source, self.model) else chosen  # messages show the caller's value
+        adapter, network = load_adapter(shown, task, self.family, self.network, self.model)
         info = require_info(adapter.config["info"] or {}, str(folder / "config.json"))
         kind = info.get("task", task)
         if kind is None:
-            raise UserError(f"{source}: does not say which task it does: name it with task=...")
+            raise UserError(f"{source}: its info names no task: pass task=...")
         entry = LoadedAdapter(adapter, network, get_task(kind, **info.get("task_options", {})), folder,
                            own_network(folder) is not None)  # fmt: skip
         for module in (adapter, network):
@@ -117,8 +117,10 @@ class AdapterStore:
         return name
 
     def set(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Set these and no others; `weights` are 1 by default, and one serves all. Raises UserError for what cannot be
-        set, and then leaves everything as it was."""
+        """Activate these adapters and no others; `weights` are 1 by default, and a single one is used for all.
+
+        Raises UserError for adapters that cannot be activated, and then changes nothing.
+        """
         names = names_of(names)
         several = isinstance(weights, Iterable) and getattr(weights, "ndim", 1) > 0
         values: list[Any] = list(weights) if several else [1.0 if weights is None else weights] * len(names)  # type: ignore[arg-type]
@@ -132,41 +134,41 @@ class AdapterStore:
                 raise UserError(f"{name}: no such adapter loaded{hint}: use {', '.join(self.loaded) or 'load_adapter'}")
         chosen = {name: float(weight) for name, weight in zip(names, values, strict=True)}
         for name, weight in chosen.items():
-            self._require_whole(name, "weight", weight)
+            self._require_on_or_off(name, "weight", weight)
         if len(chosen) > 1:
-            self._student(tuple(chosen))  # which may be refused
+            self._student(tuple(chosen))  # raises UserError for adapters that cannot be combined
         self.weights = chosen
 
-    def _require_free(self, what: str) -> None:
-        """Raise UserError where the backbone's layers are offloaded, so that its weights cannot be shared."""
+    def _require_not_offloaded(self, what: str) -> None:
+        """Raise UserError if the backbone is offloaded, so that new networks cannot share its weights."""
         if self.offload is not None:
             raise UserError(f"{what}: the pipeline is offloaded: load and set adapters first, or call "
                             "remove_all_hooks() and enable offloading again afterwards")  # fmt: skip
 
     @property
     def active(self) -> dict[str, LoadedAdapter]:
-        """Those that are set."""
+        """Active adapters by name."""
         return {name: self.loaded[name] for name in self.weights}
 
-    def require_whole(self, strength: float) -> None:
-        """Raises UserError for a strength that a full adapter which is set cannot have."""
+    def require_strength(self, strength: float) -> None:
+        """Raise UserError for a strength that an active full adapter does not support."""
         for name, weight in self.weights.items():
             if weight:
-                self._require_whole(name, "strength", strength)
+                self._require_on_or_off(name, "strength", strength)
 
-    def _require_whole(self, name: str, what: str, value: float) -> None:
+    def _require_on_or_off(self, name: str, what: str, value: float) -> None:
         if self.loaded[name].full and value not in (0, 1):
-            raise UserError(f"{what} {value:g}: {name} is a full adapter, whose backbone is trained too and has no "
-                            "degrees: use 1 (as trained) or 0 (the backbone as it was)")  # fmt: skip
+            raise UserError(f"{what} {value:g}: {name} is a full adapter, with a trained backbone of its own, which "
+                            "cannot be scaled: use 1 (as trained) or 0 (the original backbone)")  # fmt: skip
 
     def infos(self, strength: float = 1.0) -> list[dict[str, Any]]:
-        """What the adapters with some influence say of themselves."""
+        """Return the info of each active adapter whose weight times `strength` is not 0."""
         return [self.loaded[name].info for name, weight in self.weights.items() if strength * weight]
 
     def student(self, strength: float = 1.0, lora_scale: float = 1.0) -> tuple[Student, float]:
-        """Return the student to sample with, without influence the backbone alone, and the strength to give it.
-        `lora_scale`: of users' LoRAs, where they become part of the weights (see at_work)."""
-        self.follow_loras()
+        """Return the student to sample with, and the strength to call it with. If no adapter has any influence, the
+        student is the backbone alone. `lora_scale`: strength of users' LoRAs in merged weights (else see on_device)."""
+        self.sync_loras()
         if not self.infos(strength):
             return self._student(()), 1.0
         student = self._student(tuple(self.weights))
@@ -177,15 +179,15 @@ class AdapterStore:
         return (self._merge(student, strength, lora_scale) if self.fused else student), strength
 
     def _merge(self, student: Student, strength: float, lora_scale: float) -> Student:
-        """The same, its low-rank updates part of the weights; kept for the next call alike."""
+        """Return the student with its low-rank updates merged into the weights; cached for the same settings."""
         if not lora_names(student.network):
             return student
-        like = (tuple(self.weights.items()), strength, lora_scale)
-        if self._merged is None or self._merged[0] != like:
+        settings = (tuple(self.weights.items()), strength, lora_scale)
+        if self._merged is None or self._merged[0] != settings:
             student.scale(strength)
             with scaled_loras(student.network, lora_scale):
                 merged = Student(merge_lora(student.network), student.adapter).eval()
-            self._merged = like, self._place(merged)
+            self._merged = settings, self._place(merged)
             if self._compiling is not None:
                 merged.compile(**self._compiling)
         return self._merged[1]
@@ -195,7 +197,7 @@ class AdapterStore:
             adapters = {name: self.loaded[name].adapter for name in names}
             networks = {name: self.loaded[name].network for name in names}
             if len(names) > 1:
-                self._require_free(", ".join(names))
+                self._require_not_offloaded(", ".join(names))
                 student = compose(self.network, adapters, networks, dict.fromkeys(names, 1.0))
             else:
                 student = Student(networks[names[0]], adapters[names[0]]) if names else Student(self.network)
@@ -205,13 +207,13 @@ class AdapterStore:
         return self._students[names]
 
     def compile(self, **options: Any) -> None:
-        """Has what is loaded, and will be, compiled by torch.compile when first used."""
+        """Compile all students, including later ones, by torch.compile at their first use."""
         self._compiling, self._merged = options, None
         for student in self._students.values():
             student.compile(**options)
 
-    def follow(self) -> None:
-        """Moves everything to where the backbone went."""
+    def move_to_backbone(self) -> None:
+        """Move everything to the backbone's device, dtype and memory format."""
         self._merged = None
         for entry in self.loaded.values():
             self._place(entry.adapter)
@@ -221,21 +223,19 @@ class AdapterStore:
 
     @property
     def networks(self) -> list[Any]:
-        """The backbone's network and those of adapters that have their own modules."""
-        found = [entry.network for entry in self.loaded.values()]
-        found += [student.network for student in self._students.values()]
-        return list({id(network): network for network in (self.network, *found)}.values())
+        """The backbone's network, then those of adapters that have modules of their own."""
+        own_networks = [entry.network for entry in self.loaded.values()]
+        own_networks += [student.network for student in self._students.values()]
+        return list({id(network): network for network in (self.network, *own_networks)}.values())
 
     @contextmanager
-    def at_work(self, student: Student, device: torch.device, lora_scale: float = 1.0) -> Iterator[None]:
-        """Hold the student's networks ready on `device` while they are called part by part. `lora_scale` weakens the
-        LoRAs that the backbone carries. Caches that diffusers keeps between steps start empty."""
+    def on_device(self, student: Student, device: torch.device, lora_scale: float = 1.0) -> Iterator[None]:
+        """Keep the student's networks on `device` while they are called part by part. `lora_scale`: strength of the
+        LoRAs on the backbone. Caches that diffusers keeps between steps start empty."""
         network = student.network
         caching = network.cache_context("cond") if hasattr(network, "cache_context") else nullcontext()
         with called(self.network, network), caching, scaled_loras(network, lora_scale):
-            if (
-                hasattr(self.network, "_hf_hook") and self.offload is None
-            ):  # it was moved as a whole, its weights with it
+            if hasattr(self.network, "_hf_hook") and self.offload is None:  # offloaded as a whole, now on `device`
                 nn.Module.to(student, device=device)
             try:
                 yield
@@ -243,18 +243,18 @@ class AdapterStore:
                 if hasattr(network, "_reset_stateful_cache"):
                     network._reset_stateful_cache()
 
-    def offloaded(self, how: Callable[[Any], Any] | None) -> None:
-        """Offload the networks of adapters by `how`, now and whenever there are new ones; None: no longer."""
+    def set_offload(self, offload: Callable[[Any], Any] | None) -> None:
+        """Offload the networks of adapters by `offload`, now and whenever one is added; None stops offloading."""
         if self.offload is not None:
             for network in self.networks[1:]:
                 remove_hook_from_module(network, recurse=True)
-        self.offload, self._merged = how, None
+        self.offload, self._merged = offload, None
         for part in (*self.networks[1:], *(entry.adapter for entry in self.loaded.values())):
             self._place(part)
 
-    def follow_loras(self) -> None:
-        """Have the adapters work on the backbone with the LoRAs that it carries now. Other pipelines that share it may
-        have changed them."""
+    def sync_loras(self) -> None:
+        """Update the adapters' networks to the backbone's current LoRAs, which other pipelines that share it may have
+        changed."""
         loras = lora_state(self.network)
         if loras == self._loras:
             return
@@ -262,18 +262,18 @@ class AdapterStore:
             for network in self.networks[1:]:
                 copy_lora_scales(network, self.network)
         else:
-            self.require_free_for_loras()
+            self.require_loras_changeable()
             self.loaded = {name: self._on_backbone(entry) for name, entry in self.loaded.items()}
             self._students = {}
         self._loras, self._merged = loras, None
 
-    def require_free_for_loras(self) -> None:
-        """Raise UserError where adapters cannot follow a change of the backbone's LoRAs, which offloading forbids."""
+    def require_loras_changeable(self) -> None:
+        """Raise UserError if offloading keeps the loaded adapters from following a change of the backbone's LoRAs."""
         if self.loaded:
-            self._require_free("LoRA")
+            self._require_not_offloaded("LoRA")
 
     def _on_backbone(self, entry: LoadedAdapter) -> LoadedAdapter:
-        """Return the same adapter, its low-rank updates on the backbone as it is now."""
+        """Return the adapter with its low-rank updates on the current backbone."""
         if entry.full:
             return entry
         own = update_names(entry.network)
@@ -281,7 +281,7 @@ class AdapterStore:
         return replace(entry, network=self._place(network).requires_grad_(False).eval())
 
     def _rebase(self, network: Any, family: str) -> None:
-        """Load all adapters again, for another network."""
+        """Load all adapters again for another network."""
         loaded, weights, self.network, self.family = self.loaded, self.weights, network, family
         self.loaded, self.weights, self._loras = {}, {}, lora_state(network)
         for name, entry in loaded.items():
@@ -289,7 +289,7 @@ class AdapterStore:
         self.set(list(weights), list(weights.values()))
 
     def copy(self, network: Any, family: str) -> AdapterStore:
-        """Return the same adapters for a pipeline of `network`: shared, if that is ours."""
+        """Return a store of the same adapters for another pipeline; they are shared if `network` is the same."""
         other = AdapterStore(network, family, self.model)
         other.loaded, other.weights, other.fused, other.layout = (
             dict(self.loaded),
@@ -304,18 +304,21 @@ class AdapterStore:
         return other
 
     def _place(self, module: Any) -> Any:
-        """Past diffusers' own `to`, which warns of every cast. Parameters shared with the backbone stay shared."""
+        """Move a module to the backbone's device, dtype and memory format, or offload it.
+
+        Bypasses diffusers' `to`, which warns of every cast. Parameters shared with the backbone stay shared.
+        """
         if self.offload is not None:
             for part in (module.network, module.adapter) if isinstance(module, Student) else (module,):
                 if part is not None and not hasattr(part, "_hf_hook") and not hasattr(part, "_diffusers_hook"):
                     self.offload(part)
             return module
-        where: Any = {"device": self.network.device, "dtype": self.network.dtype, "memory_format": self.layout}
-        return nn.Module.to(module, **where)
+        placement: Any = {"device": self.network.device, "dtype": self.network.dtype, "memory_format": self.layout}
+        return nn.Module.to(module, **placement)
 
     def load_saved(self, folder: Path) -> None:
-        """Load and set the adapters that were saved with a pipeline in `folder`, if any. Raises UserError where they
-        are broken."""
+        """Load and activate the adapters saved with a pipeline in `folder`, if any. Raises UserError if they are
+        broken."""
         weights = saved_weights(folder)
         if weights is None:
             return

@@ -1,4 +1,4 @@
-"""Colour correction: a diffusion model drifts in hue and brightness; its input has them right (StableSR, Wang 2023)."""
+"""Color correction: diffusion models drift in hue and brightness; the input corrects them (StableSR, Wang 2023)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..errors import UserError, nearest, one_line
 from ..tasks.degradations import resize
 
 METHODS = ("wavelet", "back-projection", "adain", "none")
-# Some of the sampler's noise stays in its result: 3 % of a latent's deviation, in a flat area 1.3 levels of 255 at
-# periods of one to three latent cells, which look like worms. Detail of about this size is trusted only where the input
-# has contrast too. 2 is a compromise of a few trials on 15 photographs: 3 levels took twice as much texture away, and
-# lowered the ENLite0 distance further for real-world inputs, but not for bicubic ones.
+# Amplitude of residual noise. Some of the sampler's noise stays in its result: 3 % of a latent's deviation, which in a
+# flat area is 1.3 levels of 255 at periods of one to three latent cells and looks like worms. Detail of this amplitude
+# is kept only where the input has contrast too. 2 is a compromise of a few trials on 15 photographs: 3 levels removed
+# twice as much texture, and lowered the ENLite0 distance further for real-world inputs, but not for bicubic ones.
 GRAIN = 2 / 255
 
 
 def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet", scale: int = 4) -> Tensor:
-    """`output` (B, 3, H, W) in [0, 1] with the colours of `reference`, which is brought to its size if it has another.
+    """Give `output` (B, 3, H, W) in [0, 1] the colors of `reference`, which is resized to it if needed.
 
-    - "wavelet": the low frequencies of the reference replace the output's; details stay the output's own.
-    - "back-projection": what the small picture resolves is the reference's, what lies beyond it the output's own:
-      x + up(low - down(x)) (Irani and Peleg, 1991). For small pictures without noise or blocks, enlarged `scale` times.
+    - "wavelet": the low frequencies of the reference replace the output's; details stay.
+    - "back-projection": all frequencies that the small image resolves replace the output's; higher ones stay:
+      x + up(low - down(x)) (Irani and Peleg, 1991). For small images without noise or blocks, enlarged `scale` times.
     - "adain": each channel gets the reference's mean and standard deviation: one global change.
     - "none": nothing.
 
-    The first two also remove grain where the input is flat, see `without_grain`.
-    The result is clamped to [0, 1]. Raises UserError for another method.
+    The first two also remove grain where the input is flat (see `without_grain`). The result is clamped to [0, 1].
+    Raises UserError for another method.
     """
     require_method(method)
     if method == "none":
@@ -56,7 +56,7 @@ def match_colour(output: Tensor, reference: Tensor, method: str = "wavelet", sca
 
 
 def require_method(method: str) -> None:
-    """Raise UserError for a method of color correction that there is not."""
+    """Raise UserError for an unknown method of color correction."""
     if not isinstance(method, str) or method not in METHODS:
         hint = nearest(method, METHODS)
         raise UserError(f"colour {one_line(repr(method))}: unknown correction{hint}: use {', '.join(METHODS)}")
@@ -69,42 +69,42 @@ def match_bands(
     method: str = "wavelet",
     scale: int = 4,
 ) -> Iterator[Tensor]:
-    """match_colour, but for "adain", of a picture of `height` rows that comes in bands (1, 3, rows, W) from the top;
-    `reference(a, b)` gives rows a to b of its reference, (1, 3, b - a, W). Bands again, of other rows."""
+    """Apply match_colour, with any method but "adain", to an image of `height` rows in bands (1, 3, rows, W) from the
+    top. `reference(a, b)` returns rows a to b of the reference, (1, 3, b - a, W). Yields bands of other heights."""
     if method == "none":
         yield from bands
         return
     projects = method == "back-projection"
     done = end = 0
-    kept = torch.empty(0)  # rows that are not done, and above them what the blur of the first of them sees
+    buffer = torch.empty(0)  # rows not yet done, preceded by the rows that the filters read for the first of them
     for band in bands:
-        kept = torch.cat([kept, band], dim=2) if end else band
+        buffer = torch.cat([buffer, band], dim=2) if end else band
         end += band.shape[2]
         levels = wavelet_levels(height, band.shape[-1])
-        # Rows above and below that the blur sees, 1 + 2 + 4 + ..., or the cubics of making small and large again.
+        # Rows above and below that the blur reads, 1 + 2 + 4 + ..., or the two cubic resizes,
         reach = 6 * scale if projects else 2**levels - 1
-        # and around each of these what the variances of input and detail are averaged over
+        # plus those that the variances of input and detail are averaged over.
         reach = max(reach + 2 ** scale_levels(scale) - 1, contrast_reach(scale))
-        ready, first = end if end == height else end - reach, end - kept.shape[2]
+        ready, first = end if end == height else end - reach, end - buffer.shape[2]
         if ready <= done:
             continue
-        other, result = reference(first, end).to(kept), torch.empty_like(kept[:, :, done - first : ready - first])
+        other, result = reference(first, end).to(buffer), torch.empty_like(buffer[:, :, done - first : ready - first])
         contrast = local_contrast(other, scale)
         for c in range(result.shape[1]):
-            own, low = kept[:, c : c + 1], other[:, c : c + 1]
+            own, low = buffer[:, c : c + 1], other[:, c : c + 1]
             matched = back_projected(own, low, scale) if projects else with_low_frequencies(own, low, levels)
             matched = without_grain(matched, low, contrast, scale)
             result[:, c : c + 1] = matched[:, :, done - first : ready - first].clamp_(0, 1)
         yield result
         done = ready
         above = max(0, done - reach)
-        kept = kept[:, :, above - above % (scale if projects else 1) - first :].clone()
+        buffer = buffer[:, :, above - above % (scale if projects else 1) - first :].clone()
 
 
 def back_projected(own: Tensor, enlarged: Tensor, scale: int) -> Tensor:
-    """`own` - up(down(own)) + `enlarged` for (B, C, H, W) whose first row and column are those of a small pixel."""
+    """Return `own` - up(down(own)) + `enlarged`, (B, C, H, W), whose top left corner is aligned to a small pixel."""
     height, width = (-(-side // scale) for side in own.shape[-2:])
-    # At the bottom of a part of a picture a small pixel may be cut: what depends on it is not used.
+    # A band may cut a small pixel at its bottom: the caller does not use the rows that depend on it.
     whole = F.pad(own, (0, width * scale - own.shape[-1], 0, height * scale - own.shape[-2]), mode="replicate")
     small = resize(whole, (height, width))
     large = F.interpolate(small, size=whole.shape[-2:], mode="bicubic")
@@ -112,8 +112,8 @@ def back_projected(own: Tensor, enlarged: Tensor, scale: int) -> Tensor:
 
 
 def local_contrast(enlarged: Tensor, scale: int) -> Tensor:
-    """Return the local variance (B, 1, H, W) of (B, C, H, W) in the channel of most contrast: of the difference to a
-    blur over a few pixels of the small picture."""
+    """Return the local variance (B, 1, H, W) of (B, C, H, W) in the channel of most contrast: the variance of the
+    difference to a blur over a few pixels of the small image."""
     fine = scale_levels(scale)
     variance = torch.zeros_like(enlarged[:, :1])
     for channel in enlarged.split(1, dim=1):
@@ -123,8 +123,10 @@ def local_contrast(enlarged: Tensor, scale: int) -> Tensor:
 
 
 def without_grain(output: Tensor, enlarged: Tensor, contrast: Tensor, scale: int) -> Tensor:
-    """Return `output` with what it adds to `enlarged`, both (B, 1, H, W), multiplied by v / (v + GRAIN^2), a Wiener
-    filter: v is the input's `contrast`, or the variance of what is added where that is clearly more than grain."""
+    """Multiply the detail that `output` adds to `enlarged`, both (B, 1, H, W), by v / (v + GRAIN^2), a Wiener filter.
+
+    v is the input's `contrast`, plus the variance of the detail as far as it clearly exceeds grain.
+    """
     detail = output - enlarged
     added = low_frequencies(detail.square(), scale_levels(scale)).sub_(4 * GRAIN**2).clamp_min_(0)
     variance = added.add_(contrast)
@@ -132,36 +134,36 @@ def without_grain(output: Tensor, enlarged: Tensor, contrast: Tensor, scale: int
 
 
 def contrast_reach(scale: int) -> int:
-    """Return the number of rows above and below a pixel that `local_contrast` sees there."""
+    """Return the number of rows above and below a pixel that `local_contrast` reads."""
     fine = scale_levels(scale)
     return (2 ** (fine + 1) - 1) + (2**fine - 1)
 
 
 def scale_levels(scale: int) -> int:
-    """Return the number of a trous levels below which lies what an input enlarged `scale` times resolves."""
+    """Return the number of a trous levels whose blur keeps only what an input enlarged `scale` times resolves."""
     return max(1, math.ceil(math.log2(scale)) + 1)
 
 
 def with_low_frequencies(own: Tensor, other: Tensor, levels: int) -> Tensor:
-    """`own` with the low frequencies of `other`: own - low(own) + low(other), and low() is linear."""
+    """Return `own` with the low frequencies of `other`: own - low(own) + low(other); low() is linear."""
     return low_frequencies(other - own, levels).add_(own)
 
 
 def wavelet_levels(height: int, width: int) -> int:
-    """How many a trous levels the low band lies below.
+    """Return the number of a trous levels that separate the low frequencies.
 
-    The reference is an enlarged small picture: it is soft, and keeping more of it than necessary would blur the output.
-    So the band must end well below what the small picture resolves (at x4, periods of 8 output pixels). Level i blurs
+    The reference is an enlarged small image: it is soft, and keeping more of it than necessary would blur the output.
+    So the cut-off must lie well below what the small image resolves (at x4, periods of 8 output pixels). Level i blurs
     with variance 2 * 4^i / 4 pixels^2; StableSR's five levels have sigma 13 px and pass half at a period of 70 px, nine
-    times longer than those 8. Five is the most that is used, however large the picture: colours may drift from one
-    region to the next. Small pictures get fewer (64 px: 4, sigma 6.5 px, period 35 px; 32 px: 3), or the band would be
-    wider than the picture and correct no more than its mean.
+    times longer than those 8. Five is the maximum even for large images, because colors may drift from one region to
+    the next. Small images get fewer (64 px: 4, sigma 6.5 px, period 35 px; 32 px: 3), or the blur would be wider than
+    the image and correct no more than its mean.
     """
     return max(1, min(5, int(math.log2(max(8, min(height, width)))) - 2))
 
 
 def low_frequencies(image: Tensor, levels: int) -> Tensor:
-    """(B, C, H, W) blurred by the binomial [1 2 1] / 4 along both axes with holes of 1, 2, 4, ... pixels (a trous)."""
+    """Blur (B, C, H, W) by the binomial [1 2 1] / 4 along both axes with holes of 1, 2, 4, ... pixels (a trous)."""
     for hole in (2**i for i in range(levels)):
         padded = F.pad(image, (hole, hole, 0, 0), mode="replicate")
         image = padded[..., : -2 * hole].add(padded[..., 2 * hole :]).mul_(0.25).add_(image, alpha=0.5)

@@ -1,4 +1,4 @@
-"""How strongly a picture follows its prompt: from what a caller asks for to what the adapters that are set can do."""
+"""Guidance scales: those a caller requests, limited to what the active adapters support."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from .sampler import SAMPLERS
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scales by name, 1 = none. `distilled`: they are an input of the network, one column each, and cost nothing;
-    otherwise there is "text" alone, by classifier-free guidance in a second forward pass."""
+    """Scales by name, 1 = no guidance. `distilled`: scales are inputs of the network, one column each, at no cost;
+    otherwise only "text" exists, as classifier-free guidance in a second forward pass."""
 
     scales: dict[str, float]
     distilled: bool
 
     def columns(self, prompts: Sequence[str]) -> Tensor | None:
-        """What Conditioning.guidance takes for these prompts, (B, k); None where nothing is distilled. Away from no
-        prompt, towards no prompt, there is nowhere to go: the scale of the text is 1 where the prompt is empty."""
+        """Return Conditioning.guidance for these prompts, (B, k); None without distilled guidance.
+
+        The text scale of an empty prompt is 1: guidance from the empty prompt to itself has no direction.
+        """
         if not self.distilled:
             return None
         rows = torch.tensor([list(self.scales.values())]).repeat(len(prompts), 1)
@@ -34,12 +36,12 @@ class Guidance:
 
     @property
     def second_pass(self) -> float:
-        """The scale of classifier-free guidance; 1 where one pass will do."""
+        """Scale of classifier-free guidance; 1 if a single pass suffices."""
         return 1.0 if self.distilled else self.scales["text"]
 
 
 def require_info(info: Any, source: str) -> dict[str, Any]:
-    """Return what an adapter says of itself. Raises UserError where what sampling reads of it is of a wrong type."""
+    """Return an adapter's info unchanged. Raises UserError if a key that sampling reads has a wrong type."""
 
     def ranges(value: Any) -> bool:
         pairs: Any = value.values() if isinstance(value, dict) and set(value) <= {"text", "image"} else [None]
@@ -55,21 +57,21 @@ def require_info(info: Any, source: str) -> dict[str, Any]:
         "sampler": (lambda value: value in SAMPLERS, f"one of {', '.join(SAMPLERS)} (or codi is too old)"),
     }
     if not isinstance(info, dict):
-        raise UserError(f"{source}: info is no table: train or fetch the adapter again")
-    for key, (right, what) in checks.items():
-        if info.get(key) is not None and not right(info[key]):
-            raise UserError(f"{source}: info.{key} {info[key]!r}: not {what}: train or fetch the adapter again")
+        raise UserError(f"{source}: info is not a JSON object: train or fetch the adapter again")
+    for key, (is_valid, expected) in checks.items():
+        if info.get(key) is not None and not is_valid(info[key]):
+            raise UserError(f"{source}: info.{key} {info[key]!r}: not {expected}: train or fetch the adapter again")
     return info
 
 
 def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, Any]]) -> Guidance:
-    """Guidance for the scales asked for, None = the default of the first of `infos` (adapters') that has one.
+    """Return the guidance for the requested scales; None means the first default among `infos` of the adapters.
 
-    Distilled scales other than 1 are kept within the range that was learnt, with a warning. Raises UserError for a
-    scale that is no number from 0 up, and for an image scale that no adapter has learnt.
+    Distilled scales other than 1 are clamped to the learned range, with a warning. Raises UserError for a scale that is
+    no number from 0 up, and for an image scale that no adapter has learned.
     """
-    asked = {"guidance_scale": text, "image_guidance_scale": image}
-    for name, scale in asked.items():
+    requested = {"guidance_scale": text, "image_guidance_scale": image}
+    for name, scale in requested.items():
         if scale is not None and not is_number(scale, 0):
             raise UserError(f"{name} {one_line(repr(scale))}: not a guidance scale: use a number from 0 up, 1 is none")
     ranges: dict[str, Sequence[float]] = {}
@@ -78,20 +80,20 @@ def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, A
     if image not in (None, 1) and "image" not in ranges:
         raise UserError(f"image_guidance_scale {image:g}: no adapter set has learnt it: leave it out, "
                         "or distil an adapter of task edit with it")  # fmt: skip
-    wanted = {}
-    for key, (name, scale) in zip(("text", "image"), asked.items(), strict=True):
-        # Adapters without guidance say 1, which is no opinion where another has one.
-        able = [info for info in infos if key in (info.get("guidance") or {})] or infos
-        default = next((info[name] for info in able if info.get(name)), 1.0)
-        wanted[key] = float(default if scale is None else scale)
+    chosen = {}
+    for key, (name, scale) in zip(("text", "image"), requested.items(), strict=True):
+        # Adapters without distilled guidance store the default 1, which must not override another adapter's default.
+        guided = [info for info in infos if key in (info.get("guidance") or {})] or infos
+        default = next((info[name] for info in guided if info.get(name)), 1.0)
+        chosen[key] = float(default if scale is None else scale)
     if not ranges:
-        return Guidance({"text": wanted["text"]}, distilled=False)
+        return Guidance({"text": chosen["text"]}, distilled=False)
     scales = {}
     for key in ("text", "image")[: 2 if "image" in ranges else 1]:
         low, high = ranges.get(key, (1, 1))
-        # 1 is none in any range: the input that stands for it is 0, whatever was learnt.
-        scales[key] = 1.0 if wanted[key] == 1 else min(max(wanted[key], float(low)), float(high))
-        if scales[key] != wanted[key]:
-            warnings.warn(f"guidance of the {key} {wanted[key]:g}: {low:g} to {high:g} is distilled into this adapter: "
+        # 1 means no guidance in any range: the network's input for it is 0, outside or inside the learned range.
+        scales[key] = 1.0 if chosen[key] == 1 else min(max(chosen[key], float(low)), float(high))
+        if scales[key] != chosen[key]:
+            warnings.warn(f"guidance of the {key} {chosen[key]:g}: {low:g} to {high:g} is distilled into this adapter: "
                           f"using {scales[key]:g}", stacklevel=3)  # fmt: skip
     return Guidance(scales, distilled=True)

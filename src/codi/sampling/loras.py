@@ -1,4 +1,4 @@
-"""LoRAs of other programs on the backbone, by diffusers' names; adapters then work on the backbone with these."""
+"""LoRAs of other programs on the backbone, by diffusers' methods; adapters work on top of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .adapter_store import AdapterStore, names_of
 
 
 class LoraLoaderMixin(DiffusionPipeline):
-    """Load, set and remove the LoRAs of users; `load_adapter` loads adapters."""
+    """Loading, activating and removing of users' LoRAs; `load_adapter` loads adapters."""
 
     _store: AdapterStore
     network: Any
@@ -27,50 +27,51 @@ class LoraLoaderMixin(DiffusionPipeline):
     parts: Any
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, **kwargs: Any) -> None:
-        """Load a LoRA in any format that diffusers reads onto the backbone and its text encoders: it is active at once,
-        beside those that are. `kwargs`: weight_name and other options of diffusers. `save_pretrained` leaves LoRAs out.
+        """Load a LoRA, in any format that diffusers reads, onto the backbone and its text encoders.
 
-        Raises UserError for one that is not for this backbone, and for a name that is taken.
+        It becomes active in addition to other LoRAs. `kwargs`: weight_name and other options of diffusers.
+        `save_pretrained` leaves LoRAs out. Raises UserError for one that is not for this backbone, and for a name in
+        use.
         """
         taken = {*TASKS, *self._store.loaded, *self._lora_names}
         if adapter_name in taken:
             raise UserError(f"adapter_name {adapter_name!r}: is taken: give the LoRA another name")
         name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in taken)
-        self._store.require_free_for_loras()
+        self._store.require_loras_changeable()
         active = {part: active_loras(module) for part, module in self._lora_parts.items()}
         stock = self.kind.build_pipeline(self.parts)
         try:
             stock.load_lora_weights(source, adapter_name=name, **{"use_safetensors": True, **kwargs})
         except Exception as error:  # diffusers, peft and safetensors raise many kinds
-            stock.delete_adapters([name])  # of a part that had it already
+            stock.delete_adapters([name])  # from parts that had loaded it already
             shown = source if isinstance(source, str) else type(source).__name__
             raise UserError(f"{shown}: not a LoRA for this model ({one_line(error)}): check the file") from error
         if name not in self._lora_names:
             raise UserError("load_lora_weights: none of its weights are for this model: check the file")
         for part, module in self._lora_parts.items():
             set_active_loras(module, [*active.get(part, []), name])
-        self._store.follow_loras()
+        self._store.sync_loras()
 
     def unload_lora_weights(self) -> None:
-        """Remove what `load_lora_weights` has loaded; the weights are as they were."""
-        self._store.require_free_for_loras()
+        """Remove all LoRAs and restore the original weights."""
+        self._store.require_loras_changeable()
         self.kind.build_pipeline(self.parts).unload_lora_weights()
-        self._store.follow_loras()
+        self._store.sync_loras()
 
     def delete_adapters(self, names: str | Sequence[str]) -> None:
-        """Remove some of what `load_lora_weights` has loaded. Raises UserError for other names."""
+        """Remove some LoRAs. Raises UserError for unknown names."""
         names, known = names_of(names), self._lora_names
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"{unknown[0]}: no such LoRA loaded: use {', '.join(known) or 'load_lora_weights'}")
-        self._store.require_free_for_loras()
+        self._store.require_loras_changeable()
         self.kind.build_pipeline(self.parts).delete_adapters(names)
-        self._store.follow_loras()
+        self._store.sync_loras()
 
     def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Set one adapter or several at once, each with a weight (1: as trained); an empty list sets none, and no LoRA.
+        """Activate one adapter or several, each with a weight (1: as trained); an empty list deactivates all and LoRAs.
 
-        Names may be those of LoRAs, too: adapters and LoRAs are set each among their own kind. Raises UserError for
-        unknown names, and for several adapters where one brings a backbone of its own.
+        Names of LoRAs are accepted too: adapters and LoRAs are switched independently. Raises UserError for unknown
+        names, and for a full adapter together with another.
         """
         several = names_of(names)
         loras = [name for name in several if name in self._lora_names]
@@ -91,47 +92,47 @@ class LoraLoaderMixin(DiffusionPipeline):
         return None
 
     def disable_lora(self) -> None:
-        """Set no LoRA; adapters stay as they are set."""
+        """Deactivate all LoRAs, not adapters."""
         for module in self._lora_parts.values():
             enable_loras(module, enabled=False)
 
     def enable_lora(self) -> None:
-        """Set the LoRAs again that were set before `disable_lora`."""
+        """Undo `disable_lora`."""
         for module in self._lora_parts.values():
             enable_loras(module, enabled=True)
 
     @property
     def _lora_parts(self) -> dict[str, Any]:
-        """The backbone's network and text encoders, by name, if they carry LoRAs."""
+        """Parts that have LoRAs, by name: the backbone's network and text encoders."""
         return {name: part for name, part in self.components.items() if lora_names(part)}
 
     @property
     def _lora_names(self) -> list[str]:
-        """The names of all LoRAs, whichever parts carry them."""
+        """Names of all LoRAs of all parts."""
         return list(dict.fromkeys(name for part in self._lora_parts.values() for name in lora_names(part)))
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of adapters and LoRAs that are set."""
+        """Return the names of active adapters and LoRAs."""
         active = {name for part in self._lora_parts.values() for name in active_loras(part)}
         return [*self._store.weights, *(name for name in self._lora_names if name in active)]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Return the names of all LoRAs by the part that carries them, and of all adapters under "codi"."""
-        found = {name: lora_names(part) for name, part in self._lora_parts.items()}
-        return {**found, "codi": list(self._store.loaded)} if self._store.loaded else found
+        """Return the names of all LoRAs by part, and of all adapters under "codi"."""
+        names = {name: lora_names(part) for name, part in self._lora_parts.items()}
+        return {**names, "codi": list(self._store.loaded)} if self._store.loaded else names
 
     @contextmanager
     def _without_loras(self) -> Iterator[None]:
-        """Have the parts without their LoRAs, which a checkpoint has no place for, and warn if there are any."""
-        carrying = self._lora_parts
-        if carrying:
+        """Replace the parts by ones without LoRAs, which cannot be saved in a checkpoint, and warn if there are any."""
+        lora_parts = self._lora_parts
+        if lora_parts:
             warnings.warn(f"save_pretrained: the LoRA {', '.join(self._lora_names)} is not saved: load it again after "
                           "opening, or make it part of the backbone by from_pretrained(..., loras={file: 1.0}) before "
                           "saving", stacklevel=4)  # fmt: skip
         try:
-            for name, part in carrying.items():
+            for name, part in lora_parts.items():
                 setattr(self, name, without_lora(part))
             yield
         finally:
-            for name, part in carrying.items():
+            for name, part in lora_parts.items():
                 setattr(self, name, part)

@@ -1,4 +1,4 @@
-"""Opening and saving as diffusers does: the options of `from_pretrained`, and what a saved folder calls its class."""
+"""Options of `from_pretrained`, and the class name in the index of a saved pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOADING = (
     "force_download", "proxies", "disable_mmap",
 )  # fmt: skip
 PARTS = tuple(field.name for field in fields(Backbone))
-# What the stock pipelines of these checkpoints have beside the parts: users leave them out by name, and so do we.
+# Arguments of the stock pipelines that we accept and ignore: users pass them to leave parts out.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker", "trust_remote_code")
 ENTRY = "pipeline"  # the file, with .py, that lets diffusers open a saved folder with its adapters
 ENTRY_TEXT = '''"""Opens this folder with its adapters, by from_pretrained(folder, trust_remote_code=True)."""
@@ -27,10 +27,10 @@ __all__ = ["CoDiPipeline"]
 '''
 
 
-def sorted_options(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return from_pretrained's further options in two parts: which files (see Hub), and what diffusers is passed.
+def split_options(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Split the options of from_pretrained into those that select files (see Hub) and those passed to diffusers.
 
-    Raises UserError for one that there is not, and for weights that would have to be unpickled.
+    Raises UserError for an unknown option, and for pickled weights.
     """
     known = (*Hub.__annotations__, *LOADING, *PARTS, *UNUSED, "tiny_vae", "use_safetensors")
     for option in options:
@@ -43,8 +43,8 @@ def sorted_options(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return hub, {name: value for name, value in options.items() if name in (*LOADING, *PARTS)}
 
 
-def name_class(folder: Path, name: str | list[str]) -> None:
-    """Write into a saved pipeline's index which class opens it; a list begins with the file that defines it."""
+def write_class_name(folder: Path, name: str | list[str]) -> None:
+    """Write the class that opens a saved pipeline into its index; a list starts with the file that defines it."""
     index = folder / "model_index.json"
     parts = {**json.loads(index.read_text()), "_class_name": name}
     write_text(index, json.dumps(parts, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The adapters of a saved pipeline: a folder each beside its checkpoint, and a list of those that are set."""
+"""Adapters of a saved pipeline: a folder each beside the checkpoint, and a file with the weights of the active ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from .adapter_store import LoadedAdapter
 
 CONFIG = "config.json"
-SET = "set.json"  # among the adapters: {name: weight} of those that are set
+SET = "set.json"  # in the folder of adapters: {name: weight} of the active ones
 
 
 def require_sources(loaded: Mapping[str, LoadedAdapter]) -> None:
-    """Raise UserError where the folder of an adapter, whose files are copied, is not what it was when it was loaded."""
+    """Raise UserError if the source folder of an adapter has changed since it was loaded: its files are copied."""
     for name, adapter in loaded.items():
         if fault := _fault(adapter):
             raise UserError(f"{adapter.folder}: the adapter {name!r} was loaded from there, but {fault}: put its files "
@@ -40,21 +40,21 @@ def _fault(adapter: LoadedAdapter) -> str | None:
         return find_fault(folder, adapter.info["files"])
     if adapter.full and own_network(folder) is None:  # older adapters do not list their files
         return "the network that belongs to it is missing"
-    wanted = ["diffusion_pytorch_model*.safetensors", *([FILE] if update_names(adapter.network) else [])]
-    return next((f"{name} is missing" for name in wanted if not any(folder.glob(name))), None)
+    patterns = ["diffusion_pytorch_model*.safetensors", *([FILE] if update_names(adapter.network) else [])]
+    return next((f"{name} is missing" for name in patterns if not any(folder.glob(name))), None)
 
 
 def save_adapters(
     folder: Path, loaded: Mapping[str, LoadedAdapter], weights: Mapping[str, float], component: str
 ) -> None:
-    """Copy the adapters' files to `folder`/adapters, whole or not at all. `component`: what stock pipelines call the
-    network, which old files of low-rank updates do not say."""
+    """Copy the adapters' files to `folder`/adapters, all or nothing. `component`: the network's name in stock
+    pipelines, which old files of low-rank updates lack."""
     target, temporary = folder / ADAPTERS, folder / f".{ADAPTERS}.{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir(parents=True)
         for name, adapter in loaded.items():
             _copy(adapter, temporary / name)
-            _name_network(temporary / name, component)
+            _add_network_name(temporary / name, component)
         (temporary / SET).write_text(json.dumps(weights))
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -64,15 +64,15 @@ def save_adapters(
 
 def _copy(adapter: LoadedAdapter, target: Path) -> None:
     folder, own = adapter.folder, own_network(adapter.folder)
-    found = [*folder.glob("*.safetensors"), *(own.rglob("*") if own else ())]
-    names = adapter.info.get("files") or [file.relative_to(folder) for file in found if file.is_file()]
+    paths = [*folder.glob("*.safetensors"), *(own.rglob("*") if own else ())]
+    names = adapter.info.get("files") or [file.relative_to(folder) for file in paths if file.is_file()]
     for name in (CONFIG, *names):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target / name)
 
 
-def _name_network(folder: Path, component: str) -> None:
-    """Have an adapter's updates say which network they are for, and its list of files their new checksum."""
+def _add_network_name(folder: Path, component: str) -> None:
+    """Prefix the keys of an adapter's low-rank updates with the network's name, and update their checksum."""
     updates, config = folder / FILE, folder / CONFIG
     if not updates.is_file():
         return
@@ -84,18 +84,18 @@ def _name_network(folder: Path, component: str) -> None:
 
 
 def saved_weights(folder: Path) -> dict[str, float] | None:
-    """Return which adapters of a saved pipeline are set, with their weights; None where `folder` has no adapters.
+    """Return the weights of a saved pipeline's active adapters; None if `folder` has no adapters.
 
-    Raises UserError where the list is broken.
+    Raises UserError if the file is broken.
     """
-    listed = folder / ADAPTERS / SET
-    if not listed.is_file():
+    path = folder / ADAPTERS / SET
+    if not path.is_file():
         return None
     try:
-        weights = {name: float(weight) for name, weight in json.loads(listed.read_text()).items()}
+        weights = {name: float(weight) for name, weight in json.loads(path.read_text()).items()}
         if wrong := [name for name, weight in weights.items() if not math.isfinite(weight)]:
             raise ValueError(f"the weight of {wrong[0]} is not finite")
         return weights
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{listed}: not a saved pipeline's list of adapters ({one_line(error)}): "
+        raise UserError(f"{path}: not a saved pipeline's list of adapters ({one_line(error)}): "
                         "save it again") from error  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sampling by diffusers' solvers: the paper's baselines, and whatever scheduler a user gives the pipeline."""
+"""Sampling by diffusers' schedulers: the paper's baselines, and any scheduler that a user sets on the pipeline."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def solve(
     control: StepControl | None = None,
     generator: Any = None,
 ) -> Tensor:
-    """Sample from noise (B, C, h, w) ~ N(0, I) to the latent, by diffusers' scheduler of the checkpoint's levels.
+    """Return the latent sampled from noise (B, C, h, w) ~ N(0, I) by a diffusers scheduler.
 
-    `generator`: for schedulers that draw noise at each step; the further arguments are those of `sampler.sample`. A
-    callback is given the solver's own last estimate in place of x, or the latent where it has none.
+    `generator`: for schedulers that draw noise at each step; the other arguments are those of `sampler.sample`. The
+    callback receives the scheduler's last estimate as x, or the latent if it has none.
     """
     conditioning = student.prepare(conditioning)
     unconditional = None if unconditional is None else student.prepare(unconditional)
     scheduler.set_timesteps(steps, device=noise.device)
     z = noise * scheduler.init_noise_sigma
-    draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    step_options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for i, t in enumerate(scheduler.timesteps):
         if control is not None:
             if control.interrupted():
                 break
             guidance_scale = control.guidance_scale(int(t))
-        given = scheduler.scale_model_input(z, t)
-        output = guided(student, given, t[None], conditioning, guidance_scale, unconditional, strength)
-        step = scheduler.step(output, t, z, **draws)
+        scaled = scheduler.scale_model_input(z, t)
+        output = guided(student, scaled, t[None], conditioning, guidance_scale, unconditional, strength)
+        step = scheduler.step(output, t, z, **step_options)
         z = step.prev_sample
         if callback is not None:
             estimate = getattr(step, "pred_original_sample", None)
@@ -67,31 +67,31 @@ def solve(
 
 
 def scheduler_of(pipe: Any, strength: float) -> Any:
-    """Return diffusers' scheduler that a CoDiPipeline samples with; None: the sampler here, which does what the
-    checkpoint's own does. Raises UserError for a `solver` that the backbone cannot be sampled by."""
-    flow, free = isinstance(pipe.schedule, FlowSchedule), not pipe.infos(strength) and not pipe.shift
+    """Return the diffusers scheduler that a CoDiPipeline samples with; None for our own sampler, which also replaces
+    the checkpoint's default scheduler. Raises UserError for a `solver` that does not fit the backbone."""
+    flow, unmodified = isinstance(pipe.schedule, FlowSchedule), not pipe.infos(strength) and not pipe.shift
     if pipe.solver is not None:
         if flow:
-            raise UserError("solver: is for Stable Diffusion's noise levels: leave it out for flow matching")
+            raise UserError("solver: only supports Stable Diffusion's noise levels: leave it out for flow matching")
         return pipe.solver
-    if free and (own := pipe.kind.solver(pipe.scheduler)) is not None:
+    if unmodified and (own := pipe.kind.solver(pipe.scheduler)) is not None:
         return own
-    swapped = type(pipe.scheduler).__name__ not in pipe.kind.samplers
-    return pipe.scheduler if swapped and _ignored(pipe, strength, flow) is None else None
+    replaced_by_user = type(pipe.scheduler).__name__ not in pipe.kind.samplers
+    return pipe.scheduler if replaced_by_user and _why_ignored(pipe, strength, flow) is None else None
 
 
-def _ignored(pipe: Any, strength: float, flow: bool) -> str | None:
-    """Return why a scheduler that a user has set makes no difference; None where it does."""
+def _why_ignored(pipe: Any, strength: float, flow: bool) -> str | None:
+    """Return why a scheduler that a user has set has no effect; None if it has one."""
     if flow:
-        return "flow matching has one sampler here, which takes its sigmas"
+        return "flow-matching models use their own sampler"
     if pipe.shift or any(sampler_of(info) != "ddim" or info.get("boundary") for info in pipe.infos(strength)):
-        return "what is set has a sampler of its own, which takes its noise levels"
+        return "the adapter or shift in use has its own sampler"
     return None
 
 
 def warn_of_scheduler(pipe: Any, strength: float) -> None:
-    """Warn of a scheduler in the place of the checkpoint's own that makes no difference."""
+    """Warn if the user has replaced the checkpoint's scheduler without effect."""
     name, kind = type(pipe.scheduler).__name__, pipe.kind
-    why = _ignored(pipe, strength, isinstance(pipe.schedule, FlowSchedule))
+    why = _why_ignored(pipe, strength, isinstance(pipe.schedule, FlowSchedule))
     if why and pipe.solver is None and name not in kind.samplers and kind.solver(pipe.scheduler) is None:
         warnings.warn(f"scheduler {name}: has no effect: {why}", stacklevel=5)

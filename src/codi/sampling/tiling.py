@@ -1,10 +1,10 @@
-"""Pictures of any size through a model of one size: overlapping tiles, blended so that no seam shows.
+"""Images of any size through a model of one size: overlapping tiles, blended without visible seams.
 
-Tiles form a grid, so that the weight of a tile is the product of a weight along y and one along x; making each axis sum
-to one makes the whole sum to one, exactly, without a second picture of weights.
+Tiles form a grid, so the weight of a tile is the product of a weight along y and one along x. Weights that sum to one
+along each axis sum to exactly one everywhere, without an image of accumulated weights.
 
-Diffusion starts from noise, and tiles that start from unlike noise disagree where they overlap. Have one noise field
-for the whole picture, and cut it as the tiles are cut:
+Diffusion starts from noise, and tiles that start from different noise disagree where they overlap. Use one noise field
+for the whole image, and cut it like the tiles:
 
     size = covered_size(h, w, tile, align=2)                      # low-resolution pixels, a bit more than (h, w)
     field = torch.randn(1, 4, size[0] * 4 // 8, size[1] * 4 // 8, generator=generator)         # x4, latents of f = 8
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ..errors import UserError
 
-BAND = 2**19  # pixels of a band at most: what follows works on copies of bands, and should not grow with the width
+BAND = 2**19  # most pixels of a band: later steps copy bands, and their memory should not grow with the width
 Corner = tuple[int, int]
-Side = int | tuple[int, int]  # of a tile in low-resolution pixels: of a square, or (height, width)
+Side = int | tuple[int, int]  # size of a tile in low-resolution pixels: of a square, or (height, width)
 Run = Callable[[Tensor, list[Corner]], Tensor]
-"""(low tiles (n, C, tile, tile), their (y, x) in low-resolution pixels) -> (n, C', scale * tile, scale * tile)."""
+"""Function of low tiles (n, C, tile, tile) and their (y, x) in low-resolution pixels; returns
+(n, C', scale * tile, scale * tile)."""
 
 
 @torch.no_grad()
@@ -40,15 +41,16 @@ def upscaled_bands(
     align: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """`low` (1, C, h, w) -> its enlargement (1, C', scale h, scale w) from the top, in bands (1, C', rows, scale w) of
-    float32 on the CPU, by `run` on at most `batch` tiles of one row at a time.
+    """Yield the enlargement (1, C', scale h, scale w) of `low` (1, C, h, w) from the top, in bands
+    (1, C', rows, scale w) of float32 on the CPU, by `run` on at most `batch` tiles of one row at a time.
 
     Tiles have `tile` low-resolution pixels, overlap by at least `overlap`, and start at multiples of `align`. A side
-    shorter than a tile, or that aligned tiles do not fill, is continued by its mirror image, later cut off again; one
-    that a single tile fills needs no overlap.
-    `progress(done, total)` hears of finished tiles. Memory: one row of tiles, and a batch; it grows with the width.
+    shorter than a tile, or that aligned tiles do not fill, is padded by mirroring, and the padding cut off again; a
+    side that a single tile fills needs no overlap.
+    `progress(done, total)` is called after each batch, with numbers of tiles. Memory: one row of tiles and a batch; it
+    grows with the width.
 
-    Raises UserError if the numbers do not go together.
+    Raises UserError if the numbers do not fit each other.
     """
     _check(max(_sides(tile)), overlap, batch, align)
     height, width = low.shape[-2:]
@@ -67,7 +69,7 @@ def upscaled_bands(
             if sums is None:
                 sums = torch.zeros(1, tiles.shape[1], high, width * scale)
             for (_, x), wx, piece in zip(part, weights_x[first : first + batch], tiles, strict=True):
-                window = sums[0, :, :, x * scale : x * scale + wide]  # less, where mirrored
+                window = sums[0, :, :, x * scale : x * scale + wide]  # narrower than a tile at mirrored padding
                 w = window.shape[-1]
                 window += piece[:, :, :w] * (wy[:, None] * wx[:w])
             if progress is not None:
@@ -77,13 +79,13 @@ def upscaled_bands(
         finished = (below - y) * scale
         for band in sums[:, :, :finished].split(max(1, BAND // sums.shape[-1]), dim=2):
             yield band.clone()
-        # What the next row of tiles adds to moves to the top; below it there is nothing yet.
+        # Move the rows that the next row of tiles overlaps to the top, and clear the rest.
         sums[:, :, : high - finished] = sums[:, :, finished:].clone()
         sums[:, :, high - finished :] = 0
 
 
 def join(bands: Iterator[Tensor], height: int) -> Tensor:
-    """The whole picture of `height` rows: (1, C, height, W). Memory: the picture and a band."""
+    """Join bands to the whole image of `height` rows, (1, C, height, W). Memory: the image and a band."""
     out, done = torch.empty(0), 0
     for band in bands:
         if not done:
@@ -106,7 +108,8 @@ def _axis(side: int, tile: int, overlap: int, align: int, scale: int) -> tuple[l
 
 
 def covered_size(height: int, width: int, tile: Side, align: int = 1) -> tuple[int, int]:
-    """The size (height, width) >= the picture's that aligned tiles fill exactly: that of a noise field for `cut`."""
+    """Return the smallest size (height, width) that covers the image and that aligned tiles fill exactly: the size of a
+    noise field for `cut`."""
 
     def covered(side: int, tile: int) -> int:
         return tile + max(0, math.ceil((side - tile) / align) * align)
@@ -116,19 +119,19 @@ def covered_size(height: int, width: int, tile: Side, align: int = 1) -> tuple[i
 
 
 def starts(side: int, tile: int, overlap: int, align: int = 1) -> list[int]:
-    """Evenly spread first pixels of the tiles that cover `side` (one of covered_size), from 0 to side - tile."""
+    """Return the first pixels of evenly spread tiles that cover `side` (one of covered_size), from 0 to side - tile."""
     if side == tile:
         return [0]
     steps = (side - tile) // align
-    count = math.ceil(steps / ((tile - overlap) // align))  # of gaps
-    return [i * steps // count * align for i in range(count + 1)]
+    gaps = math.ceil(steps / ((tile - overlap) // align))
+    return [i * steps // gaps * align for i in range(gaps + 1)]
 
 
 def feather(first: list[int], tile: int, scale: int) -> Tensor:
-    """Weights (n, tile * scale) of tiles that start at `first` along one axis: smooth, positive, summing to 1.
+    """Return weights (n, tile * scale) of tiles that start at `first` along one axis: smooth, positive, summing to 1.
 
-    `sin^2` ramps as long as the shortest overlap, and none at the picture's own border; where three tiles meet, each
-    takes its share.
+    Ramps are `sin^2`, as long as the shortest overlap, without a ramp at the image's border; where three tiles overlap,
+    their weights are normalized.
     """
     overlap = min((tile - (b - a) for a, b in zip(first, first[1:], strict=False)), default=0)
     ramp = max(1, overlap * scale)
@@ -148,10 +151,11 @@ def feather(first: list[int], tile: int, scale: int) -> Tensor:
 
 
 def cut(field: Tensor, corners: list[Corner], tile: Side, ratio: float = 1) -> Tensor:
-    """(1, C, H, W) -> (n, C, ratio * tile, ratio * tile): what lies under tiles at `corners` (low-resolution pixels).
+    """Cut the parts of `field` (1, C, H, W) under tiles at `corners` (low-resolution pixels):
+    (n, C, ratio * tile, ratio * tile).
 
-    `ratio` is the field's pixels per low-resolution pixel, e.g. 0.5 for latents of f = 8 at x4. Raises UserError where
-    a tile would begin or end within one of the field's pixels.
+    `ratio` is the field's pixels per low-resolution pixel, e.g. 0.5 for latents of f = 8 at x4. Raises UserError if a
+    tile would start or end within a pixel of the field.
     """
 
     def scaled(pixels: int) -> int:
@@ -166,11 +170,11 @@ def cut(field: Tensor, corners: list[Corner], tile: Side, ratio: float = 1) -> T
 
 
 def mirror_pad(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., h, w) continued at the bottom and right to `size` by mirroring about the last pixel, time and again."""
+    """Pad (..., h, w) at the bottom and right to `size` by mirroring about the last pixel, repeatedly if needed."""
 
-    def mirrored(have: int, want: int) -> Tensor:
-        index = torch.arange(want, device=image.device) % max(1, 2 * (have - 1))
-        return torch.minimum(index, 2 * (have - 1) - index).clamp_min(0)
+    def mirrored(length: int, target: int) -> Tensor:
+        index = torch.arange(target, device=image.device) % max(1, 2 * (length - 1))
+        return torch.minimum(index, 2 * (length - 1) - index).clamp_min(0)
 
     if tuple(image.shape[-2:]) == size:
         return image
@@ -181,5 +185,5 @@ def _check(tile: int, overlap: int, batch: int, align: int) -> None:
     if tile < 1 or batch < 1 or align < 1:
         raise UserError(f"tile={tile}, batch={batch}, align={align}: must be positive: use e.g. 64, 4, 1")
     if overlap < 0 or (tile - overlap) // align < 1:
-        raise UserError(f"overlap={overlap}: tiles of {tile} px could not move on by {align} px: "
+        raise UserError(f"overlap={overlap}: tiles of {tile} px cannot advance by {align} px: "
                         f"use an overlap from 0 to {max(0, tile - align)}")  # fmt: skip
