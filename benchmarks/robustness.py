@@ -211,7 +211,9 @@ def attempt(read: Callable[[], Any], limit: float) -> tuple[str, float]:
         end = "read"
     except UserError as error:
         message = str(error)
-        end = "refused" if "\n" not in message and len(message) <= UserError.MAX_LENGTH else f"message: {message[:200]!r}"
+        end = (
+            "refused" if "\n" not in message and len(message) <= UserError.MAX_LENGTH else f"message: {message[:200]!r}"
+        )
     except Hang:
         end = f"hang: more than {limit:g} s: {traceback.format_exc().splitlines()[-3].strip()}"
     except BaseException as error:
