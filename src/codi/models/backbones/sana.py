@@ -1,7 +1,7 @@
-"""SANA 1.0 and 1.5: linear attention over the cells of a 32-fold autoencoder, Gemma's features after an instruction.
+"""SANA 1.0 and 1.5: linear attention over the latents of an autoencoder with 32 pixels per cell, Gemma as text encoder.
 
-Gemma reads a prompt after a long instruction to enhance it, of whose features only the first is kept. It reads a
-negative prompt, and the empty one that stands for no prompt, alone, as the stock pipeline does for guidance.
+Gemma reads a prompt after a long instruction to enhance it; of the instruction's features only the first is kept. A
+negative or empty prompt is encoded without the instruction, as in the stock pipeline.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .transformer import Stream, TransformerFamily, require_channels
 
-TOKENS = 300  # of a prompt, with the first one of the instruction
+TOKENS = 300  # prompt length, including the first token of the instruction
 
 
 class DCSpace(codec.LatentSpace):
-    """AutoencoderDC's: it encodes without noise."""
+    """The latent space of AutoencoderDC, whose encoder is deterministic."""
 
     def downscale(self, vae: Any) -> int:
         return 2 ** (len(vae.config["encoder_block_out_channels"]) - 1)
@@ -46,18 +46,18 @@ class Sana(TransformerFamily):
     network = "SanaTransformer2DModel"
     pipelines = ("SanaPipeline", "SanaPAGPipeline")
     file_key = "blocks.0.mlp.inverted_conv.conv.weight"
-    # Not the depthwise convolution of the feed-forward layers: one channel has no rank to lower.
+    # Without the depthwise convolution of the feed-forward layers, which already has rank 1.
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|conv_inverted|conv_point)"
     time_embedder = "time_embed.emb"
     passes_sigmas, stock_controlnet, draws_condition = False, True, False
-    entry_name = "entry"  # beside the network's patch embedding, which keeps the positions, where it has any
+    entry_name = "entry"  # an additional module: the network's patch embedding is kept for its positions, if any
     unused = ("norm_out", "proj_out", "scale_shift_table")
 
     # ---- loading
 
     def require_pipeline(self, pipeline: str, source: str) -> None:
         if pipeline == "SanaSprintPipeline":
-            raise UserError(self._sprint(source))
+            raise UserError(self._sprint_message(source))
         super().require_pipeline(pipeline, source)
 
     def open_file(self, path: Path, keys: set[str], dtype: torch.dtype, fetching: dict[str, Any]) -> Any:
@@ -67,11 +67,11 @@ class Sana(TransformerFamily):
 
     def require_usable(self, parts: Any, name: str) -> None:
         if parts.transformer.config["guidance_embeds"]:
-            raise UserError(self._sprint(name))
+            raise UserError(self._sprint_message(name))
         require_channels(parts, name, self.latent_channels(parts.transformer.config))
 
     @staticmethod
-    def _sprint(source: str) -> str:
+    def _sprint_message(source: str) -> str:
         return (f"{source}: SANA-Sprint predicts along another path (TrigFlow) than flow matching, and is distilled to "
                 "1 to 4 steps already: use SANA 1.0 or 1.5")  # fmt: skip
 
@@ -79,7 +79,7 @@ class Sana(TransformerFamily):
         return scheduler if "flow_shift" in scheduler.config else None
 
     def fingerprint(self, network: Any, vae: Any, scheduler: Any) -> str:
-        # 1.0 and 1.5 of 1.6 billion weights are of one width and depth, but do not share their weights.
+        # 1.0 and 1.5 with 1.6 billion weights have equal width and depth but different weights and layers.
         return super().fingerprint(network, vae, scheduler) + ("-qknorm" if network.config["qk_norm"] else "")
 
     # ---- prompts
@@ -88,11 +88,11 @@ class Sana(TransformerFamily):
         def run(prompts: list[str], negative: bool = False) -> dict[str, Tensor]:
             pipe = self.build_pipeline(parts)
             instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-            given = {"device": device_of(parts.text_encoder), "max_sequence_length": TOKENS}
+            options = {"device": device_of(parts.text_encoder), "max_sequence_length": TOKENS}
             rows = []
-            for prompt in prompts:  # one at a time: its features do not depend on the batch, bit for bit
-                before = None if negative or not prompt.strip() else instruction
-                rows.append(pipe.encode_prompt([prompt], False, complex_human_instruction=before, **given)[:2])
+            for prompt in prompts:  # one at a time, so that features do not depend on the batch, bit for bit
+                prefix = None if negative or not prompt.strip() else instruction
+                rows.append(pipe.encode_prompt([prompt], False, complex_human_instruction=prefix, **options)[:2])
             features, masks = (torch.cat(part) for part in zip(*rows, strict=True))
             return {FEATURES: features, "mask": masks}
 
@@ -124,7 +124,7 @@ class Sana(TransformerFamily):
         self, network: Any, tokens: Tensor, grid: tuple[int, int], timestep: Tensor, text: Tensor,
         added: dict[str, Tensor], extra: Tensor | None,
     ) -> Stream:  # fmt: skip
-        tokens, time, mask = positioned(network.patch_embed, tokens, grid), network.time_embed, added.get("mask")
+        tokens, time, mask = add_positions(network.patch_embed, tokens, grid), network.time_embed, added.get("mask")
         if mask is not None:
             mask = ((1 - mask.to(tokens.dtype)) * -10000.0).unsqueeze(1)
         embedding = time.emb(
@@ -169,9 +169,9 @@ class Sana(TransformerFamily):
         if config["qk_norm"]:
             raise UserError("adapter controlnet: diffusers has no ControlNet for SANA 1.5, whose queries and keys are "
                             "normalized: use adapter fused, hint or lora")  # fmt: skip
-        kind = stock("SanaControlNetModel")
-        known = {name: config[name] for name in inspect.signature(kind.__init__).parameters if name in config}
-        controlnet = kind.from_config({**known, "num_layers": max(1, min(7, config["num_layers"] - 1))})
+        class_ = stock("SanaControlNetModel")
+        shared = {name: config[name] for name in inspect.signature(class_.__init__).parameters if name in config}
+        controlnet = class_.from_config({**shared, "num_layers": max(1, min(7, config["num_layers"] - 1))})
         if network is not None:
             own = controlnet.state_dict()
             controlnet.load_state_dict({**own, **{k: v for k, v in network.state_dict().items() if k in own}})
@@ -184,11 +184,12 @@ class Sana(TransformerFamily):
         time, mask, count = self._time(timestep, z), (added or {}).get("mask"), config["num_layers"]
         inputs = (z, text.to(z.dtype), time * config["timestep_scale"], condition)
         samples = controlnet(*inputs, encoder_attention_mask=mask, return_dict=False)[0]
-        return [None, *samples, *[None] * count][:count]  # none for the first block, as the stock transformer has it
+        return [None, *samples, *[None] * count][:count]  # the stock transformer adds none after the first block
 
 
-def positioned(embedding: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Add the positions of a diffusers PatchEmbed, where it has any: those kept, or for another size new ones."""
+def add_positions(embedding: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Add the position embeddings of a diffusers PatchEmbed, if it has any; compute them for a size other than its
+    own."""
     positions = embedding.pos_embed
     if positions is None:
         return tokens

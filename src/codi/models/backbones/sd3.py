@@ -1,7 +1,7 @@
-"""Stable Diffusion 3 and 3.5: positions in the patch embedding, two CLIP encoders and T5 side by side, time as 1000 s.
+"""Stable Diffusion 3 and 3.5: positions in the patch embedding, two CLIP encoders and T5, timestep 1000 s.
 
-The last block reads the text but does not write it, so its weights have other shapes than those of the blocks before
-it: a network of the first k blocks is made of one of k + 1.
+The last block reads the text tokens but does not update them, so its weights have other shapes than those of the other
+blocks. Hence a network of the first k blocks is built as one of k + 1 whose last block is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .transformer import Stream, TransformerFamily, require_channels
 
-CLIP_TOKENS, T5_TOKENS = 77, 256  # what the stock pipeline reads of a prompt
+CLIP_TOKENS, T5_TOKENS = 77, 256  # prompt lengths in the stock pipeline
 
 
 class StableDiffusion3(TransformerFamily):
@@ -26,9 +26,9 @@ class StableDiffusion3(TransformerFamily):
     name = "Stable Diffusion 3"
     network = "SD3Transformer2DModel"
     pipelines = ("StableDiffusion3Pipeline",)
-    text_parts = ("text_encoder", "text_encoder_2")  # the third may be left out: the stock pipeline reads zeros
+    text_parts = ("text_encoder", "text_encoder_2")  # the third is optional: the stock pipeline uses zeros instead
     file_key = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
-    entry_name = "entry"  # beside the network's patch embedding, which keeps the positions
+    entry_name = "entry"  # an additional module: the network's patch embedding is kept for its positions
     passes_sigmas, stock_controlnet = False, True
 
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
@@ -41,7 +41,7 @@ class StableDiffusion3(TransformerFamily):
         require_channels(parts, name, self.latent_channels(parts.transformer.config))
 
     def fingerprint(self, network: Any, vae: Any, scheduler: Any) -> str:
-        # 3 and 3.5 medium are of one width and depth, but do not share their weights.
+        # 3 and 3.5 medium have equal width and depth but different weights and layers.
         dual = len(network.config["dual_attention_layers"] or ())
         kind = f"{'-qknorm' if network.config['qk_norm'] else ''}{f'-dual{dual}' if dual else ''}"
         return super().fingerprint(network, vae, scheduler) + kind
@@ -57,7 +57,7 @@ class StableDiffusion3(TransformerFamily):
             return {FEATURES: features, "pooled": pooled}
 
         encoders = (parts.text_encoder, parts.text_encoder_2, parts.text_encoder_3)
-        limit = (parts.tokenizer_3, T5_TOKENS)  # what CLIP cuts, T5 still reads, where there is one
+        limit = (parts.tokenizer_3, T5_TOKENS)  # T5, if there is one, reads more tokens than CLIP
         if parts.text_encoder_3 is None:
             limit = (parts.tokenizer, getattr(parts.tokenizer, "model_max_length", CLIP_TOKENS))
         return PromptEncoder(encoders, run, [limit])
@@ -88,10 +88,10 @@ class StableDiffusion3(TransformerFamily):
         self, network: Any, tokens: Tensor, grid: tuple[int, int], timestep: Tensor, text: Tensor,
         added: dict[str, Tensor], extra: Tensor | None,
     ) -> Stream:  # fmt: skip
-        patch, most = network.config["patch_size"], network.config["pos_embed_max_size"]
-        if max(grid) > most:
-            raise UserError(f"size of {grid[1]} x {grid[0]} tokens: this {self.name} has positions for {most} a side: "
-                            "make the picture smaller, or upscale in tiles")  # fmt: skip
+        patch, max_side = network.config["patch_size"], network.config["pos_embed_max_size"]
+        if max(grid) > max_side:
+            raise UserError(f"size of {grid[1]} x {grid[0]} tokens: this {self.name} has positions for {max_side} a "
+                            "side: make the picture smaller, or upscale in tiles")  # fmt: skip
         positions = network.pos_embed.cropped_pos_embed(grid[0] * patch, grid[1] * patch)
         tokens = (tokens + positions).to(tokens.dtype).contiguous()
         embedding = network.time_text_embed(timestep, added["pooled"])
@@ -114,8 +114,8 @@ class StableDiffusion3(TransformerFamily):
     # ---- adapters
 
     def shortened(self, config: Any, depth: int | None) -> Any:
-        depth, all_ = self.depth(config, depth), config["num_layers"]
-        network = stock(self.network).from_config({**config, "num_layers": min(depth + 1, all_)})
+        depth, total = self.depth(config, depth), config["num_layers"]
+        network = stock(self.network).from_config({**config, "num_layers": min(depth + 1, total)})
         del network.transformer_blocks[depth:]
         return network
 
@@ -130,10 +130,10 @@ class StableDiffusion3(TransformerFamily):
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         changes = {
-            # Of more than half as many blocks as the network has, the stock transformer would leave some out.
+            # The stock transformer ignores some blocks of a ControlNet with more than half of its own number.
             "num_layers": max(1, min(12, config["num_layers"] // 2)),
             "extra_conditioning_channels": channels - 3,
-            # By this the stock pipeline gives it the pooled features, and the condition's latent with its shift.
+            # Makes the stock pipeline pass the pooled features, and the condition's latent with the VAE's shift.
             "force_zeros_for_pooled_projection": False,
         }
         controlnet = stock("SD3ControlNetModel").from_config({**config, **changes})

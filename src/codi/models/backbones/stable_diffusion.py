@@ -1,4 +1,4 @@
-"""Stable Diffusion 1, 2 and XL: a U-Net between whose halves adapters put their features."""
+"""Stable Diffusion 1, 2 and XL: U-Nets, whose features adapters change between the encoder and the decoder."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ class StableDiffusion(Family):
     # ---- loading
 
     def require_pipeline(self, pipeline: str, source: str) -> None:
-        """Every pipeline with this U-Net has a text-to-image model in it; `require_usable` checks the channels."""
+        """Accept every pipeline: with this U-Net, all contain a text-to-image model; `require_usable` checks
+        channels."""
 
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-        two = (index.get("text_encoder_2") or [None])[0]
-        extra = {} if two else {"safety_checker": None, "requires_safety_checker": False}
-        kind: Any = opener(self.pipelines[bool(two)])
-        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **{**extra, **options})
+        is_xl = (index.get("text_encoder_2") or [None])[0]
+        extra = {} if is_xl else {"safety_checker": None, "requires_safety_checker": False}
+        pipeline_class: Any = opener(self.pipelines[bool(is_xl)])
+        return pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **{**extra, **options})
 
     def open_file(self, path: Path, keys: set[str], dtype: torch.dtype, fetching: dict[str, Any]) -> Any:
-        kind: Any = stock(self.pipelines[any(key.startswith("conditioner.") for key in keys)])
-        return kind.from_single_file(path.as_posix(), dtype=dtype, **fetching)
+        pipeline_class: Any = stock(self.pipelines[any(key.startswith("conditioner.") for key in keys)])
+        return pipeline_class.from_single_file(path.as_posix(), dtype=dtype, **fetching)
 
     def fingerprint(self, network: Any, vae: Any, scheduler: Any) -> str:
         return fingerprint(network, vae, scheduler)
@@ -59,28 +60,28 @@ class StableDiffusion(Family):
         return stock(self.pipelines[parts.text_encoder_2 is not None])
 
     def build_pipeline(self, parts: Any) -> Any:
-        kind, names = self.pipeline_for(parts), ["vae", "unet", "text_encoder", "tokenizer", "scheduler"]
+        pipeline_class, names = self.pipeline_for(parts), ["vae", "unet", "text_encoder", "tokenizer", "scheduler"]
         if parts.text_encoder_2 is not None:
             names += ["text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt"]
-            return kind(**{name: getattr(parts, name) for name in names})
-        blank: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return kind(**{name: getattr(parts, name) for name in names}, **blank)
+            return pipeline_class(**{name: getattr(parts, name) for name in names})
+        no_checker: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return pipeline_class(**{name: getattr(parts, name) for name in names}, **no_checker)
 
     def prepare_parts(self, parts: dict[str, Any]) -> dict[str, Any]:
         if parts.get("text_encoder_2") is None and parts.get("tokenizer_2") is None:
-            # diffusers' default says so of 1 and 2 as well, but heeds it for XL alone: their VAEs stay in range.
+            # diffusers' default is true for 1 and 2 too but is used only for XL: other VAEs do not overflow in float16.
             parts["vae"].register_to_config(force_upcast=False)
         return {**parts, "scheduler": DDIMScheduler.from_config(parts["scheduler"].config)}
 
     def require_scheduler(self, scheduler: Any, name: str) -> None:
         if not {"beta_schedule", "trained_betas"} & set(scheduler.config):
-            kind = type(scheduler).__name__
-            raise UserError(f"{name}: its {kind} has no betas, so that its noise levels are not Stable Diffusion's: "
-                            "use a checkpoint with an epsilon or v_prediction schedule")  # fmt: skip
+            scheduler_class = type(scheduler).__name__
+            raise UserError(f"{name}: its {scheduler_class} has no betas, so its noise levels are not Stable "
+                            "Diffusion's: use a checkpoint with an epsilon or v_prediction schedule")  # fmt: skip
 
     def require_text(self, parts: Any, name: str) -> None:
         if parts.text_encoder is None:
-            raise UserError(f"{name}: has no first text encoder, as XL's refiner: use the base model")
+            raise UserError(f"{name}: has no first text encoder, like XL's refiner: use the base model")
 
     def require_usable(self, parts: Any, name: str) -> None:
         channels, latent = parts.unet.config["in_channels"], parts.vae.config["latent_channels"]
@@ -106,8 +107,8 @@ class StableDiffusion(Family):
         return DiscreteSchedule.from_config(scheduler.config)
 
     def own_grid(self, scheduler: Any, schedule: Schedule, steps: int) -> Tensor:
-        """As the configuration spaces them. The end is 0, or without `set_alpha_to_one`, as Stable Diffusion 1.5 has
-        it, the least noise that the checkpoint knows."""
+        """Return the times of the scheduler's configuration. The last is 0 or, if `set_alpha_to_one` is false, as in
+        Stable Diffusion 1.5, the checkpoint's lowest noise level."""
         scheduler.set_timesteps(steps)
         end = torch.tensor([0 if scheduler.config.get("set_alpha_to_one", True) else 1])
         return torch.cat([scheduler.timesteps.cpu() + 1, end])
@@ -139,7 +140,7 @@ class StableDiffusion(Family):
         latent, width = config["in_channels"] + channels - 3, config["block_out_channels"][0]
         if reads == "pixels":
             encoder.conv_in = ControlNetConditioningEmbedding(width, channels, entry_widths(downscale))
-            encoder.conv_in.conv_out.reset_parameters()  # not zero, as there: mu is
+            encoder.conv_in.conv_out.reset_parameters()  # not zero as in a ControlNet: mu is zero already
         elif latent != config["in_channels"]:
             encoder.conv_in = nn.Conv2d(latent, width, 3, padding=1)
         for unused in ("up_blocks", "conv_norm_out", "conv_act", "conv_out"):
@@ -168,7 +169,7 @@ class StableDiffusion(Family):
         return config["block_out_channels"][0]
 
     def hint_entry(self, config: Any, channels: int) -> nn.Module:
-        """Two convolutions, the second zero at first."""
+        """Return two convolutions, the second zero-initialized."""
         width = config["block_out_channels"][0]
         entry = nn.Sequential(
             nn.Conv2d(config["in_channels"] + channels - 3, width, 3, padding=1),
@@ -199,22 +200,24 @@ class StableDiffusion(Family):
         return network.get_time_embed(sample=timesteps[:, None].float(), timestep=timesteps)
 
     def time_constant(self, network: Any, extra: Tensor) -> Tensor:
-        return network.get_submodule(self.time_layer).weight.detach() @ extra  # which is added to its input
+        return (
+            network.get_submodule(self.time_layer).weight.detach() @ extra
+        )  # `extra` is added to the input of this layer
 
 
 def entry_widths(downscale: int) -> tuple[int, ...]:
-    """Of ControlNet's convolutions over a condition's pixels, down to the latent's size."""
+    """Return the widths of ControlNet's convolutions over a condition's pixels, down to the latent's size."""
     return (16, 32, 96, 256, 256, 256)[: downscale.bit_length()]
 
 
 def parts_zero_empty(parts: Any) -> bool:
-    """Whether an empty prompt is zeros, by a Backbone or by a pipeline's config."""
+    """Return True if a Backbone or pipeline encodes an empty prompt as zeros."""
     config = getattr(parts, "config", None)
     return config["force_zeros_for_empty_prompt"] if config is not None else parts.force_zeros_for_empty_prompt
 
 
 def text_encoders(parts: Any, zero_empty: bool) -> TextEncoders:
-    """Of a Backbone, or of a pipeline with components of the same names; `zero_empty` counts for XL."""
+    """Return the text encoders of a Backbone or a pipeline; `zero_empty` (see TextEncoders) is used only for XL."""
     if parts.text_encoder_2 is None:
         return TextEncoders((parts.tokenizer,), (parts.text_encoder,))
     return TextEncoders(
@@ -223,10 +226,10 @@ def text_encoders(parts: Any, zero_empty: bool) -> TextEncoders:
 
 
 def fingerprint(unet: UNet2DConditionModel, vae: Any, scheduler: Any) -> str:
-    """Which checkpoints an adapter fits: all fine-tunes of one architecture that predict the same quantity.
+    """Return a name for the checkpoints that an adapter fits: fine-tunes of one architecture and prediction type.
 
-    A readable fingerprint such as "4ch-f8-320/640/1280/1280x2-text768-epsilon", with "-depth1/2/10" where a level has
-    several transformer layers (XL) and "-nomid" where there is no middle block, so that pruned ones are told apart.
+    An example is "4ch-f8-320/640/1280/1280x2-text768-epsilon". "-depth1/2/10" is added if a level has several
+    transformer layers (XL), and "-nomid" if there is no middle block, to distinguish pruned checkpoints.
     """
     c = unet.config
     depth = c["transformer_layers_per_block"]
@@ -248,12 +251,12 @@ def unet_down(
     timestep_cond: Tensor | None = None,
     hint: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The U-Net's encoder and middle block: (skip features..., middle feature) and the time embedding.
+    """Run the U-Net's encoder and middle block; return [skip features..., middle feature] and the time embedding.
 
     `z` (B, C, h, w), `timestep` (B,) or (1,), `text` (B, L, D), `added` SDXL's extra conditions,
     `timestep_cond` (B, W) added to the sinusoidal time features (W = the U-Net's first width), as in diffusers,
-    `hint` (B, W, h, w) added to what the first convolution makes of `z`.
-    `unet_up(unet, *unet_down(...))` is exactly `unet(...)`: the seam where adapters put their features.
+    `hint` (B, W, h, w) added to the output of the first convolution.
+    `unet_up(unet, *unet_down(...))` is exactly `unet(...)`; adapters change the features in between.
     """
     timestep = timestep.to(z.device).expand(z.shape[0])
     time: Any = unet.get_time_embed(sample=z, timestep=timestep)
@@ -263,25 +266,31 @@ def unet_down(
     h = unet.conv_in(z) if hint is None else unet.conv_in(z) + hint
     features = [h]
     for block in unet.down_blocks:
-        attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-        h, skips = block(hidden_states=h, temb=embedding, **attends)
+        text_argument = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        h, skips = block(hidden_states=h, temb=embedding, **text_argument)
         features.extend(skips)
-    attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
+    text_argument = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
     # Pruned checkpoints (BK-SDM) have no middle block.
-    features.append(h if unet.mid_block is None else unet.mid_block(h, embedding, **attends))  # type: ignore[misc]
+    features.append(h if unet.mid_block is None else unet.mid_block(h, embedding, **text_argument))  # type: ignore[misc]
     return features, embedding
 
 
 def unet_up(unet: UNet2DConditionModel, features: list[Tensor], embedding: Tensor, text: Tensor) -> Tensor:
-    """The U-Net's decoder: features of `unet_down` -> the network's prediction (B, C, h, w)."""
+    """Run the U-Net's decoder on features from `unet_down`; return the network's prediction (B, C, h, w)."""
     *skips, h = features
     for block in unet.up_blocks:
         count = len(block.resnets)  # type: ignore[arg-type]
-        mine, skips = skips[-count:], skips[:-count]
-        attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-        # The next skip's size, not twice ours: odd latents are rounded up on the way down.
+        block_skips, skips = skips[-count:], skips[:-count]
+        text_argument = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        # Upsample to the next skip's size, not by 2: the encoder rounds odd sizes up.
         size = skips[-1].shape[2:] if skips else None
-        h = block(hidden_states=h, temb=embedding, res_hidden_states_tuple=tuple(mine), upsample_size=size, **attends)
+        h = block(
+            hidden_states=h,
+            temb=embedding,
+            res_hidden_states_tuple=tuple(block_skips),
+            upsample_size=size,
+            **text_argument,
+        )
     if unet.conv_norm_out is not None:
         h = unet.conv_act(unet.conv_norm_out(h))  # type: ignore[misc]
     return unet.conv_out(h)
