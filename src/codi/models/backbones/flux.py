@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, schnell): latents packed 2 x 2 into tokens, CLIP's pooled and T5's features, time as sigma."""
+"""FLUX.1 (dev, schnell): latents packed 2 x 2 into tokens, CLIP's pooled and T5's features, timestep sigma."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .transformer import Stream, TransformerFamily, require_channels, spread
 
 
 def pack(z: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h w / 4, 4 C): each token is 2 x 2 cells, channels first."""
+    """Pack latents (B, C, h, w) into tokens (B, h w / 4, 4 C): each has 2 x 2 cells, channels first."""
     return pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `pack`; `grid`: rows and columns of tokens."""
+    """Invert `pack`; `grid`: rows and columns of tokens."""
     return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2)
 
 
 def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(N, 3): 0, row, column of each image token."""
+    """Return the positions (0, row, column) of image tokens, (N, 3)."""
     ids = torch.zeros(rows, columns, 3, device=device)
     ids[..., 1] += torch.arange(rows, device=device)[:, None]
     ids[..., 2] += torch.arange(columns, device=device)
@@ -41,7 +41,7 @@ class Flux(TransformerFamily):
     text_parts = ("text_encoder", "text_encoder_2")
     file_key = "double_blocks.0.img_mod.lin.weight"  # FLUX.2 and Chroma have no modulation in blocks
     lora_targets = TransformerFamily.lora_targets + r"|.*single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
-    embedded_guidance = 3.5  # of dev; schnell has none
+    embedded_guidance = 3.5  # for dev; schnell has no such input
 
     def require_usable(self, parts: Any, name: str) -> None:
         require_channels(parts, name, parts.transformer.config["in_channels"] // 4)
@@ -52,8 +52,8 @@ class Flux(TransformerFamily):
     control_argument = "control_image=2 * condition - 1"
 
     def control_lora(self, entry: Any) -> dict[str, Tensor]:
-        """Return the update of a patch embedding of twice the channels, whose second half reads the condition."""
-        weight = entry.conv.weight.detach().flatten(1)  # of packed tokens, as the patch embedding's
+        """Return the update of a patch embedding with twice the channels, the second half for the condition."""
+        weight = entry.conv.weight.detach().flatten(1)  # in the channel order of packed tokens
         down, up = torch.eye(weight.shape[1], dtype=weight.dtype), weight
         if weight.shape[0] < weight.shape[1]:
             down, up = weight, torch.eye(weight.shape[0], dtype=weight.dtype)
@@ -73,9 +73,9 @@ class Flux(TransformerFamily):
             features, pooled, _ = pipe.encode_prompt(prompts, None, device=device, max_sequence_length=limit)
             return {FEATURES: features, "pooled": pooled}
 
-        # A small model of this layout may be trained on fewer tokens than the 512 of FLUX.1.
+        # A small model of this architecture may be trained on fewer tokens than the 512 of FLUX.1.
         limit = min(512, getattr(parts.tokenizer_2, "model_max_length", 512))
-        # CLIP's pooled feature is a summary; what T5 cuts is not read at all.
+        # Warn of T5's limit: CLIP gives only a pooled summary, so tokens that T5 cuts have no effect.
         return PromptEncoder((parts.text_encoder, parts.text_encoder_2), run, [(parts.tokenizer_2, limit)])
 
     def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
@@ -142,11 +142,11 @@ class Flux(TransformerFamily):
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
         self.refuse_maps(channels)
         layers = {"num_layers": min(4, config["num_layers"]), "num_single_layers": min(10, config["num_single_layers"])}
-        kind = stock("FluxControlNetModel")
+        class_ = stock("FluxControlNetModel")
         if network is None:
-            return kind.from_config({**config, **layers})
+            return class_.from_config({**config, **layers})
         heads = {name: config[name] for name in ("num_attention_heads", "attention_head_dim")}
-        return kind.from_transformer(network, **layers, **heads)
+        return class_.from_transformer(network, **layers, **heads)
 
     def control(
         self, config: Any, controlnet: Any, condition: Tensor, z: Tensor, timestep: Tensor, text: Tensor,

@@ -1,7 +1,8 @@
-"""FLUX.2 (klein, dev): tokens are the cells of a VAE's normalized 2 x 2 patches, Qwen3's or Mistral's features.
+"""FLUX.2 (klein, dev): tokens are normalized 2 x 2 patches of the VAE's latent; Qwen3 or Mistral as text encoder.
 
-The latent of codi is (B, 128, H / 16, W / 16): patches and batch norm belong to the latent space, so a token is one
-cell. klein comes distilled to a few steps, or as "base" for classifier-free guidance; dev takes a scale as an input.
+In codi the latent is (B, 128, H / 16, W / 16): the latent space includes patches and batch norm, so a token is one
+cell. klein is distilled to a few steps or, as "base", takes classifier-free guidance; dev takes a guidance scale as an
+input.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from .base import named_parts, opener, stock
 from .transformer import Stream, TransformerFamily, require_channels
 
 TEXT_TOKENS = 512
-TEMPLATE_TOKENS = 3  # of Qwen3's chat before the prompt: <|im_start|>, user, line feed
+TEMPLATE_TOKENS = 3  # of Qwen3's chat template before the prompt: <|im_start|>, user, line feed
 
 
 class Flux2Space(codec.LatentSpace):
-    """AutoencoderKLFlux2: 2 x 2 cells are one of four times the channels, normalized by the statistics of a batch
-    norm."""
+    """The latent space of AutoencoderKLFlux2: 2 x 2 cells become one with four times the channels, normalized by the
+    statistics of a batch norm."""
 
     def downscale(self, vae: Any) -> int:
         return 2 * super().downscale(vae)
@@ -34,7 +35,7 @@ class Flux2Space(codec.LatentSpace):
         return 4 * super().channels(vae)
 
     def moments(self, vae: Any, image: Tensor) -> Tensor:
-        parts = super().moments(vae, image).chunk(2, dim=1)  # so that means stay the first half
+        parts = super().moments(vae, image).chunk(2, dim=1)  # unshuffle both parts so that means stay the first half
         return torch.cat([pixel_unshuffle(part, 2) for part in parts], dim=1)
 
     def normalize(self, vae: Any, latent: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ codec.SPACES["AutoencoderKLFlux2"] = Flux2Space()
 
 
 class Flux2(TransformerFamily):
-    """klein by the stock pipeline with Qwen3, dev by the one with Mistral; both have no ControlNet in diffusers."""
+    """klein, whose stock pipeline uses Qwen3, and dev, with Mistral. diffusers has no ControlNet for them."""
 
     name = "FLUX.2"
     network = "Flux2Transformer2DModel"
@@ -68,15 +69,15 @@ class Flux2(TransformerFamily):
         r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|linear_in|linear_out)"
         r"|.*single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
-    embedded_guidance: float = 4.0  # of dev
+    embedded_guidance: float = 4.0  # for dev
     time_embedder = "time_guidance_embed"
     dynamic_by_config = False
 
     # ---- loading
 
     def open_folder(self, source: str, index: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-        kind = opener(self.pipelines["Mistral" in str(index.get("text_encoder"))])
-        return kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        pipeline_class = opener(self.pipelines["Mistral" in str(index.get("text_encoder"))])
+        return pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
 
     def pipeline_for(self, parts: Any) -> Any:
         return stock(self.pipelines[is_dev(parts)])
@@ -97,7 +98,7 @@ class Flux2(TransformerFamily):
             )
             return {FEATURES: features}
 
-        # dev's own limit is not known here: its system message takes a part of the tokens.
+        # dev's limit is unknown: its system message takes some of the tokens.
         limits = [] if is_dev(parts) else [(parts.tokenizer, TEXT_TOKENS - TEMPLATE_TOKENS)]
         return PromptEncoder((parts.text_encoder,), run, limits)
 
@@ -105,18 +106,18 @@ class Flux2(TransformerFamily):
         return {FEATURES: (TEXT_TOKENS, config["joint_attention_dim"])}
 
     def usual_steps(self, parts: Any) -> int:
-        """The shift depends on the number of steps, also in training: 4 of distilled checkpoints, 50 of others."""
+        """Return 4 for distilled checkpoints, 50 for others: the schedule's shift depends on the number of steps."""
         return 4 if named_parts(parts).get("is_distilled") else 50
 
     def shift_exponent(self, config: Any, cells: tuple[int, int], steps: int | None) -> float:
-        stock(self.pipelines[0])  # imports its module, and quietly
+        stock(self.pipelines[0])  # imports the module without warnings
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
         return compute_empirical_mu(cells[0] * cells[1], steps or 50)
 
     def require_guidance(self, parts: Any, scale: float) -> None:
         if named_parts(parts).get("is_distilled"):
-            raise UserError(f"guidance_scale {scale:g}: this {self.name} is distilled to go without classifier-free "
+            raise UserError(f"guidance_scale {scale:g}: this {self.name} is distilled to work without classifier-free "
                             "guidance: leave it out, or use a base model")  # fmt: skip
 
     def stock_call(self, network: Any, scale: float, embedded: float | None) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class Flux2(TransformerFamily):
 
     def embedding_weights(self, network: Any) -> dict[str, Tensor]:
         weight = network.x_embedder.weight.detach()[..., None, None]
-        return {"weight": weight, "bias": weight.new_zeros(len(weight))}  # there is none
+        return {"weight": weight, "bias": weight.new_zeros(len(weight))}  # the layer has no bias
 
     def start(
         self, network: Any, tokens: Tensor, grid: tuple[int, int], timestep: Tensor, text: Tensor,
@@ -185,13 +186,14 @@ class Flux2(TransformerFamily):
 
 
 def is_dev(parts: Any) -> bool:
-    """Whether these are parts of dev, by the input that klein lacks: its text encoder may be left out."""
+    """Return True for the components of dev. Only its network takes a guidance scale, and the text encoder may be
+    None."""
     return bool(parts.transformer.config["guidance_embeds"])
 
 
 def position_ids(words: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(L + N, 4), whose parts are time, row, column and word: of text tokens the word, of image tokens row and column
-    are set."""
+    """Return the positions (time, row, column, word) of text and image tokens, (L + N, 4). Text tokens have only the
+    word set, image tokens only row and column."""
     ids = torch.zeros(words + rows * columns, 4, device=device)
     ids[:words, 3] += torch.arange(words, device=device)
     ids[words:, 1] += torch.arange(rows, device=device).repeat_interleave(columns)

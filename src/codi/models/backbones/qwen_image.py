@@ -1,4 +1,4 @@
-"""Qwen-Image: latents packed 2 x 2 into tokens, Qwen2.5-VL's features with a mask, guidance that keeps the norm."""
+"""Qwen-Image: latents packed 2 x 2 into tokens, Qwen2.5-VL's features with a mask, norm-preserving guidance."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .base import stock
 from .flux import pack, unpack
 from .transformer import Stream, TransformerFamily, require_channels, spread
 
-LENGTH = 512  # tokens of a prompt, as the stock pipeline's call has it
+LENGTH = 512  # tokens of a prompt, the default of the stock pipeline's call
 
 
 class QwenSpace(codec.LatentSpace):
-    """AutoencoderKLQwenImage: a video VAE, here of one frame; a mean and a deviation for each channel."""
+    """The latent space of AutoencoderKLQwenImage, a video VAE used for one frame; normalized by the mean and standard
+    deviation of each channel."""
 
     def downscale(self, vae: Any) -> int:
         return 2 ** len(vae.config["temperal_downsample"])
@@ -30,7 +31,7 @@ class QwenSpace(codec.LatentSpace):
         return vae.config["z_dim"]
 
     def drop_encoder(self, vae: Any) -> None:
-        vae.encoder = vae.quant_conv = nn.Identity()  # whose convolutions the class counts when it decodes
+        vae.encoder = vae.quant_conv = nn.Identity()  # modules, since the class counts their convolutions to decode
 
     def moments(self, vae: Any, image: Tensor) -> Tensor:
         return super().moments(vae, image[:, :, None])[:, :, 0]
@@ -56,7 +57,7 @@ codec.SPACES["AutoencoderKLQwenImage"] = QwenSpace()
 
 
 class QwenImage(TransformerFamily):
-    """The text-to-image model; its edit and layered variants read pictures beside noise and are refused."""
+    """The text-to-image model. Edit and layered variants, whose input includes pictures, are refused."""
 
     name = "Qwen-Image"
     network = "QwenImageTransformer2DModel"
@@ -80,8 +81,8 @@ class QwenImage(TransformerFamily):
             pipe, device = self.build_pipeline(parts), device_of(parts.text_encoder)
             features, mask = pipe.encode_prompt(prompts, device=device, max_sequence_length=LENGTH)
             mask = features.new_ones(features.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-            more = LENGTH - features.shape[1]  # so that bundles can be joined
-            return {FEATURES: pad(features, (0, 0, 0, more)), "mask": pad(mask, (0, more))}
+            padding = LENGTH - features.shape[1]  # so that bundles can be concatenated
+            return {FEATURES: pad(features, (0, 0, 0, padding)), "mask": pad(mask, (0, padding))}
 
         return PromptEncoder((parts.text_encoder,), run, [(parts.tokenizer, LENGTH)])
 
@@ -89,10 +90,10 @@ class QwenImage(TransformerFamily):
         return {FEATURES: (LENGTH, config["joint_attention_dim"]), "mask": (LENGTH,)}
 
     def guide(self, with_: Tensor, without: Tensor, scale: float) -> Tensor:
-        """Combine as in all families, then give each token the norm that it has with the prompt."""
+        """Combine as in all families, then scale each token to its norm with the prompt."""
         grid = (with_.shape[-2] // 2, with_.shape[-1] // 2)
-        combined, aim = pack(super().guide(with_, without, scale)), pack(with_)
-        return unpack(combined * (aim.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)), grid)
+        combined, prompted = pack(super().guide(with_, without, scale)), pack(with_)
+        return unpack(combined * (prompted.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)), grid)
 
     # ---- the network
 
@@ -119,7 +120,7 @@ class QwenImage(TransformerFamily):
         self, network: Any, tokens: Tensor, grid: tuple[int, int], timestep: Tensor, text: Tensor,
         added: dict[str, Tensor], extra: Tensor | None,
     ) -> Stream:  # fmt: skip
-        text, mask = words(text, added.get("mask"))
+        text, mask = trim_padding(text, added.get("mask"))
         embedding = network.time_text_embed((timestep / 1000).to(tokens.dtype), tokens)
         embedding = embedding if extra is None else embedding + extra.to(embedding)
         rope = network.pos_embed([[(1, *grid)]], max_txt_seq_len=text.shape[1], device=tokens.device)
@@ -155,12 +156,12 @@ class QwenImage(TransformerFamily):
         return {"true_cfg_scale": scale, **({} if scale == 1 else {"negative_prompt": ""})}
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
-        """Maps are further channels of the condition, as in the stock ControlNet for inpainting. Not by its
-        `from_transformer`, which leaves out the norm of the text."""
-        kind = stock("QwenImageControlNetModel")
-        own = {name: config[name] for name in inspect.signature(kind.__init__).parameters if name in config}
-        own |= {"num_layers": min(5, config["num_layers"]), "extra_condition_channels": 4 * (channels - 3)}
-        net = kind.from_config(own)
+        """Return a ControlNet that takes maps as further channels of the condition, as the stock one for inpainting. It
+        is not built by `from_transformer`, which does not copy the norm of the text."""
+        class_ = stock("QwenImageControlNetModel")
+        options = {name: config[name] for name in inspect.signature(class_.__init__).parameters if name in config}
+        options |= {"num_layers": min(5, config["num_layers"]), "extra_condition_channels": 4 * (channels - 3)}
+        net = class_.from_config(options)
         if network is not None:
             weights = net.state_dict()
             net.load_state_dict({**weights, **{k: v for k, v in network.state_dict().items() if k in weights}})
@@ -170,7 +171,7 @@ class QwenImage(TransformerFamily):
         self, config: Any, controlnet: Any, condition: Tensor, z: Tensor, timestep: Tensor, text: Tensor,
         added: dict[str, Tensor] | None = None,
     ) -> list[Tensor | None]:  # fmt: skip
-        text, mask = words(text, (added or {}).get("mask"))
+        text, mask = trim_padding(text, (added or {}).get("mask"))
         samples = controlnet(
             pack(z), pack(condition.to(z.dtype)), encoder_hidden_states=text, encoder_hidden_states_mask=mask,
             timestep=(self._time(timestep, z) / 1000).to(z.dtype), return_dict=False,
@@ -179,12 +180,13 @@ class QwenImage(TransformerFamily):
         return spread(samples, config["num_layers"])
 
 
-def words(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the features (B, L, D) without what is padding in all prompts, and their mask, None where nothing is."""
+def trim_padding(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the features (B, L, D) without positions that are padding in all prompts, and their mask, or None if it
+    would mask nothing."""
     if mask is None:
         return text, None
     mask = mask.bool()
-    if torch.compiler.is_compiling() or mask.is_meta:  # which want one shape for all prompts
+    if torch.compiler.is_compiling() or mask.is_meta:  # these need shapes that do not depend on the prompts
         return text, mask
-    least, most = torch.stack(mask.sum(1).aminmax()).tolist()
-    return text[:, :most], None if least == most else mask[:, :most]
+    shortest, longest = torch.stack(mask.sum(1).aminmax()).tolist()
+    return text[:, :longest], None if shortest == longest else mask[:, :longest]

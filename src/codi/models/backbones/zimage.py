@@ -1,8 +1,8 @@
-"""Z-Image (base, Turbo): one stream of image and caption tokens, each padded to whole groups by a learned token.
+"""Z-Image (base, Turbo): one stream of image and caption tokens, each padded to a multiple of 32 by a learned token.
 
-The network is given 1 - sigma and predicts -v. Positions of image tokens begin where the padded caption ends, so they
-depend on the prompt's length, while padding up to a whole group is attended to like any other token: each prompt of a
-batch keeps its own groups, and only what is beyond them is masked.
+The network's time is 1 - sigma, and it predicts -v. Positions of image tokens begin where the padded caption ends, so
+they depend on the prompt's length. Padding up to a multiple of 32 is attended to like any other token, so in a batch
+each prompt is padded to its own multiple, and only tokens beyond that are masked.
 """
 
 from __future__ import annotations
@@ -22,54 +22,55 @@ from ..text import FEATURES, PromptEncoder
 from .base import stock
 from .transformer import Stream, TransformerFamily, require_channels
 
-GROUP = 32  # tokens: image and caption are each padded to a multiple of it
-LENGTH, PREFIX = 512, 3  # tokens of a prompt in its chat template, and of the template before it
+GROUP = 32  # image and caption tokens are each padded to a multiple of it
+LENGTH, PREFIX = 512, 3  # tokens of a prompt with its chat template, and of the template before the prompt
 ENTRY = "2-1"  # the patch embedding of pictures: 2 x 2 cells, 1 frame
-SHARED = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps", "qk_norm")  # what a ControlNet has the same
+# Settings that a ControlNet copies from the network's configuration.
+SHARED = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps", "qk_norm")
 
 
 def pack(z: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h w / 4, 4 C): each token is 2 x 2 cells, channels last."""
+    """Pack latents (B, C, h, w) into tokens (B, h w / 4, 4 C): each has 2 x 2 cells, channels last."""
     cells = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `pack`; `grid`: rows and columns of tokens."""
+    """Invert `pack`; `grid`: rows and columns of tokens."""
     cells = tokens.unflatten(2, (2, 2, -1)).unflatten(1, grid)
     return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def captions(network: Any, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the embedded captions (B, L, W), padded by the learned token, and how many of the L tokens belong to each
-    prompt (B,), None where all do."""
-    more = -text.shape[1] % GROUP
-    real, counts = torch.arange(text.shape[1] + more, device=text.device) < text.shape[1], None
-    text = pad(text, (0, 0, 0, more))
+    """Return the embedded captions (B, L, W), padded by the learned token, and the number of tokens of each prompt
+    (B,), or None if it is L for all."""
+    padding = -text.shape[1] % GROUP
+    valid, counts = torch.arange(text.shape[1] + padding, device=text.device) < text.shape[1], None
+    text = pad(text, (0, 0, 0, padding))
     if mask is not None:
-        real = pad(mask.bool(), (0, more))
-        counts = (real.sum(1) + GROUP - 1) // GROUP * GROUP
-        if not (torch.compiler.is_compiling() or mask.is_meta):  # which want one shape for all prompts
-            least, most = torch.stack(counts.aminmax()).tolist()
-            text, real, counts = text[:, :most], real[:, :most], None if least == most else counts
+        valid = pad(mask.bool(), (0, padding))
+        counts = (valid.sum(1) + GROUP - 1) // GROUP * GROUP
+        if not (torch.compiler.is_compiling() or mask.is_meta):  # these need shapes that do not depend on the prompts
+            shortest, longest = torch.stack(counts.aminmax()).tolist()
+            text, valid, counts = text[:, :longest], valid[:, :longest], None if shortest == longest else counts
     tokens = network.cap_embedder(text)
-    return torch.where(real[..., None], tokens, network.cap_pad_token.to(tokens)), counts
+    return torch.where(valid[..., None], tokens, network.cap_pad_token.to(tokens)), counts
 
 
 def position_ids(grid: tuple[int, int], padding: int, length: int, counts: Tensor | None, device: Any) -> Tensor:
-    """(B, S, 3), or (1, S, 3) where no prompt differs: place in time, row, column of image tokens, their padding and
-    `length` caption tokens. The picture's time is the one after its caption."""
+    """Return the positions (time, row, column) of image tokens, their padding and `length` caption tokens, (B, S, 3),
+    or (1, S, 3) if they are equal for all prompts. The picture's time is the one after its caption."""
     counts = torch.full((1,), length, device=device) if counts is None else counts
-    front = grid[0] * grid[1]
-    ids = torch.zeros(len(counts), front + padding + length, 3, dtype=torch.long, device=device)
-    ids[:, :front, 0] = counts[:, None] + 1
-    ids[:, :front, 1] = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
-    ids[:, :front, 2] = torch.arange(grid[1], device=device).repeat(grid[0])
-    ids[:, front + padding :, 0] = torch.arange(1, length + 1, device=device)
+    size = grid[0] * grid[1]
+    ids = torch.zeros(len(counts), size + padding + length, 3, dtype=torch.long, device=device)
+    ids[:, :size, 0] = counts[:, None] + 1
+    ids[:, :size, 1] = torch.arange(grid[0], device=device).repeat_interleave(grid[1])
+    ids[:, :size, 2] = torch.arange(grid[1], device=device).repeat(grid[0])
+    ids[:, size + padding :, 0] = torch.arange(1, length + 1, device=device)
     return ids
 
 
-def refined(network: Any, layers: Any, tokens: Tensor, *args: Any) -> Tensor:
+def refine(network: Any, layers: Any, tokens: Tensor, *args: Any) -> Tensor:
     """Pass tokens through the refiner `layers`."""
     for layer in layers:
         if network.gradient_checkpointing and torch.is_grad_enabled():
@@ -80,7 +81,7 @@ def refined(network: Any, layers: Any, tokens: Tensor, *args: Any) -> Tensor:
 
 
 class ZImage(TransformerFamily):
-    """Z-Image and Z-Image-Turbo, which differ in weights and schedule alone."""
+    """Z-Image and Z-Image-Turbo, which differ only in weights and schedule."""
 
     name = "Z-Image"
     network = "ZImageTransformer2DModel"
@@ -109,8 +110,8 @@ class ZImage(TransformerFamily):
             # A copy: the stock method writes the templated prompts into the list.
             rows, _ = self.build_pipeline(parts).encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
             features = [pad(row, (0, 0, 0, LENGTH - len(row))) for row in rows]
-            real = [pad(row.new_ones(len(row), dtype=torch.bool), (0, LENGTH - len(row))) for row in rows]
-            return {FEATURES: torch.stack(features), "mask": torch.stack(real)}
+            masks = [pad(row.new_ones(len(row), dtype=torch.bool), (0, LENGTH - len(row))) for row in rows]
+            return {FEATURES: torch.stack(features), "mask": torch.stack(masks)}
 
         return PromptEncoder((parts.text_encoder,), run, [(parts.tokenizer, LENGTH - PREFIX)])
 
@@ -118,9 +119,9 @@ class ZImage(TransformerFamily):
         return {FEATURES: (LENGTH, config["cap_feat_dim"])}
 
     def guide(self, with_: Tensor, without: Tensor, scale: float) -> Tensor:
-        """Combine as in all families: scale 1 is no guidance. ZImagePipeline counts from 0: its `guidance_scale` g in
+        """Combine as in all families: scale 1 is no guidance. In ZImagePipeline 0 is none: its `guidance_scale` g in
         pos + g (pos - neg) is g + 1 here, its default of 5 is 6. Its options cfg_normalization and cfg_truncation, off
-        by default, have no counterpart."""
+        by default, are not implemented."""
         return with_ + (scale - 1) * (with_ - without)
 
     # ---- the network
@@ -159,9 +160,9 @@ class ZImage(TransformerFamily):
         attended = None if counts is None else torch.arange(caption.shape[1], device=text.device) < counts[:, None]
         mask = None if attended is None else pad(attended, (front, 0), value=True)
         picture = torch.cat([tokens, network.x_pad_token.to(tokens).expand(len(tokens), padding, -1)], dim=1)
-        picture = refined(network, network.noise_refiner, picture, None, rope[:, :front], time)
-        caption = refined(network, network.context_refiner, caption, attended, rope[:, front:])
-        # The stream's image is what adapters change: without the padding, which goes with the caption.
+        picture = refine(network, network.noise_refiner, picture, None, rope[:, :front], time)
+        caption = refine(network, network.context_refiner, caption, attended, rope[:, front:])
+        # Adapters change the stream's image tokens, so padding is kept with the caption instead.
         rest = torch.cat([picture[:, size:], caption], dim=1)
         return Stream(picture[:, :size], rest, time, grid, {"rope": rope, "mask": mask})
 
@@ -193,20 +194,21 @@ class ZImage(TransformerFamily):
         return {"guidance_scale": scale - 1}  # see `guide`
 
     def new_controlnet(self, network: Any, config: Any, channels: int, downscale: int) -> nn.Module:
-        """Return diffusers' class with a control block for every fifth layer. It borrows the transformer's embedders
-        and refiners: here it gets copies, so that an adapter is whole and the backbone never changes."""
-        kind, places = stock("ZImageControlNetModel"), list(range(0, config["n_layers"], 5))
-        shape = {"control_in_dim": config["in_channels"] + channels - 3, **{name: config[name] for name in SHARED}}
-        net = kind(control_layers_places=places, **shape)
-        net.gradient_checkpointing = False  # which the class leaves unset and then asks for
-        net = kind.from_transformer(net, stock(self.network).from_config({**config, "n_layers": 0}))
+        """Return diffusers' ControlNet with a control block for every fifth layer. diffusers shares the transformer's
+        embedders and refiners with it; here it gets copies, so that the adapter is complete and the backbone never
+        changes."""
+        class_, places = stock("ZImageControlNetModel"), list(range(0, config["n_layers"], 5))
+        options = {"control_in_dim": config["in_channels"] + channels - 3, **{name: config[name] for name in SHARED}}
+        net = class_(control_layers_places=places, **options)
+        net.gradient_checkpointing = False  # the class reads this attribute but does not set it
+        net = class_.from_transformer(net, stock(self.network).from_config({**config, "n_layers": 0}))
         own, weights = net.state_dict(), {} if network is None else network.state_dict()
         for key, value in own.items():
-            source = re.sub(r"(?<=^control_layers\.)\d+", lambda place: str(5 * int(place[0])), key)
-            found = weights.get(source.removeprefix("control_"), value)  # projections have none and stay zero
-            if found.shape != value.shape:  # channels of maps, which start at zero
-                found = pad(found.unflatten(1, (4, -1)), (0, channels - 3)).flatten(1)
-            own[key] = found
+            source = re.sub(r"(?<=^control_layers\.)\d+", lambda index: str(5 * int(index[0])), key)
+            weight = weights.get(source.removeprefix("control_"), value)  # projections have no source and stay zero
+            if weight.shape != value.shape:  # channels of maps, which start at zero
+                weight = pad(weight.unflatten(1, (4, -1)), (0, channels - 3)).flatten(1)
+            own[key] = weight
         net.load_state_dict(own)
         return net
 
@@ -214,13 +216,13 @@ class ZImage(TransformerFamily):
         self, config: Any, controlnet: Any, condition: Tensor, z: Tensor, timestep: Tensor, text: Tensor,
         added: dict[str, Tensor] | None = None,
     ) -> list[Tensor | None]:  # fmt: skip
-        """Return its samples for image tokens; the stock pipeline adds those for captions too."""
+        """Return its outputs for image tokens; the stock pipeline also adds those for caption tokens."""
         mask, device = (added or {}).get("mask"), z.device.type
-        rows = list(text) if mask is None else [row[real] for row, real in zip(text, mask.bool(), strict=True)]
-        time, read = (1000 - self._time(timestep, z)) / 1000, condition.to(z.dtype)
+        rows = list(text) if mask is None else [row[valid] for row, valid in zip(text, mask.bool(), strict=True)]
+        time, hint = (1000 - self._time(timestep, z)) / 1000, condition.to(z.dtype)
         pads = {name: getattr(controlnet, name) for name in ("x_pad_token", "cap_pad_token")}
-        if device != "meta" and torch.is_autocast_enabled(device):  # they are written into tokens of autocast's type
+        if device != "meta" and torch.is_autocast_enabled(device):  # written into tokens of autocast's dtype
             pads = {name: token.to(torch.get_autocast_dtype(device)) for name, token in pads.items()}
-        samples = functional_call(controlnet, pads, (list(z.unsqueeze(2)), time, rows, list(read.unsqueeze(2))))
+        samples = functional_call(controlnet, pads, (list(z.unsqueeze(2)), time, rows, list(hint.unsqueeze(2))))
         count = z.shape[-2] * z.shape[-1] // 4
         return [samples[i][:, :count] if i in samples else None for i in range(config["n_layers"])]
