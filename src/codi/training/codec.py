@@ -1,4 +1,4 @@
-"""Stage one of a backbone: the latent codec (AutoencoderKL)."""
+"""Training of a backbone's latent codec (AutoencoderKL), the first stage of `codi pretrain`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .pretrain_recipe import PretrainRecipe, first_pictures, write_sheet
 from .scene_store import StoredScenes
 from .trainer import Job
 
-# The posterior starts with little noise: at a log-variance of 0 it would drown the means, and color with them.
+# The posterior starts with little noise: at a log-variance of 0 it would hide the means, and with them colors.
 _LOG_VARIANCE = -6.0
 
 
 class CodecJob(Job):
-    """AutoencoderKL: squared and absolute error of the reconstruction, a light KL term and, where the recipe gives them
-    a weight, the distance of ENLite0's features and the verdict of a patch discriminator that trains along."""
+    """Training of an AutoencoderKL: squared and absolute error of the reconstruction, a small KL term and, if their
+    weights are not 0, the distance of ENLite0's features and the adversarial loss of a patch discriminator."""
 
     def __init__(self, vae: AutoencoderKL, recipe: PretrainRecipe, source: Source, held_out: Source) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class CodecJob(Job):
         self.held_out, _ = first_pictures(held_out, 64, recipe.size)
         self._features: Any = None
         if recipe.compile:
-            for part in (vae.encoder, vae.decoder):  # encode and decode do not pass through the VAE's forward
+            for part in (vae.encoder, vae.decoder):  # encode and decode do not call the VAE's forward
                 part.compile()
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -62,30 +62,30 @@ class CodecJob(Job):
             yield from batches(source, r.vae_batch, r.size, r.seed, start, max_corrupt=r.max_corrupt, stride=stride)
             return
         count = len(source)
-        while True:  # crops alone are read from the store: several times as fast as whole pictures
+        while True:  # reads only crops from the store: several times as fast as whole images
             numbers = range(start, start + r.vae_batch)
             index = [int(shuffled(r.seed, i // count, count)[i % count]) for i in numbers]
-            places = r.size - r.vae_crop + 1
-            corners = [np.random.default_rng([r.seed, i, 1]).integers(places, size=2).tolist() for i in numbers]
+            positions = r.size - r.vae_crop + 1
+            corners = [np.random.default_rng([r.seed, i, 1]).integers(positions, size=2).tolist() for i in numbers]
             yield source.crops(index, r.size, corners, r.vae_crop)
             start += stride
 
     def crops(self, batch: Batch | Tensor, generator: torch.Generator) -> Tensor:
-        """Returns random crops of pictures and textures, (B, 3, crop, crop) in [-1, 1]. A batch that is a tensor has
-        been cropped already."""
+        """Return random crops of images and textures, (B, 3, crop, crop) in [-1, 1]. A tensor batch is already
+        cropped."""
         images = batch if isinstance(batch, Tensor) else batch.image
         count = int(len(images) * self.recipe.textures)
         pick = torch.randint(len(self.textures), (count,), generator=generator)
         textures = self.textures[pick].float() / 255
         if isinstance(batch, Tensor):
-            image = torch.cat([batch[count:].cpu().float() / 255, self._cut(textures, generator)])
+            image = torch.cat([batch[count:].cpu().float() / 255, self._random_crops(textures, generator)])
         else:
-            image = self._cut(torch.cat([images[count:], textures]), generator)
+            image = self._random_crops(torch.cat([images[count:], textures]), generator)
         device = next(self.online.parameters()).device
         return image.to(device).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
 
-    def _cut(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A random crop of each picture."""
+    def _random_crops(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a random crop of each image."""
         crop = self.recipe.vae_crop
         corners = torch.randint(self.recipe.size - crop + 1, (len(images), 2), generator=generator).tolist()
         squares = [x[:, i : i + crop, j : j + crop] for x, (i, j) in zip(images, corners, strict=True)]
@@ -102,7 +102,7 @@ class CodecJob(Job):
         return {**self.reconstruction(rebuilt, x), "kl": kl}
 
     def reconstruction(self, rebuilt: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Returns the named losses of reconstructions `rebuilt` of `x`, both (B, 3, H, W) in [-1, 1]."""
+        """Return the named losses of reconstructions `rebuilt` of `x`, both (B, 3, H, W) in [-1, 1]."""
         recipe = self.recipe
         losses = {
             "squared": recipe.squared_weight * (rebuilt - x).square().mean(),
@@ -141,8 +141,8 @@ class CodecJob(Job):
 
 
 class DecoderJob(CodecJob):
-    """The decoder alone, on latents with noise in them: it learns to take out the grain that a sampler's latents have.
-    The encoder stays, and with it every backbone and adapter that was trained on its latents."""
+    """Training of the decoder only, on noisy latents: it learns to remove the noise that samplers leave in latents. The
+    encoder is frozen, so backbones and adapters trained on its latents stay valid."""
 
     def __init__(self, vae: AutoencoderKL, recipe: PretrainRecipe, source: Source, held_out: Source) -> None:
         vae.requires_grad_(False)
@@ -156,7 +156,7 @@ class DecoderJob(CodecJob):
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
         noise = torch.randn(z.shape, generator=generator) * torch.rand(len(z), 1, 1, 1, generator=generator)
-        level = self.recipe.decoder_noise / vae.config["scaling_factor"]  # of latents as samplers know them
+        level = self.recipe.decoder_noise / vae.config["scaling_factor"]  # relative to scaled latents
         rebuilt = vae.decode(z + level * noise.to(z)).sample.float()
         return self.reconstruction(rebuilt, x)
 
@@ -167,28 +167,28 @@ class DecoderJob(CodecJob):
 
 
 def standardise_latents(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Folds (latent - mean) / std into the codec's two quant convolutions, in place, so that latents have mean 0 and
+    """Fold (latent - mean) / std into the codec's two quant convolutions, in place, so that latents have mean 0 and
     variance 1 per channel and the stock scaling factor is 1. Decoding is unchanged. `mean`, `std`: (C,)."""
     quant, post = vae.quant_conv, vae.post_quant_conv
     channels = len(mean)
     with torch.no_grad():
-        # decode(z) = rest(W (z std + mean) + b): first, from the old weights.
+        # decode(z) = decoder(W (z std + mean) + b): the bias first, from the old weights.
         assert post is not None and quant is not None and post.bias is not None and quant.bias is not None
         post.bias += post.weight[:, :, 0, 0] @ mean
         post.weight *= std[None, :, None, None]
         quant.weight[:channels] /= std[:, None, None, None]
         quant.bias[:channels] = (quant.bias[:channels] - mean) / std
         quant.bias[channels:] -= 2 * std.log()  # the log-variance shrinks with the latent
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # FLUX.1's pipeline adds a shift, 0 or not
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # FLUX.1's pipeline needs a shift
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures in [0, 1], in dB."""
+    """Return the PSNR of images in [0, 1] in dB, averaged over the images."""
     return float((-10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-8).log10()).mean())
 
 
 def new_vae(recipe: PretrainRecipe) -> AutoencoderKL:
-    """An untrained codec of the recipe's size; its quant convolutions start as the identity."""
+    """Return an untrained codec of the recipe's size, whose quant convolutions start as the identity."""
     levels = len(recipe.vae_widths)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def new_vae(recipe: PretrainRecipe) -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=recipe.latent_channels,
         norm_num_groups=8,
-        mid_block_add_attention=False,  # so that tiles of any size decode alike
+        mid_block_add_attention=False,  # so that a tile decodes as it does within a larger image
         sample_size=recipe.size,
         scaling_factor=1.0,
     )
@@ -213,7 +213,7 @@ def new_vae(recipe: PretrainRecipe) -> AutoencoderKL:
 
 
 def open_vae(folder: str | Path) -> AutoencoderKL:
-    """Returns the AutoencoderKL of a folder, in float32. Raises UserError where there is none."""
+    """Load the AutoencoderKL of a folder, in float32. Raises UserError if there is none."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"vae {folder}: no config.json there: give the folder of an AutoencoderKL")
     require_safetensors(Path(folder))

@@ -1,4 +1,4 @@
-"""Stage two in the FLUX.1 layout: a transformer trained by flow matching, with CLIP's and T5's text encoders."""
+"""Latent diffusion in the FLUX.1 layout: a transformer trained by flow matching, with CLIP's and T5's text encoders."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .pretrain_recipe import PretrainRecipe
 from .unet import new_clip
 
 _HEAD = 64  # channels of an attention head
-_ROPE = (16, 24, 24)  # of them for the picture's index (always 0), row and column
+_ROPE = (16, 24, 24)  # of them for the index of the image (always 0), row and column
 
 
 class FluxJob(LatentsJob):
-    """Flow matching (Lipman et al. 2023): z_t = (1 - t) x + t eps, and the loss is |eps - x - u_hat(z_t, t)|^2.
+    """Training by flow matching (Lipman et al. 2023): z_t = (1 - t) x + t eps, and the loss is |eps - x - u_hat(z_t, t)|^2.
 
-    Token ids are CLIP's and T5's side by side.
+    Token ids are CLIP's, then T5's.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class FluxJob(LatentsJob):
         recipe: PretrainRecipe,
         *data: Any,
     ) -> None:
-        """`parts`: those of `new_flux`. `data`: latents, captions and what else `LatentsJob` takes."""
+        """`parts`: those of `new_flux`. `data`: the other arguments of `LatentsJob`."""
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
         super().__init__(parts, vae, recipe, *data)
@@ -49,8 +49,8 @@ class FluxJob(LatentsJob):
         x = x.to(next(model.parameters()).device)
         t = flow_times(share, self.recipe.times).to(x)
         eps = normal(x.shape, x.device, generator)
-        at = t[:, None, None, None]
-        velocity = flow(model, (1 - at) * x + at * eps, t, tokens, self.tokenizer.model_max_length)
+        level = t[:, None, None, None]
+        velocity = flow(model, (1 - level) * x + level * eps, t, tokens, self.tokenizer.model_max_length)
         return (velocity.float() - (eps - x)).square().mean()
 
     def draw(self, prompts: Sequence[str]) -> Tensor:
@@ -68,7 +68,7 @@ class FluxJob(LatentsJob):
 
 
 def flow(parts: Any, z: Tensor, t: Tensor, tokens: Tensor, clip_length: int) -> Tensor:
-    """Returns the velocity (B, C, h, w) of noisy latents `z` at times `t` (B,) in [0, 1], by the networks of `parts`.
+    """Return the velocity (B, C, h, w) that `parts` predict of noisy latents `z` at times `t` (B,) in [0, 1].
 
     `tokens` (B, L): CLIP's `clip_length` ids, then T5's.
     """
@@ -76,21 +76,21 @@ def flow(parts: Any, z: Tensor, t: Tensor, tokens: Tensor, clip_length: int) -> 
     pooled = parts["text_encoder"](tokens[:, :clip_length]).pooler_output
     features = parts["text_encoder_2"](tokens[:, clip_length:])[0]
     rows, columns = z.shape[-2] // 2, z.shape[-1] // 2
-    places = torch.cartesian_prod(*(torch.arange(n, device=z.device) for n in (1, rows, columns))).to(z)
+    positions = torch.cartesian_prod(*(torch.arange(n, device=z.device) for n in (1, rows, columns))).to(z)
     output = parts["transformer"](
         hidden_states=pixel_unshuffle(z, 2).flatten(2).transpose(1, 2),
         timestep=t,
         encoder_hidden_states=features,
         pooled_projections=pooled,
         txt_ids=torch.zeros(features.shape[1], 3, device=z.device),
-        img_ids=places,
+        img_ids=positions,
         return_dict=False,
     )[0]
     return pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
 
 def flow_times(share: Tensor, kind: str) -> Tensor:
-    """Returns the times in (0, 1) at the quantiles `share` (B,) of a distribution: "uniform", or "logit-normal", the
+    """Return the times in (0, 1) at the quantiles `share` (B,) of a distribution: "uniform", or "logit-normal", the
     sigmoid of a standard normal (Esser et al. 2024)."""
     if kind == "uniform":
         return share
@@ -98,7 +98,7 @@ def flow_times(share: Tensor, kind: str) -> Tensor:
 
 
 def new_flux(recipe: PretrainRecipe, tokenizer: CLIPTokenizer, tokenizer_2: T5Tokenizer) -> dict[str, nn.Module]:
-    """Returns untrained networks of the recipe's size by their names in FluxPipeline: transformer, text_encoder (CLIP,
+    """Return untrained networks of the recipe's size by their names in FluxPipeline: transformer, text_encoder (CLIP,
     for the pooled feature) and text_encoder_2 (T5)."""
     double, single = recipe.flux_layers
     ids: Any = tokenizer_2
@@ -114,7 +114,7 @@ def new_flux(recipe: PretrainRecipe, tokenizer: CLIPTokenizer, tokenizer_2: T5To
         guidance_embeds=False,
         axes_dims_rope=_ROPE,
     )
-    # As in DiT (Peebles & Xie 2023), and unlike in diffusers: each block begins as the identity and the output as zero.
+    # As in DiT (Peebles & Xie 2023) but not in diffusers, each block starts as the identity and the output as zero.
     norms = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
     for linear in [m.linear for m in transformer.modules() if isinstance(m, norms)] + [transformer.proj_out]:
         nn.init.zeros_(linear.weight)

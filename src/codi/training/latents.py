@@ -1,4 +1,4 @@
-"""Stage two of a backbone: text-to-image diffusion of the codec's latents, whatever the network."""
+"""Training of text-to-image diffusion on the codec's latents for any network, the second stage of `codi pretrain`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .trainer import Job
 
 
 class LatentsJob(Job):
-    """Text-to-image diffusion of precomputed latents: network and text encoders are trained together.
+    """Training of text-to-image diffusion on precomputed latents, of network and text encoders together.
 
-    A subclass says what its tokens are, what the loss is, how to sample and which stock pipeline holds the parts.
+    A subclass defines the tokens, the loss, sampling and the diffusers pipeline of the parts.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class LatentsJob(Job):
         held_captions: list[str],
         images_before: int = 0,
     ) -> None:
-        """`parts`: what trains, by the names that the pipeline has for it. `images_before`: training images that the
-        starting weights had seen."""
+        """`parts`: the trained networks by their names in the pipeline. `images_before`: training images of the
+        starting weights."""
         super().__init__()
         self.online = nn.ModuleDict(parts)
         self.average = ema.average_copy(self.online)
@@ -63,20 +63,20 @@ class LatentsJob(Job):
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Returns token ids (B, L)."""
+        """Return token ids (B, L)."""
 
     @abstractmethod
     def loss(self, model: Any, x: Tensor, tokens: Tensor, share: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns the squared error (scalar) on latents `x` (B, C, h, w) with `tokens` (B, L). `share` (B,) in [0, 1):
-        which time each one gets, as a quantile of the distribution of training times."""
+        """Return the squared error (scalar) on latents `x` (B, C, h, w) with `tokens` (B, L). `share` (B,) in [0, 1) is
+        the time of each latent as a quantile of the distribution of training times."""
 
     @abstractmethod
     def draw(self, prompts: Sequence[str]) -> Tensor:
-        """Returns pictures (B, 3, S, S) of `prompts` by the average: 20 steps, guidance 3, seeds 0, 1, ..."""
+        """Return images (B, 3, S, S) that the average samples of `prompts`: 20 steps, guidance 3, seeds 0, 1, ..."""
 
     @abstractmethod
     def pipeline(self, parts: Any, vae: AutoencoderKL) -> Any:
-        """Returns diffusers' own pipeline of `parts`, a ModuleDict like the average, and `vae`."""
+        """Return diffusers' pipeline of `parts`, a ModuleDict like the average, and `vae`."""
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         if self.recipe.optimizer == "muon":
@@ -93,13 +93,13 @@ class LatentsJob(Job):
     def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         x, tokens = batch
         drop = torch.rand(len(x), generator=generator) < self.recipe.prompt_dropout
-        tokens = torch.where(drop[:, None], self.empty, tokens.cpu())  # which DDP may have moved to a GPU
+        tokens = torch.where(drop[:, None], self.empty, tokens.cpu())  # DDP may have moved them to a GPU
         share = (torch.arange(len(x)) + torch.rand(len(x), generator=generator)) / len(x)  # stratified over the batch
         return {"velocity": self.loss(self.online, x, tokens, share, generator)}
 
     @torch.no_grad()
     def preview(self, out: Path, progress: Progress) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(0)  # the same noise and times at every call, so that figures compare
+        generator = torch.Generator().manual_seed(0)  # same noise and times at every call, for comparable losses
         count = len(self.held_captions)
         share = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         share = share[torch.randperm(count, generator=generator)]
@@ -114,28 +114,28 @@ class LatentsJob(Job):
         return {"held_out_velocity": float(sum(losses)) / count}
 
     def export(self, out: Path, progress: Progress) -> None:
-        """Writes the whole checkpoint in diffusers' layout, float16 safetensors."""
+        """Write the whole checkpoint in diffusers' layout, float16 safetensors."""
         average: Any = copy.deepcopy(self.average).to(torch.float16)
         vae: Any = copy.deepcopy(self.vae)
-        nn.Module.to(vae, torch.float16)  # past diffusers' own, which warns of the cast
+        nn.Module.to(vae, torch.float16)  # diffusers' own `to` warns of the cast
         pipe = self.pipeline(average, vae)
 
         def fill(folder: Path) -> None:
             pipe.save_pretrained(folder, safe_serialization=True)
             for encoder in folder.glob("text_encoder*"):
-                # float16 on disk, but a stock pipeline without a dtype shall load all parts in float32 alike.
+                # float16 on disk, but a stock pipeline without a dtype should load all parts in float32.
                 edit_json(encoder / "config.json", dtype="float32")
             for part in ("vae", *dict(average.named_children())):
-                edit_json(folder / part / "config.json", _name_or_path=None)  # where it lay on this machine
+                edit_json(folder / part / "config.json", _name_or_path=None)  # a local path
             write_classic_files(folder / "tokenizer")
             (folder / "training.json").write_text(
                 json.dumps({"images": self.images_before + progress.images}, indent=1) + "\n"
             )
 
         staged, index = out / "training" / "finished", "model_index.json"
-        shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed below
+        shutil.rmtree(staged, ignore_errors=True)  # left by a killed run
         write_folder(staged, fill)
-        # Without its index a folder is no model: gone first and back last, it never stands beside parts of two models.
+        # The index is removed first and written last, so that a killed run never leaves one over parts of two models.
         (out / index).unlink(missing_ok=True)
         for item in sorted(staged.iterdir(), key=lambda item: item.name == index):
             target = out / item.name
@@ -145,32 +145,32 @@ class LatentsJob(Job):
 
 
 def draw(pipe: Any, prompts: Sequence[str], **options: Any) -> Tensor:
-    """Returns pictures (B, 3, S, S) in [0, 1] by a pipeline of diffusers, in 20 steps; picture i starts from seed i."""
+    """Return images (B, 3, S, S) in [0, 1] that a diffusers pipeline samples in 20 steps; image i has seed i."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     return pipe(list(prompts), num_inference_steps=20, generator=generators, output_type="pt", **options).images
 
 
 def normal(shape: Sequence[int], device: torch.device, generator: torch.Generator) -> Tensor:
-    """Returns normal noise on `device`, in float32. A GPU draws its own, from a seed that `generator` gives: it would
-    wait for the CPU's."""
+    """Return standard normal noise on `device`, in float32. A GPU draws its own from a seed of `generator`, instead of
+    waiting for the CPU's."""
     if device.type == "cpu":
         return torch.randn(shape, generator=generator)
     seed = int(torch.randint(2**62, (), generator=generator))
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-def shuffled(seed: int, epoch: int, count: int, _memory: dict = {}) -> np.ndarray:  # noqa: B006 - a one-entry cache
-    """The order of `count` things in that epoch."""
+def shuffled(seed: int, epoch: int, count: int, _cache: dict = {}) -> np.ndarray:  # noqa: B006 - a one-entry cache
+    """Return the shuffled indices of `count` samples in an epoch."""
     key = (seed, epoch, count)
-    if key not in _memory:
-        _memory.clear()
-        _memory[key] = np.random.default_rng([seed, epoch]).permutation(count)
-    return _memory[key]
+    if key not in _cache:
+        _cache.clear()
+        _cache[key] = np.random.default_rng([seed, epoch]).permutation(count)
+    return _cache[key]
 
 
 class EditedPictures:
-    """A source's edited pictures under their instructions, as if these were captions."""
+    """A source's edited images with their instructions as captions."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -184,10 +184,10 @@ class EditedPictures:
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:
-        found = self.source.read(indices, size, crops)
+        results = self.source.read(indices, size, crops)
         return [
             replace(s, image=s.extras["edited_image"], text=s.instruction, extras={}) if isinstance(s, Sample) else s
-            for s in found
+            for s in results
         ]
 
 
@@ -195,18 +195,17 @@ class EditedPictures:
 def encode_all(
     vae: AutoencoderKL, source: Source, size: int, folder: Path, max_corrupt: float = 0.05
 ) -> tuple[np.ndarray, list[str]]:
-    """Latents (float16 memory map) and captions of every picture of `source`, computed once per codec. Those that
-    cannot be read are listed in `folder`/corrupt.json. Raises UserError where they are more than the share
-    `max_corrupt`."""
+    """Return latents (float16 memory map) and captions of all images of `source`, computed once per codec. Unreadable
+    files are listed in `folder`/corrupt.json. Raises UserError if they exceed the share `max_corrupt`."""
     weights = sum(p.double().sum().item() for p in vae.parameters())
     mark = {"codec": round(weights, 6), "source": source.describe(), "size": size, "count": len(source)}
     index, data = folder / "latents.json", folder / "latents.npy"
-    if index.is_file() and (kept := json.loads(index.read_text()))["mark"] == mark:
-        return np.load(data, mmap_mode="r"), kept["captions"]
+    if index.is_file() and (stored := json.loads(index.read_text()))["mark"] == mark:
+        return np.load(data, mmap_mode="r"), stored["captions"]
     folder.mkdir(parents=True, exist_ok=True)
-    # Channels last and few pictures at a time: 2.5 times as fast on a CPU, whose cache then holds the feature maps.
+    # Channels last and small batches: 2.5 times as fast on a CPU, whose cache then holds the feature maps.
     nn.Module.to(vae, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    part = 16 if vae.device.type == "cpu" else 64
+    batch = 16 if vae.device.type == "cpu" else 64
     captions: list[str] = []
     corrupt: list[CorruptSample] = []
     chunks, report = [], folder / "corrupt.json"
@@ -214,20 +213,20 @@ def encode_all(
         indices = range(start, min(start + 64, len(source)))
         images, texts, unread = read_pictures(source, indices, size)
         if images:
-            for pictures in torch.stack(images).split(part):
+            for pictures in torch.stack(images).split(batch):
                 pictures = pictures.to(vae.device, memory_format=torch.channels_last)
                 chunks.append(codec.encode(vae, pictures).half().cpu().numpy())
         captions, corrupt = captions + texts, corrupt + unread
         report_corrupt(report, indices.stop, corrupt)
     judge(corrupt, len(source), len(source), max_corrupt, report)
-    index.unlink(missing_ok=True)  # that of other latents: it must never stand beside these
+    index.unlink(missing_ok=True)  # of old latents: it must never describe the new ones
     write_whole(data, npy_bytes(np.concatenate(chunks)))
     write_whole(index, [json.dumps({"mark": mark, "captions": captions}).encode()])
     return np.load(data, mmap_mode="r"), captions
 
 
 def npy_bytes(array: np.ndarray) -> list[bytes | memoryview]:
-    """Return what numpy.save writes of `array`, without a copy of its values."""
+    """Return the bytes that numpy.save writes for `array`, without a copy of its values."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     return [header.getvalue(), np.ascontiguousarray(array).data.cast("B")]

@@ -1,4 +1,4 @@
-"""A backbone of one's own: the latent codec, then the text-to-image latent diffusion model, in diffusers' layout."""
+"""Training of a backbone: the latent codec, then text-to-image latent diffusion, written in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _FREE |= {"log_every", "preview_every", "checkpoint_every"}
 def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None = None) -> Path:
     """Train the codec, then the latent diffusion model, and write the checkpoint to `recipe.out`.
 
-    Each stage resumes from its own checkpoints; a finished stage is not repeated. `minutes` ends the run early with
-    everything in place to go on. Returns the folder. Raises UserError for a recipe, data or a model that will not do,
-    and where another process trains in that folder.
+    Each stage resumes from its own checkpoints; a finished stage is not repeated. After `minutes` the run stops with a
+    checkpoint, to go on later. Returns the folder. Raises UserError for an unusable recipe, data or model, and if
+    another process trains in that folder.
     """
     recipe.validate()
     shared = RunSettings(
@@ -53,7 +53,7 @@ def pretrain(recipe: PretrainRecipe, quiet: bool = False, minutes: float | None 
     accelerator, work = make_accelerator(shared), Path(recipe.out) / "training"
     with only_run(Path(recipe.out), work, *(work / stage for stage in STAGES)):
         deadline = time.monotonic() + 60 * minutes if minutes else None
-        return _pretrain(_open(recipe, shared, accelerator, quiet, deadline))
+        return _pretrain(_open_run(recipe, shared, accelerator, quiet, deadline))
 
 
 def _pretrain(run: _Run) -> Path:
@@ -79,14 +79,14 @@ def _pretrain(run: _Run) -> Path:
 
 @dataclass
 class _Run:
-    """What the stages share. `begin`: the backbone whose weights are the starting point, if there is one."""
+    """Settings and data that the stages share. `start`: the backbone whose weights are the starting point, or None."""
 
     recipe: PretrainRecipe
     shared: RunSettings
     accelerator: Accelerator
     source: Source
     held_out: Source
-    begin: Any
+    start: Any
     quiet: bool
     deadline: float | None
 
@@ -103,18 +103,18 @@ class _Run:
         return self.accelerator.device
 
     def train(self, stage: str, job: Job, images: int, batch: int, learning_rate: float) -> Progress:
-        """Trains or resumes the job of a stage, below `work`."""
+        """Train or resume the job of a stage, below `work`."""
         settings = replace(self.shared, images=images, batch_size=batch, learning_rate=learning_rate)
         record = vars(self.recipe)
         return train(job, settings, self.work / stage, record, self.accelerator, self.quiet, self.deadline)
 
     def finished_vae(self, stage: str) -> Path | None:
-        """The folder of the codec that a stage has finished, if it has."""
+        """Return the folder of the codec of a finished stage, None for an unfinished one."""
         folder = self.work / stage / "vae"
         return folder if (folder / "config.json").is_file() else None
 
 
-def _open(
+def _open_run(
     recipe: PretrainRecipe, shared: RunSettings, accelerator: Accelerator, quiet: bool, deadline: float | None
 ) -> _Run:
     with processes.sharing_errors():
@@ -122,13 +122,13 @@ def _open(
             require_same_run(Path(recipe.out) / "training" / stage / CHECKPOINTS, recipe, _FREE)
         source, held_out = (_pictures(spec, recipe, accelerator.device) for spec in (recipe.data, recipe.held_out))
         torch.manual_seed(recipe.seed)
-        begin = open_start(recipe.start, recipe.network) if recipe.start else None
-    return _Run(recipe, shared, accelerator, source, held_out, begin, quiet, deadline)
+        start = open_start(recipe.start, recipe.network) if recipe.start else None
+    return _Run(recipe, shared, accelerator, source, held_out, start, quiet, deadline)
 
 
 def open_start(name: str, network: str) -> Any:
-    """Returns an object with the parts of the checkpoint `name` (a folder or shipped model), in float32. Raises
-    UserError for one in another layout than that of `network`."""
+    """Load the checkpoint `name` (a folder or shipped model) in float32; return an object with its parts. Raises
+    UserError if its layout is not that of `network`."""
     folder = Path(find_model(name))
     index = folder / "model_index.json"
     kind = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
@@ -145,19 +145,20 @@ def _pictures(spec: str, recipe: PretrainRecipe, device: torch.device, columns: 
 
 
 def _codec(run: _Run) -> AutoencoderKL | None:
-    """The codec: given, trained now or before, or of the starting point; None where its training is not finished."""
-    recipe, begin = run.recipe, run.begin
+    """Return the codec: that of the recipe or of the starting point, or a trained one; None if its training is not
+    finished."""
+    recipe, start = run.recipe, run.start
     if recipe.vae is not None:
         vae = open_vae(recipe.vae)
-    elif begin is not None and not recipe.tune_codec:
-        vae = begin.vae
+    elif start is not None and not recipe.tune_codec:
+        vae = start.vae
     else:
         if run.finished_vae("codec") is None:
             with processes.sharing_errors():
-                fresh = begin.vae.requires_grad_(True) if begin else new_vae(recipe)
+                initial = start.vae.requires_grad_(True) if start else new_vae(recipe)
                 if recipe.vae_start is not None:
-                    fresh = open_vae(recipe.vae_start)
-                job = CodecJob(fresh, recipe, run.source, run.held_out)
+                    initial = open_vae(recipe.vae_start)
+                job = CodecJob(initial, recipe, run.source, run.held_out)
             progress = run.train("codec", job, recipe.vae_images, recipe.vae_batch, recipe.vae_learning_rate)
             if progress.images < recipe.vae_images:
                 return None
@@ -166,7 +167,7 @@ def _codec(run: _Run) -> AutoencoderKL | None:
 
 
 def _encode(run: _Run, vae: AutoencoderKL) -> tuple[np.ndarray, list[str]]:
-    """The latents and captions of all training pictures, edited ones under their instructions among them."""
+    """Return the latents and captions of all training images, then of edited images with their instructions."""
     recipe = run.recipe
 
     def encode(pictures: Source, folder: Path) -> tuple[np.ndarray, list[str]]:
@@ -181,7 +182,7 @@ def _encode(run: _Run, vae: AutoencoderKL) -> tuple[np.ndarray, list[str]]:
 
 
 def _decoder(run: _Run, vae: AutoencoderKL) -> AutoencoderKL | None:
-    """The codec after its decoder has trained alone, if the recipe wants that; None where that is not finished."""
+    """Return the codec after a further training of its decoder, if the recipe has one; None if it is not finished."""
     recipe = run.recipe
     if not recipe.decoder_images:
         return vae
@@ -196,37 +197,37 @@ def _decoder(run: _Run, vae: AutoencoderKL) -> AutoencoderKL | None:
 
 
 def _text_to_image(run: _Run, vae: AutoencoderKL, latents: np.ndarray, captions: list[str]) -> LatentsJob:
-    """The job of stage two, with its untrained networks or those of the starting point."""
-    recipe, begin = run.recipe, run.begin
+    """Return the job of latent diffusion, with untrained networks or those of the starting point."""
+    recipe, start = run.recipe, run.start
     with processes.sharing_errors():
         images, held_captions = first_pictures(run.held_out, 256, recipe.size)
     with torch.no_grad():
-        held: Tensor = torch.cat([codec.encode(vae, part.to(run.device)) for part in images.split(64)])
-    data = (vae, recipe, latents, captions, held, held_captions)
-    before = 0
-    if begin is not None:
-        note = Path(find_model(recipe.start or "")) / "training.json"
-        before = json.loads(note.read_text())["images"] if note.is_file() else 0
-    tokenizer = begin.tokenizer if begin is not None else _tokenizer(run, captions)
+        held_latents: Tensor = torch.cat([codec.encode(vae, part.to(run.device)) for part in images.split(64)])
+    data = (vae, recipe, latents, captions, held_latents, held_captions)
+    before = 0  # training images of the starting point
+    if start is not None:
+        record = Path(find_model(recipe.start or "")) / "training.json"
+        before = json.loads(record.read_text())["images"] if record.is_file() else 0
+    tokenizer = start.tokenizer if start is not None else _tokenizer(run, captions)
     if recipe.network == "flux":
-        unigram = begin.tokenizer_2 if begin is not None else load_unigram(run.work / "tokenizer_2")
+        unigram = start.tokenizer_2 if start is not None else load_unigram(run.work / "tokenizer_2")
         names = ("transformer", "text_encoder", "text_encoder_2")
-        parts = {n: getattr(begin, n) for n in names} if begin is not None else new_flux(recipe, tokenizer, unigram)
+        parts = {n: getattr(start, n) for n in names} if start is not None else new_flux(recipe, tokenizer, unigram)
         return FluxJob(parts, tokenizer, unigram, *data, before)
-    if begin is not None:
-        return UNetJob(begin.unet, begin.text_encoder, tokenizer, begin.scheduler, *data, before)
+    if start is not None:
+        return UNetJob(start.unet, start.text_encoder, tokenizer, start.scheduler, *data, before)
     unet, encoder = new_ldm(recipe, tokenizer)
     return UNetJob(unet, encoder, tokenizer, new_scheduler(), *data, before)
 
 
 def _tokenizer(run: _Run, captions: list[str]) -> CLIPTokenizer:
-    """CLIP's tokenizer, and below `work` T5's, with vocabularies of the captions' words."""
-    words = []
-    if isinstance(run.source, SceneSource):  # whose instructions an adapter will be trained on
-        words = [sample_edit(sample_scene(0, "train", i), 0, "train", i).instruction for i in range(2_000)]
+    """Train CLIP's tokenizer on the captions and return it; for flux, also train T5's below `work`."""
+    instructions = []
+    if isinstance(run.source, SceneSource):  # adapters are later trained on them
+        instructions = [sample_edit(sample_scene(0, "train", i), 0, "train", i).instruction for i in range(2_000)]
     with processes.sharing_errors():
         if run.accelerator.is_main_process:
-            train_tokenizer([*captions, *words], run.work / "tokenizer")
+            train_tokenizer([*captions, *instructions], run.work / "tokenizer")
             if run.recipe.network == "flux":
-                train_unigram([*captions, *words], run.work / "tokenizer_2")
+                train_unigram([*captions, *instructions], run.work / "tokenizer_2")
     return CLIPTokenizer.from_pretrained(run.work / "tokenizer")

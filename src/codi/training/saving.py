@@ -1,4 +1,4 @@
-"""Writing a finished adapter, or another model: whole or not at all."""
+"""Atomic writing of a finished adapter or another model."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ CONFIG = "config.json"
 
 
 def save_adapter(out: Path, adapter: Any, network: Any, full: bool, half: bool) -> None:
-    """Write an adapter folder into `out`, which may hold other things: config.json, which lists the other files with
-    their checksums, comes last, so that a folder with one is whole. `network`: that which it works with; of a `full`
-    adapter all of it is kept, in `unet/` or `transformer/`, otherwise its low-rank updates, if it has any. Neither
-    argument is changed."""
+    """Write an adapter into `out`, which may hold other files. config.json, which lists the other files with their
+    checksums, comes last, so a folder with one is complete. `network`: the backbone that the adapter works with. A
+    `full` adapter stores all of it, in `unet/` or `transformer/`, others its low-rank updates, if any. Neither is
+    changed."""
 
-    def stored(module: Any) -> Any:
+    def converted(module: Any) -> Any:
         return copy.deepcopy(module).to(torch.float16) if half else module
 
     def fill(folder: Path) -> None:
-        stored(adapter).save_pretrained(folder, safe_serialization=True)
+        converted(adapter).save_pretrained(folder, safe_serialization=True)
         if full:
-            stored(network).save_pretrained(folder / family_of(network).component, safe_serialization=True)
+            converted(network).save_pretrained(folder / family_of(network).component, safe_serialization=True)
         for name in [] if full else lora_names(network):
             save_lora(network, folder, name, half)
         for config in folder.rglob(CONFIG):
-            edit_json(config, _name_or_path=None)  # where it lay on this machine
+            edit_json(config, _name_or_path=None)  # a local path
         for weights in folder.rglob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors leaves them to their owner alone
+            weights.chmod(0o644)  # safetensors makes them readable by their owner only
         list_files(folder)
 
     place(out, fill, (CONFIG, FILE, *{kind.component for kind in FAMILIES}))
 
 
 def list_files(folder: Path) -> None:
-    """Write into an adapter's config.json which files belong to it, with their checksums."""
+    """Add the checksums of an adapter's files to its config.json."""
     config = folder / CONFIG
     info = json.loads(config.read_text()).get("info") or {}
     edit_json(config, info={**info, "files": checksums(folder, CONFIG)})
 
 
 def place(out: Path, fill: Callable[[Path], Any], stale: Sequence[str]) -> None:
-    """Write into `out`, which may hold other things, the files that `fill(folder)` leaves in an empty folder; its
-    config.json comes last. `stale`: what an earlier model may have left there, its config first, so that there never
-    is one over a mixture."""
+    """Move the files that `fill(folder)` writes in an empty folder into `out`, which may hold others; config.json comes
+    last. `stale`: files of an earlier model to remove first, its config before the others, so that a config.json never
+    describes a mixture of two models."""
     staged = out / ".finished"
-    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed below
+    shutil.rmtree(staged, ignore_errors=True)  # left by a killed run
     write_folder(staged, fill)
     for old in (out / name for name in stale):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
@@ -73,9 +73,9 @@ def place(out: Path, fill: Callable[[Path], Any], stale: Sequence[str]) -> None:
 
 
 def shareable(recipe: Any) -> dict[str, Any]:
-    """A recipe (a dataclass) as it may go with a model: of a local path only the last part."""
+    """Return a recipe (a dataclass) as it is published with a model: local paths shortened to their last part."""
 
-    def public(value: Any) -> Any:
+    def without_folder(value: Any) -> Any:
         return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
 
-    return {key: public(value) for key, value in asdict(recipe).items() if key not in ("out", "device")}
+    return {key: without_folder(value) for key, value in asdict(recipe).items() if key not in ("out", "device")}

@@ -1,4 +1,4 @@
-"""Rendered scenes kept on disk: rendering a picture of 128 px costs about as much as training on it once."""
+"""Rendered scenes stored on disk: rendering an image of 128 px costs about as much as training on it once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..data.sources import SceneSource, Source
 
 
 class StoredScenes(SceneSource):
-    """Scenes that are rendered when first read and then kept in memory-mapped files below `folder`.
+    """Source of scenes that are rendered when first read and then kept in memory-mapped files below `folder`.
 
-    The files of one split, seed and size serve any number of processes and later runs, and a later run may ask for more
-    scenes than the one before. Of `columns` only `edited_image` is supported. Pictures are uint8 (N, 3, S, S), and one
-    byte a scene says whether it has been rendered.
+    Any number of processes and later runs share the files of a split, seed and size, and a later run may use more
+    scenes. Of `columns` only `edited_image` is supported. Images are uint8 (N, 3, S, S); a byte per scene records
+    whether it has been rendered.
     """
 
     def __init__(self, source: SceneSource, folder: Path) -> None:
@@ -30,18 +30,18 @@ class StoredScenes(SceneSource):
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:
-        """Returns scenes as `SceneSource.read` does. Raises UserError for a size that cannot be rendered."""
+        """Read scenes as `SceneSource.read` does. Raises UserError for a size that cannot be rendered."""
         files = self._rendered(indices, size)
         return [self._sample(i, files) for i in indices]
 
     def crops(self, indices: Sequence[int], size: int, corners: Sequence[tuple[int, int]], crop: int) -> torch.Tensor:
-        """Returns squares of the scenes at `indices`, uint8 (B, 3, crop, crop); `corners`: the top and left of each."""
+        """Return crops of the scenes at `indices`, uint8 (B, 3, crop, crop). `corners`: top and left of each crop."""
         image = self._rendered(indices, size)["image"]
         squares = [image[i, :, y : y + crop, x : x + crop] for i, (y, x) in zip(indices, corners, strict=True)]
         return torch.from_numpy(np.stack(squares))
 
     def _rendered(self, indices: Sequence[int], size: int) -> dict[str, np.ndarray]:
-        """The files of all columns, (N, 3, S, S), with the scenes at `indices` in them."""
+        """Return the files of all columns, (N, 3, S, S), after rendering the scenes at `indices` that they lack."""
         check_size(size)
         names = ["image", *self.columns]
         files = {name: self._map(name, size, 3 * size * size).reshape(-1, 3, size, size) for name in names}
@@ -64,11 +64,11 @@ class StoredScenes(SceneSource):
         return Sample(index, f"scenes:{self.split}[{index}]", image, scene.caption, edit, extras)
 
     def _map(self, name: str, size: int, length: int) -> np.memmap:
-        """The file NAME of `size`, uint8 of `length` bytes a scene, made or lengthened with zeros where needed."""
+        """Map the file `name` of `size`, uint8 with `length` bytes per scene, created or extended with zeros."""
         path = self.folder / f"{self.split}-{self.seed}-{size}-{name}.u8"
         if path.name not in self._files:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab") as file:  # a sparse file: what is not rendered takes no room
+            with open(path, "ab") as file:  # a sparse file: unrendered scenes take no space
                 if file.tell() < self.count * length:
                     file.truncate(self.count * length)
             self._files[path.name] = np.memmap(path, dtype=np.uint8, mode="r+", shape=(self.count, length))
@@ -76,7 +76,7 @@ class StoredScenes(SceneSource):
 
 
 def stored(source: Source, folder: str | Path | None) -> Source:
-    """Returns `source` with its pictures kept below `folder`, if it renders scenes and a folder is given."""
+    """Return `source` with its images stored below `folder` if it renders scenes and a folder is given."""
     if folder is None or not isinstance(source, SceneSource):
         return source
     return StoredScenes(source, Path(folder))

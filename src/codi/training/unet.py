@@ -1,4 +1,4 @@
-"""Stage two in the Stable Diffusion layout: a U-Net with v-prediction and one CLIP text encoder."""
+"""Latent diffusion in the Stable Diffusion layout: a U-Net with v-prediction and a CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .pretrain_recipe import PretrainRecipe
 
 
 class UNetJob(LatentsJob):
-    """Squared error of the velocity v, t ~ U{1..T}: with the paper's notation |v - v_hat|^2."""
+    """Training of a U-Net on the squared error of the velocity, |v - v_hat|^2 in the paper's notation, t ~ U{1..T}."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class UNetJob(LatentsJob):
         recipe: PretrainRecipe,
         *data: Any,
     ) -> None:
-        """`data`: latents, captions and what else `LatentsJob` takes."""
+        """`data`: the other arguments of `LatentsJob`."""
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # a quarter faster on all devices
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.schedule = DiscreteSchedule.from_config(scheduler.config)
@@ -59,7 +59,7 @@ class UNetJob(LatentsJob):
 
 
 def new_clip(recipe: PretrainRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Returns an untrained text encoder of the recipe's width and depth."""
+    """Return an untrained text encoder of the recipe's width and depth."""
     ids: Any = tokenizer
     return CLIPTextModel(
         CLIPTextConfig(
@@ -77,10 +77,10 @@ def new_clip(recipe: PretrainRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_ldm(recipe: PretrainRecipe, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Returns an untrained U-Net and text encoder of the recipe's size."""
+    """Return an untrained U-Net and text encoder of the recipe's size."""
     encoder = new_clip(recipe, tokenizer)
     attends = [False] + [True] * (len(recipe.unet_widths) - 1)  # attention is expensive at the finest level
-    # diffusers reads "attention_head_dim" of this class as the number of heads: these have 32 channels each.
+    # diffusers reads "attention_head_dim" of this class as the number of heads; here a head has 32 channels.
     heads: Any = tuple(max(1, width // 32) for width in recipe.unet_widths)
     unet = UNet2DConditionModel(
         sample_size=recipe.size // 2 ** (len(recipe.vae_widths) - 1),
@@ -98,8 +98,8 @@ def new_ldm(recipe: PretrainRecipe, tokenizer: CLIPTokenizer) -> tuple[UNet2DCon
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Returns a scheduler of velocity prediction with zero terminal signal-to-noise: sampling starts where training
-    ended."""
+    """Return a scheduler of velocity prediction with zero terminal signal-to-noise ratio: sampling starts at the last
+    noise level of training."""
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
