@@ -42,7 +42,7 @@ def files_of_all_kinds(folder):
         flat.convert("L").save(folder / f"turned-grey-{orientation}.jpg", exif=exif)
 
 
-@pytest.mark.filterwarnings("ignore:.*colour profile not usable")
+@pytest.mark.filterwarnings("ignore:.*color profile not usable")
 def test_training_reads_what_the_commands_read(tmp_path):
     files_of_all_kinds(tmp_path)
     files = sorted(tmp_path.iterdir())

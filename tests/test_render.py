@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_whole_files_and_says_so(tmp_path, monkeypatch):
         patch.setattr(Path, "open", full_open)
         refused(lambda: render_folder(6, folder, size=32, seed=1), ".png: no space left on the disk")
     pictures = list(folder.rglob("*.png"))
-    assert pictures and all(map(module._is_whole, pictures)) and not list(folder.rglob("*.tmp"))
+    assert pictures and all(map(module._is_complete, pictures)) and not list(folder.rglob("*.tmp"))
     refused(lambda: open_source(folder), "which is missing")
     render_folder(6, folder, size=32, seed=1)
     assert len(read(open_source(folder, COLUMNS), range(6), 32)) == 6

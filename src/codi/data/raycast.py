@@ -1,8 +1,9 @@
-"""A batched analytic ray caster: scenes -> pictures, metric depth and instance masks, on any torch device.
+"""Batched analytic ray caster: scenes -> images, metric depth and instance masks, on any torch device.
 
-One primary ray and one shadow ray a sample, closed-form intersections, Lambert shading with an ambient sky term;
-shiny solids add a Phong highlight and a Fresnel-weighted reflection of the sky. Linear light inside, sRGB outside.
-Coordinates: x right, y up, z away from the camera; the floor is y = 0; lengths in metres.
+One primary ray and one shadow ray per sample, closed-form intersections, Lambert shading with an ambient sky term;
+shiny solids add a Phong highlight and a Fresnel-weighted reflection of the sky. Computed in linear light,
+returned as sRGB.
+Coordinates: x right, y up, z away from the camera; the floor is y = 0; lengths in meters.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from .scenes import COLOURS, FLOORS, MAX_OBJECTS, SHAPES, Scene
 
-FIELD_OF_VIEW = 0.72  # radians, both ways
+FIELD_OF_VIEW = 0.72  # radians, horizontally and vertically
 LOOK_AT = (0.0, 0.45, 5.8)
-FAR = 65.0  # metres; depth is clipped here so that millimetres fit 16 bits
+FAR = 65.0  # meters; depth is clipped here so that millimeters fit 16 bits
 _MISS = 1e9
 
 # (zenith, horizon, sunlight, ambient) in linear light.
@@ -33,8 +34,8 @@ Vector = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Render:
-    """`image` uint8 (B, 3, S, S) sRGB; `depth` float32 (B, S, S) metres along the optical axis, 0 where sky;
-    `mask` uint8 (B, S, S), 0 background, k the k-th solid of the scene (1-based)."""
+    """Rendered scenes: `image` is uint8 (B, 3, S, S) sRGB, `depth` float32 (B, S, S) in meters along the optical axis,
+    0 for sky, `mask` uint8 (B, S, S), 0 for background, k for the k-th solid of the scene (1-based)."""
 
     image: Tensor
     depth: Tensor
@@ -46,7 +47,7 @@ def _dot(a: Vector, b: Vector) -> Tensor:
 
 
 def _nearest_root(a: Tensor, half_b: Tensor, c: Tensor) -> Tensor:
-    """Smaller root of a t^2 + 2 half_b t + c = 0, or _MISS where there is none in front."""
+    """Return the smaller root of a t^2 + 2 half_b t + c = 0, or _MISS if it is not in front."""
     disc = half_b * half_b - a * c
     t = (-half_b - disc.clamp_min(0).sqrt()) / a
     return torch.where((disc > 0) & (t > 0), t, _MISS)
@@ -100,7 +101,7 @@ def _box(o: Vector, d: Vector, r: Tensor) -> Tensor:
 
 
 def _normal(shape: str, p: Vector, r: Tensor) -> Vector:
-    """Unit outward normal at surface points `p`, in the solid's own frame."""
+    """Return the outward unit normal at surface points `p`, in the solid's own frame."""
     x, y, z = p
     if shape == "sphere":
         return x / r, (y - r) / r, z / r
@@ -123,21 +124,22 @@ _INTERSECT = {"sphere": _sphere, "box": _box, "cylinder": _cylinder, "cone": _co
 
 
 class _Solids:
-    """All solids of a batch of scenes, grouped by shape so that each ray meets only formulas that it needs."""
+    """All solids of a batch of scenes, grouped by shape, so that each is intersected only with its own formula."""
 
     def __init__(self, scenes: Sequence[Scene], device: torch.device) -> None:
         rows = [(b, k, s) for b, scene in enumerate(scenes) for k, s in enumerate(scene.solids)]
         self.batch = len(scenes)
         self.groups = {}
         for shape in SHAPES:
-            mine = [(b, k, s) for b, k, s in rows if s.shape == shape]
-            if mine:
-                index = torch.tensor([b * MAX_OBJECTS + k for b, k, _ in mine], device=device)
-                numbers = [(s.x, s.z, s.radius, math.cos(s.yaw), math.sin(s.yaw)) for _, _, s in mine]
+            members = [(b, k, s) for b, k, s in rows if s.shape == shape]
+            if members:
+                index = torch.tensor([b * MAX_OBJECTS + k for b, k, _ in members], device=device)
+                numbers = [(s.x, s.z, s.radius, math.cos(s.yaw), math.sin(s.yaw)) for _, _, s in members]
                 self.groups[shape] = (index, torch.tensor(numbers, device=device).T[:, :, None])
 
     @staticmethod
     def _local(values: Tensor, o: Vector, d: Vector) -> tuple[Vector, Vector]:
+        """Transform ray origins and directions to the frame of a solid."""
         x, z, _, cos, sin = values
         ox, oz = o[0] - x, o[2] - z
         return (cos * ox - sin * oz, o[1], sin * ox + cos * oz), (
@@ -147,7 +149,7 @@ class _Solids:
         )
 
     def distances(self, o: Vector, d: Vector) -> Tensor:
-        """Ray parameters of the first hit, (B, MAX_OBJECTS, R); _MISS where a ray misses. `o`, `d`: (B, R or 1)."""
+        """Return the ray parameters of the first hits, (B, MAX_OBJECTS, R), or _MISS. `o`, `d`: (B, R or 1)."""
         rays = max(o[0].shape[1], d[0].shape[1])
         out = torch.full((self.batch * MAX_OBJECTS, rays), _MISS, device=d[0].device)
         for shape, (index, values) in self.groups.items():
@@ -157,35 +159,35 @@ class _Solids:
         return out.view(self.batch, MAX_OBJECTS, rays)
 
     def normals(self, owner: Tensor, p: Vector) -> Vector:
-        """World-space unit normals (B, R) where ray r of scene b hit solid `owner[b, r]` (-1: none, gives up)."""
+        """Return world-space unit normals (B, R) at the hits of ray r on solid `owner[b, r]` (-1: none, returns up)."""
         n = torch.zeros(3, *owner.shape, device=owner.device)
         n[1] = 1.0
         for shape, (index, values) in self.groups.items():
             for i, flat in enumerate(index.tolist()):
                 b, k = divmod(flat, MAX_OBJECTS)
-                at = (owner[b] == k).nonzero()[:, 0]
-                if not len(at):
+                rays = (owner[b] == k).nonzero()[:, 0]
+                if not len(rays):
                     continue
                 v = values[:, i]
-                point = (p[0][b, at], p[1][b, at], p[2][b, at])
+                point = (p[0][b, rays], p[1][b, rays], p[2][b, rays])
                 local, _ = self._local(v, point, point)
                 lx, ly, lz = _normal(shape, local, v[2])
                 cos, sin = v[3], v[4]
-                n[:, b, at] = torch.stack((cos * lx + sin * lz, ly, -sin * lx + cos * lz))
+                n[:, b, rays] = torch.stack((cos * lx + sin * lz, ly, -sin * lx + cos * lz))
         return n[0], n[1], n[2]
 
 
 def _sky(zenith: Tensor, horizon: Tensor, up: Tensor) -> Tensor:
-    """Gradient colour (3, B, R) for direction heights `up` (B, R); `zenith`, `horizon` (3, B, 1)."""
+    """Return the color of the sky (3, B, R) for direction heights `up` (B, R); `zenith`, `horizon` (3, B, 1)."""
     blend = up.clamp(0, 1).sqrt()
     return horizon + (zenith - horizon) * blend
 
 
 @torch.no_grad()
 def render(scenes: Sequence[Scene], size: int = 64, supersample: int = 2, device: str | torch.device = "cpu") -> Render:
-    """Ray-casts a batch of scenes at `size` x `size` pixels, `supersample`^2 rays a pixel.
+    """Render a batch of scenes at `size` x `size` pixels, with `supersample`^2 rays per pixel.
 
-    Depth and mask are point samples (the sample nearest the pixel centre), never averages across an edge.
+    Depth and mask are point samples (the sample nearest the pixel center), never averages across an edge.
     Raises ValueError for a size outside 32..512.
     """
     if not 32 <= size <= 512:
@@ -196,16 +198,16 @@ def render(scenes: Sequence[Scene], size: int = 64, supersample: int = 2, device
     def column(values) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float32, device=device).reshape(batch, 1)
 
-    def colours(values) -> Tensor:
+    def colors(values) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float32, device=device).T.reshape(3, batch, 1)
 
-    # Camera: at (0, height, 0), looking at LOOK_AT; rows run down the picture.
+    # Camera: at (0, height, 0), looking at LOOK_AT; rows run down the image.
     height = column(s.camera_height for s in scenes)
     pitch = torch.atan2(height - LOOK_AT[1], torch.full_like(height, LOOK_AT[2]))
     grid = ((torch.arange(side, device=device) + 0.5) / side * 2 - 1) * math.tan(FIELD_OF_VIEW / 2)
     v, u = (g.reshape(1, -1) for g in torch.meshgrid(-grid, grid, indexing="ij"))
     dx, dy, dz = u.expand(batch, -1), v * pitch.cos() - pitch.sin(), v * pitch.sin() + pitch.cos()
-    d: Vector = (dx, dy, dz)  # optical-axis component 1, so the ray parameter IS metric depth
+    d: Vector = (dx, dy, dz)  # optical-axis component 1, so the ray parameter is the metric depth
     o: Vector = (torch.zeros_like(height), height, torch.zeros_like(height))
 
     solids = _Solids(scenes, device)
@@ -219,12 +221,12 @@ def render(scenes: Sequence[Scene], size: int = 64, supersample: int = 2, device
     p: Vector = (travel * dx, height + travel * dy, travel * dz)
     n = solids.normals(owner, p)
 
-    # Albedo: floor (checkered cells of 0.9 m) or the solid's colour.
+    # Albedo: floor (checkered cells of 0.9 m) or the solid's color.
     cell = ((p[0] / 0.9).floor() + (p[2] / 0.9).floor()).remainder(2)
-    # Far cells are smaller than a sample: fade them to their mean instead of letting them alias.
+    # Far cells are smaller than a sample: fade them to their mean to avoid aliasing.
     cell = 0.5 + (cell - 0.5) * (1 - (travel - 12) / 14).clamp(0, 1)
     checkered = column(s.pattern == "checkered" for s in scenes)
-    albedo = colours(FLOORS[s.floor] for s in scenes) * (1 - 0.62 * checkered * cell)
+    albedo = colors(FLOORS[s.floor] for s in scenes) * (1 - 0.62 * checkered * cell)
     palette = torch.zeros(3, batch, MAX_OBJECTS, device=device)
     shiny = torch.zeros(batch, MAX_OBJECTS, device=device)
     for b, scene in enumerate(scenes):
@@ -239,14 +241,14 @@ def render(scenes: Sequence[Scene], size: int = 64, supersample: int = 2, device
     azimuth, elevation = column(s.sun_azimuth for s in scenes), column(s.sun_elevation for s in scenes)
     elevation = torch.where(column(s.time == "sunset" for s in scenes) > 0, elevation * 0.45, elevation)
     sun: Vector = (azimuth.sin() * elevation.cos(), elevation.sin(), -azimuth.cos() * elevation.cos())
-    zenith, horizon, sunlight, ambient = (colours(_LIGHT[s.time][i] for s in scenes) for i in range(4))
+    zenith, horizon, sunlight, ambient = (colors(_LIGHT[s.time][i] for s in scenes) for i in range(4))
     haze = column(s.haze for s in scenes)
     zenith = zenith + 0.35 * haze * (horizon - zenith)
-    lift = 2e-3  # metres off the surface, so that a point does not shadow itself
+    lift = 2e-3  # meters off the surface, so that a point does not shadow itself
     start: Vector = (p[0] + lift * n[0], p[1] + lift * n[1], p[2] + lift * n[2])
     lit = (solids.distances(start, sun).amin(dim=1) > 1e6).float()
     diffuse = _dot(n, sun).clamp_min(0) * lit
-    colour = albedo * (ambient * (0.75 + 0.25 * n[1]) + sunlight * diffuse)
+    color = albedo * (ambient * (0.75 + 0.25 * n[1]) + sunlight * diffuse)
 
     # Shiny: reflect the view about the normal; Schlick's Fresnel term weighs the mirrored sky.
     norm = _dot(d, d).rsqrt()
@@ -255,16 +257,16 @@ def render(scenes: Sequence[Scene], size: int = 64, supersample: int = 2, device
     fresnel = 0.06 + 0.94 * (1 - cos.clamp(0, 1)) ** 5
     mirrored = torch.where(r[1] > 0, _sky(zenith, horizon, r[1]), albedo.new_tensor(0.15) * ambient)
     highlight = sunlight * (_dot(r, sun).clamp_min(0) ** 60 * lit * 1.2)
-    colour = colour + gloss * (fresnel * (mirrored - colour) + highlight)
+    color = color + gloss * (fresnel * (mirrored - color) + highlight)
 
-    # Distance haze melts the floor into the sky; the horizon is where both agree.
+    # Haze blends the distant floor into the color of the horizon.
     sky = _sky(zenith, horizon, dy * norm)
     fog = 1 - torch.exp(-((travel / 26) ** 2))
-    colour = torch.where(is_sky, sky, colour + torch.where(is_solid, 0.0, fog) * (horizon - colour))
+    color = torch.where(is_sky, sky, color + torch.where(is_solid, 0.0, fog) * (horizon - color))
 
-    linear = colour.permute(1, 0, 2).reshape(batch, 3, size, supersample, size, supersample).mean((3, 5)).clamp(0, 1)
+    linear = color.permute(1, 0, 2).reshape(batch, 3, size, supersample, size, supersample).mean((3, 5)).clamp(0, 1)
     srgb = torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp_min(1e-8) ** (1 / 2.4) - 0.055)
-    centre = slice(supersample // 2, None, supersample)
-    depth = torch.where(is_sky, 0.0, t.clamp_max(FAR)).view(batch, side, side)[:, centre, centre]
-    mask = (owner + 1).to(torch.uint8).view(batch, side, side)[:, centre, centre]
+    center = slice(supersample // 2, None, supersample)
+    depth = torch.where(is_sky, 0.0, t.clamp_max(FAR)).view(batch, side, side)[:, center, center]
+    mask = (owner + 1).to(torch.uint8).view(batch, side, side)[:, center, center]
     return Render((srgb * 255).round().to(torch.uint8), depth.contiguous(), mask.contiguous())

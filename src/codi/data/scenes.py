@@ -1,11 +1,10 @@
-"""The procedural world: scenes with exact captions and exact edits.
+"""Procedural scenes with exact captions and exact edits.
 
-A scene is one to four solids on a floor under a sky. Everything a caption says is true of the scene and everything
-an edit instruction says is done by the edit, so every task can be measured without guessing. `raycast` turns scenes
-into pictures.
+A scene has one to four solids on a floor under a sky. Captions are true of their scene, and edits do exactly what their
+instruction says, so every task has an exact ground truth. `raycast` renders scenes as images.
 
-Each scene is drawn from its own random stream, keyed by (seed, split, index): the same key gives the same scene
-whatever else is rendered, and streams of different splits never meet.
+Each scene is drawn from its own random stream, keyed by (seed, split, index): the same key always gives the same scene,
+and streams of different splits are independent.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-# Linear-light albedo of the eight object colours.
+# Linear-light albedo of the eight object colors.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.75, 0.03, 0.03),
     "orange": (0.90, 0.25, 0.01),
@@ -27,7 +26,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 SHAPES = ("sphere", "box", "cylinder", "cone")
 MATERIALS = ("matte", "shiny")
-SIZES: dict[str, float] = {"small": 0.42, "large": 0.72}  # radius, metres
+SIZES: dict[str, float] = {"small": 0.42, "large": 0.72}  # radius, meters
 FLOORS: dict[str, tuple[float, float, float]] = {
     "white": (0.75, 0.75, 0.75),
     "gray": (0.30, 0.30, 0.31),
@@ -37,14 +36,14 @@ PATTERNS = ("plain", "checkered")
 TIMES = ("noon", "sunset", "night")
 EDITS = ("recolour", "material", "shape", "remove", "floor", "time")
 SPLITS = ("train", "held-out", "composition")
-# Colour-shape pairs that no "train" or "held-out" scene holds; every "composition" scene holds at least one.
+# Color-shape pairs that occur in no "train" or "held-out" scene, and at least once in each "composition" scene.
 UNSEEN_PAIRS = (("purple", "sphere"), ("green", "box"), ("orange", "cylinder"), ("cyan", "cone"))
 MAX_OBJECTS = 4
 
 
 @dataclass(frozen=True)
 class Solid:
-    """One object standing on the floor; `x` (right) and `z` (away from the camera) in metres, `yaw` in radians."""
+    """One object standing on the floor; `x` (right) and `z` (away from the camera) in meters, `yaw` in radians."""
 
     shape: str
     colour: str
@@ -65,7 +64,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides a picture. Angles in radians, lengths in metres."""
+    """All parameters of a rendered image. Angles in radians, lengths in meters."""
 
     solids: tuple[Solid, ...]
     floor: str
@@ -74,7 +73,7 @@ class Scene:
     sun_azimuth: float
     sun_elevation: float
     camera_height: float
-    haze: float  # 0..1, how pale the sky is
+    haze: float  # 0..1, paleness of the sky
 
     @property
     def caption(self) -> str:
@@ -85,7 +84,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Edit:
-    """A change to a scene: what to say (`instruction`) and the scene after it (`target`)."""
+    """A change to a scene: its `instruction` and the scene afterwards (`target`)."""
 
     kind: str
     instruction: str
@@ -104,37 +103,37 @@ def _choice(rng: np.random.Generator, options):
 
 
 def _collide(a: Solid, b: Solid) -> bool:
-    """Whether two solids intersect, or the nearer one hides the centre line of the other."""
+    """Return True if two solids intersect or the nearer one hides the center line of the other."""
     near = min(a, b, key=lambda s: s.z)
-    # 1.21 > 0.85 sqrt(2), a box's half diagonal in radii: any shapes at any yaw stay apart, also after a shape swap.
+    # 1.21 > 0.85 sqrt(2), a box's half diagonal in radii: solids stay apart at any yaw, also after a shape edit.
     apart = np.hypot(a.x - b.x, a.z - b.z) > 1.21 * (a.radius + b.radius)
     visible = abs(a.x / a.z - b.x / b.z) > near.radius / near.z
     return not (apart and visible)
 
 
 def sample_scene(seed: int, split: str, index: int, count: int | None = None) -> Scene:
-    """The scene with this key. `count` fixes the number of solids (1..4); None draws it.
+    """Draw the scene with this key. `count` fixes the number of solids (1..4); None draws it.
 
-    Solids never intersect or hide one another's centres; they are listed from left to right, the order of the caption.
+    Solids never intersect or hide one another's centers; they are sorted from left to right, as in the caption.
     """
     rng = _stream(seed, split, index, 0)
     drawn = 1 + int(rng.choice(MAX_OBJECTS, p=(0.35, 0.30, 0.20, 0.15)))
-    wanted = drawn if count is None else count
+    num_solids = drawn if count is None else count
     solids: list[Solid] = []
     attempt = 0
-    while len(solids) < wanted:
-        if attempt == 200:  # the solids so far leave no room: begin again
+    while len(solids) < num_solids:
+        if attempt == 200:  # the solids so far leave no room: start again
             attempt, solids = 0, []
-        unseen_here = split == "composition" and not solids
+        needs_unseen = split == "composition" and not solids
         while True:
             colour, shape = _choice(rng, COLOURS), _choice(rng, SHAPES)
-            if ((colour, shape) in UNSEEN_PAIRS) == unseen_here or (split == "composition" and solids):
+            if ((colour, shape) in UNSEEN_PAIRS) == needs_unseen or (split == "composition" and solids):
                 break
-        # Late attempts take the small size, which nearly always finds room.
+        # Late attempts use the small size, which nearly always fits.
         size = _choice(rng, SIZES) if attempt < 100 else "small"
         attempt += 1
         z = float(rng.uniform(4.6, 7.2))
-        x = float(rng.uniform(-0.32, 0.32)) * z  # the centre is always inside the picture
+        x = float(rng.uniform(-0.32, 0.32)) * z  # the center is always inside the image
         solid = Solid(shape, colour, _choice(rng, MATERIALS), size, x, z, yaw=float(rng.uniform(0, np.pi / 2)))
         if not any(_collide(solid, other) for other in solids):
             solids.append(solid)
@@ -151,14 +150,14 @@ def sample_scene(seed: int, split: str, index: int, count: int | None = None) ->
 
 
 def sample_edit(scene: Scene, seed: int, split: str, index: int, kind: str | None = None) -> Edit:
-    """An exact edit of `scene`: its instruction and the scene afterwards. `kind` is one of EDITS; None draws one.
+    """Draw an exact edit of `scene`. `kind` is one of EDITS; None draws one.
 
-    An object is named by as few words as single it out. Edits never make an unseen colour-shape pair.
+    The instruction names an object by the fewest words that identify it. Edits never create an unseen color-shape pair.
     """
     rng = _stream(seed, split, index, 1)
     kind = _choice(rng, EDITS) if kind is None else kind
-    which = int(rng.integers(len(scene.solids)))
-    solid = scene.solids[which]
+    number = int(rng.integers(len(scene.solids)))
+    solid = scene.solids[number]
     name = _shortest_name(scene, solid)
 
     def other(options, current, allowed=lambda option: True):
@@ -166,7 +165,7 @@ def sample_edit(scene: Scene, seed: int, split: str, index: int, kind: str | Non
 
     def swap(**change):
         changed = list(scene.solids)
-        changed[which] = replace(solid, **change)
+        changed[number] = replace(solid, **change)
         return replace(scene, solids=tuple(changed))
 
     if kind == "recolour":
@@ -179,7 +178,7 @@ def sample_edit(scene: Scene, seed: int, split: str, index: int, kind: str | Non
         shape = other(SHAPES, solid.shape, lambda s: (solid.colour, s) not in UNSEEN_PAIRS)
         return Edit(kind, f"turn the {name} into a {shape}", swap(shape=shape))
     if kind == "remove":
-        solids = tuple(s for i, s in enumerate(scene.solids) if i != which)
+        solids = tuple(s for i, s in enumerate(scene.solids) if i != number)
         return Edit(kind, f"remove the {name}", replace(scene, solids=solids))
     if kind == "floor":
         options = [(f, p) for f in FLOORS for p in PATTERNS if (f, p) != (scene.floor, scene.pattern)]
@@ -192,7 +191,7 @@ def sample_edit(scene: Scene, seed: int, split: str, index: int, kind: str | Non
 
 
 def _shortest_name(scene: Scene, solid: Solid) -> str:
-    """The fewest words that name `solid` alone in its scene, e.g. "sphere", "red sphere", "small red sphere"."""
+    """Return the fewest words that identify `solid` in its scene, e.g. "sphere", "red sphere", "small red sphere"."""
     for fields in (("shape",), ("colour", "shape"), ("material", "colour", "shape")):
         words = [getattr(solid, f) for f in fields]
         if sum([getattr(s, f) for f in fields] == words for s in scene.solids) == 1:

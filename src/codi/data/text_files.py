@@ -1,4 +1,4 @@
-"""Text files of users, read strictly and in bounded time: UTF-8, the rows of a data set's metadata, YAML."""
+"""Strict reading of text files in bounded time: UTF-8, rows of metadata, YAML."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..errors import UserError, one_line
 from .formats import read_file
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-YAML_BYTES = 100_000  # of one text: PyYAML reads about 100 kB a second
-YAML_DEPTH = 30  # PyYAML recurses
+YAML_BYTES = 100_000  # per text: PyYAML reads about 100 kB per second
+YAML_DEPTH = 30  # PyYAML is recursive
 YAML_VALUES = 10_000
 
 
 def decode_text(data: bytes, name: object) -> str:
-    """Decode UTF-8 text, with or without a byte order mark. Raises UserError for anything else, under its `name`."""
+    """Decode UTF-8 text, with or without a byte order mark. Raises UserError, naming `name`, for anything else."""
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     if utf16 or b"\0" in data:
-        what = "UTF-16 text" if utf16 else "no UTF-8 text (it holds zero bytes, as UTF-16 does)"
-        raise UserError(f"{name}: is {what}: save it as UTF-8")
+        fault = "UTF-16 text" if utf16 else "no UTF-8 text (it holds zero bytes, as UTF-16 does)"
+        raise UserError(f"{name}: is {fault}: save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -37,7 +37,7 @@ def decode_text(data: bytes, name: object) -> str:
 
 
 def parse_json(text: str | bytes, name: object, fix: str) -> dict[str, Any]:
-    """Parse one JSON object. Raises UserError, under its `name` and with how to `fix` it, for anything else."""
+    """Parse one JSON object. Raises UserError, with `name` and the advice `fix`, for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -48,8 +48,8 @@ def parse_json(text: str | bytes, name: object, fix: str) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a metadata.jsonl or metadata.csv and where each stands, "FILE: line N". Empty cells of a CSV
-    file are left out, as are empty lines. Raises UserError for a file that cannot be read or is malformed."""
+    """Yield ("FILE: line N", row) for the rows of a metadata.jsonl or metadata.csv. Empty lines and empty CSV cells
+    are skipped. Raises UserError for a file that cannot be read or is malformed."""
     try:
         text = decode_text(read_file(path), path)
     except OSError as error:
@@ -60,7 +60,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if not line.isspace():
             where = f"{path}: line {number}"
-            yield where, parse_json(line, where, 'write one JSON object a line, {"file_name": "a.png", "text": "..."}')
+            yield (
+                where,
+                parse_json(line, where, 'write one JSON object per line, {"file_name": "a.png", "text": "..."}'),
+            )
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,12 +80,12 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """YAML of at most YAML_VALUES values, aliases written out, and YAML_DEPTH levels."""
+    """YAML loader with limits: YAML_VALUES values, counting expanded aliases, and YAML_DEPTH levels."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth, self._count = 0, 0
-        self._sizes: dict[int, int] = {}  # id of a node -> how many values it holds
+        self._sizes: dict[int, int] = {}  # id of a node -> number of values in it
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event, before = self.peek_event(), self._count
@@ -92,7 +95,7 @@ class _BoundedLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise ComposerError(None, None, f"*{event.anchor} holds itself", event.start_mark)
+                raise ComposerError(None, None, f"*{event.anchor} refers to itself", event.start_mark)
             self._count += self._sizes[id(node)]
         else:
             self._count += 1
@@ -107,25 +110,25 @@ class _BoundedLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # of a value, without its place: KeyError of !!bool
+        except Exception as error:  # of a value, without its position, e.g. KeyError of !!bool
             raise ConstructorError(None, None, str(error) or type(error).__name__, node.start_mark) from error
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse a small YAML text. Raises ValueError, of one line that says where, for text that is not valid YAML, or too
-    long, too deeply nested or too large with its aliases written out."""
+    """Parse a small YAML text. Raises ValueError, of one line with the position, for text that is not valid YAML, too
+    long, too deeply nested or too large with its aliases expanded."""
     if len(text) > YAML_BYTES:
-        raise ValueError(f"longer than {YAML_BYTES:,} letters")
+        raise ValueError(f"longer than {YAML_BYTES:,} characters")
     try:
         return yaml.load(text, _BoundedLoader)  # a subclass of SafeLoader
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"line {line}: {chr(int(error.character))!a}: {error.reason}") from error
-    except yaml.MarkedYAMLError as error:  # whose own text names an unknown "<unicode string>" in place of the file
+    except yaml.MarkedYAMLError as error:  # its own message has "<unicode string>" in place of the file name
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(where + one_line(", ".join(filter(None, (error.context, error.problem))))) from error
-    except Exception as error:  # PyYAML lets through OverflowError of "\\Uffffffff", and the like
+    except Exception as error:  # e.g. OverflowError of "\\Uffffffff"
         raise ValueError(one_line(error) or type(error).__name__) from error
 
 
@@ -142,5 +145,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid YAML ({one_line(error)}): correct that line") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: is no list of `key: value` lines: correct the file")
+        raise UserError(f"{path}: is not a list of `key: value` lines: correct the file")
     return values

@@ -1,7 +1,7 @@
-"""Procedural stand-ins for photographs, so that a codec trained without photographs still keeps their detail.
+"""Procedural textures with the statistics of photographs, for training a codec without photographs.
 
-"Dead leaves": opaque discs and bars of power-law sizes cover one another, which gives pictures the edge and scale
-statistics of natural images (Lee, Mumford & Huang, IJCV 2001); each leaf carries some 1/f noise.
+"Dead leaves": opaque discs and bars of power-law sizes occlude one another, which gives the edge and scale statistics
+of natural images (Lee, Mumford & Huang, IJCV 2001); each leaf has some 1/f noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def dead_leaves(count: int, size: int, generator: torch.Generator, leaves: int = 70) -> Tensor:
-    """`count` pictures, uint8 (count, 3, size, size). The same generator state gives the same bytes."""
+    """Return images, uint8 (count, 3, size, size). The same generator state gives the same bytes."""
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return torch.rand(shape, generator=generator) * (high - low) + low
@@ -22,7 +22,7 @@ def dead_leaves(count: int, size: int, generator: torch.Generator, leaves: int =
     y, x = (g.expand(count, -1, -1) for g in torch.meshgrid(axis, axis, indexing="ij"))
     picture = uniform(count, 3, 1, 1).expand(-1, -1, size, size).clone()
     for _ in range(leaves):
-        # p(r) ~ r^-3 between 2 % and 50 % of the picture; one leaf in three is a bar.
+        # p(r) ~ r^-3 between 2 % and 50 % of the image; one leaf in three is a bar.
         r = (1 / (1 / 0.02**2 - uniform(count, 1, 1) * (1 / 0.02**2 - 1 / 0.5**2))).sqrt()
         angle = uniform(count, 1, 1, high=math.pi)
         dx, dy = x - uniform(count, 1, 1, low=-0.1, high=1.1), y - uniform(count, 1, 1, low=-0.1, high=1.1)
@@ -31,8 +31,8 @@ def dead_leaves(count: int, size: int, generator: torch.Generator, leaves: int =
         distance = torch.where(bar, torch.maximum(u.abs() * 0.35, v.abs() * 1.6), (u * u + v * v).sqrt())
         cover = ((r - distance) * size + 0.5).clamp(0, 1)[:, None]  # one pixel of anti-aliasing
         shade = 1 + uniform(count, 1, 1, low=-0.6, high=0.6) * u / r
-        colour = uniform(count, 3, 1, 1) * shade[:, None]
-        picture = picture + cover * (colour - picture)
+        color = uniform(count, 3, 1, 1) * shade[:, None]
+        picture = picture + cover * (color - picture)
     spectrum = torch.fft.rfft2(torch.randn(count, 1, size, size, generator=generator))
     fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
     noise = torch.fft.irfft2(spectrum / (fx * fx + fy * fy).sqrt().clamp_min(1 / size), s=(size, size))
