@@ -33,7 +33,7 @@ def test_resume_makes_what_is_missing_and_no_more(tiny, shell, tmp_path):
     assert shell(*words, "--resume").code == 0  # nothing is left
     (tmp_path / "out" / "b.png").unlink()
     with locked(tmp_path / "out", "busy"):
-        shell(*words, "--resume").failed(1, "out: another codi upscale --resume is at work there")
+        shell(*words, "--resume").failed(1, "out: another codi upscale --resume is running there")
     assert shell(*words, "--resume").code == 0 and (tmp_path / "out" / "b.png").is_file()
     shell(*words, "--resume", "--overwrite").failed(2, "--resume --overwrite")
 

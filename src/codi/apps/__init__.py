@@ -1,1 +1,1 @@
-"""What people touch: the shell commands and the pages they write. Imports every room; no room imports it."""
+"""The shell commands and the pages they write. Imports every other subpackage; none imports this one."""

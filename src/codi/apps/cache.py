@@ -1,4 +1,4 @@
-"""`codi data cache`: latents and text features of a training's data, computed once."""
+"""`codi data cache`: compute the latents and text features of a training's data once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EXAMPLE = (
 def cache(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)],
     words: Words = None,
-    variants: Annotated[int, typer.Option(min=1, help="Crops of each picture.")] = 1,
+    variants: Annotated[int, typer.Option(min=1, help="Crops per picture.")] = 1,
     exact: Annotated[bool, typer.Option("--exact", help="Keep float32: twice the space.")] = False,
     json_: Json = False,
 ) -> None:
-    """Compute what a distillation would compute of its data each time: latents and text features.
+    """Compute the latents and text features that a distillation would otherwise compute at each step.
 
-    The same command again goes on where it was cut off. `codi distill` takes the folder as `--cache`.
+    The same command again resumes an interrupted run. `codi distill` takes the folder as `--cache`.
     """
     with spinner("starting"):
         from ..training.cache import make_cache
@@ -36,11 +36,11 @@ def cache(
     hide_loading_bars()
     with progress("samples") as bar:
         line = bar.add_task("encoding", total=None)
-        told = make_cache(
+        result = make_cache(
             recipe, out, variants, exact, progress=lambda done, total: bar.update(line, completed=done, total=total)
         )
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     if json_:
-        return print_json({"out": str(out), "bytes": size, **told})
-    unread = f", {told['unread']:,} could not be read" if told["unread"] else ""
-    print(f"{out}: {told['samples']:,} samples of {told['size']} px, {size / 1e9:.2f} GB{unread}")
+        return print_json({"out": str(out), "bytes": size, **result})
+    unread = f", {result['unread']:,} could not be read" if result["unread"] else ""
+    print(f"{out}: {result['samples']:,} samples of {result['size']} px, {size / 1e9:.2f} GB{unread}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: codi demo --out demo"
 PHOTOGRAPHS = {"astronaut": "astronaut", "chelsea": "cat", "coffee": "coffee"}  # scikit-image's names -> titles
-NO_PHOTOGRAPHS = "scikit-image is not installed, so there are no photographs here: pip install scikit-image"
+NO_PHOTOGRAPHS = "scikit-image is not installed, so no photographs are shown: pip install scikit-image"
 
 
 def demo(
@@ -141,7 +141,7 @@ def make_gallery(
         result["training"] = training = train_upscaler(
             pipe, out, minutes, model=model, side=show.side, seed=seed, device=device, changes=changes
         )
-        say(f"trained on {training['images']:,} images so far; the same command again goes on from there")
+        say(f"trained on {training['images']:,} images so far; the same command resumes from there")
     write()
     return result
 

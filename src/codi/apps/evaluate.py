@@ -1,4 +1,4 @@
-"""`codi evaluate`: adapters, the fine-tuned many-step reference and bicubic, measured on the same pictures."""
+"""`codi evaluate`: measure adapters, the fine-tuned many-step reference and bicubic on the same pictures."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: codi evaluate --task upscale --data scenes:held-out:100 --steps 1,2,4 --json"
 HELD_OUT = "scenes:held-out:500"
-MAX_SEED = 2**46  # those of the samples are about 100,000 times as large, in 63 bits
-WIDTH = 120  # of the table where no terminal says how wide it is
-MANY_STEPS = (1, 2, 4, 50)  # of the fine-tuned reference: what it makes of a few, and what it needs
+MAX_SEED = 2**46  # samples' seeds are about 100,000 times as large, and have at most 63 bits
+WIDTH = 120  # of the table in characters, where stdout is no terminal
+MANY_STEPS = (1, 2, 4, 50)  # of the fine-tuned reference: few steps, and the many that it needs
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
         str | None,
         typer.Argument(help="A recipe: its adapter, model, task, size and held-out data.", show_default=False),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="The task, where no recipe says it.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task; by default the recipe's.")] = None,
     model: ModelOrDefault = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="An embedded adapter's name or a folder. May be repeated.")
@@ -58,9 +58,9 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help=f"Held-out pictures: a folder, tars or scenes:SPLIT:COUNT [{HELD_OUT}].")
     ] = None,
-    count: Annotated[int | None, typer.Option(min=2, help="Pictures at most.")] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="Maximum number of pictures.")] = None,
     steps: Annotated[str, typer.Option(help="Step counts of the adapters.")] = "1,2,4",
-    degradation: Annotated[str | None, typer.Option(help="How upscaling's inputs are made: real or bicubic.")] = None,
+    degradation: Annotated[str | None, typer.Option(help="Degradation of upscaling's inputs: real or bicubic.")] = None,
     size: Annotated[int | None, typer.Option(min=16, help="Side of the pictures in pixels.")] = None,
     seed: Seed = 0,
     guidance: Guidance = None,
@@ -68,7 +68,7 @@ def evaluate(
     decoder: Decoder = None,
     device: Device = "auto",
     dtype: DType = "float32",
-    out: Annotated[Path | None, typer.Option(help="Write the figures there too (.json).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file too (.json).")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write the first pictures, side by side (.png).")] = None,
     overwrite: Overwrite = False,
     json_: Json = False,
@@ -88,11 +88,11 @@ def evaluate(
         from ..tasks import get_task
 
         if recipe is not None:
-            told = _recipe(recipe)
-            task, model, options = told.task, model or told.model, dict(told.task_options)
-            data, size = data or told.held_out, size or told.size
-            degradation = degradation or told.degradation
-            adapters, loras = adapters or [told.out], told.loras
+            recipe_values = _recipe(recipe)
+            task, model, options = recipe_values.task, model or recipe_values.model, dict(recipe_values.task_options)
+            data, size = data or recipe_values.held_out, size or recipe_values.size
+            degradation = degradation or recipe_values.degradation
+            adapters, loras = adapters or [recipe_values.out], recipe_values.loras
         if task is None:
             raise BadUsage("give a recipe or --task: codi evaluate --task upscale")
         adapters = adapters or [task]
@@ -151,7 +151,7 @@ def evaluate(
         from rich.console import Console
 
         width = None if sys.stdout.isatty() else WIDTH
-        Console(width=width, emoji=False, markup=False).print(rich_table(results))  # names are no markup
+        Console(width=width, emoji=False, markup=False).print(rich_table(results))  # names must not be read as markup
 
 
 def _recipe(name: str) -> Any:
@@ -163,7 +163,7 @@ def _recipe(name: str) -> Any:
 
 
 def _reference(task: str, finetuned: str | None, pipe: CoDiPipeline, model: str) -> str | None:
-    """The fine-tuned adapter to compare with: `finetuned`, else the one that `model` has, if it fits the backbone."""
+    """Return the fine-tuned adapter to compare with: `finetuned`, else the model's own if it fits the backbone."""
     from ..models.adapter_files import find_adapter
 
     if finetuned is not None:
@@ -182,8 +182,8 @@ def _info(pipe: CoDiPipeline) -> dict[str, Any]:
     return (pipe.adapter.config["info"] if pipe.adapter is not None else None) or {}
 
 
-def _name(pipe: CoDiPipeline, adapter: str, before: list[Method]) -> str:
-    """What to call an adapter in the table: by its objective, and by its folder too where that is taken."""
+def _name(pipe: CoDiPipeline, adapter: str, previous: list[Method]) -> str:
+    """Return an adapter's name in the table: its objective, with its folder where that name is taken."""
     from ..objectives import OBJECTIVES
     from ..training.recipe import current_names
 
@@ -193,7 +193,7 @@ def _name(pipe: CoDiPipeline, adapter: str, before: list[Method]) -> str:
     label = objective.label if objective else ""
     form = "" if info.get("full", True) else "pe-"
     name = f"{form}{label}" if label else folder
-    taken = {method.name for method in before}
+    taken = {method.name for method in previous}
     if name in taken:
         name = f"{name} ({folder})"
     if name in taken:

@@ -1,4 +1,4 @@
-"""`codi export`: an adapter for other programs."""
+"""`codi export`: write an adapter in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def export(
     to: Annotated[
         Literal["diffusers", "ldm", "onnx"],
         typer.Option(
-            help="diffusers: a folder; of Stable Diffusion ldm, a .safetensors file for ComfyUI and its like, or onnx."
+            help="diffusers: a folder; for Stable Diffusion also ldm, a .safetensors file for programs like ComfyUI, "
+            "and onnx."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="What to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file or folder to write; it must not exist yet.")],
     model: ModelOrDefault = None,
     lora: Lora = None,
     config: Config = None,
@@ -45,7 +46,7 @@ def export(
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="ONNX: pixels made; by default the model's own.")
+        str | None, typer.Option(metavar="WxH", help="ONNX: size of the pictures; by default the model's own.")
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -65,11 +66,11 @@ def export(
         from ..models.adapter_files import default_model
 
         model = model or default_model(adapter)
-        files, told = _write(adapter, to, out, model, parse_loras(lora), config, steps, pixels, dtype)
+        files, facts = _write(adapter, to, out, model, parse_loras(lora), config, steps, pixels, dtype)
     sizes = [{"path": str(path), "bytes": path.stat().st_size} for path in files]
     if json_:
         print_json(
-            {"adapter": adapter, "model": model, "to": to, "out": str(out), "steps": steps, **told, "files": sizes}
+            {"adapter": adapter, "model": model, "to": to, "out": str(out), "steps": steps, **facts, "files": sizes}
         )
         return
     for row in sizes:
@@ -87,26 +88,26 @@ def _write(
     size: tuple[int, int] | None,
     dtype: str | None,
 ) -> tuple[list[Path], dict[str, Any]]:
-    """(the files written, what is told of them)"""
+    """Export the adapter; return the files written and facts about them."""
     from ..export.diffusers import export_diffusers
     from ..export.ldm import beside, export_ldm
     from ..export.onnx import export_onnx, require_packages
     from ..export.source import load_source
 
     targets = beside(out) if to == "ldm" else [out]
-    if taken := [path for path in targets if path.exists()]:
-        raise UserError(f"{taken[0]}: exists already: delete it, or give another --out")
+    if existing := [path for path in targets if path.exists()]:
+        raise UserError(f"{existing[0]}: exists already: delete it, or give another --out")
     if to == "onnx":
-        require_packages()  # before the seconds that loading takes
+        require_packages()  # fail before loading the model
     source = load_source(adapter, model, loras, config)
-    if steps > (most := int(source.backbone.schedule.horizon)):
-        raise BadUsage(f"--steps {steps}: the model has {most} noise levels: use 1 to 4")
+    if steps > (horizon := int(source.backbone.schedule.horizon)):
+        raise BadUsage(f"--steps {steps}: the model has {horizon} noise levels: use 1 to 4")
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "onnx":
-        told = export_onnx(source, out, steps, size)
+        facts = export_onnx(source, out, steps, size)
     else:
         import torch
 
         write = export_ldm if to == "ldm" else export_diffusers
-        told = write(source, out, steps, getattr(torch, dtype) if dtype else None)
-    return [file for path in targets for file in [path, *sorted(path.rglob("*"))] if file.is_file()], told
+        facts = write(source, out, steps, getattr(torch, dtype) if dtype else None)
+    return [file for path in targets for file in [path, *sorted(path.rglob("*"))] if file.is_file()], facts

@@ -236,7 +236,7 @@ def overview(sections: Sequence[dict[str, Any]], path: Path) -> None:
     input, the results by step count and the truth. `sections` are those of timings.json, their files relative to the
     folder of `path`."""
     headings = {
-        "given": "given",
+        "given": "input",
         **{f"steps-{n}": format_steps(n) for n in STEPS},
         "many": "many steps",
         "truth": "truth",

@@ -52,8 +52,8 @@ FEW = 3  # rows in the sections on composition and guidance
 
 
 def describe_task(task: str) -> tuple[str, str]:
-    """Return the input's heading and the description from ABOUT; of any other task, "given" and its docstring."""
-    return ABOUT.get(task, ("given", str(TASKS[task].__doc__).split("\n\n")[0]))
+    """Return the input's heading and the description from ABOUT; of any other task, "input" and its docstring."""
+    return ABOUT.get(task, ("input", str(TASKS[task].__doc__).split("\n\n")[0]))
 
 
 class Show:

@@ -1,4 +1,4 @@
-"""The commands that train: a recipe and changes to it -> a run; the same command again resumes it."""
+"""The training commands: each runs a recipe with changes to its keys; the same command again resumes the run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def distill(
     minutes: Minutes = None,
     keys: Keys = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell parameters, memory, updates and data, without any weights.")
+        bool,
+        typer.Option("--dry-run", help="Print parameter counts, memory, updates and data; load no weights."),
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -59,12 +60,12 @@ def distill(
     if dry_run:
         return _show_dry_run(recipe, json_)
     out = _run(run, recipe, minutes)
-    images = _reached(out / "checkpoints")
+    images = _trained_images(out / "checkpoints")
     _report(out, images, recipe.images, minutes, json_, _metrics(out))
 
 
 def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
-    """Train a backbone of your own: the codec, then text-to-image diffusion. The same command again resumes."""
+    """Train your own backbone: the VAE, then text-to-image diffusion. The same command again resumes."""
     with spinner("starting"):
         from ..training.pretrain import PretrainRecipe
         from ..training.pretrain import pretrain as run
@@ -74,7 +75,7 @@ def pretrain(words: Words = None, minutes: Minutes = None, keys: Keys = False, j
     recipe = read(PretrainRecipe, words)
     hide_loading_bars()
     out = _run(run, recipe, minutes)
-    _report(out, _reached(out / "training" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
+    _report(out, _trained_images(out / "training" / "ldm" / "checkpoints"), recipe.ldm_images, minutes, json_, {})
 
 
 def distill_decoder(words: Words = None, minutes: Minutes = None, keys: Keys = False, json_: Json = False) -> None:
@@ -91,11 +92,11 @@ def distill_decoder(words: Words = None, minutes: Minutes = None, keys: Keys = F
     hide_loading_bars()
     out = run(recipe, quiet=not shows_progress(), minutes=minutes)
     record = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else {}
-    _report(out, _reached(out / "checkpoints"), recipe.images, minutes, json_, record.get("metrics", {}))
+    _report(out, _trained_images(out / "checkpoints"), recipe.images, minutes, json_, record.get("metrics", {}))
 
 
 def _run(train: Callable[..., Path], recipe: Any, minutes: float | None) -> Path:
-    """Trains; processes that a launcher started part in the end."""
+    """Train, then shut down the process group if a launcher started several processes."""
     from ..training import processes
 
     out = train(recipe, quiet=not shows_progress(), minutes=minutes)
@@ -104,12 +105,12 @@ def _run(train: Callable[..., Path], recipe: Any, minutes: float | None) -> Path
 
 
 def read(cls: Callable[..., Any], words: list[str] | None) -> Any:
-    """["smoke", "--images", "64", ...] -> the recipe. Raises BadUsage for a fault of the words, else UserError."""
+    """Parse ["smoke", "--images", "64", ...] to a recipe. Raises BadUsage for a bad command line, else UserError."""
     from ..training.recipe import build, parse_overrides
 
     name, *changes = words or [""]
     if not name or name.startswith("-"):
-        raise BadUsage("RECIPE: name it first, then the changes: codi distill smoke --images 64")
+        raise BadUsage("RECIPE: give its name first, then the changes: codi distill smoke --images 64")
     values = read_values(cls, name)
     with usage_errors():
         overrides = parse_overrides(changes)
@@ -118,7 +119,7 @@ def read(cls: Callable[..., Any], words: list[str] | None) -> Any:
 
 
 def read_values(cls: Callable[..., Any], name: str) -> dict[str, Any]:
-    """Read a recipe's keys and values. Raises UserError for one that another command than that of `cls` runs."""
+    """Read a recipe's keys and values. Raises UserError for the recipe of another command than that of `cls`."""
     from ..training.decoder import DecoderRecipe
     from ..training.distill_recipe import DistillRecipe
     from ..training.pretrain_recipe import PretrainRecipe
@@ -133,11 +134,11 @@ def read_values(cls: Callable[..., Any], name: str) -> dict[str, Any]:
     return values
 
 
-def _reached(checkpoints: Path) -> int:
+def _trained_images(folder: Path) -> int:
     from ..training.checkpoint import complete, read_state
 
-    found = complete(checkpoints)
-    return read_state(found[-1])[0].images if found else 0
+    checkpoints = complete(folder)
+    return read_state(checkpoints[-1])[0].images if checkpoints else 0
 
 
 def _metrics(out: Path) -> dict[str, float]:
@@ -145,46 +146,46 @@ def _metrics(out: Path) -> dict[str, float]:
     return (json.loads(config.read_text()).get("info") or {}).get("metrics", {}) if config.is_file() else {}
 
 
-def _report(out: Path, images: int, wanted: int, minutes: float | None, json_: bool, metrics: dict[str, float]) -> None:
-    finished = images >= wanted
+def _report(out: Path, images: int, total: int, minutes: float | None, json_: bool, metrics: dict[str, float]) -> None:
+    finished = images >= total
     if json_:
-        print_json({"out": str(out), "images": images, "of": wanted, "finished": finished, "metrics": metrics})
+        print_json({"out": str(out), "images": images, "of": total, "finished": finished, "metrics": metrics})
     elif finished:
-        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"{out}: finished after {images:,} images{f': {told}' if told else ''}")
+        summary = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{out}: finished after {images:,} images{f': {summary}' if summary else ''}")
     else:
-        print(f"{out}: stopped after {images:,} of {wanted:,} images: the same command again goes on")
+        print(f"{out}: stopped after {images:,} of {total:,} images: the same command resumes")
     if not finished and minutes is None:  # Ctrl-C or SIGTERM, which the trainer turned into a checkpoint
         raise typer.Exit(INTERRUPTED)
 
 
 def _show_dry_run(recipe: Any, json_: bool) -> None:
-    with spinner("building it without weights"):
+    with spinner("building the model without weights"):
         from ..training.dry_run import dry_run
 
-        told = dry_run(recipe)
+        plan = dry_run(recipe)
     if json_:
-        return print_json(told)
-    count, memory, data = told["parameters"], told["memory_gb"], told["data"]
-    print(f"model      {told['model']} ({told['family']})")
-    print(f"parameters {count['trained'] / 1e6:,.1f}M that train, {count['frozen'] / 1e6:,.1f}M that do not")
+        return print_json(plan)
+    count, memory, data = plan["parameters"], plan["memory_gb"], plan["data"]
+    print(f"model      {plan['model']} ({plan['family']})")
+    print(f"parameters {count['trained'] / 1e6:,.1f}M trained, {count['frozen'] / 1e6:,.1f}M frozen")
     parts = ", ".join(f"{name} {memory[name]:.1f}" for name in ("weights", "training", "activations"))
-    print(f"memory     about {memory['total']:.1f} GB: {parts}; a tenth more for workspaces")
-    if told["cache_saves_gb"]:
-        print(f"cache      {told['cache_saves_gb']:.1f} GB less, and less to compute, after `codi data cache`")
-    print(f"updates    {told['updates']:,} of {told['images_an_update']} images, {told['passes']:,.0f} network passes")
+    print(f"memory     about {memory['total']:.1f} GB: {parts}; allow a tenth more for workspaces")
+    if plan["cache_saves_gb"]:
+        print(f"cache      {plan['cache_saves_gb']:.1f} GB less, and less to compute, after `codi data cache`")
+    print(f"updates    {plan['updates']:,} of {plan['images_an_update']} images, {plan['passes']:,.0f} network passes")
     print(f"data       {data['source']}: {data['pictures']:,} pictures, {data['epochs']:.1f} times over")
 
 
 def _show_keys(cls: type) -> None:
-    """The recipe's keys with defaults and the strings that document them in its class."""
+    """Print the recipe's keys with their defaults and the strings that document them in its class."""
     notes: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
-        for line, after in zip(body.body, body.body[1:], strict=False):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
-                notes[line.target.id] = str(ast.literal_eval(after.value))
+        for line, note in zip(body.body, body.body[1:], strict=False):
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(note, ast.Expr):
+                notes[line.target.id] = str(ast.literal_eval(note.value))
     for field in fields(cls):
         default: Any = "(needed)" if field.default is MISSING else field.default
         if callable(field.default_factory):

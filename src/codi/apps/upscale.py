@@ -85,7 +85,7 @@ def upscale(
     folder = {target.parent for job in jobs for target in job.targets}
     with contextlib.ExitStack() as stack:
         if resume and len(folder) == 1:
-            busy = "another codi upscale --resume is at work there: wait for it to end, or give another -o"
+            busy = "another codi upscale --resume is running there: wait for it to end, or give another -o"
             stack.enter_context(locked(folder.pop(), busy))
         write_pictures(pipe, _items(jobs, settings, resume), request, settings)
 
