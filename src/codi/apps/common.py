@@ -176,14 +176,14 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def spinner(what: str) -> Iterator[None]:
-    """Show a spinner with the text `what` on stderr, if that is a terminal."""
+def spinner(text: str) -> Iterator[None]:
+    """Show a spinner with `text` on stderr, if that is a terminal."""
     if not shows_progress():
         yield
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(f"{what} ..."):
+    with Console(stderr=True).status(f"{text} ..."):
         yield
 
 

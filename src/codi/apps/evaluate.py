@@ -121,13 +121,15 @@ def evaluate(
     assert reference.task is not None
     for method in methods:
         if max(method.steps) > reference.schedule.horizon:
-            raise BadUsage(f"--steps {max(method.steps)}: the model has {int(reference.schedule.horizon)}: use fewer")
+            raise BadUsage(
+                f"--steps {max(method.steps)}: the model has {int(reference.schedule.horizon)} noise levels: use fewer"
+            )
 
     if degradation is not None:
         options["degradation"] = degradation
     measured = get_task(task, **{**reference.task.config(), **options}).measured()
     with spinner("opening the pictures"):
-        source = open_source(data or HELD_OUT, measured.columns)  # an adapter may need more than its task by default
+        source = open_source(data or HELD_OUT, measured.columns)  # the adapter's options may need more columns
     with progress("pictures") as bar:
         line = bar.add_task("measuring", total=None)
         results = measure(

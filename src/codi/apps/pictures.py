@@ -159,7 +159,7 @@ def open_pipeline(task: str, settings: Settings) -> CoDiPipeline:
             vae.enable_tiling()
     horizon = int(pipe.schedule.horizon)
     if settings.steps > horizon:
-        raise BadUsage(f"--steps {settings.steps}: the model has {horizon}: use fewer")
+        raise BadUsage(f"--steps {settings.steps}: the model has {horizon} noise levels: use fewer")
     return pipe
 
 

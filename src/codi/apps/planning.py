@@ -22,12 +22,12 @@ class Job:
 
 
 def plan(
-    inputs: Sequence[Path], out: str | Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
+    inputs: Sequence[Path], out: str | Path, count: int = 1, overwrite: bool = False, other_inputs: Sequence[Path] = ()
 ) -> list[Job]:
     """Return a job for each picture.
 
     The target is `out` itself where `inputs` is one picture file and `out` no folder, else `out`/NAME.png; variants are
-    NAME-0.png, ... `beside`: further files that are read. Duplicate inputs are read once, with a warning; inputs
+    NAME-0.png, ... `other_inputs`: further files that are read. Duplicate inputs are read once, with a warning; inputs
     that differ only in their suffix keep it in the names of their targets.
 
     Raises UserError for a target that cannot be written or that is an input, and for a folder without pictures.
@@ -41,7 +41,7 @@ def plan(
         description = f"{len(files)} pictures" if len(files) > 1 else "a folder"
         raise BadUsage(f"{out}: is one file for {description}: name a folder after -o")
     sources = _without_duplicates(files)
-    inputs_read, jobs = {os.path.realpath(path) for path in (*sources, *beside)}, []
+    inputs_read, jobs = {os.path.realpath(path) for path in (*sources, *other_inputs)}, []
     for source, name in zip(sources, _names(sources, count), strict=True):
         targets = _variants(out / f"{name}.png" if is_directory else out, count, overwrite)
         for target in targets:
@@ -83,12 +83,12 @@ def _variant_stems(stem: str, count: int) -> list[str]:
 
 
 def plan_one(
-    source: Path, out: str | Path, count: int = 1, overwrite: bool = False, beside: Sequence[Path] = ()
+    source: Path, out: str | Path, count: int = 1, overwrite: bool = False, other_inputs: Sequence[Path] = ()
 ) -> Job:
     """Return the job of a command that takes one file, as `plan` does."""
     if os.path.isdir(source):
         raise UserError(f"{source}: is a folder: name one file in it")
-    return plan([source], out, count, overwrite, beside)[0]
+    return plan([source], out, count, overwrite, other_inputs)[0]
 
 
 def plan_new(out: str | Path, name: str, count: int = 1, overwrite: bool = False) -> Job:
