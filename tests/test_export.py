@@ -457,7 +457,7 @@ def test_the_sigmas_of_a_comfyui_workflow_make_the_same_picture(tmp_path, model,
 
 def test_a_controlnet_of_other_cells_has_no_ldm_form(tmp_path, model):
     source = load_source(make(tmp_path / "adapter", "controlnet"), model)
-    with pytest.raises(UserError, match="reads 4 px a latent cell, the original one 8: export --to diffusers"):
+    with pytest.raises(UserError, match="reads 4 px per latent cell, the original one 8: export --to diffusers"):
         export_ldm(source, tmp_path / "out.safetensors", 4)
 
 

@@ -1,4 +1,4 @@
-"""The README.md of what is exported for diffusers: the lines that sample with it, and what they leave out."""
+"""The README.md of an export for diffusers: code that samples with it, and its limitations."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ POSTERIOR = "DiagonalGaussianDistribution"
 
 
 def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool) -> str:
-    """The text. `call`: what the pipeline's call is given, `lora`: whether there is a file."""
+    """Return the text. `call`: arguments of the pipeline's call; `lora`: whether there is a LoRA file."""
     backbone, kind = source.backbone, source.kind
     pipeline = kind.pipeline_for(backbone).__name__
-    walk = type(scheduler).__name__
-    classes, lines, parts = {walk}, [], kind.loading_arguments(backbone)
+    scheduler_class = type(scheduler).__name__
+    classes, lines, parts = {scheduler_class}, [], kind.loading_arguments(backbone)
     if source.control:
         pipeline, net = pipeline.replace("Pipeline", "ControlNetPipeline"), type(source.control.net).__name__
         lines.append(f"controlnet = {net}.from_pretrained(folder)")
@@ -43,7 +43,7 @@ def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool)
         lines.append(f'{kind.component} = {kind.network}.from_pretrained(f"{{folder}}/{kind.component}")')
         classes, parts = classes | {kind.network}, [*parts, f"{kind.component}={kind.component}"]
     lines.append(f"pipe = {pipeline}.from_pretrained({', '.join(['model', *parts])})")
-    lines.append(f'pipe.scheduler = {walk}.from_pretrained(folder, subfolder="scheduler")')
+    lines.append(f'pipe.scheduler = {scheduler_class}.from_pretrained(folder, subfolder="scheduler")')
     if lora:
         lines.append(f'pipe.load_lora_weights(folder, weight_name="{FILE}")')
     if _encodes(source):
@@ -57,8 +57,8 @@ def write_card(source: Source, scheduler: Any, call: dict[str, Any], lora: bool)
 
 
 def _head(source: Source, classes: set[str]) -> list[str]:
-    """What comes before the pipeline."""
-    given = "a picture" if source.kind.takes_pictures else "a tensor (1, 3, height, width) in [0, 1]"
+    """Return the imports and inputs at the top of the code."""
+    condition = "a picture" if source.kind.takes_pictures else "a tensor (1, 3, height, width) in [0, 1]"
     return [
         "import torch",
         f"from diffusers import {', '.join(sorted(classes))}",
@@ -67,13 +67,13 @@ def _head(source: Source, classes: set[str]) -> list[str]:
         'folder = "."  # this one',
         f'model = "{source.model}"  # the backbone: a {source.kind.name} folder or hub id',
         'prompt = "a red ball"',
-        *([f"condition = ...  # {given}, see below"] if source.reads else []),
+        *([f"condition = ...  # {condition}, see below"] if source.reads else []),
         "",
     ]
 
 
 def _size(source: Source) -> dict[str, Any]:
-    """The arguments for the size of a transformer's picture, which the stock pipelines take to be their own."""
+    """Return the size arguments for a transformer, whose pipeline would otherwise use its default size."""
     if source.kind.takes_pictures:
         return {}
     if source.reads:
@@ -83,51 +83,51 @@ def _size(source: Source) -> dict[str, Any]:
 
 
 class _Code(str):
-    """A string that is written into code as it is."""
+    """A string whose repr is the string itself: code, not a quoted value."""
 
     __slots__ = ()
     __repr__ = str.__str__
 
 
 def _encodes(source: Source) -> bool:
-    """Whether the stock pipeline draws the condition's latent from the VAE's posterior."""
+    """Return whether the stock pipeline samples the condition's latent from the VAE's posterior."""
     return source.reads and source.kind.draws_condition
 
 
 def _remarks(source: Source, scheduler: Any) -> list[str]:
     task, remarks = source.task, []
     if source.reads:
-        given = [" ".join((inspect.getdoc(thing) or "").split()) for thing in (type(task), task.condition)]
+        texts = [" ".join((inspect.getdoc(item) or "").split()) for item in (type(task), task.condition)]
         kind = "a PIL picture, or a tensor" if source.kind.takes_pictures else "a tensor (1, 3, H, W)"
-        remarks.append(f"- `condition`: {kind} in [0, 1]. {' '.join(given)} It is what "
+        remarks.append(f"- `condition`: {kind} in [0, 1]. {' '.join(texts)} It is what "
                        f"`codi.tasks.get_task({task.name!r}, ...).condition(given)` returns.")  # fmt: skip
-        remarks.append("- `codi` may treat what comes out once more (an upscaled picture gets the colours of the small "
-                       "one, an inpainted one its known pixels): these lines do not.")  # fmt: skip
+        remarks.append("- `codi` may post-process the result (an upscaled picture gets the colours of the small one, "
+                       "an inpainted one its known pixels): these lines do not.")  # fmt: skip
     if _encodes(source):
-        remarks.append("- `codi` takes the mean of what the VAE's encoder says of the condition. The stock pipeline, "
-                       "without the line about it, draws from around the mean, which seldom shows, and then starts "
-                       "from other noise for the same seed.")  # fmt: skip
+        remarks.append("- `codi` encodes the condition to the mean of the VAE's posterior. Without the line that sets "
+                       f"`{POSTERIOR}.sample`, the stock pipeline samples the posterior, which is seldom visible, and "
+                       "then starts from other noise for the same seed.")  # fmt: skip
     if source.guidance.distilled:
         scales = ", ".join(f"{name} {scale:g}" for name, scale in source.guidance.scales.items())
-        remarks.append(f"- Distilled guidance is built in at the adapter's own scale ({scales}), which is for prompts "
-                       "that are not empty; the pipeline's `guidance_scale` has nothing to do with it.")  # fmt: skip
+        remarks.append(f"- Distilled guidance is built in at the adapter's default scale ({scales}), meant for prompts "
+                       "that are not empty; the pipeline's `guidance_scale` does not change it.")  # fmt: skip
     if find_model(source.model) != source.model:
-        remarks.append(f"- `{source.model}` lies inside codi: `codi models --json` says where.")
+        remarks.append(f"- `{source.model}` is part of codi: `codi models --json` prints its folder.")
     if isinstance(source.backbone.schedule, FlowSchedule):
         remarks += _flow_remarks(source, scheduler)
-    remarks.append("- For another number of steps export again with `--steps`.")  # fmt: skip
+    remarks.append("- For a different number of steps, export again with `--steps`.")  # fmt: skip
     return remarks
 
 
 def _flow_remarks(source: Source, scheduler: Any) -> list[str]:
-    """Of transformers: where the times of the steps are, and what they hold for."""
-    remarks = ["- `scheduler/scheduler_config.json` holds the times of the steps: a program that serves models passes "
+    """Return the remarks on the times of a transformer's steps."""
+    remarks = ["- `scheduler/scheduler_config.json` defines the times of the steps: programs that serve models pass "
                "the number of steps and no sigmas."]  # fmt: skip
     if source.backbone.scheduler.config.get("use_dynamic_shifting") and not scheduler.config["use_dynamic_shifting"]:
         height, width = (side * codec.downscale(source.backbone.vae) for side in source.cells)
-        remarks.append(f"- They are those of pictures of {width} x {height} px. `codi` shifts them by the picture's "
-                       "size, which this configuration cannot together with the adapter's own shift.")  # fmt: skip
+        remarks.append(f"- These times are for pictures of {width} x {height} px. `codi` shifts them by the picture's "
+                       "size, which this configuration cannot combine with the adapter's own shift.")  # fmt: skip
     if source.renoises:
         remarks.append("- Each step draws fresh noise, from torch's global generator. Pipelines of packed latents draw "
-                       "it in another order than `codi`: other pictures, of the same distribution.")  # fmt: skip
+                       "it in a different order than `codi`: other pictures of the same distribution.")  # fmt: skip
     return remarks

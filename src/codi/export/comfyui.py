@@ -1,7 +1,7 @@
-"""A ComfyUI workflow that samples with an exported adapter, of ComfyUI's own nodes alone, in its API format.
+"""A ComfyUI workflow in API format that samples with an exported adapter, of ComfyUI's built-in nodes only.
 
-Load the file in the browser, or send it to /prompt as {"prompt": ...}. Steps are given as sigma / alpha, which is what
-ComfyUI calls sigma, so that they are the adapter's own whatever its shift.
+Load the file in the browser, or send it to /prompt as {"prompt": ...}. Steps are listed as sigma / alpha, which ComfyUI
+calls sigma, so they are the adapter's own for any shift.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ LAST_SIGNAL = 4.8973451890853435e-08  # alpha^2 of ComfyUI's last level with zer
 
 
 class Graph:
-    """Nodes by their numbers, as they are added."""
+    """The workflow's nodes by their numbers, counted as they are added."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Any] = {}
 
     def add(self, kind: str, title: str | None = None, **inputs: Any) -> str:
-        """Add a node of this class and return its number; an input [number, k] is the k-th output of another."""
+        """Add a node of class `kind` and return its number; an input [number, k] is the k-th output of another node."""
         number = str(len(self.nodes) + 1)
         self.nodes[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title or kind}}
         return number
 
 
 def workflow(source: Source, steps: int, files: dict[str, str]) -> dict[str, Any]:
-    """Return the workflow. `files`: the names of the "control", "unet" and "lora" that were exported, those there are.
-    Raises UserError for a prediction type that ComfyUI does not know."""
+    """Return the workflow. `files`: names of the exported files by "control", "unet" and "lora". Raises UserError for a
+    prediction type that ComfyUI does not know."""
     prediction = source.schedule(steps).prediction
     if prediction not in SAMPLING:
         raise UserError(f"{source.name}: ComfyUI knows no {prediction} of U-Nets: export --to diffusers")
@@ -49,14 +49,14 @@ def workflow(source: Source, steps: int, files: dict[str, str]) -> dict[str, Any
     prompts = [_prompt(graph, source, [checkpoint, 1], text, side) for text in ("a red ball", "")]
     if "control" in files:
         prompts = _control(graph, source, files["control"], prompts, side)
-    drawn = graph.add(
+    latent = graph.add(
         "SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=source.guidance.second_pass,
         positive=prompts[0], negative=prompts[1],
         sampler=[graph.add("KSamplerSelect", sampler_name="lcm" if source.renoises else "euler"), 0],
         sigmas=[graph.add("ManualSigmas", sigmas=", ".join(f"{value:.6f}" for value in sigmas(source, steps))), 0],
         latent_image=[graph.add("EmptyLatentImage", width=side, height=side, batch_size=1), 0],
     )  # fmt: skip
-    picture = graph.add("VAEDecode", samples=[drawn, 0], vae=[checkpoint, 2])
+    picture = graph.add("VAEDecode", samples=[latent, 0], vae=[checkpoint, 2])
     graph.add("SaveImage", images=[picture, 0], filename_prefix="codi")
     return graph.nodes
 
@@ -70,7 +70,7 @@ def sigmas(source: Source, steps: int) -> list[float]:
 
 
 def _prompt(graph: Graph, source: Source, clip: list[Any], text: str, side: int) -> list[Any]:
-    """A prompt's conditioning; XL's also has the picture's size, and zeros for an empty prompt."""
+    """Add a prompt's nodes and return their output; XL's have the image size, and zeros for an empty prompt."""
     if source.backbone.text_encoder_2 is None:
         return [graph.add("CLIPTextEncode", text=text, clip=clip), 0]
     size: Any = {"width": side, "height": side, "crop_w": 0, "crop_h": 0, "target_width": side, "target_height": side}
@@ -81,7 +81,7 @@ def _prompt(graph: Graph, source: Source, clip: list[Any], text: str, side: int)
 
 
 def _control(graph: Graph, source: Source, file: str, prompts: list[Any], side: int) -> list[Any]:
-    """The two prompts together with a picture that a ControlNet reads."""
+    """Add a ControlNet and its image to the two prompts; return both conditionings."""
     image = [graph.add("LoadImage", "The condition", image="condition.png"), 0]
     if source.task.scale != 1:
         size: Any = {"width": side, "height": side, "crop": "disabled"}

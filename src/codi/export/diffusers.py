@@ -1,9 +1,9 @@
-"""For diffusers: a stock ControlNet, LoRA file or network, a stock scheduler, and the lines that sample with them.
+"""Export for diffusers: a stock ControlNet, LoRA file or network, a stock scheduler, and code that samples with them.
 
 config.json, diffusion_pytorch_model.safetensors    a ControlNet
-pytorch_lora_weights.safetensors                    updates of the backbone, for `load_lora_weights`; of a hint, a
+pytorch_lora_weights.safetensors                    updates of the backbone, for `load_lora_weights`; for a hint, a
                                                     Control-LoRA
-unet/ or transformer/                               the backbone trained with it (full adapters only)
+unet/ or transformer/                               the backbone trained with the adapter (full adapters only)
 scheduler/, README.md                               how to sample
 """
 
@@ -30,19 +30,19 @@ STOCK = "stock diffusers"
 
 
 def export_diffusers(source: Source, out: Path, steps: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Write the folder `out`, whole or not at all, in `dtype` (None: as the adapter is stored); return how to sample
-    with it: the scheduler's class, the arguments of the pipeline's call. Raises UserError for an adapter that stock
-    diffusers cannot express."""
-    require_place(source)
+    """Write the folder `out` atomically, in `dtype` (None: as the adapter is stored); return how to sample with it: the
+    scheduler's class and the arguments of the pipeline's call. Raises UserError for an adapter that stock diffusers
+    cannot load."""
+    require_stock_pipeline(source)
     source.require_stock_sampler(STOCK)
     scheduler, arguments = make_scheduler(source, steps)
     network, updates = source.full_network(steps), source.updates(steps)
     part, stored = source.kind.component, source.loaded.folder
     updates = {key: value.to(dtype or source.stored_dtype(stored / FILE)) for key, value in updates.items()}
     if source.hint is not None:
-        kind = dtype or source.stored_dtype(stored / WEIGHTS)
+        hint_dtype = dtype or source.stored_dtype(stored / WEIGHTS)
         hint = source.kind.control_lora(source.hint.entry)
-        updates |= {key: value.to(kind) for key, value in hint.items()}
+        updates |= {key: value.to(hint_dtype) for key, value in hint.items()}
 
     def save(module: Any, folder: Path, file: Path) -> None:
         copy.deepcopy(module).to(dtype or source.stored_dtype(file)).save_pretrained(folder)
@@ -57,17 +57,17 @@ def export_diffusers(source: Source, out: Path, steps: int, dtype: torch.dtype |
             save_file(weights, folder / FILE, {"format": "pt"})
         scheduler.save_pretrained(folder / "scheduler")
         for config in folder.rglob("config.json"):
-            edit_json(config, _name_or_path=None)  # where it lay on this machine
+            edit_json(config, _name_or_path=None)  # a local path
         for weights in folder.rglob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors leaves them to their owner alone
+            weights.chmod(0o644)  # safetensors makes them readable by their owner only
         (folder / "README.md").write_text(write_card(source, scheduler, arguments, bool(updates)))
 
     write_folder(out, fill)
     return {"scheduler": type(scheduler).__name__, "call": arguments}
 
 
-def require_place(source: Source) -> None:
-    """Raises UserError for an adapter that no stock pipeline of the family has a place for."""
+def require_stock_pipeline(source: Source) -> None:
+    """Raise UserError for an adapter that no stock pipeline of the family can load."""
     why = None
     if source.control is not None:
         why = source.kind.why_no_controlnet(source.control.net)
@@ -79,14 +79,15 @@ def require_place(source: Source) -> None:
     else:
         source.refuse_form(STOCK)
     if why is not None:
-        raise UserError(f"{source.name}: {why}: {source.instead}")
+        raise UserError(f"{source.name}: {why}: {source.alternative}")
 
 
 def make_scheduler(source: Source, steps: int) -> tuple[Any, dict[str, Any]]:
-    """(a stock scheduler that walks as our sampler does, what a stock pipeline's call is given for it).
+    """Return a stock scheduler that takes the steps of our sampler, and the arguments of the pipeline's call for it.
 
-    Jumps are multistep consistency sampling: LCM's scheduler with its boundary scaling turned off. Where DDIM's even
-    "trailing" steps are ours, DDIM; otherwise first-order DPM-Solver++, which is the same and takes any timesteps.
+    The "renoise" sampler is multistep consistency sampling: LCM's scheduler with its boundary scaling turned off.
+    Otherwise DDIM where our steps are its even "trailing" ones, else first-order DPM-Solver++, which is the same
+    sampler and takes any timesteps.
     """
     stored, schedule = dict(source.backbone.scheduler.config), source.schedule(steps)
     guidance = source.kind.stock_call(
@@ -96,20 +97,20 @@ def make_scheduler(source: Source, steps: int) -> tuple[Any, dict[str, Any]]:
     if isinstance(schedule, FlowSchedule):
         return make_flow_scheduler(source, steps), {**even, **guidance}
     plain: dict[str, Any] = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
-    timed = {"timesteps": source.timesteps(steps)}
-    evenly = source.shift == 1 and schedule.horizon % steps == 0
+    custom = {"timesteps": source.timesteps(steps)}
+    is_even = source.shift == 1 and schedule.horizon % steps == 0
     if source.renoises:
-        far = {"original_inference_steps": int(schedule.horizon), "timestep_scaling": 1e9}
-        scheduler, walk = LCMScheduler.from_config(stored, **plain, **far), even if evenly else timed
-    elif evenly:
+        unscaled = {"original_inference_steps": int(schedule.horizon), "timestep_scaling": 1e9}
+        scheduler, times = LCMScheduler.from_config(stored, **plain, **unscaled), even if is_even else custom
+    elif is_even:
         scheduler = DDIMScheduler.from_config(stored, **plain, set_alpha_to_one=True)
-        walk = even
+        times = even
     else:
-        first = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+        first_order = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
         if stored.get("rescale_betas_zero_snr"):
-            # This class would then keep more signal in the last level (alpha 2^-12) than one sees past.
-            known: Any = DDIMScheduler.from_config(stored)
-            betas = known.betas.clamp_max(1 - 2**-24).tolist()  # the float below 1
+            # This class would otherwise keep visibly too much signal at the last noise level (alpha 2^-12).
+            rescaled: Any = DDIMScheduler.from_config(stored)
+            betas = rescaled.betas.clamp_max(1 - 2**-24).tolist()  # the largest float below 1
             plain |= {"trained_betas": betas, "rescale_betas_zero_snr": False}
-        scheduler, walk = DPMSolverMultistepScheduler.from_config(stored, **plain, **first), timed
-    return scheduler, {**walk, **guidance}
+        scheduler, times = DPMSolverMultistepScheduler.from_config(stored, **plain, **first_order), custom
+    return scheduler, {**times, **guidance}

@@ -1,6 +1,6 @@
-"""For ComfyUI, AUTOMATIC1111 and stable-diffusion.cpp: weights under the names of the original LDM and ControlNet code.
+"""Export for ComfyUI, AUTOMATIC1111 and stable-diffusion.cpp: weights by the names of the original LDM code.
 
-PATH.safetensors         a ControlNet (`control_model.`); without one, what stands first of the others
+PATH.safetensors         a ControlNet (`control_model.`); without one, the first of the following
 PATH-unet.safetensors    the U-Net of a full adapter (`model.diffusion_model.`)
 PATH-lora.safetensors    updates of the backbone, by the names of kohya's sd-scripts (`lora_unet_`)
 PATH-comfyui.json        a ComfyUI workflow that samples with them
@@ -44,22 +44,22 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-HINT_CELL = 8  # pixels a latent cell: the original hint block halves three times
+HINT_CELL = 8  # pixels per latent cell: the original hint block halves the size three times
 
 
 def export_ldm(source: Source, out: Path, steps: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Write the files, each whole or not at all, in `dtype` (None: as the adapter is stored); return how to sample with
-    them. Raises UserError for an adapter that these programs cannot express."""
+    """Write the files, each atomically, in `dtype` (None: as the adapter is stored); return how to sample with them.
+    Raises UserError for an adapter that these programs cannot load."""
     where = "the LDM format"
     source.require_format("ldm")
     source.refuse_form(where)
     source.require_stock_sampler(where)
     control, unet, updates = source.control, source.full_network(steps), source.updates(steps)
     if control is not None and (cell := control.config["downscale"]) != HINT_CELL:
-        raise UserError(f"{source.name}: its ControlNet reads {cell} px a latent cell, the original one {HINT_CELL}: "
+        raise UserError(f"{source.name}: its ControlNet reads {cell} px per latent cell, the original one {HINT_CELL}: "
                         "export --to diffusers")  # fmt: skip
     schedule: Any = source.schedule(steps)
-    told = {  # what the files say of themselves
+    settings = {  # metadata of the files
         "task": source.task.name,
         "family": source.backbone.family,
         "sampler": "lcm" if source.renoises else "ddim",
@@ -84,43 +84,43 @@ def export_ldm(source: Source, out: Path, steps: int, dtype: torch.dtype | None 
         files["lora"] = kohya(cast(updates, folder / FILE))
     paths = {kind: out if not i else out.with_name(f"{out.stem}-{kind}.safetensors") for i, kind in enumerate(files)}
     nodes = workflow(source, steps, {kind: path.name for kind, path in paths.items()})
-    # One note alone: safetensors writes several in random order, and the same weights shall give the same bytes.
-    note = {"codi": json.dumps(told)}
+    # A single key: safetensors writes several in random order, but the same weights should give the same bytes.
+    metadata = {"codi": json.dumps(settings)}
     for kind, weights in files.items():
-        whole = {key: value.detach().contiguous() for key, value in weights.items()}
-        write_file(paths[kind], functools.partial(save_file, whole, metadata=note))
+        contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
+        write_file(paths[kind], functools.partial(save_file, contiguous, metadata=metadata))
     write_text(beside(out)[-1], json.dumps(nodes, indent=2) + "\n")
-    return told
+    return settings
 
 
 def beside(out: Path) -> list[Path]:
-    """All files that `export_ldm` may write for this path."""
+    """Return all files that `export_ldm` may write for this path."""
     return [out.with_name(f"{out.stem}{ending}") for ending in
             (".safetensors", "-unet.safetensors", "-lora.safetensors", "-comfyui.json")]  # fmt: skip
 
 
 def rename(weights: dict[str, Tensor], config: Any, prefix: str) -> dict[str, Tensor]:
-    """Weights of a diffusers U-Net or ControlNet by their names in the original code, each after `prefix`.
+    """Return weights of a diffusers U-Net or ControlNet by their names in the original code, each after `prefix`.
 
-    `config` is the model's: its blocks count the layers. Raises UserError for a layer that has no original.
+    `config`: the model's, which gives the number of layers. Raises UserError for a layer without an original name.
     """
     layers, levels = config["layers_per_block"], len(config["block_out_channels"])
     counts = [layers] * levels if isinstance(layers, int) else list(layers)
-    # The first of input_blocks is conv_in; each level ends with a downsampler but the last.
+    # The first of input_blocks is conv_in; each level but the last ends with a downsampler.
     down = [1 + sum(counts[:i]) + i for i in range(levels)]
     up = [sum(n + 1 for n in counts[::-1][:i]) for i in range(levels)]
-    last = counts[::-1]
+    layers_up = counts[::-1]
     attends = {key.rsplit(".attentions", 1)[0] for key in weights if ".attentions." in key}
-    named = {}
+    renamed = {}
     for key, value in weights.items():
         layer, kind = key.rsplit(".", 1)
-        named[f"{prefix}{_original(layer, down, up, last, attends)}.{kind}"] = value
-    return named
+        renamed[f"{prefix}{_original_name(layer, down, up, layers_up, attends)}.{kind}"] = value
+    return renamed
 
 
-def _original(layer: str, down: list[int], up: list[int], last: list[int], attends: set[str]) -> str:
-    """The original name of a layer. `down`, `up`: where the levels start; `last`: layers of the levels on the way up;
-    `attends`: the diffusers blocks that have attention."""
+def _original_name(layer: str, down: list[int], up: list[int], layers_up: list[int], attends: set[str]) -> str:
+    """Return the original name of a layer. `down`, `up`: first block of each level; `layers_up`: layers of each level
+    of the decoder; `attends`: the diffusers blocks that have attention."""
     if layer in _FIXED:
         return _FIXED[layer]
     if match := re.fullmatch(r"controlnet_cond_embedding\.blocks\.(\d+)", layer):
@@ -138,18 +138,18 @@ def _original(layer: str, down: list[int], up: list[int], last: list[int], atten
         if part == "downsamplers":
             return f"input_blocks.{down[level + 1] - 1}.0.op"
         if part == "upsamplers":
-            return f"output_blocks.{up[level] + last[level]}.{1 + (f'up_blocks.{level}' in attends)}.conv"
+            return f"output_blocks.{up[level] + layers_up[level]}.{1 + (f'up_blocks.{level}' in attends)}.conv"
     raise UserError(f"{layer}: this layer of the U-Net has no name in the LDM format: export --to diffusers")
 
 
 def kohya(updates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Low-rank updates `LAYER.lora_A.weight`, `LAYER.lora_B.weight` -> `lora_unet_LAYER.lora_down.weight`,
-    `.lora_up.weight` and `.alpha`, which is the rank: unscaled."""
-    named = {}
+    """Rename low-rank updates `LAYER.lora_A.weight`, `LAYER.lora_B.weight` to `lora_unet_LAYER.lora_down.weight`,
+    `.lora_up.weight`, and add `.alpha`, which is the rank, so that updates are not scaled."""
+    renamed = {}
     for key, value in updates.items():
         layer, which, _ = key.rsplit(".", 2)
         flat = f"lora_unet_{layer.replace('.', '_')}"
-        named[f"{flat}.lora_{'down' if which == 'lora_A' else 'up'}.weight"] = value
+        renamed[f"{flat}.lora_{'down' if which == 'lora_A' else 'up'}.weight"] = value
         if which == "lora_A":
-            named[f"{flat}.alpha"] = torch.tensor(float(len(value)))
-    return named
+            renamed[f"{flat}.alpha"] = torch.tensor(float(len(value)))
+    return renamed

@@ -1,9 +1,9 @@
-"""For ONNX: the whole few-step sampler as one graph, from token ids, noise and a picture to a picture.
+"""Export for ONNX: the whole few-step sampler as one graph, from token ids, noise and an image to an image.
 
 model.onnx                            with its name, task, base, licence, version and steps as metadata;
-                                      and model.onnx.data, where a file may not be as large
+                                      weights in model.onnx.data if they are too large for one file
 config.json                           its inputs and output, size, steps, task
-tokenizer/                            the prompt's, for `CLIPTokenizer.from_pretrained`
+tokenizer/                            the prompt's tokenizer, for `CLIPTokenizer.from_pretrained`
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..sampling.sampler import sample, time_grid
 from .source import Source
 
 OPSET = 18
-LARGEST = 1_900_000_000  # bytes in model.onnx: protocol buffers end at 2 GiB
+LARGEST = 1_900_000_000  # bytes in model.onnx: protocol buffers hold at most 2 GiB
 
 
 class Sampler(nn.Module):
-    """What `CoDiPipeline` does with its defaults, as one forward pass."""
+    """The computation of `CoDiPipeline` with its defaults, as one forward pass."""
 
     def __init__(self, source: Source, steps: int) -> None:
         super().__init__()
@@ -42,19 +42,19 @@ class Sampler(nn.Module):
     def forward(
         self, input_ids: Tensor, noise: Tensor, image: Tensor | None = None, guidance_scale: Tensor | None = None
     ) -> Tensor:
-        """Tokens (B, L), noise (B, fields C, h, w), what the task is given (B, c, H, W) in [0, 1], guidance scales
-        (B, k) -> pictures (B, 3, H, W) in [0, 1]."""
+        """Return images (B, 3, H, W) in [0, 1] for tokens (B, L), noise (B, fields C, h, w), the task's input (B, c, H,
+        W) in [0, 1] and guidance scales (B, k)."""
         source, task = self.source, self.source.task
-        # An adapter without condition looks at none, but wants one to be there.
+        # An adapter without condition ignores it, but the argument is required.
         condition = noise if image is None else source.adapter.read(task.condition(image), self.vae)
         features = text.embed(self.text_encoder, input_ids)
-        told, blank = Conditioning(features, condition, guidance=guidance_scale), None
+        conditioning, blank = Conditioning(features, condition, guidance=guidance_scale), None
         scale = source.guidance.second_pass
         if scale != 1:
-            away = text.embed(self.text_encoder, self.blank).expand_as(features)
-            blank = Conditioning(away, condition, guidance=guidance_scale)
+            empty = text.embed(self.text_encoder, self.blank).expand_as(features)
+            blank = Conditioning(empty, condition, guidance=guidance_scale)
         latent = sample(
-            self.student, self.schedule, noise, told, self.steps, scale, blank, sampler=source.sampler,
+            self.student, self.schedule, noise, conditioning, self.steps, scale, blank, sampler=source.sampler,
             boundary=bool(source.info.get("boundary")), grid=time_grid(self.schedule.horizon, self.steps, source.shift),
         )  # fmt: skip
         picture = codec.decode(self.vae, latent)
@@ -67,15 +67,15 @@ class Sampler(nn.Module):
 
 
 def export_onnx(source: Source, out: Path, steps: int, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Writes the folder `out`, whole or not at all; returns what its config.json says. `size` (H, W) of the pictures,
-    by default the backbone's own; the number of pictures is free.
+    """Write the folder `out` atomically; return its config.json. `size`: (H, W) of the images, by default the
+    backbone's own. The batch size stays free.
 
-    Raises UserError for a size that does not fit, and where the packages for ONNX are missing.
+    Raises UserError for a size that does not fit, and if the packages for ONNX are missing.
     """
     require_packages()
     source.require_format("onnx")
     if source.backbone.text_encoder_2 is not None:
-        raise UserError(f"{source.name}: is for XL, whose two text encoders the graph has no place for yet: "
+        raise UserError(f"{source.name}: is for XL, whose two text encoders the graph does not support yet: "
                         "export --to diffusers")  # fmt: skip
     sampler, inputs = Sampler(source, steps).eval(), examples(source, steps, size)
     config = describe(source, steps, inputs)
@@ -85,7 +85,7 @@ def export_onnx(source: Source, out: Path, steps: int, size: tuple[int, int] | N
         parts.mkdir()
         axes = {name: {0: "batch"} for name in (*inputs, "picture")}
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of every shape that becomes a constant, as all but the batch shall
+            warnings.simplefilter("ignore")  # about shapes that become constants, as all but the batch size should
             # Tracing takes seconds where torch.export takes minutes for an unrolled sampler.
             torch.onnx.export(
                 sampler, (), str(parts / "model.onnx"), kwargs=inputs, dynamo=False, opset_version=OPSET,
@@ -100,20 +100,21 @@ def export_onnx(source: Source, out: Path, steps: int, size: tuple[int, int] | N
 
 
 def require_packages() -> None:
-    """Raises UserError unless everything is installed that exporting and checking need."""
+    """Raise UserError unless the packages for exporting and checking are installed."""
     for package in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package}: this package is missing, which ONNX needs: pip install codi[export]")
 
 
 def examples(source: Source, steps: int, size: tuple[int, int] | None) -> dict[str, Tensor]:
-    """The graph's inputs by name, for two pictures. Raises UserError for a size of no whole cells."""
+    """Return example inputs of the graph by name, for two images. Raises UserError for a size that is no multiple of a
+    latent cell."""
     backbone, task = source.backbone, source.task
     f, channels = codec.downscale(backbone.vae), backbone.vae.config["latent_channels"]
     height, width = size or (backbone.kind.sample_size(backbone.network, backbone.vae) * f,) * 2
     if height % f or width % f or height % task.scale or width % task.scale or not height or not width:
         multiple = max(f, task.scale)
-        raise UserError(f"size {width} x {height}: not what this adapter can make: use multiples of {multiple} px")
+        raise UserError(f"size {width} x {height}: no size for this adapter: use multiples of {multiple} px")
     inputs = {
         "input_ids": text.tokenize(backbone.tokenizer, ["", "a picture"]),
         "noise": torch.zeros(2, channels * (steps if source.renoises else 1), height // f, width // f),
@@ -128,12 +129,12 @@ def examples(source: Source, steps: int, size: tuple[int, int] | None) -> dict[s
 
 
 def describe(source: Source, steps: int, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """config.json: what the graph takes and gives."""
-    given = " ".join((type(source.task).__doc__ or "").split())
+    """Return config.json: metadata, inputs and output of the graph."""
+    task = " ".join((type(source.task).__doc__ or "").split())
     meanings = {
         "input_ids": "the prompt's tokens, padded to this length",
-        "noise": f"N(0, 1){', a field a step' if source.renoises else ''}",
-        "image": f"in [0, 1]: {given}",
+        "noise": f"N(0, 1){', one field per step' if source.renoises else ''}",
+        "image": f"in [0, 1]: {task}",
         "guidance_scale": f"{', '.join(source.guidance.scales)}; text is 1 where the prompt is empty",
     }
     f = codec.downscale(source.backbone.vae)
@@ -159,8 +160,8 @@ def describe(source: Source, steps: int, inputs: dict[str, Tensor]) -> dict[str,
 
 
 def gather(parts: Path, target: Path, config: dict[str, Any]) -> None:
-    """Move the model in the folder `parts`, where torch leaves a file a weight of a large one, to `target`, with what
-    its `config` says: the shape of the picture, which torch cannot tell, and metadata."""
+    """Move the model from the folder `parts`, where torch writes a file per weight of large models, to `target`. Set
+    the shape of the output, which torch does not know, and the metadata from `config`."""
     import onnx
 
     size = sum(part.stat().st_size for part in parts.iterdir())
@@ -172,8 +173,8 @@ def gather(parts: Path, target: Path, config: dict[str, Any]) -> None:
                 dimension.dim_value = length
             else:
                 dimension.dim_param = length
-    notes = ("name", "task", "base", "licence", "version", "steps")
-    onnx.helper.set_model_props(model, {name: str(config[name]) for name in notes})
+    keys = ("name", "task", "base", "licence", "version", "steps")
+    onnx.helper.set_model_props(model, {key: str(config[key]) for key in keys})
     data = f"{target.name}.data"
     onnx.save_model(model, str(target), save_as_external_data=size > LARGEST, location=data)
     for part in parts.iterdir():

@@ -22,7 +22,7 @@ _ROPE = (16, 24, 24)  # of them for the index of the image (always 0), row and c
 
 
 class FluxJob(LatentsJob):
-    """Training by flow matching (Lipman et al. 2023): z_t = (1 - t) x + t eps, and the loss is |eps - x - u_hat(z_t, t)|^2.
+    """Flow matching (Lipman et al. 2023): z_t = (1 - t) x + t eps, and the loss is |eps - x - u_hat(z_t, t)|^2.
 
     Token ids are CLIP's, then T5's.
     """
