@@ -212,7 +212,7 @@ def test_a_controlnet_runs_once_a_step(parts_of):
 
         # The mean of both orders, one adapter at a time.
         features, _ = unet_down(UNET, Z, LEVELS, WORDS)
-        seen = canny.look(conditioning.prepared["canny"], Z, LEVELS, WORDS)
+        seen = canny.step_features(conditioning.prepared["canny"], Z, LEVELS, WORDS)
         prepared = conditioning.prepared["inpaint"]
         both = {"canny": seen, "inpaint": prepared}
         for i, h in enumerate(features):

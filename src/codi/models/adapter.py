@@ -96,7 +96,7 @@ class _AdapterBase(ModelMixin, ConfigMixin):
         """Return the tensor to be added to the network's input features, or None."""
         return None
 
-    def look(
+    def step_features(
         self, prepared: Any, z: Tensor, timestep: Tensor, text: Tensor, added: dict[str, Tensor] | None = None
     ) -> Any:
         """Compute, once per step, the features for `fuse` from the output of `prepare` and z_t."""
@@ -104,7 +104,7 @@ class _AdapterBase(ModelMixin, ConfigMixin):
 
     def fuse(self, index: int, feature: Tensor, adapter_features: Any, strength: float) -> Tensor:
         """Return the backbone's feature number `index` (see Family.predict) combined with the adapter's, which are the
-        output of `look`."""
+        output of `step_features`."""
         return feature
 
 
@@ -215,7 +215,7 @@ class ControlNetAdapter(_AdapterBase):
         """Return the pixels, which the ControlNet of a U-Net encodes itself, or the latent."""
         return condition.to(self.dtype) if self.kind.control_reads == "pixels" else super().read(condition, vae)
 
-    def look(
+    def step_features(
         self, prepared: Tensor, z: Tensor, timestep: Tensor, text: Tensor, added: dict[str, Tensor] | None = None
     ) -> list[Tensor | None]:
         """Return zero_layer(h_copy(z_t, t, c)) for each feature."""

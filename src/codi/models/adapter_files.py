@@ -36,7 +36,7 @@ from .lora import FILE, load_lora
 ADAPTERS = "adapters"  # in a model's folder: its adapters, one subfolder each
 
 
-def libraries(model: str | Path = "mini") -> list[Path]:
+def adapter_folders(model: str | Path = "mini") -> list[Path]:
     """Return the folders in which adapters of `model` are found by name: its own, and, unless it is another embedded
     model, that of mini, whose adapters also fit fine-tunes of mini."""
     own, of_mini = Path(find_model(model)) / ADAPTERS, EMBEDDED / ADAPTERS
@@ -44,8 +44,9 @@ def libraries(model: str | Path = "mini") -> list[Path]:
 
 
 def find_adapter(name: str | Path, model: str | Path = "mini") -> Path:
-    """Return the folder of an adapter, given its name among those of `model` (see libraries) or the folder itself."""
-    candidates = (library / str(name) for library in libraries(model))
+    """Return the folder of an adapter, given its name among those of `model` (see adapter_folders) or the folder
+    itself."""
+    candidates = (parent / str(name) for parent in adapter_folders(model))
     return next((folder for folder in candidates if (folder / "config.json").is_file()), Path(name))
 
 
@@ -68,9 +69,9 @@ def fitting_adapter(name: str | Path, network: Any, family: str, model: str | Pa
         weights = get_state_dict_offloaded_model(network)
     digest = digest_weights(weights)
     digest = _rounded_digests(EMBEDDED).get(digest, digest)
-    for library in (EMBEDDED / ADAPTERS, *sorted(EMBEDDED.glob(f"*/{ADAPTERS}"))):
-        if _read_info(library / str(name)).get("backbone") == digest:
-            return library / str(name)
+    for parent in (EMBEDDED / ADAPTERS, *sorted(EMBEDDED.glob(f"*/{ADAPTERS}"))):
+        if _read_info(parent / str(name)).get("backbone") == digest:
+            return parent / str(name)
     if info.get("backbone"):
         warnings.warn(
             f"{name}: this adapter was trained on the backbone {info['backbone']} "
@@ -154,7 +155,7 @@ def read_config(
     folder = find_adapter(name, model)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        names = sorted({p.parent.name for library in libraries(model) for p in library.glob("*/config.json")})
+        names = sorted({p.parent.name for parent in adapter_folders(model) for p in parent.glob("*/config.json")})
         raise UserError(
             f"{name}: no adapter there (no config.json): give a folder or one of {', '.join(names) or '(none)'}"
         )

@@ -57,8 +57,12 @@ class AdapterSet(nn.Module):
         present = [hint for hint in hints if hint is not None]
         return torch.stack(present).sum(0) if present else None
 
-    def look(self, prepared: dict[str, Any], *inputs: Any) -> dict[str, Any]:
-        return {name: adapter.look(prepared[name], *inputs) for name, adapter in self._items() if self.weights[name]}
+    def step_features(self, prepared: dict[str, Any], *inputs: Any) -> dict[str, Any]:
+        return {
+            name: adapter.step_features(prepared[name], *inputs)
+            for name, adapter in self._items()
+            if self.weights[name]
+        }
 
     def fuse(self, index: int, feature: Tensor, adapter_features: dict[str, Any], strength: float) -> Tensor:
         names = list(adapter_features)

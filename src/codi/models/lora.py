@@ -248,8 +248,8 @@ def _lora_layers(network: Any) -> list[tuple[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence needless warnings: peft and diffusers report the weights of all other updates as missing, that there are
-    several updates, and, when saving, layers to be kept in float32, of which there are none."""
+    """Silence unhelpful warnings of peft and diffusers: that the weights of all other updates are missing, that there
+    are several updates and, when saving, of layers to be kept in float32, of which there are none."""
     loggers = [logging.getLogger(f"diffusers.{name}") for name in ("loaders.peft", "models.modeling_utils")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -78,7 +78,7 @@ class Student(nn.Module):
         extra = None if extra is None else strength * extra
         prepared = Student.prepare(self, conditioning).prepared  # not the compiled method, so that all is one graph
         hint = adapter.hint(prepared, strength)
-        adapter_features = adapter.look(prepared, *inputs)
+        adapter_features = adapter.step_features(prepared, *inputs)
 
         def fuse(index: int, feature: Tensor) -> Tensor:
             return adapter.fuse(index, feature, adapter_features, strength)

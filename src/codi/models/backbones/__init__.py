@@ -12,7 +12,7 @@ from .loading import (
     require_buildable,
     require_finite,
     require_safetensors,
-    resolved,
+    resolve_source,
     revision_of,
     with_network,
 )
@@ -21,5 +21,5 @@ from .registry import FAMILIES, family_of, family_of_index, family_of_text
 __all__ = [
     "EMBEDDED", "FAMILIES", "Backbone", "Family", "Fuse", "Hub", "digest", "digest_weights", "family_of",
     "family_of_index", "family_of_text", "find_model", "load_backbone", "load_vae", "require_buildable",
-    "require_finite", "require_safetensors", "resolved", "revision_of", "with_network",
+    "require_finite", "require_safetensors", "resolve_source", "revision_of", "with_network",
 ]  # fmt: skip

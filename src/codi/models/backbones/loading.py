@@ -158,7 +158,7 @@ def load_vae(model: str | Path) -> Any:
     if not (Path(source) / "vae").is_dir() and (Path(source).exists() or source.count("/") != 1):
         return load_backbone(model).vae
     try:
-        source, options = resolved(source, "vae")
+        source, options = resolve_source(source, "vae")
         require_safetensors(Path(source) / "vae")
         require_buildable(Path(source) / "vae")
         vae_class: Any = codec.vae_class(source, **{k: v for k, v in options.items() if k == "revision"})
@@ -189,7 +189,7 @@ def _open(
     fetching = {**{key: value for key, value in options.items() if key != "variant"}, **revision}
     index: Any = DiffusionPipeline.load_config(source, **fetching)
     kind = family_of_index(index, source)
-    _, defaults = resolved(source, kind.component)
+    _, defaults = resolve_source(source, kind.component)
     options = {**defaults, **options, **revision}  # "id@revision" takes precedence over the option `revision`
     if "variant" in defaults:
         options["variant"] = options.get("variant") or defaults["variant"]
@@ -279,7 +279,7 @@ def revision_of(source: str) -> tuple[str, dict[str, Any]]:
     return (source, {}) if Path(source).is_dir() or not separator else (name, {"revision": revision})
 
 
-def resolved(source: str, part: str) -> tuple[str, dict[str, Any]]:
+def resolve_source(source: str, part: str) -> tuple[str, dict[str, Any]]:
     """Return a folder or hub id as diffusers takes it, and the options to load it with: the variant "fp16" if a folder
     has no other weights of `part`, the revision of "id@revision"."""
     folder = Path(source)

@@ -94,7 +94,7 @@ class StableDiffusion(Family):
     # ---- prompts and schedule
 
     def prompts(self, parts: Any) -> PromptEncoder:
-        return text_encoders(parts, parts_zero_empty(parts))
+        return text_encoders(parts, empty_prompt_is_zeros(parts))
 
     def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {FEATURES: (77, config["cross_attention_dim"])}
@@ -210,8 +210,8 @@ def entry_widths(downscale: int) -> tuple[int, ...]:
     return (16, 32, 96, 256, 256, 256)[: downscale.bit_length()]
 
 
-def parts_zero_empty(parts: Any) -> bool:
-    """Return True if a Backbone or pipeline encodes an empty prompt as zeros."""
+def empty_prompt_is_zeros(parts: Any) -> bool:
+    """Return True if a Backbone or a pipeline encodes an empty prompt as zeros."""
     config = getattr(parts, "config", None)
     return config["force_zeros_for_empty_prompt"] if config is not None else parts.force_zeros_for_empty_prompt
 
