@@ -211,7 +211,7 @@ def test_guidance_that_is_not_distilled_takes_two_passes(pipe):
     assert calls[-1] == 2 and not torch.allclose(guided, plain, atol=1e-3)
     assert not torch.equal(run(pipe, **given("depth"), guidance_scale=3, negative_prompt="a blue box"), guided)
     hook.remove()
-    with pytest.raises(UserError, match="image_guidance_scale 1.5: no adapter set has learnt it"):
+    with pytest.raises(UserError, match="image_guidance_scale 1.5: no active adapter has learned it"):
         run(pipe, **given("depth"), image_guidance_scale=1.5)
 
 

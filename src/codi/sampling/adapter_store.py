@@ -125,7 +125,7 @@ class AdapterStore:
         several = isinstance(weights, Iterable) and getattr(weights, "ndim", 1) > 0
         values: list[Any] = list(weights) if several else [1.0 if weights is None else weights] * len(names)  # type: ignore[arg-type]
         if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
-            raise UserError(f"weights {values}: not numbers: use 1 for an adapter as it was trained, 0 for none of it")
+            raise UserError(f"weights {values}: not numbers: use 1 (as trained) or 0 (no influence)")
         if len(values) != len(names) or len(set(names)) != len(names):
             raise UserError(f"{', '.join(names)}: {len(values)} weights for {len(set(names))} adapters: give one each")
         for name in names:

@@ -113,7 +113,7 @@ def replaced_latents(result: Any, z: Tensor) -> Tensor | None:
     latents = (result or {}).get("latents")
     if latents is not None and (not isinstance(latents, Tensor) or latents.shape != z.shape):
         raise UserError(f"callback_on_step_end: returned latents that are no tensor of {tuple(z.shape)}: "
-                        "keep the shape it receives")  # fmt: skip
+                        "return them in the shape that it receives")  # fmt: skip
     return latents
 
 

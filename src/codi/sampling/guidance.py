@@ -78,7 +78,7 @@ def resolve(text: float | None, image: float | None, infos: Sequence[dict[str, A
     for info in infos:
         ranges = {**(info.get("guidance") or {}), **ranges}
     if image not in (None, 1) and "image" not in ranges:
-        raise UserError(f"image_guidance_scale {image:g}: no adapter set has learnt it: leave it out, "
+        raise UserError(f"image_guidance_scale {image:g}: no active adapter has learned it: leave it out, "
                         "or distil an adapter of task edit with it")  # fmt: skip
     chosen = {}
     for key, (name, scale) in zip(("text", "image"), requested.items(), strict=True):

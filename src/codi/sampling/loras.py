@@ -81,7 +81,7 @@ class LoraLoaderMixin(DiffusionPipeline):
         values: list[Any] = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(several)
         values = [1.0 if value is None else value for value in values]
         if wrong := [value for value in values if not isinstance(value, Real) or not math.isfinite(value)]:
-            raise UserError(f"weights {wrong[0]!r}: not a number: use 1 for a LoRA as it was trained, 0 for none of it")
+            raise UserError(f"weights {wrong[0]!r}: not a number: use 1 (as trained) or 0 (no influence)")
         if len(values) != len(several) or len(set(several)) != len(several):
             raise UserError(f"{', '.join(several)}: {len(values)} weights for {len(several)} adapters: give one each")
         chosen = {name: float(value) for name, value in zip(several, values, strict=True)}
@@ -127,7 +127,7 @@ class LoraLoaderMixin(DiffusionPipeline):
         lora_parts = self._lora_parts
         if lora_parts:
             warnings.warn(f"save_pretrained: the LoRA {', '.join(self._lora_names)} is not saved: load it again after "
-                          "opening, or make it part of the backbone by from_pretrained(..., loras={file: 1.0}) before "
+                          "opening, or merge it into the backbone by from_pretrained(..., loras={file: 1.0}) before "
                           "saving", stacklevel=4)  # fmt: skip
         try:
             for name, part in lora_parts.items():

@@ -263,7 +263,7 @@ class CoDiPipeline(AdaptedPipeline):
             return text, self.kind.with_embedded_guidance(self.network, added, embedded, len(rows))
 
         text, added = encode(is_negative=False)
-        guidance = call.guide.columns(call.prompts.words(rows))
+        guidance = call.guide.columns(call.prompts.guided_texts(rows))
         conditioning = Conditioning(text, condition, added=added, guidance=guidance)
         if call.guide.second_pass == 1:
             return conditioning, None

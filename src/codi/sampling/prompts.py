@@ -40,7 +40,7 @@ class Prompts:
             self._encoded[texts, negative] = encoder.encode(texts, negative=negative)
         return self._encoded[texts, negative]
 
-    def words(self, rows: Sequence[int]) -> list[str]:
+    def guided_texts(self, rows: Sequence[int]) -> list[str]:
         """Return a text per image, "" where it has no prompt; embeddings count as some text."""
         return [self.texts[row] if self.embedded is None else next(iter(EMBEDDINGS)) for row in rows]
 

@@ -65,7 +65,7 @@ class Task(ABC):
         A grey image is repeated to three channels. Raises UserError for a mask that the task does not take or for
         another number of channels.
         """
-        self._refuse(mask)
+        self._refuse_mask(mask)
         return colour(image, self.name)
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Task(ABC):
             raise UserError(f"{column}: task {self.name} needs this column of the data: read it, or add it to the data")
         return batch.extras[column]
 
-    def _refuse(self, mask: Tensor | None) -> None:
+    def _refuse_mask(self, mask: Tensor | None) -> None:
         if mask is not None:
             raise UserError(f"mask: task {self.name} takes none: leave it out, or use task inpaint")
 

@@ -61,7 +61,7 @@ class Canny(Task):
 
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the edges of an image (three channels), or an edge map (one channel) thresholded at 0.5."""
-        self._refuse(mask)
+        self._refuse_mask(mask)
         if image.ndim == 4 and image.shape[1] == 1:
             edge_map = (image > 0.5).float()
             if edge_map.numel() and edge_map.mean() > 0.5:

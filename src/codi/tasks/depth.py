@@ -78,7 +78,7 @@ class Depth(Task):
 
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scale a map (B, 1 or 3, H, W), bright where near, to [0, 1]. Raises UserError for a color image."""
-        self._refuse(mask)
+        self._refuse_mask(mask)
         if image.ndim != 4 or image.shape[1] not in (1, 3):
             raise UserError(f"depth of shape {tuple(image.shape)}: not a depth map: give (B, 1, H, W)")
         if _coloured(image):

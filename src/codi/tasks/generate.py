@@ -28,7 +28,7 @@ class Generate(Task):
     def bring(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return `image` (B, 0, H, W), which only holds the size. Raises UserError for an image with channels or a
         mask."""
-        self._refuse(mask)
+        self._refuse_mask(mask)
         if image.ndim != 4 or image.shape[1]:
             raise UserError(f"image of shape {tuple(image.shape)}: task generate takes no picture: leave it out, "
                             "or use task edit")  # fmt: skip
