@@ -182,7 +182,7 @@ def test_pretrain_reads_its_recipe(shell, tmp_path, monkeypatch):
     settings, quiet, minutes = seen[0]
     assert (settings.ldm_images, settings.out, quiet, minutes) == (500, str(tmp_path), True, 2)
     assert "--ldm-images" in shell("pretrain", "--keys").out
-    assert re.search(r"--max-corrupt 0.05\n +Share of unreadable files", shell("distill", "--keys").out)
+    assert re.search(r"--max-corrupt 0.05\n +Largest share of unreadable files", shell("distill", "--keys").out)
 
 
 def test_an_adapter_is_measured_with_the_columns_that_it_needs(shell, tiny, tmp_path):

@@ -70,7 +70,7 @@ def check(
     ],
     task: Annotated[str, typer.Option(help="The task to train.")] = "upscale",
     task_options: Annotated[
-        str | None, typer.Option(help="Options of the task, as in a recipe: '{masks: [boxes, objects]}'.")
+        str | None, typer.Option(help="Options of the task, as in a recipe: '{masks: \\[boxes, objects]}'.")
     ] = None,
     size: Annotated[int, typer.Option(min=8, help="Side of training pictures in pixels.")] = 64,
     model: Annotated[str, typer.Option(help="The model to train: its latent cells must fit the size.")] = "mini",

@@ -56,7 +56,8 @@ def evaluate(
         typer.Option(help="The fine-tuned reference, run at 1, 2, 4 and 50 steps: a name, a folder or none."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help=f"Held-out pictures: a folder, tars or scenes:SPLIT:COUNT [{HELD_OUT}].")
+        str | None,
+        typer.Option(help=f"Held-out pictures: a folder, tars or scenes:SPLIT:COUNT; by default {HELD_OUT}."),
     ] = None,
     count: Annotated[int | None, typer.Option(min=2, help="Maximum number of pictures.")] = None,
     steps: Annotated[str, typer.Option(help="Step counts of the adapters.")] = "1,2,4",
