@@ -1,4 +1,5 @@
-"""The objectives that a recipe may name. A new one is a file in this folder and an entry of OBJECTIVES."""
+"""The registry of objectives that a recipe can select. A new one is a file in this folder and an entry in
+OBJECTIVES."""
 
 from __future__ import annotations
 
@@ -22,20 +23,20 @@ Passes = Callable[[Options, int], float]
 
 
 def _data_term(options: Options, scales: int) -> float:
-    """Return the passes of a guided target: one for each conditioning, from full to none."""
+    """Return the number of forward passes for a guided target: one for each conditioning, from full to none."""
     return scales + 1 if scales else 0
 
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective and what the training has to know of it.
+    """An objective and the properties of it that training needs.
 
-    `loss(student, average, batch, schedule, generator, **options)` returns named losses. `passes(options)` are the
-    forward passes of the network that an image costs, a backward pass counted as two; `guided(options, scales)` those
-    that an image with distilled guidance adds. `sampler`: of sampling.sampler.SAMPLERS. `target_time`: whether the
-    network gets a target time as an input. `teacher`: a frozen network that the loss gets, "adapter" (the recipe's
-    teacher, by default the starting point) or "backbone" (without any adapter); "" for none. `label`: the name in
-    tables of adapters that it trained; "" for the adapter's own name.
+    `loss(student, average, batch, schedule, generator, **options)` returns named losses. `passes(options)` is the cost
+    of an image in forward passes of the network, a backward pass counted as two; `guided(options, scales)` the extra
+    cost of an image with distilled guidance. `sampler`: a key of sampling.sampler.SAMPLERS. `target_time`: True if the
+    network has the target time as an input. `teacher`: the frozen network that the loss takes, "adapter" (the recipe's
+    teacher, by default the starting point) or "backbone" (without any adapter); "" for none. `label`: the name, in
+    tables, of adapters trained with it; "" for the adapter's own name.
     """
 
     loss: Callable[..., dict[str, Tensor]]
@@ -48,18 +49,18 @@ class Objective:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The options of the loss with their values; not the networks and tensors among its arguments."""
+        """The options of the loss and their default values, without the arguments that are networks or tensors."""
         parameters = inspect.signature(self.loss).parameters.values()
         inputs = ("teacher", "t", "index")
         return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in inputs}
 
     def teacher_for(self, options: Options) -> str:
-        """Return the frozen network that the loss needs with these options, as `teacher` has it."""
+        """Return the frozen network that the loss needs with these options, as a value of `teacher`."""
         ode = {**self.defaults, **options}.get("ode")
         return "" if ode == "own" else self.teacher or ("adapter" if ode == "teacher" else "")
 
     def cost(self, options: Options, scales: int, share: float) -> float:
-        """Return the passes of an image on average, where a `share` of the updates distils `scales` guidance scales."""
+        """Return the mean cost of an image in passes, if a `share` of the updates distills `scales` guidance scales."""
         options = {**self.defaults, **options}
         return self.passes(options) + share * self.guided(options, scales)
 
@@ -69,14 +70,14 @@ def _codi_passes(options: Options) -> float:
 
 
 def _instant_share(options: Options) -> float:
-    """Return the share of a flow map's rows whose target time is their own time."""
+    """Return the fraction of a flow map's samples whose target time equals their own time."""
     return options["warmup"] + (1 - options["warmup"]) * options["instant"]
 
 
-# `codi` has every choice of the paper, `codi-release` those of the code that its authors released: times on a grid of
-# 50 levels, drawn for each sample, steps by the frozen backbone without the condition, consistency of signals.
-# `codi-tuned` is the paper's loss for a short training: a time of its own for every sample (less noise), the data term
-# weighted as the backbone was trained with (low noise counts too), and a longer step of the consistency.
+# `codi` has the settings of the paper; `codi-release` those of the authors' released code: a time for each sample,
+# a multiple of 50 levels, steps by the frozen backbone without the condition, consistency of signal predictions.
+# `codi-tuned` is the paper's loss for short trainings: a time for each sample (less gradient noise), the data term
+# weighted as in the backbone's own training (so low noise levels count too), and a longer consistency step.
 _RELEASE: dict[str, Any] = {"dt": 50, "shared_t": False, "on_grid": True, "consistency": "signal", "ode": "teacher"}
 _TUNED: dict[str, Any] = {"dt": 50, "shared_t": False, "signal_weighting": "velocity"}
 OBJECTIVES: dict[str, Objective] = {
