@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/: what the reader's output is taken to say, the judges built on it, the tables."""
+"""Tests of benchmarks/: decoding the reader's output, the judges that use it, the result tables."""
 
 import argparse
 import json
@@ -40,55 +40,55 @@ def data():
 
 
 def exact_maps(data):
-    """What a reader that makes no mistake puts out."""
-    number = data.mask.long()
-    truth = data.classes.gather(1, number.flatten(1)[..., None].expand(-1, -1, 3)).view(*number.shape, 3)
+    """Return the output maps of a perfect reader."""
+    mask = data.mask.long()
+    classes = data.classes.gather(1, mask.flatten(1)[..., None].expand(-1, -1, 3)).view(*mask.shape, 3)
     pixels = reading.pixels(SIDE)
-    offset, heat = torch.zeros(len(number), 2, SIDE, SIDE), torch.full((len(number), 1, SIDE // 2, SIDE // 2), -9.0)
-    for b in range(len(number)):
+    offset, heat = torch.zeros(len(mask), 2, SIDE, SIDE), torch.full((len(mask), 1, SIDE // 2, SIDE // 2), -9.0)
+    for b in range(len(mask)):
         for k in range(1, 1 + MAX_OBJECTS):
-            mine = number[b] == k
-            if mine.any():
-                centre = pixels[:, mine].mean(1)
-                offset[b][:, mine] = (centre[:, None] - pixels[:, mine]) * reading.OFFSET_UNIT / SIDE
-                heat[b, 0, int(centre[1] / 2), int(centre[0] / 2)] = 9.0
+            inside = mask[b] == k
+            if inside.any():
+                center = pixels[:, inside].mean(1)
+                offset[b][:, inside] = (center[:, None] - pixels[:, inside]) * reading.OFFSET_UNIT / SIDE
+                heat[b, 0, int(center[1] / 2), int(center[0] / 2)] = 9.0
     sizes = zip(("colour", "shape", "material"), (9, 4, 2), strict=True)
-    maps = {name: 20.0 * F.one_hot(truth[..., k], n).permute(0, 3, 1, 2) for k, (name, n) in enumerate(sizes)}
+    maps = {name: 20.0 * F.one_hot(classes[..., k], n).permute(0, 3, 1, 2) for k, (name, n) in enumerate(sizes)}
     return {**maps, "centre": heat, "offset": offset, "disparity": data.disparity.float()[:, None]}
 
 
 def exact_reading(data):
-    """The scenes as a reader that makes no mistake reads them, by way of the instance masks alone."""
-    objects, instances = [], torch.zeros_like(data.mask, dtype=torch.long)
+    """Return the reading of a perfect reader, computed from the instance masks."""
+    all_objects, instances = [], torch.zeros_like(data.mask, dtype=torch.long)
     for b, scene in enumerate(data.scenes):
-        found = []
-        for k, solid in enumerate(scene.solids, 1):
-            y, x = (data.mask[b] == k).nonzero().float().mean(0).tolist()
-            found.append((Found(solid.colour, solid.shape, solid.material, x / SIDE, y / SIDE, 0.1), k))
-        found.sort(key=lambda pair: pair[0].x)
-        for number, (_, k) in enumerate(found, 1):
-            instances[b][data.mask[b] == k] = number
-        objects.append([f for f, _ in found])
-    return Reading(objects, instances, data.disparity.float())
+        objects = []
+        for index, solid in enumerate(scene.solids, 1):
+            y, x = (data.mask[b] == index).nonzero().float().mean(0).tolist()
+            objects.append((Found(solid.colour, solid.shape, solid.material, x / SIDE, y / SIDE, 0.1), index))
+        objects.sort(key=lambda entry: entry[0].x)
+        for instance, (_, index) in enumerate(objects, 1):
+            instances[b][data.mask[b] == index] = instance
+        all_objects.append([f for f, _ in objects])
+    return Reading(all_objects, instances, data.disparity.float())
 
 
 def batch_of(data):
-    """The scenes as evaluation brings them."""
+    """Return the scenes as an evaluation batch."""
     extras = {"mask": data.mask[:, None].float()}
     captions = [scene.caption for scene in data.scenes]
     return Batch(data.image.float() / 255, captions, extras, list(range(len(captions))), [""] * len(captions))
 
 
 def test_exact_output_is_decoded_to_the_scene(data):
-    seen, wanted = decode(exact_maps(data)), exact_reading(data)
-    for read, true in zip(seen.objects, wanted.objects, strict=True):
-        assert [f.attributes for f in read] == [f.attributes for f in true]
-    assert torch.equal(seen.instances, wanted.instances)
-    assert torch.equal(seen.disparity, wanted.disparity)
-    assert all([f.x for f in found] == sorted(f.x for f in found) for found in seen.objects)
+    decoded, expected = decode(exact_maps(data)), exact_reading(data)
+    for objects, true_objects in zip(decoded.objects, expected.objects, strict=True):
+        assert [f.attributes for f in objects] == [f.attributes for f in true_objects]
+    assert torch.equal(decoded.instances, expected.instances)
+    assert torch.equal(decoded.disparity, expected.disparity)
+    assert all([f.x for f in detected] == sorted(f.x for f in detected) for detected in decoded.objects)
 
 
-def test_touching_objects_of_one_colour_are_told_apart_by_their_centres(data):
+def test_touching_objects_of_one_color_are_separated_by_their_centers(data):
     maps = {name: torch.zeros(1, n, SIDE, SIDE) for name, n in reading.HEADS.items()}
     maps["colour"][:, 3, 20:30, 10:50] = 20.0  # one yellow bar ...
     maps["centre"] = torch.full((1, 1, SIDE // 2, SIDE // 2), -9.0)
@@ -96,15 +96,15 @@ def test_touching_objects_of_one_colour_are_told_apart_by_their_centres(data):
     for x in (20, 40):  # ... of two objects, each 20 px wide
         maps["centre"][0, 0, 12, x // 2] = 9.0
         half = slice(x - 10, x + 10)
-        way = torch.tensor([x + 1.0, 25.0])[:, None, None] - pixels[:, 20:30, half]
-        maps["offset"][0, :, 20:30, half] = way * reading.OFFSET_UNIT / SIDE
+        offset = torch.tensor([x + 1.0, 25.0])[:, None, None] - pixels[:, 20:30, half]
+        maps["offset"][0, :, 20:30, half] = offset * reading.OFFSET_UNIT / SIDE
     maps["shape"][:, 1, :, :30], maps["shape"][:, 2, :, 30:] = 5.0, 5.0
-    (found,) = decode(maps).objects
-    assert [(f.colour, f.shape) for f in found] == [("yellow", "box"), ("yellow", "cylinder")]
-    assert found[0].area == pytest.approx(200 / SIDE**2)
+    (objects,) = decode(maps).objects
+    assert [(f.colour, f.shape) for f in objects] == [("yellow", "box"), ("yellow", "cylinder")]
+    assert objects[0].area == pytest.approx(200 / SIDE**2)
 
 
-def test_too_few_pixels_are_no_object(data):
+def test_regions_of_too_few_pixels_are_dropped(data):
     maps = {name: torch.zeros(1, n, SIDE, SIDE) for name, n in reading.HEADS.items()}
     maps["centre"] = torch.full((1, 1, SIDE // 2, SIDE // 2), -9.0)
     maps["centre"][0, 0, 5, 5] = 9.0
@@ -116,7 +116,7 @@ def test_too_few_pixels_are_no_object(data):
     assert decode(maps).objects == [[]]
 
 
-def test_losses_are_least_for_the_exact_output_and_train_the_network(data):
+def test_exact_output_minimizes_the_losses_and_training_lowers_them(data):
     truth = data.mask, data.disparity.float(), data.classes
     best = training.losses(exact_maps(data), *truth)
     assert all(float(value) < 0.01 for name, value in best.items() if name != "centre")
@@ -133,18 +133,18 @@ def test_losses_are_least_for_the_exact_output_and_train_the_network(data):
     assert float(loss.detach()) < 0.7 * float(first.detach())
 
 
-def test_weights_return_from_their_file(tmp_path):
+def test_saved_reader_weights_load(tmp_path):
     torch.manual_seed(0)
     net = Reader()
     torch.nn.init.normal_(net.heads.weight)
     reading.save_reader(net, tmp_path / "reader.safetensors")
     assert (tmp_path / "reader.safetensors").stat().st_size < 1.5e6
-    again = reading.load_reader(tmp_path / "reader.safetensors")
+    loaded = reading.load_reader(tmp_path / "reader.safetensors")
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(net(image)["colour"], again(image)["colour"], atol=0.1)
+    assert torch.allclose(net(image)["colour"], loaded(image)["colour"], atol=0.1)
 
 
-def test_measure_gives_full_marks_to_exact_output_and_counts_what_is_missed(data):
+def test_measure_scores_exact_output_1_and_counts_missed_objects(data):
     maps = exact_maps(data)
     figures = training.measure(lambda images: maps, data, data.image.float() / 255)
     assert [figures[key] for key in ("count", "colour", "shape", "material")] == [1, 1, 1, 1]
@@ -155,15 +155,15 @@ def test_measure_gives_full_marks_to_exact_output_and_counts_what_is_missed(data
     assert figures["colour"] == pytest.approx(1 - len(data.scenes[0].solids) / figures["objects"])
 
 
-def test_captions_say_their_objects_in_the_order_of_the_instance_ids():
+def test_captions_list_objects_in_the_order_of_instance_ids():
     for index in range(20):
         scene = sample_scene(0, "held-out", index)
         assert judges.asked(scene.caption) == [(s.colour, s.shape, s.material) for s in scene.solids]
     assert judges.asked("nothing on a white plain floor at noon") == []
 
 
-def found(*attributes):
-    """Read objects from left to right."""
+def detected(*attributes):
+    """Return detected objects with these attributes, from left to right."""
     return [Found(*a, x=0.2 * i, y=0.5, area=0.1) for i, a in enumerate(attributes)]
 
 
@@ -171,21 +171,24 @@ RED_BOX, RED_CONE, BLUE_CONE = ("red", "box", "matte"), ("red", "cone", "matte")
 
 
 def test_matching_prefers_agreement_then_order():
-    assert [f.attributes for f in judges.match(found(BLUE_CONE, RED_BOX), [RED_BOX, BLUE_CONE])] == [RED_BOX, BLUE_CONE]
-    pair = found(RED_CONE, RED_CONE)
+    assert [f.attributes for f in judges.match(detected(BLUE_CONE, RED_BOX), [RED_BOX, BLUE_CONE])] == [
+        RED_BOX,
+        BLUE_CONE,
+    ]
+    pair = detected(RED_CONE, RED_CONE)
     assert judges.match(pair, [RED_CONE, RED_CONE]) == pair
-    assert judges.match(found(RED_CONE), [RED_BOX, BLUE_CONE])[1] is None  # a red one rather stands for the red one
+    assert judges.match(detected(RED_CONE), [RED_BOX, BLUE_CONE])[1] is None  # the red object matches the red request
     assert judges.match([], [RED_BOX]) == [None]
-    assert judges.match(found(RED_BOX), []) == []
+    assert judges.match(detected(RED_BOX), []) == []
 
 
-def test_caption_figures_count_each_attribute_apart(data):
+def test_caption_figures_count_each_attribute_separately(data):
     scenes = [sample_scene(0, "held-out", i, 2) for i in range(4)]
     captions = [scene.caption for scene in scenes]
-    objects = [found(*judges.asked(caption)) for caption in captions]
+    objects = [detected(*judges.asked(caption)) for caption in captions]
     objects[1][0] = replace(objects[1][0], colour="red" if objects[1][0].colour != "red" else "blue")
     objects[2] = objects[2][:1]
-    objects[3] = objects[3] + found(BLUE_CONE)
+    objects[3] = objects[3] + detected(BLUE_CONE)
     figures = judges.caption_figures(Reading(objects, torch.zeros(4, 8, 8), torch.zeros(4, 8, 8)), captions)
     assert figures["all"].tolist() == [1, 0, 0, 0]
     assert figures["count"].tolist() == [1, 1, 0, 0]
@@ -195,52 +198,52 @@ def test_caption_figures_count_each_attribute_apart(data):
     assert nothing["all"].tolist() == [1] and nothing["colour"].isnan().all()
 
 
-def test_caption_judge_agrees_with_true_renders(data):
+def test_caption_judge_accepts_ground_truth_renders(data):
     judge = judges.caption_judge(lambda images: exact_reading(data))
     figures = judge(batch_of(data).image, torch.zeros(12, 0, SIDE, SIDE), batch_of(data))
     assert all(bool((values == 1).all()) for values in figures.values())
     assert next(iter(figures)) == "caption_all"
 
 
-def test_hole_judge_asks_for_the_objects_of_the_hole_alone(data):
-    batch, given = batch_of(data), torch.zeros(12, 4, SIDE, SIDE)
-    given[:, 3] = (data.mask == 1).float()  # the hole is the first object of each scene
+def test_hole_judge_checks_only_objects_in_the_hole(data):
+    batch, condition = batch_of(data), torch.zeros(12, 4, SIDE, SIDE)
+    condition[:, 3] = (data.mask == 1).float()  # the hole is the first object of each scene
     judge = judges.hole_judge(lambda images: exact_reading(data))
-    assert judge(batch.image, given, batch)["hole_objects"].tolist() == [1] * 12
+    assert judge(batch.image, condition, batch)["hole_objects"].tolist() == [1] * 12
 
-    empty = exact_reading(data)
-    for b in range(12):  # nothing is read in the hole any more, the rest is as it was
-        gone = int(empty.instances[b][data.mask[b] == 1][0])
-        empty.instances[b][empty.instances[b] == gone] = 0
-    assert judges.hole_judge(lambda images: empty)(batch.image, given, batch)["hole_objects"].tolist() == [0] * 12
+    missing = exact_reading(data)
+    for b in range(12):  # remove the objects in the hole only
+        instance = int(missing.instances[b][data.mask[b] == 1][0])
+        missing.instances[b][missing.instances[b] == instance] = 0
+    assert judges.hole_judge(lambda images: missing)(batch.image, condition, batch)["hole_objects"].tolist() == [0] * 12
 
-    painted = exact_reading(data)
-    for b, objects in enumerate(painted.objects):  # the right colour in another shape
-        at = int(painted.instances[b][data.mask[b] == 1][0]) - 1
-        objects[at] = replace(objects[at], shape="cone" if objects[at].shape != "cone" else "box")
-    figures = judges.hole_judge(lambda images: painted)(batch.image, given, batch)
+    reshaped = exact_reading(data)
+    for b, objects in enumerate(reshaped.objects):  # right color, wrong shape
+        index = int(reshaped.instances[b][data.mask[b] == 1][0]) - 1
+        objects[index] = replace(objects[index], shape="cone" if objects[index].shape != "cone" else "box")
+    figures = judges.hole_judge(lambda images: reshaped)(batch.image, condition, batch)
     assert figures["hole_objects"].tolist() == [0] * 12 and figures["hole_colours"].tolist() == [1] * 12
 
-    given[:, 3] = 0
-    assert judge(batch.image, given, batch)["hole_objects"].isnan().all()
+    condition[:, 3] = 0
+    assert judge(batch.image, condition, batch)["hole_objects"].isnan().all()
 
 
-def test_depth_judge_measures_the_disparity_read(data):
-    batch, given = batch_of(data), data.disparity.float()[:, None]
+def test_depth_judge_measures_disparity_error(data):
+    batch, condition = batch_of(data), data.disparity.float()[:, None]
     exact = exact_reading(data)
-    figures = judges.depth_judge(lambda images: exact)(batch.image, given, batch)
+    figures = judges.depth_judge(lambda images: exact)(batch.image, condition, batch)
     assert figures["depth_db"].tolist() == [60] * 12 and figures["caption_all"].tolist() == [1] * 12
-    off = replace(exact, disparity=exact.disparity + 0.1)
-    figures = judges.depth_judge(lambda images: off)(batch.image, given, batch)
+    shifted = replace(exact, disparity=exact.disparity + 0.1)
+    figures = judges.depth_judge(lambda images: shifted)(batch.image, condition, batch)
     assert torch.allclose(figures["depth_db"], torch.full((12,), 20.0, dtype=torch.float64), atol=0.01)
     assert torch.allclose(figures["depth_closeness"], torch.full((12,), 0.9, dtype=torch.float64), atol=1e-3)
 
 
-def test_the_truth_is_judged_once_a_batch(data):
-    seen = []
+def test_ground_truth_is_judged_once_per_batch(data):
+    means = []
 
     def judge(output, given, batch):
-        seen.append(float(output.mean()))
+        means.append(float(output.mean()))
         brightness = output.mean((1, 2, 3))
         return {"brightness": brightness, "seldom": brightness.where(torch.arange(12) < 5, torch.nan)}
 
@@ -248,13 +251,13 @@ def test_the_truth_is_judged_once_a_batch(data):
     witness = task_figures.Witness(judge, get_task("depth"))
     for _ in range(2):
         assert witness(torch.zeros_like(batch.image), torch.zeros(12, 1, SIDE, SIDE), batch)["brightness"].max() == 0
-    assert len(seen) == 3
+    assert len(means) == 3
     truth = witness.figures()
     assert float(truth["brightness"].mean()) == pytest.approx(float(batch.image.mean()))
     assert [int((~values.isnan()).sum()) for values in truth.values()] == [12, 5]
 
 
-def test_composition_gives_both_adapters_their_input(data):
+def test_composition_passes_each_adapter_its_input(data):
     batch = batch_of(data)
     batch.extras["conditioning_image"] = torch.full((12, 1, SIDE, SIDE), 4000.0)
     batch.extras["conditioning_image"][..., 0] = 8000.0
@@ -263,14 +266,14 @@ def test_composition_gives_both_adapters_their_input(data):
     assert given.shape == (12, 5, SIDE, SIDE)
     assert torch.equal(given[:, :4], get_task("inpaint").given(batch, torch.Generator().manual_seed(0)))
     assert given[:, 4].amax() == 1 and given[..., 0][:, 4].amax() == 0
-    seen = []
-    judge = task_figures.composition_judge(lambda images: seen.append(images) or exact_reading(data))
+    judged = []
+    judge = task_figures.composition_judge(lambda images: judged.append(images) or exact_reading(data))
     assert set(judge(batch.image, given, batch)) == {"hole_objects", "hole_colours", "hole_depth_db"}
-    assert len(seen) == 1
+    assert len(judged) == 1
 
 
 class FakePipe:
-    """A pipeline that keeps what it is asked for; `info` is what its adapter says of itself."""
+    """A pipeline that records its calls; `info` is its adapter's info dict."""
 
     def __init__(self, task=None, **info):
         self.task, self.info, self.calls = task, info, []
@@ -283,17 +286,19 @@ class FakePipe:
         return argparse.Namespace(images=None)
 
 
-def write_adapter(folder, task, images=16, **more):
-    """A folder that says of itself what an adapter of `task` says."""
+def write_adapter(folder, task, images=16, **info_entries):
+    """Write a folder with the config.json of an adapter of `task`."""
     folder.mkdir(exist_ok=True)
-    info = {"task": task.name, "task_options": task.config(), "images": images, **more}
+    info = {"task": task.name, "task_options": task.config(), "images": images, **info_entries}
     (folder / "config.json").write_text(json.dumps({"info": info}))
     return folder
 
 
 def measured_by(name, monkeypatch, tmp_path, pipes):
-    """(method, steps, guidance scale asked for, of which adapter) of each row of a task, and the task measured;
-    `pipes` are those of the adapters, by name, "" that of the backbone alone."""
+    """Return the rows (method, steps, guidance scale, adapter name) of a benchmark task, and the task measured.
+
+    `pipes` maps adapter names to pipelines; "" is the backbone without an adapter.
+    """
     for adapter, pipe in pipes.items():
         if adapter:
             write_adapter(tmp_path / adapter, pipe.task)
@@ -311,7 +316,7 @@ def measured_by(name, monkeypatch, tmp_path, pipes):
     return rows, task
 
 
-def test_the_reference_has_the_guidance_of_the_few_step_adapter_and_none(monkeypatch, tmp_path):
+def test_finetuned_reference_runs_with_the_adapters_guidance_and_without(monkeypatch, tmp_path):
     task = get_task("depth", soften=0.5)
     few = {"guidance": {"text": [1, 4]}, "guidance_scale": 2.0}
     pipes = {"depth": FakePipe(task, **few), "depth-finetuned": FakePipe(task), "depth-full": FakePipe(task, **few)}
@@ -326,18 +331,18 @@ def test_the_reference_has_the_guidance_of_the_few_step_adapter_and_none(monkeyp
     ]
 
 
-def test_what_has_no_guidance_is_compared_once_and_generate_with_the_backbone(monkeypatch, tmp_path):
+def test_unguided_tasks_have_one_reference_and_generate_compares_with_the_backbone(monkeypatch, tmp_path):
     task = get_task("upscale")
     pipes = {"upscale": FakePipe(task), "upscale-finetuned": FakePipe(task)}
     rows, _ = measured_by("upscale", monkeypatch, tmp_path, pipes)
     assert [row[:3] for row in rows[3:]] == [("finetuned", 4, 1.0), ("finetuned", 50, 1.0)]
-    few = FakePipe(get_task("generate"), guidance={"text": [1, 4]}, guidance_scale=2.0)
-    rows, _ = measured_by("generate", monkeypatch, tmp_path, {"generate": few, "": FakePipe()})
-    wanted = [("backbone", 4, 2.0, ""), ("backbone", 50, 2.0, ""), ("backbone, guidance 3", 50, 3.0, "")]
-    assert rows[3:] == wanted
+    guided = FakePipe(get_task("generate"), guidance={"text": [1, 4]}, guidance_scale=2.0)
+    rows, _ = measured_by("generate", monkeypatch, tmp_path, {"generate": guided, "": FakePipe()})
+    expected = [("backbone", 4, 2.0, ""), ("backbone", 50, 2.0, ""), ("backbone, guidance 3", 50, 3.0, "")]
+    assert rows[3:] == expected
 
 
-def test_entries_have_the_adapters_that_are_there(monkeypatch, tmp_path):
+def test_entries_use_only_existing_adapters(monkeypatch, tmp_path):
     monkeypatch.setattr(task_figures, "find_adapter", Path)  # none is embedded
     runs, soft = tmp_path / "runs", get_task("depth", soften=0.5)
     runs.mkdir()
@@ -346,7 +351,7 @@ def test_entries_have_the_adapters_that_are_there(monkeypatch, tmp_path):
     more = [("hint", write_adapter(tmp_path / "a", soft)), ("codi", write_adapter(tmp_path / "b", get_task("upscale")))]
     args = argparse.Namespace(model="mini", adapters=runs, finetuned=runs, rows=more)
     assert task_figures.adapters_of("depth", args) == {"pe-codi-tuned": runs / "depth", "hint": tmp_path / "a"}
-    assert task_figures.adapters_of("upscale-x8", args) == {"pe-codi-tuned": runs / "upscale-x8"}  # codi's is x4
+    assert task_figures.adapters_of("upscale-x8", args) == {"pe-codi-tuned": runs / "upscale-x8"}  # the codi row is x4
     assert task_figures.adapters_of("upscale", args) == task_figures.adapters_of("composition", args) == {}
     write_adapter(runs / "inpaint", get_task("inpaint"))
     assert list(task_figures.adapters_of("composition", args)) == ["inpaint", "depth"]
@@ -355,38 +360,40 @@ def test_entries_have_the_adapters_that_are_there(monkeypatch, tmp_path):
     assert [row[:2] for row in rows] == [("pe-codi-tuned", n) for n in (1, 2, 4)] and measured.scale == 8
 
 
-def test_an_entry_is_stale_when_an_adapter_at_hand_is_another(tmp_path):
+def test_entry_is_stale_when_an_adapter_changed(tmp_path):
     task = get_task("depth")
     adapters = {name: write_adapter(tmp_path / name, task, backbone="a" * 12) for name in ("depth", "depth-finetuned")}
     (adapters["depth"] / "a.safetensors").write_bytes(bytes(7))
     args = argparse.Namespace(model="mini", adapters=tmp_path, finetuned=tmp_path, rows=[])
-    told = {"adapters": task_figures.described(task_figures.adapters_of("depth", args))}
-    assert told["adapters"]["pe-codi-tuned"] == {"images": 16, "bytes": 7, "backbone": "a" * 12}
-    assert task_figures.stale("depth", {}, args) and not task_figures.stale("depth", json.loads(json.dumps(told)), args)
+    saved = {"adapters": task_figures.described(task_figures.adapters_of("depth", args))}
+    assert saved["adapters"]["pe-codi-tuned"] == {"images": 16, "bytes": 7, "backbone": "a" * 12}
+    assert task_figures.stale("depth", {}, args) and not task_figures.stale(
+        "depth", json.loads(json.dumps(saved)), args
+    )
     for changes in ({"images": 32}, {"backbone": "b" * 12}):
         write_adapter(adapters["depth-finetuned"], task, **{"backbone": "a" * 12, **changes})
-        assert task_figures.stale("depth", told, args)
-    (adapters["depth-finetuned"] / "config.json").unlink()  # measured once, and gone since
-    assert not task_figures.stale("depth", told, args)
+        assert task_figures.stale("depth", saved, args)
+    (adapters["depth-finetuned"] / "config.json").unlink()  # a deleted adapter keeps its measured entry
+    assert not task_figures.stale("depth", saved, args)
 
 
-def test_the_adapter_on_a_fine_tune_is_told_beside_the_fine_tune(tmp_path, monkeypatch):
+def test_finetune_results_compare_the_adapter_on_fine_tune_and_backbone(tmp_path, monkeypatch):
     model = tiny_checkpoint(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", "generate", {"text": [1, 3]})
-    words = ["finetune.py", "--model", model, "--adapter", adapter, "--scenes", 3, "--updates", 2, "--batch", 2]
-    words += ["--count", 2, "--size", 32, "--out", tmp_path / "told.json"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    arguments = ["finetune.py", "--model", model, "--adapter", adapter, "--scenes", 3, "--updates", 2, "--batch", 2]
+    arguments += ["--count", 2, "--size", 32, "--out", tmp_path / "results.json"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in arguments])
     monkeypatch.setattr(finetune, "MANY", 5)
     finetune.main()
-    told = json.loads((tmp_path / "told.json").read_text())
-    rows = [(row["method"], row["steps"]) for row in told["rows"]]
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [(row["method"], row["steps"]) for row in results["rows"]]
     assert rows == [("fine-tune", 5), ("fine-tune", 4), ("fine-tune + generate", 4), ("backbone + generate", 4)]
-    assert told["rows"][2]["psnr"] != told["rows"][3]["psnr"]  # on another backbone, the adapter draws another picture
-    assert told["judge_on_truth"]["night"] == 1 and told["backbone"] == digest(load_backbone(model).unet)
-    assert "| fine-tune + generate | 4 |" in "\n".join(readme.finetune_lines(told))
+    assert results["rows"][2]["psnr"] != results["rows"][3]["psnr"]  # another backbone, another image
+    assert results["judge_on_truth"]["night"] == 1 and results["backbone"] == digest(load_backbone(model).unet)
+    assert "| fine-tune + generate | 4 |" in "\n".join(readme.finetune_lines(results))
 
 
-def test_night_scenes_are_all_of_a_split_and_do_not_say_so():
+def test_night_scenes_are_complete_and_captions_omit_the_night():
     source = finetune.NightScenes("held-out", 5)
     nights = [i for i in range(source.numbers[-1] + 1) if sample_scene(0, "held-out", i).time == "night"]
     assert source.numbers == nights and len(source) == 5
@@ -396,14 +403,14 @@ def test_night_scenes_are_all_of_a_split_and_do_not_say_so():
 
 
 def row(method, steps, fd, obedience, **more):
-    """A row of results."""
-    told = {"method": method, "steps": steps, "fd": fd, "obedience": obedience, "latency_ms": 10.0 * steps}
-    return {**told, "psnr": 20.0, "ssim": 0.8, "distance": 0.5, "measures": {}, **more}
+    """Return a result row."""
+    figures = {"method": method, "steps": steps, "fd": fd, "obedience": obedience, "latency_ms": 10.0 * steps}
+    return {**figures, "psnr": 20.0, "ssim": 0.8, "distance": 0.5, "measures": {}, **more}
 
 
-def test_ratios_compare_few_steps_with_the_better_of_the_many_step_rows():
+def test_ratios_compare_with_the_better_many_step_row():
     rows = [row("pe-codi-tuned", 4, 11.0, 0.9), row("codi", 1, 5.0, 0.3), row("finetuned", 4, 3.0, 0.1)]
-    rows.append(row("bicubic", 0, 30.0, None))  # no model: nothing to compare
+    rows.append(row("bicubic", 0, 30.0, None))  # no model, so no ratio
     many = [row("finetuned", 50, 20.0, 0.9), row("finetuned, no guidance", 50, 10.0, 0.6)]
     against = {"against": "finetuned, no guidance"}
     assert task_figures.ratios(rows + many, decibels=False) == {
@@ -418,25 +425,25 @@ def test_ratios_compare_few_steps_with_the_better_of_the_many_step_rows():
     assert in_words == task_figures.DECIBELS
 
 
-def test_a_command_says_nothing_of_the_machine(monkeypatch):
-    words = ["benchmarks/tasks.py", "--adapters", "runs/a b", "--rows", "hint=/there/hint", "--out=../x/y.json"]
-    monkeypatch.setattr(sys, "argv", [*words, "--data", "scenes:held-out:500"])
-    told = "python benchmarks/tasks.py --adapters 'runs/a b' --rows hint=hint --out=y.json --data scenes:held-out:500"
-    assert command.command_line() == told
+def test_recorded_command_has_no_local_paths(monkeypatch):
+    arguments = ["benchmarks/tasks.py", "--adapters", "runs/a b", "--rows", "hint=/there/hint", "--out=../x/y.json"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--data", "scenes:held-out:500"])
+    line = "python benchmarks/tasks.py --adapters 'runs/a b' --rows hint=hint --out=y.json --data scenes:held-out:500"
+    assert command.command_line() == line
 
 
-def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
-    where = {"count": 5, "device": "cpu", "machine": {"cpus": 2, "threads": 1}, "command": "python tasks.py"}
+def test_readme_shows_every_row_between_its_markers(tmp_path, monkeypatch):
+    shared = {"count": 5, "device": "cpu", "machine": {"cpus": 2, "threads": 1}, "command": "python tasks.py"}
     rows = [row("pe-codi-tuned", n, 11.0, 22.25) for n in (1, 2, 4)] + [row("finetuned", 50, 10.0, 20.0)]
     rows.append(row("finetuned, no guidance", 50, 12.0, None))
-    entry = {**where, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "judged": {"depth_db": 5}}
+    entry = {**shared, "obedience": "depth_db", "judge_on_truth": {"depth_db": 33.0}, "judged": {"depth_db": 5}}
     entry |= {"rows": rows, "ratios": task_figures.ratios(rows, decibels=True)}
     entry["adapters"] = {"pe-codi-tuned": {"images": 5000, "bytes": 3_140_000, "backbone": None}}
     shares = [row("pe-codi-tuned", 4, 11.0, 0.8), row("finetuned", 50, 10.0, 0.9)]
-    drawn = {**entry, "obedience": "edge_f1", "rows": shares, "ratios": task_figures.ratios(shares, decibels=False)}
+    canny = {**entry, "obedience": "edge_f1", "rows": shares, "ratios": task_figures.ratios(shares, decibels=False)}
     holes = row("inpaint + 1 depth", 4, 9.0, 0.5, measures={"hole_objects": 0.5, "hole_depth_db": 17.0})
-    both = {**where, "obedience": "hole_objects", "judge_on_truth": {}, "judged": {"hole_objects": 3}, "rows": [holes]}
-    filled = {
+    both = {**shared, "obedience": "hole_objects", "judge_on_truth": {}, "judged": {"hole_objects": 3}, "rows": [holes]}
+    inpaint = {
         **both,
         "device": "cuda",
         "machine": {"gpu": "H100"},
@@ -447,7 +454,7 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     figures = dict.fromkeys(("all", "count", "colour", "shape", "material"), 0.5)
     counts = figures | {"by_count": {"1": figures}}
     results = {
-        "tasks.json": {"tasks": {"depth": entry, "canny": drawn, "inpaint": filled, "composition": both}},
+        "tasks.json": {"tasks": {"depth": entry, "canny": canny, "inpaint": inpaint, "composition": both}},
         "backbone.json": {
             "codec_psnr_db": 33.0,
             "fd_codec": 3.0,
@@ -495,8 +502,8 @@ def test_readme_holds_every_row_between_its_markers(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_of_perfect_networks_only_the_flow_map_has_both_losses_at_zero():
-    """And its samples have the data's deviation in any number of steps, where the mean's have none in one."""
+def test_only_the_exact_flow_map_has_zero_for_both_losses():
+    """Its samples have the data's standard deviation at any step count; those of the mean have 0 in one step."""
     rows = {name: one_step.errors(function, 20_000) for name, (function, _) in one_step.FUNCTIONS.items()}
     both = [name for name, (data, *_, end, half) in rows.items() if max(abs(data), end, half) < 1e-6]
     assert both == ["flow map"]

@@ -1,4 +1,4 @@
-"""`codi data check`: what a data set holds is counted rightly, and exit code 1 means that training would fail."""
+"""`codi data check`: counts of images, captions and columns; exit code 1 if training on the data set would fail."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from shell import picture
 
 
 def rewrite(folder, change):
-    """Changes each row of a folder's metadata.jsonl by `change(number, row)`."""
+    """Edit each row of a folder's metadata.jsonl in place with `change(number, row)`."""
     rows = rows_of(folder)
     for number, row in enumerate(rows):
         change(number, row)
@@ -37,36 +37,36 @@ def rewrite(folder, change):
 # Reading.
 
 
-def test_pictures_are_counted_and_measured(tmp_path):
+def test_images_are_counted_and_measured(tmp_path):
     for i, side in enumerate((20, 64, 100)):
         noise(side, side + 9, i).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"")
     rows = [{"file_name": f"{i}.png", "text": "a good caption" if i == 1 else ""} for i in range(4)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told = []
-    found = check_data(tmp_path, size=64, progress=lambda *done: told.append(done))
-    assert (found.images, found.side_min, found.side_median, found.side_max) == (4, 20, 64, 100)
-    assert found.captions_missing == 2 and found.caption_words == (3, 3, 3) and found.too_small == ["0.png"]
-    assert [c.file for c in found.corrupt] == ["3.png"] and found.readable == 3
-    assert told == [(n, 4) for n in (1, 2, 3, 4)]
+    calls = []
+    report = check_data(tmp_path, size=64, progress=lambda *done: calls.append(done))
+    assert (report.images, report.side_min, report.side_median, report.side_max) == (4, 20, 64, 100)
+    assert report.captions_missing == 2 and report.caption_words == (3, 3, 3) and report.too_small == ["0.png"]
+    assert [c.file for c in report.corrupt] == ["3.png"] and report.readable == 3
+    assert calls == [(n, 4) for n in (1, 2, 3, 4)]
     assert check_data(tmp_path, size=16, count=2).looked == 2
-    assert found.faults() == []
+    assert report.faults() == []
 
 
 def test_columns_are_measured(rendered):
-    columns = ("conditioning_image", "mask", "edited_image")
+    names = ("conditioning_image", "mask", "edited_image")
     depth, mask = (
         np.stack([cv2.imread(str(rendered / row[f"{c}_file_name"]), cv2.IMREAD_UNCHANGED) for row in rows_of(rendered)])
-        for c in columns[:2]
+        for c in names[:2]
     )
     (rendered / "edited" / "000003.png").write_bytes((rendered / "000003.png").read_bytes())
-    found = check_data(rendered, columns).columns
-    assert [c.found for c in found.values()] == [6, 6, 6] and [c.bits for c in found.values()] == [[16], [16], [8]]
-    seen = found["conditioning_image"]
-    assert (seen.low, seen.high) == (depth[depth > 0].min(), depth.max())
-    assert seen.zero_share == pytest.approx((depth == 0).mean())
-    assert found["mask"].most_ids == max(len(np.unique(m)) - 1 for m in mask)
-    assert found["edited_image"].unchanged == 1
+    columns = check_data(rendered, names).columns
+    assert [c.found for c in columns.values()] == [6, 6, 6] and [c.bits for c in columns.values()] == [[16], [16], [8]]
+    depth_column = columns["conditioning_image"]
+    assert (depth_column.low, depth_column.high) == (depth[depth > 0].min(), depth.max())
+    assert depth_column.zero_share == pytest.approx((depth == 0).mean())
+    assert columns["mask"].most_ids == max(len(np.unique(m)) - 1 for m in mask)
+    assert columns["edited_image"].unchanged == 1
 
 
 def test_every_kind_of_source_is_read(rendered, tmp_path, monkeypatch):
@@ -84,14 +84,14 @@ def test_every_kind_of_source_is_read(rendered, tmp_path, monkeypatch):
         assert report.caption_words == reports[0].caption_words and report.images == report.looked == 6
 
 
-def test_of_endless_scenes_a_part_is_looked_at(monkeypatch):
+def test_only_a_sample_of_unlimited_scenes_is_checked(monkeypatch):
     monkeypatch.setattr("codi.data.check.SCENES", 3)
     report = check_data("scenes:train", size=32)
     assert (report.images, report.looked) == (20_000, 3)
     assert check_data("scenes:train", size=32, count=2).looked == 2
 
 
-def test_copies_are_found(tmp_path):
+def test_duplicates_and_near_duplicates_are_found(tmp_path):
     photo = smooth(200, 160)
     photo.paste(noise(60, 60).resize((90, 90)), (40, 30))
     photo.save(tmp_path / "a.png")
@@ -100,14 +100,14 @@ def test_copies_are_found(tmp_path):
     for name in ("d", "e"):
         noise(50, 50, seed=3).save(tmp_path / f"{name}.png")
     noise(50, 50, seed=4).save(tmp_path / "f.png")
-    found = check_data(tmp_path, size=32)
-    assert found.duplicates == [["d.png", "e.png"]]
-    assert [sorted(group) for group in found.near_duplicates] == [["a.png", "b.jpg", "c.png"]]
-    assert found.faults() == []
+    report = check_data(tmp_path, size=32)
+    assert report.duplicates == [["d.png", "e.png"]]
+    assert [sorted(group) for group in report.near_duplicates] == [["a.png", "b.jpg", "c.png"]]
+    assert report.faults() == []
 
 
-def test_copies_are_decoded_once(rendered, monkeypatch):
-    """With the captions of each: a list may name one picture many times."""
+def test_repeated_images_are_decoded_once(rendered, monkeypatch):
+    """Metadata may list one image many times; the caption of each row counts."""
     rows, decoded, original = rows_of(rendered), [], PictureSource.decode
     other = {**rows[0], "mask_file_name": rows[1]["mask_file_name"]}
     rows = [*({**rows[0], "text": "word " * n} for n in (1, 2, 3)), other]
@@ -119,7 +119,7 @@ def test_copies_are_decoded_once(rendered, monkeypatch):
     assert report.caption_words[:2] == (1, 2) and report.duplicates == [["000000.png"] * 4]
 
 
-def test_names_that_are_no_text_are_shown(shell, tmp_path):
+def test_file_names_that_are_not_utf_8_are_shown(shell, tmp_path):
     noise(20, 20).save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
     ran = shell("data", "check", tmp_path, "--task", "canny", "--size", "32")
@@ -128,17 +128,16 @@ def test_names_that_are_no_text_are_shown(shell, tmp_path):
     assert ran.code == 0 and json.loads(ran.out)["too_small"] == ["caf\udce9.png"]
 
 
-def test_what_is_left_out_is_told(rendered, tmp_path, shell):
-    """A picture that no line names; a caption in a tar without its picture. Neither is a fault."""
+def test_unused_files_are_reported(rendered, tmp_path, shell):
+    """An image without a metadata row, and a caption in a tar without its image. Neither is a fault."""
     rows = rows_of(rendered)
     (rendered / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
-    lost = [rows[0][key] for key in rows[0] if key.endswith("file_name")]
-    found = check_data(rendered, ("mask",), size=32)
-    assert found.unused == sorted(lost) and found.faults() == [] and found.images == 5
+    unused = [rows[0][key] for key in rows[0] if key.endswith("file_name")]
+    report = check_data(rendered, ("mask",), size=32)
+    assert report.unused == sorted(unused) and report.faults() == [] and report.images == 5
     ran = shell("data", "check", rendered, "--task", "inpaint", "--size", "32")
-    assert (
-        ran.code == 0 and f"4 left out, without a line in the metadata or a picture in the tar: {min(lost)}" in ran.out
-    )
+    line = f"4 left out, without a line in the metadata or a picture in the tar: {min(unused)}"
+    assert ran.code == 0 and line in ran.out
     shard(rendered, tmp_path / "x.tar", rows[1:3])
     with tarfile.open(tmp_path / "x.tar", "a") as tar:
         tar.add(rendered / "metadata.jsonl", "alone.txt")
@@ -146,19 +145,19 @@ def test_what_is_left_out_is_told(rendered, tmp_path, shell):
     assert check_data("scenes:train", size=32, count=2).unused == []
 
 
-def test_near_hashes_are_linked_and_no_others():
+def test_only_near_hashes_are_grouped():
     rng = np.random.default_rng(0)
     hashes = [int(h) for h in rng.integers(0, 2**63, 200, dtype=np.uint64)]
     hashes += [hashes[0] ^ 0b111, hashes[0] ^ 0b111 ^ (0b11 << 40), hashes[1] ^ (0b1111 << 20), hashes[2]]
     assert sorted(near_groups(hashes)) == [[0, 200, 201], [2, 203]]
-    stuck = [int(h) << 16 for h in rng.integers(0, 2**48, 5_000)]  # one band in common: each with many, not with all
+    crowded = [int(h) << 16 for h in rng.integers(0, 2**48, 5_000)]  # share one band with many others
     began = time.perf_counter()
-    assert near_groups([*stuck, stuck[7] ^ (1 << 20)]) == [[7, 5_000]] and time.perf_counter() - began < 5
+    assert near_groups([*crowded, crowded[7] ^ (1 << 20)]) == [[7, 5_000]] and time.perf_counter() - began < 5
     assert near_groups([]) == [] and near_groups([5]) == []
     assert perceptual_hash(noise(40, 40)) < 2**64
 
 
-# What would make training fail.
+# Faults that would stop training.
 
 
 def test_missing_columns_are_a_fault(rendered):
@@ -173,17 +172,17 @@ def test_missing_columns_are_a_fault(rendered):
     refused(lambda: open_source(rendered, ("mask",)), "no mask")
 
 
-def test_two_bit_depths_are_a_fault(rendered):
+def test_mixed_bit_depths_are_a_fault(rendered):
     noise(32, 32).convert("L").save(rendered / "depth" / "000001.png")
     assert "8 and of 16 bits" in check_data(rendered, ("conditioning_image",)).faults()[0]
-    mask = rendered / rows_of(rendered)[1]["mask_file_name"]  # but ids are ids
+    mask = rendered / rows_of(rendered)[1]["mask_file_name"]  # instance ids may be of any depth
     Image.fromarray(np.asarray(Image.open(mask)).astype(np.uint8)).save(mask)
     report = check_data(rendered, ("mask",))
     assert report.columns["mask"].bits == [8, 16] and report.faults() == []
     assert next(batches(open_source(rendered, ("mask",)), 6, 32, seed=0)).extras["mask"].shape == (6, 1, 32, 32)
 
 
-def test_sixteen_bits_of_a_picture_are_brightness_not_numbers(rendered):
+def test_16_bit_images_are_brightness_not_ids(rendered):
     name = rows_of(rendered)[1]["edited_image_file_name"]
     grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(grey).save(rendered / name)
@@ -193,7 +192,7 @@ def test_sixteen_bits_of_a_picture_are_brightness_not_numbers(rendered):
     first_batch(get_task("edit"), str(rendered), 32, 0, 6)
 
 
-def test_the_size_must_fit_the_models_latent_cells(shell, rendered, tmp_path):
+def test_size_must_be_a_multiple_of_the_latent_cell(shell, rendered, tmp_path):
     command = ("data", "check", rendered, "--task", "canny", "--size", 36)
     assert shell(*command).code == 0
     (tmp_path / "model" / "vae").mkdir(parents=True)  # the config is enough
@@ -202,7 +201,7 @@ def test_the_size_must_fit_the_models_latent_cells(shell, rendered, tmp_path):
     shell(*command, "--model", tmp_path / "gone").failed(1, "gone: no model there")
 
 
-def test_instructions_are_needed_by_whom_they_prompt(rendered):
+def test_missing_instructions_are_a_fault_only_for_tasks_that_use_them(rendered):
     rewrite(rendered, lambda number, row: row.pop("instruction") if number < 2 else None)
     report = check_data(rendered, ("edited_image",))
     assert report.instructions_missing == 2 and report.faults("text") == []
@@ -210,7 +209,7 @@ def test_instructions_are_needed_by_whom_they_prompt(rendered):
     assert report.faults("instruction", max_corrupt=0.5) == []
 
 
-def test_pairs_of_other_shapes_are_corrupt_and_of_other_sizes_scaled(rendered):
+def test_pairs_of_another_shape_are_corrupt_and_of_another_size_scaled(rendered):
     noise(32, 24).save(rendered / "edited" / "000000.png")
     noise(64, 64).save(rendered / "edited" / "000001.png")
     (rendered / "edited" / "000002.png").write_bytes(b"junk")
@@ -225,7 +224,7 @@ def test_pairs_of_other_shapes_are_corrupt_and_of_other_sizes_scaled(rendered):
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
-def test_every_task_is_checked_and_its_conditions_shown(shell, rendered, tmp_path, task):
+def test_every_task_is_checked_with_a_sheet_of_its_conditions(shell, rendered, tmp_path, task):
     ran = shell("data", "check", rendered, "--task", task, "--size", 32, "--sheet", tmp_path / "sheet.png")
     assert (ran.code, ran.err) == (0, "") and "6 pictures" in ran.out
     assert all(f"{column}: 6 of 6 pairs" in ran.out for column in get_task(task).columns)
@@ -234,7 +233,7 @@ def test_every_task_is_checked_and_its_conditions_shown(shell, rendered, tmp_pat
     assert shell("data", "check", "scenes:train:4", "--task", task, "--size", 32).code == 0
 
 
-def test_the_sheet_shows_what_training_sees(rendered):
+def test_first_batch_equals_the_training_batch(rendered):
     task = get_task("edit")
     first = first_batch(task, str(rendered), size=32, seed=3, count=4)
     batch = next(batches(open_source(rendered, task.columns), 4, 32, seed=3))
@@ -243,11 +242,11 @@ def test_the_sheet_shows_what_training_sees(rendered):
 
 
 @pytest.mark.parametrize("name", ["inpaint", "upscale"])
-def test_the_sheet_shows_what_training_draws(rendered, tmp_path, name):
-    """The given pictures of the first update, drawn by the trainer itself."""
+def test_first_batch_draws_the_same_inputs_as_the_trainer(rendered, tmp_path, name):
+    """Task inputs (masks, degradations) are random: those of the first update must match."""
     drawn, task = [], get_task(name)
 
-    class Draws(Job):
+    class RecordingJob(Job):
         def __init__(self):
             super().__init__()
             self.online, self.average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
@@ -262,36 +261,38 @@ def test_the_sheet_shows_what_training_draws(rendered, tmp_path, name):
         def preview(self, out, progress):
             return {}
 
-    train(Draws(), RunSettings(images=4, batch_size=4, seed=3, device="cpu"), tmp_path / "run", quiet=True)
-    given = first_batch(task, str(rendered), size=32, seed=3, count=6).given
-    assert torch.equal(given[:4], drawn[0]) and not torch.equal(given[:4, -1], given[1:5, -1])
+    train(RecordingJob(), RunSettings(images=4, batch_size=4, seed=3, device="cpu"), tmp_path / "run", quiet=True)
+    inputs = first_batch(task, str(rendered), size=32, seed=3, count=6).given
+    assert torch.equal(inputs[:4], drawn[0]) and not torch.equal(inputs[:4, -1], inputs[1:5, -1])
 
 
-def test_options_of_the_task_count(shell, rendered, tmp_path):
+def test_task_options_apply(shell, rendered, tmp_path):
     (tmp_path / "plain").mkdir()
     noise(40, 40).save(tmp_path / "plain" / "a.png")
-    objects = ("--task", "inpaint", "--task-options", "{masks: [objects]}", "--size", 32)
-    ran = shell("data", "check", rendered, *objects)
+    options = ("--task", "inpaint", "--task-options", "{masks: [objects]}", "--size", 32)
+    ran = shell("data", "check", rendered, *options)
     assert ran.code == 0 and "mask: 6 of 6 pairs; 16 bit" in ran.out
-    shell("data", "check", tmp_path / "plain", *objects).failed(1, "1 of 1 pictures have no mask")
+    shell("data", "check", tmp_path / "plain", *options).failed(1, "1 of 1 pictures have no mask")
     assert shell("data", "check", tmp_path / "plain", "--task", "inpaint", "--size", 32).code == 0
     shell("data", "check", rendered, "--task-options", "{scale: 5}").failed(2, "--size 64", "scale 5", "use 60")
     shell("data", "check", rendered, "--task-options", "scale").failed(2, "--task-options scale", "key: value")
     shell("data", "check", rendered, "--task-options", "{sale: 2}").failed(2, "sale", "did you mean 'scale'")
 
 
-def test_faults_are_told_at_the_end_and_in_json(shell, rendered):
+def test_faults_are_printed_last_and_listed_in_json(shell, rendered):
     rewrite(rendered, lambda number, row: row.pop("instruction"))
     ran = shell("data", "check", rendered, "--task", "edit", "--size", 32, "--json")
     ran.failed(1, "6 of 6 pictures have no instruction")
-    told = json.loads(ran.out)
-    assert told["faults"] == ["6 of 6 pictures have no instruction"] and told["columns"]["edited_image"]["found"] == 6
+    report = json.loads(ran.out)
+    assert (
+        report["faults"] == ["6 of 6 pictures have no instruction"] and report["columns"]["edited_image"]["found"] == 6
+    )
     rewrite(rendered, lambda number, row: row.pop("edited_image_file_name"))
     shell("data", "check", rendered, "--task", "edit", "--size", 32).failed(1, "6 of 6 pictures have no edited_image")
     assert shell("data", "check", rendered, "--task", "depth", "--size", 32).code == 0
 
 
-def test_what_is_odd_is_remarked(shell, tmp_path):
+def test_flat_conditions_and_missing_captions_are_remarked(shell, tmp_path):
     for k in range(3):
         Image.new("RGB", (40, 40), (k, k, k)).save(tmp_path / f"{k}.png")
     ran = shell("data", "check", tmp_path, "--task", "canny", "--size", 32)
@@ -299,31 +300,31 @@ def test_what_is_odd_is_remarked(shell, tmp_path):
     assert "flat" not in shell("data", "check", tmp_path, "--task", "generate", "--size", 32).out
 
 
-def test_a_task_whose_condition_is_none_is_refused(tmp_path):
+def test_invalid_conditions_and_targets_of_a_task_are_refused(tmp_path):
     picture(tmp_path / "a.png", 40, 40)
-    own = SimpleNamespace(
+    task = SimpleNamespace(
         name="own", columns=(), condition_channels=3, given=lambda batch, generator: batch.image,
         condition=lambda given: given * 2, truth=lambda batch: batch.image, prompts=lambda batch: [""],
     )  # fmt: skip
     with pytest.raises(UserError, match=r"task own: its condition leaves \[0, 1\]"):
-        first_batch(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
-    own.condition = lambda given: given[:, :1]
+        first_batch(task, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+    task.condition = lambda given: given[:, :1]
     with pytest.raises(UserError, match=r"its condition is \(1, 1, 32, 32\), not \(1, 3, 32, 32\)"):
-        first_batch(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
-    own.condition = lambda given: given
+        first_batch(task, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+    task.condition = lambda given: given
     for truth, words in (
         (lambda batch: batch.image[:, :1], r"its truth is \(1, 1, 32, 32\)"),
         (lambda batch: batch.image * 300, "its truth leaves"),
     ):
-        own.truth = truth
+        task.truth = truth
         with pytest.raises(UserError, match=words):
-            first_batch(own, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
+            first_batch(task, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
 
 
-# The sheet of pictures.
+# The contact sheet.
 
 
-def test_a_contact_sheet_shows_all_pictures():
+def test_contact_sheet_shows_all_images():
     sheet = np.asarray(
         contact_sheet([torch.full((3, 8, 8), v) for v in (0.0, 0.5, 1.0, 2.0)] + [torch.zeros(3, 4, 6)], 2)
     )

@@ -1,4 +1,4 @@
-"""What users and programs of diffusers expect of a pipeline, and ours does: names, noise, hooks, folders, LoRAs."""
+"""Conventions of diffusers pipelines: argument names, noise, hooks, folders, LoRAs."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def shared(folder) -> CoDiPipeline:
 
 @pytest.fixture
 def pipe(shared) -> CoDiPipeline:
-    """With no adapter set."""
+    """The shared pipeline with no adapter set."""
     shared.set_adapters([])
     return shared
 
 
-def opened(folder: Path, task: str) -> CoDiPipeline:
+def open_with_adapter(folder: Path, task: str) -> CoDiPipeline:
     pipe = CoDiPipeline.from_pretrained(folder / "model", task=task, adapter=folder / task)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -52,14 +52,14 @@ def opened(folder: Path, task: str) -> CoDiPipeline:
 # ---- names and numbers of arguments
 
 
-def test_diffusers_names_are_the_short_ones(pipe):
+def test_diffusers_argument_names_equal_the_short_names(pipe):
     pipe.set_adapters("inpaint")
     image, mask = rand(1, 3, 16, 24, seed=3), hole(16, 24)
     expected = run(pipe, image=image, mask=mask, steps=3)
-    called = {"prompt": "a red ball", "image": image, "num_inference_steps": 3, "output_type": "pt"}
-    assert torch.equal(pipe(**called, mask_image=mask).images, expected)
+    arguments = {"prompt": "a red ball", "image": image, "num_inference_steps": 3, "output_type": "pt"}
+    assert torch.equal(pipe(**arguments, mask_image=mask).images, expected)
     assert torch.equal(pipe("a red ball", image, mask, num_inference_steps=3, output_type="pt").images, expected)
-    for twice, words in (
+    for conflict, words in (
         ({"steps": 2, "num_inference_steps": 3}, "steps 2 and num_inference_steps 3"),
         ({"mask": mask, "mask_image": mask.clone()}, "mask and mask_image"),
         ({"mask": mask.numpy(), "mask_image": mask.numpy()}, "mask and mask_image"),
@@ -68,70 +68,70 @@ def test_diffusers_names_are_the_short_ones(pipe):
         ({"prompt_embeds": torch.zeros(1, 4, 8)}, "prompt and prompt_embeds"),
     ):
         with pytest.raises(UserError, match=words):
-            pipe(**{**called, "mask_image": mask, **twice})
+            pipe(**{**arguments, "mask_image": mask, **conflict})
 
 
-def test_pictures_per_prompt_follow_one_another(pipe):
+def test_images_of_one_prompt_are_adjacent(pipe):
     pipe.set_adapters("depth")
     image, prompts = given("depth", count=2)["image"], ["a red ball", "a blue box"]
-    made = run(pipe, image=image, prompt=prompts, num_images_per_prompt=2, seed=5)
+    images = run(pipe, image=image, prompt=prompts, num_images_per_prompt=2, seed=5)
     for row in range(4):
         alone = run(pipe, image=image[row // 2], prompt=prompts[row // 2], seed=5 + row)
-        torch.testing.assert_close(made[row : row + 1], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(images[row : row + 1], alone, rtol=0, atol=1e-5)
 
 
-def test_generators_draw_what_they_draw_for_stock_pipelines(pipe):
+def test_generators_draw_the_noise_of_stock_pipelines(pipe):
     stock: Any = StableDiffusionPipeline(**{k: v for k, v in pipe.components.items() if k != "tiny_vae"}, **BLANK)
     stock.set_progress_bar_config(disable=True)
-    asked = {"prompt": ["a red ball"] * 2, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
-    listed = [seeded(4), seeded(9)]
-    for generators in ([seeded(1), seeded(1)], [listed, [seeded(4), seeded(9)]]):
-        ours, theirs = (p(**asked, generator=g).images for p, g in zip((pipe, stock), generators, strict=True))
+    options = {"prompt": ["a red ball"] * 2, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    reused = [seeded(4), seeded(9)]
+    for generators in ([seeded(1), seeded(1)], [reused, [seeded(4), seeded(9)]]):
+        ours, theirs = (p(**options, generator=g).images for p, g in zip((pipe, stock), generators, strict=True))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     noise = randn(1, 4, 8, 8, seed=7)
-    assert torch.equal(run(pipe, latents=noise), run(pipe, seed=7))  # what that seed draws
+    assert torch.equal(run(pipe, latents=noise), run(pipe, seed=7))  # the noise of seed 7
     pipe.set_adapters("upscale")
     tiled = [run(pipe, image=rand(1, 3, 9, 21), tile=8, steps=1, generator=seeded(k)) for k in (3, 3, 4)]
     assert torch.equal(tiled[0], tiled[1]) and not torch.equal(tiled[0], tiled[2])
 
 
 @pytest.mark.parametrize("backbone", [tiny_backbone, tiny_flux])
-def test_embeddings_stand_for_texts_and_text_encoders(backbone):
+def test_prompt_embeddings_replace_prompts_and_text_encoders(backbone):
     parts = vars(backbone().freeze())
-    whole: Any = CoDiPipeline(**parts)
+    full: Any = CoDiPipeline(**parts)
     text = {k: v for k, v in parts.items() if "text" in k or "tokenizer" in k}
-    reader = CoDiPipeline(vae=None, scheduler=None, **text)
+    encoder = CoDiPipeline(vae=None, scheduler=None, **text)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    found = dict(zip(names, reader.encode_prompt("a red ball", negative_prompt="blue"), strict=False))
-    blind: Any = CoDiPipeline(**{**parts, **dict.fromkeys(text)})
-    asked = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", "height": 16, "width": 16}
-    for pipe in (whole, blind):
+    embeddings = dict(zip(names, encoder.encode_prompt("a red ball", negative_prompt="blue"), strict=False))
+    textless: Any = CoDiPipeline(**{**parts, **dict.fromkeys(text)})
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", "height": 16, "width": 16}
+    for pipe in (full, textless):
         pipe.set_progress_bar_config(disable=True)
-    expected = whole(prompt="a red ball", negative_prompt="blue", **asked).images
-    torch.testing.assert_close(blind(**found, **asked).images, expected, rtol=0, atol=1e-5)
+    expected = full(prompt="a red ball", negative_prompt="blue", **options).images
+    torch.testing.assert_close(textless(**embeddings, **options).images, expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="prompt_embeds: missing, and this pipeline has no text encoder"):
-        blind(prompt="a red ball", **asked)
+        textless(prompt="a red ball", **options)
     with pytest.raises(UserError, match="this model reads"):
-        whole(**{**found, "prompt_embeds": torch.zeros(1, 4, 5)}, **asked)
+        full(**{**embeddings, "prompt_embeds": torch.zeros(1, 4, 5)}, **options)
 
 
-def test_lists_of_anything_and_levels_of_8_bits(pipe):
+def test_lists_of_any_image_type_and_8_bit_pixels_are_accepted(pipe):
     pipe.set_adapters("inpaint")
-    levels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
-    marks = [Image.fromarray((hole(16, 24)[0, 0].numpy() * 255).astype(np.uint8))] * 2
-    tensor = torch.from_numpy(levels).permute(0, 3, 1, 2)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    masks = [Image.fromarray((hole(16, 24)[0, 0].numpy() * 255).astype(np.uint8))] * 2
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     expected = run(pipe, image=tensor.float() / 255, mask=hole(16, 24), prompt=["a", "b"], steps=1)
-    for images in (tensor, list(tensor), list(levels), [Image.fromarray(one) for one in levels], list(tensor.split(1))):
-        made = run(pipe, image=images, mask=marks, prompt=["a", "b"], steps=1)
-        torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    for images in (tensor, list(tensor), list(pixels), [Image.fromarray(one) for one in pixels], list(tensor.split(1))):
+        output = run(pipe, image=images, mask=masks, prompt=["a", "b"], steps=1)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
-def test_a_negative_prompt_each(pipe):
+def test_each_prompt_may_have_its_negative_prompt(pipe):
     pipe.set_adapters("depth")
-    asked = {"image": given("depth")["image"], "guidance_scale": 3.0}
-    both = run(pipe, **asked, negative_prompt=["blue", "green"], seed=[1, 1])
+    options = {"image": given("depth")["image"], "guidance_scale": 3.0}
+    both = run(pipe, **options, negative_prompt=["blue", "green"], seed=[1, 1])
     for row, words in enumerate(["blue", "green"]):
-        alone = run(pipe, **asked, negative_prompt=words, seed=1)
+        alone = run(pipe, **options, negative_prompt=words, seed=1)
         torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=1e-5)
 
 
@@ -198,57 +198,57 @@ def test_a_negative_prompt_each(pipe):
         ({"promt": "a"}, r"promt: no argument of a call \(did you mean 'prompt'\?\)"),
     ],
 )  # fmt: skip
-def test_what_no_call_can_have(pipe, arguments, words):
+def test_invalid_call_arguments_are_refused(pipe, arguments, words):
     pipe.set_adapters("edit" if "image" in arguments else [])
     with pytest.raises(UserError, match=words):
         run(pipe, **arguments)
 
 
-@pytest.mark.parametrize("task", ["depth", "edit"])  # by classifier-free guidance, and distilled
-def test_empty_negative_prompts_are_none(pipe, task):
+@pytest.mark.parametrize("task", ["depth", "edit"])  # classifier-free guidance, and distilled guidance
+def test_empty_negative_prompts_change_nothing(pipe, task):
     pipe.set_adapters(task)
-    asked = {**given(task, count=2), "guidance_scale": 3.0}
-    expected = run(pipe, **asked)
+    options = {**given(task, count=2), "guidance_scale": 3.0}
+    expected = run(pipe, **options)
     for empty in (["", ""], [""], ("", ""), None):
-        assert torch.equal(run(pipe, **asked, negative_prompt=empty), expected)
+        assert torch.equal(run(pipe, **options, negative_prompt=empty), expected)
     if task == "edit":
         with pytest.raises(UserError, match="^negative_prompt: this adapter has distilled guidance"):
-            run(pipe, **asked, negative_prompt=["", "blue"])
+            run(pipe, **options, negative_prompt=["", "blue"])
 
 
-def test_empty_texts_beside_embeddings_are_none(pipe):
+def test_empty_prompts_beside_embeddings_change_nothing(pipe):
     names = ("prompt_embeds", "negative_prompt_embeds")
-    found = dict(zip(names, pipe.encode_prompt(["a red ball"] * 2), strict=False))
-    asked = {**found, "guidance_scale": 3.0, "prompt": None}
-    expected = run(pipe, **asked)
-    assert torch.equal(run(pipe, **{**asked, "prompt": ["", ""]}, negative_prompt=["", ""]), expected)
+    embeddings = dict(zip(names, pipe.encode_prompt(["a red ball"] * 2), strict=False))
+    options = {**embeddings, "guidance_scale": 3.0, "prompt": None}
+    expected = run(pipe, **options)
+    assert torch.equal(run(pipe, **{**options, "prompt": ["", ""]}, negative_prompt=["", ""]), expected)
     with pytest.raises(UserError, match="negative_prompt and negative_prompt_embeds: both"):
-        run(pipe, **asked, negative_prompt=["", "blue"])
+        run(pipe, **options, negative_prompt=["", "blue"])
 
 
-def test_arguments_of_stock_pipelines_that_change_nothing(pipe):
+def test_neutral_arguments_of_stock_pipelines_change_nothing(pipe):
     plain = run(pipe)
-    left_out = dict.fromkeys(("clip_skip", "ip_adapter_image", "ip_adapter_image_embeds", "timesteps", "sigmas"))
-    assert torch.equal(run(pipe, eta=0.0, guidance_rescale=0, true_cfg_scale=1.0, prompt_2=None, **left_out), plain)
+    unset = dict.fromkeys(("clip_skip", "ip_adapter_image", "ip_adapter_image_embeds", "timesteps", "sigmas"))
+    assert torch.equal(run(pipe, eta=0.0, guidance_rescale=0, true_cfg_scale=1.0, prompt_2=None, **unset), plain)
     assert torch.equal(run(pipe, max_sequence_length=pipe.tokenizer.model_max_length), plain)
-    seen: list[list[str]] = []
-    run(pipe, callback_on_step_end=lambda *a: seen.append([*a[3]]), callback_on_step_end_tensor_inputs=None)
-    assert seen == [["latents"]] * 2
+    callback_names: list[list[str]] = []
+    run(pipe, callback_on_step_end=lambda *a: callback_names.append([*a[3]]), callback_on_step_end_tensor_inputs=None)
+    assert callback_names == [["latents"]] * 2
     flux: Any = CoDiPipeline(**vars(tiny_flux().freeze()))
     flux.set_progress_bar_config(disable=True)
-    asked = {"height": 16, "width": 16, "prompt": "a red ball", "steps": 1, "output_type": "pt"}
-    known = {"max_sequence_length": 512, "negative_prompt_2": None, "negative_ip_adapter_image": None}
-    assert torch.equal(flux(**asked, **known).images, flux(**asked).images)
+    options = {"height": 16, "width": 16, "prompt": "a red ball", "steps": 1, "output_type": "pt"}
+    neutral = {"max_sequence_length": 512, "negative_prompt_2": None, "negative_ip_adapter_image": None}
+    assert torch.equal(flux(**options, **neutral).images, flux(**options).images)
     with pytest.raises(UserError, match="^eta: no argument of a call"):
-        flux(**asked, eta=0.0)
+        flux(**options, eta=0.0)
 
 
-def test_a_seed_counts_up_to_the_last_and_on_from_0(pipe):
+def test_seeds_wrap_around_at_64_bits(pipe):
     last = 2**64 - 1
     two = run(pipe, seed=last, num_images_per_prompt=2)
     expected = torch.cat([run(pipe, seed=seed) for seed in (last, 0)])
     torch.testing.assert_close(two, expected, rtol=0, atol=1e-5)
-    assert torch.equal(run(pipe, seed=-1), expected[:1])  # the same to torch
+    assert torch.equal(run(pipe, seed=-1), expected[:1])  # torch takes -1 as 2**64 - 1
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_seed_counts_up_to_the_last_and_on_from_0(pipe):
         *(("sampler", value) for value in ("leapfrog", 3, ["map"])),
     ],
 )
-def test_an_adapter_that_cannot_be_sampled(folder, tmp_path, key, value):
+def test_adapter_with_an_invalid_config_is_refused(folder, tmp_path, key, value):
     (tmp_path / "edit").mkdir()
     for file in (folder / "edit").iterdir():
         (tmp_path / "edit" / file.name).write_bytes(file.read_bytes())
@@ -274,44 +274,44 @@ def test_an_adapter_that_cannot_be_sampled(folder, tmp_path, key, value):
 
 def test_a_callback_stops_and_changes_guidance(pipe):
     pipe.set_adapters("depth")
-    seen: list[int] = []
+    steps_done: list[int] = []
 
-    def stop(which, step, t, tensors):
-        seen.append(step)
-        which._interrupt = step == 1
+    def stop(pipeline, step, t, tensors):
+        steps_done.append(step)
+        pipeline._interrupt = step == 1
         return tensors
 
     run(pipe, **given("depth"), steps=4, callback_on_step_end=stop)
-    assert (seen, pipe.interrupt) == ([0, 1], True)
+    assert (steps_done, pipe.interrupt) == ([0, 1], True)
 
-    def drop(which, step, t, tensors):
-        which._guidance_scale = 1.0
+    def drop(pipeline, step, t, tensors):
+        pipeline._guidance_scale = 1.0
 
-    asked = {**given("depth"), "steps": 3}
-    changed = run(pipe, **asked, guidance_scale=3.0, callback_on_step_end=drop)
+    options = {**given("depth"), "steps": 3}
+    changed = run(pipe, **options, guidance_scale=3.0, callback_on_step_end=drop)
     assert (pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt) == (1.0, 3, False)
-    assert not torch.equal(changed, run(pipe, **asked, guidance_scale=3.0))
-    assert not torch.equal(changed, run(pipe, **asked))
+    assert not torch.equal(changed, run(pipe, **options, guidance_scale=3.0))
+    assert not torch.equal(changed, run(pipe, **options))
 
 
-def test_another_scheduler_is_used_or_said_to_be_of_no_use(folder, monkeypatch):
-    pipe = opened(folder, "depth")
-    asked = {**given("depth"), "steps": 4}
-    own = run(pipe, **asked)
+def test_replaced_scheduler_is_used_or_warned_about(folder, monkeypatch):
+    pipe = open_with_adapter(folder, "depth")
+    options = {**given("depth"), "steps": 4}
+    default = run(pipe, **options)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert not torch.allclose(run(pipe, **asked), own, atol=1e-3)
+        assert not torch.allclose(run(pipe, **options), default, atol=1e-3)
     monkeypatch.setitem(pipe.adapter.config["info"], "jumps", True)  # type: ignore[union-attr]
     with pytest.warns(UserWarning, match="scheduler EulerDiscreteScheduler: has no effect"):
-        run(pipe, **asked)
+        run(pipe, **options)
 
 
 # ---- parts and folders
 
 
 def test_from_pipe_keeps_adapters_and_shares_everything(folder):
-    pipe = opened(folder, "depth")
+    pipe = open_with_adapter(folder, "depth")
     pipe.set_adapters("depth", 0.5)
     other = CoDiPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
@@ -324,9 +324,9 @@ def test_from_pipe_keeps_adapters_and_shares_everything(folder):
 
 def test_diffusers_opens_a_saved_pipeline_with_its_adapters(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-    pipe = opened(folder, "depth")
+    pipe = open_with_adapter(folder, "depth")
     pipe.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="trust_remote_code"):  # not the backbone alone, unasked
+    with pytest.raises(ValueError, match="trust_remote_code"):  # rather than the backbone without its adapters
         DiffusionPipeline.from_pretrained(tmp_path / "saved")
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     again.set_progress_bar_config(disable=True)
@@ -353,26 +353,26 @@ def test_options_of_from_pretrained(folder):
             CoDiPipeline.from_pretrained(model, **wrong)
 
 
-# ---- hooks, on the CPU in an accelerator's place
+# ---- hooks, with the CPU as the accelerator
 
 
 @pytest.mark.parametrize("task", ["depth", "upscale"])
 def test_offloading_models_and_groups_changes_nothing(folder, task):
-    expected = run(opened(folder, task), **given(task))
-    pipe = opened(folder, task)
+    expected = run(open_with_adapter(folder, task), **given(task))
+    pipe = open_with_adapter(folder, task)
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         torch.testing.assert_close(run(pipe, **given(task)), expected, rtol=0, atol=1e-5)
     pipe.load_adapter(folder / "canny")
     assert not hasattr(pipe._store.loaded["canny"].network, "_hf_hook")
-    grouped = opened(folder, task)
+    grouped = open_with_adapter(folder, task)
     grouped.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     assert torch.equal(run(grouped, **given(task)), expected)
 
 
-def test_offloading_layers_takes_adapters_along(folder):
-    """That it samples so can be tried on a GPU alone: accelerate does not put layers of the CPU back."""
-    pipe = opened(folder, "depth")
+def test_sequential_offload_covers_adapters(folder):
+    """Sampling in this state needs a GPU: accelerate does not put layers back on the CPU."""
+    pipe = open_with_adapter(folder, "depth")
     expected = run(pipe, **given("depth"))
     for _ in range(2):
         pipe.enable_sequential_cpu_offload(device="cpu")
@@ -384,8 +384,8 @@ def test_offloading_layers_takes_adapters_along(folder):
     assert torch.equal(run(pipe, **given("depth")), expected)
 
 
-def test_slicing_and_freeu_reach_adapters(folder):
-    pipe = opened(folder, "depth")
+def test_slicing_and_freeu_apply_to_adapters(folder):
+    pipe = open_with_adapter(folder, "depth")
     image = given("depth", count=2)["image"]
     expected = run(pipe, image=image)
     pipe.enable_vae_slicing()
@@ -398,23 +398,23 @@ def test_slicing_and_freeu_reach_adapters(folder):
     torch.testing.assert_close(run(pipe, image=image), expected, rtol=0, atol=1e-4)
 
 
-def test_caches_of_a_transformer_start_empty_with_every_call():
+def test_transformer_caches_are_reset_at_each_call():
     pipe: Any = CoDiPipeline(**vars(tiny_flux().freeze()))
     pipe.set_progress_bar_config(disable=True)
-    asked = {"prompt": "a red ball", "num_inference_steps": 4, "height": 16, "width": 16, "output_type": "pt"}
-    plain = pipe(**asked).images
+    options = {"prompt": "a red ball", "num_inference_steps": 4, "height": 16, "width": 16, "output_type": "pt"}
+    plain = pipe(**options).images
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.8))
-    cached = pipe(**asked).images
-    assert not torch.equal(cached, plain) and torch.equal(pipe(**asked).images, cached)
+    cached = pipe(**options).images
+    assert not torch.equal(cached, plain) and torch.equal(pipe(**options).images, cached)
     pipe.transformer.disable_cache()
-    assert torch.equal(pipe(**asked).images, plain)
+    assert torch.equal(pipe(**options).images, plain)
 
 
 # ---- LoRAs of other programs
 
 
-def test_loras_work_under_adapters_and_leave_no_trace(folder, tmp_path):
-    pipe = opened(folder, "depth")
+def test_loras_work_with_adapters_and_unload_completely(folder, tmp_path):
+    pipe = open_with_adapter(folder, "depth")
     plain, backbone = run(pipe, **given("depth")), run(pipe, **given("depth"), strength=0)
     pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
     assert pipe.get_active_adapters() == ["depth", "style"]
@@ -440,8 +440,8 @@ def lora_file(folder: Path, seed: int = 3) -> str:
     return str(folder)
 
 
-def test_saving_leaves_loras_out_and_says_so(folder, tmp_path):
-    pipe = opened(folder, "depth")
+def test_saving_omits_loras_with_a_warning(folder, tmp_path):
+    pipe = open_with_adapter(folder, "depth")
     plain = run(pipe, **given("depth"))
     pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
     styled = run(pipe, **given("depth"))
@@ -451,9 +451,9 @@ def test_saving_leaves_loras_out_and_says_so(folder, tmp_path):
     assert torch.equal(run(pipe, **given("depth")), styled) and pipe.get_active_adapters() == ["depth", "style"]
 
 
-def test_adapters_outlive_their_folder_where_loras_change(folder, tmp_path):
+def test_adapters_survive_lora_changes_after_their_folder_is_deleted(folder, tmp_path):
     shutil.copytree(folder / "generate", tmp_path / "generate")
-    pipe = opened(folder, "depth")
+    pipe = open_with_adapter(folder, "depth")
     pipe.load_adapter(tmp_path / "generate")
     pipe.set_adapters("generate")
     plain = run(pipe)
@@ -465,8 +465,8 @@ def test_adapters_outlive_their_folder_where_loras_change(folder, tmp_path):
     assert torch.equal(run(pipe), plain)
 
 
-def test_a_scale_of_loras_leaves_adapters_alone(folder, tmp_path):
-    pipe = opened(folder, "generate")
+def test_lora_scale_does_not_affect_adapters(folder, tmp_path):
+    pipe = open_with_adapter(folder, "generate")
     plain = run(pipe)
     assert not torch.allclose(plain, run(pipe, strength=0), atol=1e-3)
     pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
@@ -477,8 +477,8 @@ def test_a_scale_of_loras_leaves_adapters_alone(folder, tmp_path):
     torch.testing.assert_close(run(pipe), halved, rtol=0, atol=1e-5)
 
 
-def test_pipelines_of_one_backbone_share_its_loras(folder, tmp_path):
-    pipe = opened(folder, "generate")
+def test_pipelines_on_one_backbone_share_loras(folder, tmp_path):
+    pipe = open_with_adapter(folder, "generate")
     plain = run(pipe)
     other = CoDiPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
@@ -494,8 +494,8 @@ def test_pipelines_of_one_backbone_share_its_loras(folder, tmp_path):
     assert torch.equal(run(other), run(pipe)) and not torch.allclose(run(pipe), styled, atol=1e-3)
 
 
-def test_loras_are_disabled_and_enabled(folder, tmp_path):
-    pipe = opened(folder, "generate")
+def test_loras_can_be_disabled_and_enabled(folder, tmp_path):
+    pipe = open_with_adapter(folder, "generate")
     plain = run(pipe)
     pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
     pipe.set_adapters("style", 0.5)
