@@ -157,7 +157,7 @@ def test_without_pictures_the_model_draws_its_own(recipe, tmp_path):
     [
         ({"data": "samples:0"}, "samples:COUNT"),
         ({"data": "samples:many"}, "samples:COUNT"),
-        ({"data": "samples:4"}, "textures 2: go with pictures"),
+        ({"data": "samples:4"}, "textures 2: cannot be added to samples"),
         ({"crop": 64}, "must lie between 1 and size"),
         ({"crop": 18}, "crop 18: not a multiple of 4"),
         ({"size": 34}, "size 34: not a multiple of 4"),
