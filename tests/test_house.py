@@ -11,7 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "codi"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 350
+MAX_LINES = 60  # of a function; a file may be as long as its one concept needs
+LONGER = {  # functions that are still to be split, with the lines that they may not exceed
+    "apps.benchmark.benchmark": 64, "apps.pictures.make_pictures": 79, "apps.demo.make_gallery": 81,
+    "data.raycast.render": 86, "evaluation.evaluate.evaluate": 87, "apps.evaluate.evaluate": 114,
+    "training.trainer.train": 120,
+}  # fmt: skip
 PUBLIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 # What each room may import of codi: a room, or one module of it. Its own modules are always allowed.
@@ -140,9 +145,13 @@ def test_everything_public_has_a_docstring():
     assert bare == []
 
 
-def test_files_stay_short():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
-    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
+def test_functions_stay_short():
+    lengths = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                lengths[f"{module_name(path)}.{node.name}"] = node.end_lineno - node.lineno + 1
+    assert {name: n for name, n in lengths.items() if n > LONGER.get(name, MAX_LINES)} == {}
 
 
 def test_the_map_of_the_rooms_is_complete():
