@@ -1,4 +1,4 @@
-"""Backbones that cannot work are refused in one line that says which file or value, what is wrong and how to fix it."""
+"""Invalid backbones raise one-line errors that name the file or value, the fault and its fix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_weights_that_are_no_numbers(model):
+def test_nan_weights_are_refused(model):
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.weight"][0, 0] = float("nan")
@@ -51,26 +51,26 @@ def test_weights_that_are_no_numbers(model):
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
-def test_a_missing_text_encoder(model, part):
+def test_missing_text_encoder_is_refused(model, part):
     edit(model / "model_index.json", **{part: [None, None]})
     refused(lambda: load_backbone(model), f"has no {part}", "fetch the whole model")
-    assert load_backbone(model, text=False).transformer is not None  # a cache holds what it would say
+    assert load_backbone(model, text=False).transformer is not None  # a cache replaces it
 
 
-def test_latents_of_another_number_of_channels(model):
+def test_vae_with_other_latent_channels_is_refused(model):
     tiny_kl(channels=4).save_pretrained(model / "vae")
     refused(lambda: load_backbone(model), "takes 16 channels where latents have 4", "text-to-image model")
 
 
-def test_a_scheduler_of_the_wrong_kind(model):
+def test_scheduler_without_flow_shift_is_refused(model):
     shutil.rmtree(model / "scheduler")
     tiny_scheduler().save_pretrained(model / "scheduler")
     edit(model / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     refused(lambda: load_backbone(model), "model/scheduler: a DDIMScheduler has no flow shift", "FlowMatchEuler")
 
 
-def test_a_solver_that_is_not_for_flow_matching(model):
-    """It has a flow shift of 1 by default, which counts for nothing."""
+def test_scheduler_not_set_to_flow_matching_is_refused(model):
+    """It has a default flow shift of 1, which is unused."""
     shutil.rmtree(model / "scheduler")
     DPMSolverMultistepScheduler().save_pretrained(model / "scheduler")
     edit(model / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
@@ -93,22 +93,22 @@ def test_a_solver_that_is_not_for_flow_matching(model):
         ),
     ],
 )
-def test_families_and_variants_that_are_not_supported(model, index, words):
+def test_unsupported_families_and_variants_are_refused(model, index, words):
     edit(model / "model_index.json", **index)
     with pytest.raises(UserError, match=words) as caught:
         load_backbone(model)
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_with_more_input_channels(tmp_path):
-    """As fill and control checkpoints have, whatever their index says."""
+def test_network_with_extra_input_channels_is_refused(tmp_path):
+    """Fill and control checkpoints have them, even if model_index.json names a text-to-image pipeline."""
     backbone = tiny_flux(in_channels=128, out_channels=64)
     backbone.pipeline().save_pretrained(tmp_path)
     refused(lambda: load_backbone(tmp_path), "takes 32 channels where latents have 16")
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_sizes_that_are_no_whole_tokens(name):
+def test_image_size_must_be_a_multiple_of_the_token(name):
     backbone = FAMILIES[name]()
     pipe = CoDiPipeline(**vars(backbone))
     cell = pipe.cell
@@ -118,7 +118,7 @@ def test_sizes_that_are_no_whole_tokens(name):
         pipe(prompt="a red ball", height=4 * cell + 1, width=4 * cell)
 
 
-def test_a_recipe_s_size_and_numbers(flux, tmp_path):
+def test_invalid_recipe_values_are_refused(flux, tmp_path):
     recipe = {"out": str(tmp_path / "out"), "task": "depth", "model": str(flux), "data": "scenes:train:4",
               "held_out": "scenes:held-out:2", "train_backbone": False, "device": "cpu"}  # fmt: skip
     for changes, words in [
@@ -135,7 +135,7 @@ def test_a_recipe_s_size_and_numbers(flux, tmp_path):
         dry_run(DistillRecipe(**{**recipe, "size": 34}))
 
 
-def test_an_adapter_of_another_family(flux, tmp_path):
+def test_adapter_of_another_family_is_refused(flux, tmp_path):
     recipe = DistillRecipe(
         out=str(tmp_path / "adapter"), task="depth", model=str(flux), data="scenes:train:4", adapter="hint", size=32,
         held_out="scenes:held-out:2", train_backbone=False, images=1, batch_size=1, device="cpu", preview_every=9,
@@ -149,17 +149,17 @@ def test_an_adapter_of_another_family(flux, tmp_path):
     )  # fmt: skip
 
 
-def test_guidance_inputs_that_a_network_lacks():
+def test_embedded_guidance_is_refused_by_networks_without_it():
     pipe = CoDiPipeline(**vars(tiny_flux(guidance=False)))
     refused(lambda: pipe(prompt="a", embedded_guidance=3.0), "embedded_guidance 3", "leave it out")
 
 
-def test_an_adapter_of_dev_on_schnell(tmp_path):
-    """The scale that it was trained with is an input of dev alone; LoRAs of one are used on the other."""
+def test_adapter_of_dev_works_on_schnell(tmp_path):
+    """Only dev has the guidance input that the adapter was trained with."""
     dev, schnell = tiny_flux().freeze(), tiny_flux(guidance=False).freeze()
-    made = FORMS["hint"].from_backbone(dev.network, dev.vae)
-    made.register_to_config(info={"task": "depth", "family": dev.family, "embedded_guidance": 3.5})
-    save_adapter(tmp_path, made, dev.network, full=False, half=False)
+    adapter = FORMS["hint"].from_backbone(dev.network, dev.vae)
+    adapter.register_to_config(info={"task": "depth", "family": dev.family, "embedded_guidance": 3.5})
+    save_adapter(tmp_path, adapter, dev.network, full=False, half=False)
     pipe = CoDiPipeline(**vars(schnell))
     pipe.set_progress_bar_config(disable=True)
     pipe.load_adapter(tmp_path)
@@ -168,25 +168,25 @@ def test_an_adapter_of_dev_on_schnell(tmp_path):
     refused(lambda: pipe(image=rand(1, 1, 16, 16), steps=1), "solver", "flow matching")
 
 
-def test_a_prompt_that_is_cut_is_said_to_be():
+def test_truncated_prompts_are_warned_about():
     backbone = tiny_flux().freeze()
     pipe = CoDiPipeline(**vars(backbone))
     pipe.set_progress_bar_config(disable=True)
-    words = " ".join(["ball"] * 520)
+    prompt = " ".join(["ball"] * 520)
     with pytest.warns(UserWarning, match=r"prompt of 5\d\d tokens: the text encoder reads 512, so this is cut: 'ball"):
-        long = pipe(prompt=words, height=16, width=16, steps=1, output_type="pt").images
+        image = pipe(prompt=prompt, height=16, width=16, steps=1, output_type="pt").images
     assert torch.equal(
-        long, pipe(prompt=words.rsplit(" ", 4)[0], height=16, width=16, steps=1, output_type="pt").images
+        image, pipe(prompt=prompt.rsplit(" ", 4)[0], height=16, width=16, steps=1, output_type="pt").images
     )
 
 
-def test_a_single_file_wants_the_parts_that_it_lacks(tmp_path):
+def test_single_file_of_a_network_alone_needs_config(tmp_path):
     save_file({"double_blocks.0.img_mod.lin.weight": rand(2, 2)}, tmp_path / "flux.safetensors")
     refused(lambda: load_backbone(tmp_path / "flux.safetensors"), "has a network of FLUX.1 alone", "--config")
 
 
 @pytest.mark.parametrize("value", [True, 7, "text", [1]])
-def test_a_configuration_that_is_no_object_is_refused_at_once(model, value):
+def test_configuration_that_is_not_an_object_is_refused(model, value):
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match="scheduler_config.json: holds .*, not a JSON object"):
         load_backbone(model)
@@ -194,7 +194,7 @@ def test_a_configuration_that_is_no_object_is_refused_at_once(model, value):
 
 @pytest.mark.parametrize(("part", "key"), [("vae", "layers_per_block"), ("transformer", "num_layers")])
 @pytest.mark.parametrize("count", [10**40, 10**6])
-def test_absurd_counts_of_layers_are_refused_at_once(model, part, key, count):
+def test_absurd_layer_counts_are_refused(model, part, key, count):
     edit(model / part / "config.json", **{key: count})
     with pytest.raises(UserError, match=f"{part}/config.json: {key} is above 1,000"):
         load_backbone(model)
@@ -210,7 +210,7 @@ def test_absurd_counts_of_layers_are_refused_at_once(model, part, key, count):
         ("scheduler", "shift", float("nan"), "is NaN"),
     ],
 )
-def test_numbers_that_would_show_only_in_the_picture_are_refused(model, part, key, value, words):
+def test_invalid_numbers_in_configurations_are_refused(model, part, key, value, words):
     file = model / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     edit(file, **{key: value})
     with pytest.raises(UserError, match=f"{file.name}: {key} {words}"):
@@ -218,7 +218,7 @@ def test_numbers_that_would_show_only_in_the_picture_are_refused(model, part, ke
 
 
 @pytest.mark.parametrize("loras", ["style.safetensors", ["style.safetensors"], 3])
-def test_loras_that_have_no_weights(model, loras):
+def test_loras_must_be_a_dict_of_weights(model, loras):
     refused(lambda: load_backbone(model, loras=loras), "not a dict: give {file: weight}")
 
 
@@ -226,9 +226,8 @@ ABSURD = {"layers_per_block": [1, [10**9]], "in_channels": 10**12, "mid": {"num_
 
 
 @pytest.mark.parametrize("key", ABSURD)
-def test_absurd_numbers_are_refused_wherever_a_part_is_built(model, key, tmp_path):
-    """However deep they stand: before a VAE alone, the parts beside a single file, a decoder, a dry run, an adapter and
-    its network are built."""
+def test_absurd_numbers_are_refused_before_any_part_is_built(model, key, tmp_path):
+    """At any depth of the JSON, in every loader: backbone, VAE, single file, dry run, decoder, adapter, network."""
     absurd = {key: ABSURD[key]}
     save_file({"double_blocks.0.img_mod.lin.weight": rand(2, 2)}, file := tmp_path / "flux.safetensors")
     backbone, network = tiny_backbone("epsilon"), tmp_path / "adapter" / "unet"
@@ -254,6 +253,6 @@ def test_absurd_numbers_are_refused_wherever_a_part_is_built(model, key, tmp_pat
     )
 
 
-def test_absurd_counts_of_timesteps_are_refused_at_once(model):
+def test_absurd_timestep_counts_are_refused(model):
     edit(model / "scheduler" / "scheduler_config.json", num_train_timesteps=10**9)
     refused(lambda: load_backbone(model), "scheduler_config.json: num_train_timesteps is above 100,000")

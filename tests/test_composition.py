@@ -1,4 +1,4 @@
-"""Two adapters at once on one backbone: weights, order, what each brings, and what cannot be combined."""
+"""Two adapters at once on one backbone: weights, order, guidance, low-rank updates, and refused combinations."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A trained adapter of each of KINDS."""
+    """Folders of an adapter with nonzero weights for each of KINDS."""
     root = tmp_path_factory.mktemp("adapters")
     for number, (name, (form, channels, scales, updates)) in enumerate(KINDS.items()):
         adapter = FORMS[form].from_backbone(UNET, VAE, channels, scales)
@@ -51,7 +51,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 class Parts:
-    """The adapters called `names`, as files give them, and what each is told."""
+    """The adapters called `names`, loaded from their folders, and a condition for each."""
 
     def __init__(self, folders: dict[str, Path], *names: str) -> None:
         self.loaded = {name: load_adapter(folders[name], name, None, UNET) for name in names}
@@ -88,20 +88,20 @@ class Parts:
         student: Any = self.student
         student.adapter.weights = dict(zip(self.loaded, weights, strict=True))
         conditioning = Conditioning(WORDS, self.conditions, guidance=guidance)
-        found = student(Z, LEVELS, conditioning, strength)
+        output = student(Z, LEVELS, conditioning, strength)
         prepared = student.prepare(conditioning)
-        assert torch.equal(student(Z, LEVELS, prepared, strength), found)
-        return found
+        assert torch.equal(student(Z, LEVELS, prepared, strength), output)
+        return output
 
 
 @pytest.fixture(scope="module")
 def parts_of(folders) -> Callable[..., Parts]:
-    """Parts by names. They are kept: tests leave them as they are."""
+    """A cached constructor of Parts by adapter names; tests must not modify them."""
     return functools.cache(functools.partial(Parts, folders))
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_one_adapter_is_that_adapter(name, parts_of):
+def test_composition_of_one_adapter_equals_that_adapter(name, parts_of):
     parts = parts_of(name)
     scales = torch.tensor([[3.0, 1.5], [1.0, 2.0]])[:, : max(KINDS[name][2], 1)]
     assert not torch.equal(parts.alone(name), BACKBONE)
@@ -115,11 +115,11 @@ PAIRS = [("depth", "inpaint"), ("inpaint", "edit"), ("canny", "inpaint"), ("gene
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_weight_0_of_one_leaves_the_other_and_of_both_the_backbone(first, second, parts_of):
+def test_weight_0_disables_an_adapter(first, second, parts_of):
     parts = parts_of(first, second)
-    told = torch.full((2, 1), 3.0)
-    for guidance in (None, told):
-        scales = {name: told if KINDS[name][2] < 2 else torch.tensor([[3.0, 1.0]]).expand(2, 2) for name in KINDS}
+    text_scale = torch.full((2, 1), 3.0)
+    for guidance in (None, text_scale):
+        scales = {name: text_scale if KINDS[name][2] < 2 else torch.tensor([[3.0, 1.0]]).expand(2, 2) for name in KINDS}
         for name, weights in ((first, (1, 0)), (second, (0, 1))):
             alone = parts.alone(name, 1.0, None if guidance is None else scales[name])
             assert torch.equal(parts.together(*weights, guidance=guidance), alone)
@@ -128,7 +128,7 @@ def test_weight_0_of_one_leaves_the_other_and_of_both_the_backbone(first, second
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_both_have_a_say_in_any_order_and_by_weight(first, second, parts_of):
+def test_both_adapters_contribute_by_weight_in_any_order(first, second, parts_of):
     parts, reverse = parts_of(first, second), parts_of(second, first)
     both = parts.together(1, 1)
     torch.testing.assert_close(reverse.together(1, 1), both, rtol=0, atol=1e-5)
@@ -139,8 +139,8 @@ def test_both_have_a_say_in_any_order_and_by_weight(first, second, parts_of):
     assert 0 < nearer < apart[first]
 
 
-def test_the_low_rank_updates_of_both_are_applied(folders):
-    """Fused features aside: with the conditions' own influence at 0, the backbone carries both updates' sums."""
+def test_low_rank_updates_of_both_adapters_add_up(folders):
+    """With `mu` at 0 no features are fused, so only the updates of the backbone act."""
     parts = Parts(folders, "generate", "inpaint")
     with torch.no_grad():
         for mu in parts.adapters["inpaint"].mu:  # type: ignore[union-attr]
@@ -152,18 +152,18 @@ def test_the_low_rank_updates_of_both_are_applied(folders):
     updates = [dict(parts.loaded[name][1].named_parameters()) for name in parts.loaded]
     with torch.no_grad():
         for key, p in merged.named_parameters():
-            at = key.removesuffix(".weight")
+            layer = key.removesuffix(".weight")
             for name, values, weight in zip(parts.loaded, updates, (1.0, 0.5), strict=True):
-                if f"{at}.lora_A.{name}.weight" in values and key.endswith(".weight"):
-                    a, b = (values[f"{at}.lora_{side}.{name}.weight"] for side in "AB")
+                if f"{layer}.lora_A.{name}.weight" in values and key.endswith(".weight"):
+                    a, b = (values[f"{layer}.lora_{side}.{name}.weight"] for side in "AB")
                     p.add_(weight * torch.einsum("or...,ri...->oi...", b.flatten(1), a.flatten(1)).view_as(p))
         expected = merged(Z, LEVELS, WORDS).sample
     torch.testing.assert_close(parts.together(1.0, 0.5), expected, rtol=0, atol=1e-4)
     assert (expected - BACKBONE).norm() > 0.1
 
 
-def test_each_takes_the_guidance_columns_that_it_knows(parts_of):
-    """Text is first, image second: who knows one takes the text's, who knows two takes 1 for what is not said."""
+def test_each_adapter_takes_its_guidance_columns(parts_of):
+    """Column 0 is text, column 1 image. An adapter with one scale takes column 0; a missing second scale is 1."""
     inpaint, edit = parts_of("inpaint"), parts_of("edit")
     two, text = torch.tensor([[3.0, 1.5]]).expand(2, 2), torch.full((2, 1), 3.0)
     assert torch.equal(inpaint.together(1, guidance=two), inpaint.alone("inpaint", 1, text))
@@ -176,30 +176,32 @@ def test_each_takes_the_guidance_columns_that_it_knows(parts_of):
     assert parts_of("depth").together(1, guidance=two).equal(parts_of("depth").alone("depth"))
 
 
-def test_the_embedding_of_guidance_is_a_mean_by_weight(parts_of):
-    parts, told = parts_of("inpaint", "generate"), torch.full((2, 1), 3.0)
-    a, b = (adapter.time_condition(told) for adapter in parts.adapters.values())
+def test_guidance_embedding_is_a_weighted_mean(parts_of):
+    parts, scale = parts_of("inpaint", "generate"), torch.full((2, 1), 3.0)
+    a, b = (adapter.time_condition(scale) for adapter in parts.adapters.values())
     assert a is not None and b is not None
 
     def embedded(*weights: float) -> Tensor:
         student: Any = parts.compose(*weights)
-        return student.adapter.time_condition(told)
+        return student.adapter.time_condition(scale)
 
     torch.testing.assert_close(embedded(1, 1), (a + b) / 2)
     torch.testing.assert_close(embedded(3, 1), 0.75 * a + 0.25 * b)
-    torch.testing.assert_close(embedded(0.2, 0.3), 0.2 * a + 0.3 * b)  # little influence of all, little guidance
+    torch.testing.assert_close(
+        embedded(0.2, 0.3), 0.2 * a + 0.3 * b
+    )  # weights that sum to less than 1 are not normalized
 
 
-def test_weights_change_without_composing_again(parts_of):
-    parts = parts_of("depth", "inpaint")  # whose `together` changes weights alone
+def test_changed_weights_equal_a_new_composition(parts_of):
+    parts = parts_of("depth", "inpaint")  # `together` only sets weights
     conditioning = Conditioning(WORDS, parts.conditions)
     with torch.no_grad():
         for weights in ((1.0, 0.0), (0.2, 0.9), (0.0, 0.0), (1.0, 1.0)):
             assert torch.equal(parts.together(*weights), parts.compose(*weights)(Z, LEVELS, conditioning))
 
 
-def test_a_controlnet_runs_once_a_step(parts_of):
-    """It looks at z_t, not at what the others fuse, and what it adds is the same in both orders."""
+def test_controlnet_runs_once_per_step(parts_of):
+    """Its features depend on z_t, not on what other adapters fuse, so they are the same in both orders."""
     parts, calls = parts_of("canny", "inpaint"), []
     canny, inpaint = parts.adapters.values()
     handle = canny.net.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
@@ -212,14 +214,14 @@ def test_a_controlnet_runs_once_a_step(parts_of):
 
         # The mean of both orders, one adapter at a time.
         features, _ = unet_down(UNET, Z, LEVELS, WORDS)
-        seen = canny.step_features(conditioning.prepared["canny"], Z, LEVELS, WORDS)
+        features_of_canny = canny.step_features(conditioning.prepared["canny"], Z, LEVELS, WORDS)
         prepared = conditioning.prepared["inpaint"]
-        both = {"canny": seen, "inpaint": prepared}
+        both = {"canny": features_of_canny, "inpaint": prepared}
         for i, h in enumerate(features):
-            last = canny.fuse(i, inpaint.fuse(i, h, prepared, 1.0), seen, 0.5)
-            first = inpaint.fuse(i, canny.fuse(i, h, seen, 0.5), prepared, 1.0)
-            found = parts.student.adapter.fuse(i, h, both, 1.0)  # type: ignore[union-attr]
-            torch.testing.assert_close(found, (last + first) / 2)
+            last = canny.fuse(i, inpaint.fuse(i, h, prepared, 1.0), features_of_canny, 0.5)
+            first = inpaint.fuse(i, canny.fuse(i, h, features_of_canny, 0.5), prepared, 1.0)
+            fused = parts.student.adapter.fuse(i, h, both, 1.0)  # type: ignore[union-attr]
+            torch.testing.assert_close(fused, (last + first) / 2)
 
 
 def test_a_full_adapter_cannot_be_combined(parts_of):

@@ -1,4 +1,4 @@
-"""Tiny decoders: what they learn from, how they train and resume, and where they stand in for the full decoder."""
+"""Tiny decoders: training pairs, training and resuming, and use in place of the full decoder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tiny import rand, tiny_checkpoint, tiny_vae
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> DecoderRecipe:
-    """Four updates of two crops, from eight pictures and two textures."""
+    """A run of four updates of two crops, from eight images and two textures."""
     folder = tmp_path_factory.mktemp("decoder")
     tiny_checkpoint(folder / "model")
     (folder / "pictures").mkdir()
@@ -47,7 +47,7 @@ def recipe(tmp_path_factory) -> DecoderRecipe:
 
 @pytest.fixture(scope="module")
 def finished(recipe) -> Path:
-    """That run, uninterrupted."""
+    """The output folder of the uninterrupted run."""
     return distill_decoder(recipe, quiet=True)
 
 
@@ -58,29 +58,29 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # ---- training
 
 
-def test_four_updates_equal_two_and_resume_two(recipe, finished, tmp_path, monkeypatch):
+def test_resumed_decoder_training_equals_uninterrupted(recipe, finished, tmp_path, monkeypatch):
     from codi.training import decoder
 
-    cut_short = replace(recipe, out=str(tmp_path / "run"))
-    with monkeypatch.context() as during:
-        ended: list[int] = []
+    interrupted = replace(recipe, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        updates: list[int] = []
 
         def forward(self, batch, generator, full=decoder.TinyJob.forward):
-            ended.append(1)
-            if len(ended) == 3:
+            updates.append(1)
+            if len(updates) == 3:
                 raise KeyboardInterrupt
             return full(self, batch, generator)
 
-        during.setattr(decoder.TinyJob, "forward", forward)
+        patch.setattr(decoder.TinyJob, "forward", forward)
         with pytest.raises(KeyboardInterrupt):
-            distill_decoder(cut_short, quiet=True)
-    again, whole = weights(distill_decoder(cut_short, quiet=True)), weights(finished)
-    assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
+            distill_decoder(interrupted, quiet=True)
+    resumed, whole = weights(distill_decoder(interrupted, quiet=True)), weights(finished)
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[k], whole[k]) for k in whole)
     with pytest.raises(UserError, match="width 8, not 16"):
-        distill_decoder(replace(cut_short, width=16), quiet=True)
+        distill_decoder(replace(interrupted, width=16), quiet=True)
 
 
-def test_it_learns_to_do_as_the_full_decoder(recipe, tmp_path):
+def test_tiny_decoder_approaches_the_full_decoder(recipe, tmp_path):
     long = replace(recipe, out=str(tmp_path / "run"), images=320, batch_size=4, preview_every=160, encoder_weight=0.0)
     out = distill_decoder(long, quiet=True)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -89,24 +89,24 @@ def test_it_learns_to_do_as_the_full_decoder(recipe, tmp_path):
     figures = [row["psnr_to_full"] for row in rows if "psnr_to_full" in row]
     record = json.loads((out / "training.json").read_text())
     assert figures[-1] > figures[0] and record["metrics"]["psnr_to_full"] == pytest.approx(figures[-1])
-    assert record["images"] == 320 and record["recipe"]["model"] == "model"  # not where it lay
+    assert record["images"] == 320 and record["recipe"]["model"] == "model"  # without its folder
     assert "not trained" in (out / "README.md").read_text() and list((out / "previews").glob("*.png"))
 
 
-def test_pairs_are_made_once_and_go_on_where_they_stopped(tmp_path):
+def test_pairs_are_written_once_and_resume(tmp_path):
     vae, source = tiny_vae().requires_grad_(False), open_source("scenes:train:20")
     origin = latents_of_images(vae, source, 20, 32, 0.2, 0)
 
-    def make(name, limit=None, which=origin, mark=0):
+    def make(name, limit=None, source_of_latents=origin, version=0):
         calls: list[int] = []
 
         def counted(numbers):
             calls.append(numbers[0])
             if limit is not None and len(calls) > limit:
                 raise KeyboardInterrupt
-            return which(numbers)
+            return source_of_latents(numbers)
 
-        return make_pairs(vae, counted, 24, 32, tmp_path / name, {"mark": mark}), calls
+        return make_pairs(vae, counted, 24, 32, tmp_path / name, {"mark": version}), calls
 
     whole, _ = make("whole")
     with pytest.raises(KeyboardInterrupt):
@@ -116,13 +116,13 @@ def test_pairs_are_made_once_and_go_on_where_they_stopped(tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(vars(whole).values(), vars(parts).values(), strict=True))
     z, pictures = whole.at([3, 21])  # a scene and a texture
     torch.testing.assert_close(codec.decode(vae, z), pictures, atol=0.5 / 255 + 1e-5, rtol=0)
-    assert make("parts")[1] == [] and make("parts", mark=1)[1] == [0, 4, 8, 12, 16, 20]
+    assert make("parts")[1] == [] and make("parts", version=1)[1] == [0, 4, 8, 12, 16, 20]
     clean = codec.encode(vae, open_source("scenes:train:20").read([3], 32)[0].image[None])  # type: ignore[union-attr]
     assert 0 < float((whole.at([3])[0] - clean).std()) < 0.25
     assert make_pairs(vae, origin, 24, 32, tmp_path / "late", {}, deadline=1e-9) is None
 
 
-def test_unreadable_pictures_are_left_out_or_too_many(tmp_path):
+def test_unreadable_images_are_skipped_or_refused(tmp_path):
     for i in range(3):
         noise(32, 32, i).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
@@ -137,17 +137,17 @@ def test_unreadable_pictures_are_left_out_or_too_many(tmp_path):
         make_pairs(vae, latents_of_images(vae, open_source(tmp_path), 3, 32, 0.0, 0), 3, 32, tmp_path / "none", {})
 
 
-def test_without_pictures_the_model_draws_its_own(recipe, tmp_path):
+def test_decoder_trains_on_samples_of_the_model(recipe, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red ball\n\n a blue box \n")
-    own = replace(
+    sampled = replace(
         recipe, out=str(tmp_path / "own"), data="samples:6", held_out="samples:2:1", sample_steps=2, textures=0
     )
-    out = distill_decoder(own, quiet=True)
-    asked = distill_decoder(
-        replace(own, out=str(tmp_path / "asked"), prompts=str(tmp_path / "prompts.txt")), quiet=True
+    out = distill_decoder(sampled, quiet=True)
+    prompted = distill_decoder(
+        replace(sampled, out=str(tmp_path / "prompted"), prompts=str(tmp_path / "prompts.txt")), quiet=True
     )
-    z, z_asked = (np.load(o / "pairs" / "train" / "latents.npy") for o in (out, asked))
-    assert z.shape == (6, 4, 8, 8) and len({row.tobytes() for row in z}) == 6 and not np.array_equal(z, z_asked)
+    z, z_prompted = (np.load(o / "pairs" / "train" / "latents.npy") for o in (out, prompted))
+    assert z.shape == (6, 4, 8, 8) and len({row.tobytes() for row in z}) == 6 and not np.array_equal(z, z_prompted)
     assert AutoencoderTiny.from_pretrained(out)
     assert parse_samples("samples:5:2") == (5, 2) and parse_samples("scenes:train:5") is None
 
@@ -169,13 +169,13 @@ def test_without_pictures_the_model_draws_its_own(recipe, tmp_path):
         ({"data": "samples:2", "textures": 0, "prompts": "missing.txt"}, "missing.txt: cannot be read"),
     ],
 )
-def test_values_no_run_can_have(recipe, tmp_path, changes, words):
+def test_invalid_decoder_recipes_are_refused(recipe, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         distill_decoder(replace(recipe, out=str(tmp_path / "run"), **changes), quiet=True)
 
 
-def test_only_the_vae_of_a_model_is_read(tmp_path):
-    """So that a family whose text encoders and U-Net we do not open will do."""
+def test_load_vae_reads_only_the_vae(tmp_path):
+    """So models with unsupported text encoders or networks work too."""
     tiny_vae().save_pretrained(tmp_path / "model" / "vae")
     (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     assert torch.equal(next(load_vae(tmp_path / "model").parameters()), next(tiny_vae().parameters()))
@@ -184,29 +184,29 @@ def test_only_the_vae_of_a_model_is_read(tmp_path):
         load_vae(tmp_path / "model")
 
 
-def test_the_vae_of_halves_and_of_a_revision(tmp_path, monkeypatch):
+def test_load_vae_takes_fp16_variants_and_revisions(tmp_path, monkeypatch):
     tiny_vae().half().save_pretrained(tmp_path / "model" / "vae", variant="fp16")
     vae = load_vae(tmp_path / "model")
     assert vae.dtype == torch.float32
     assert torch.equal(next(vae.parameters()), next(tiny_vae().half().float().parameters()))
-    asked = {}
+    options = {}
 
     def fetch(source, **options):
-        asked.update(options, source=source)
+        options.update(options, source=source)
         return tiny_vae()
 
     monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", fetch)
     config = {"_class_name": "AutoencoderKL"}
     monkeypatch.setattr("diffusers.AutoencoderKL.load_config", lambda *_, **__: config)
     load_vae("owner/model@v2")
-    assert (asked["source"], asked["revision"]) == ("owner/model", "v2") and "variant" not in asked
+    assert (options["source"], options["revision"]) == ("owner/model", "v2") and "variant" not in options
 
 
 # ---- the layout
 
 
 @pytest.mark.parametrize(("channels", "levels"), [(4, 4), (8, 3), (16, 2)])
-def test_stages_and_channels_follow_the_vae(channels, levels):
+def test_tiny_decoder_stages_and_channels_match_the_vae(channels, levels):
     vae = AutoencoderKL(
         block_out_channels=(4,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]
         up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=2, latent_channels=channels,  # type: ignore[arg-type]
@@ -221,8 +221,8 @@ def test_stages_and_channels_follow_the_vae(channels, levels):
     assert codec.downscale(tiny) == codec.downscale(vae)
 
 
-def test_stock_diffusers_opens_it_and_makes_the_pipeline_s_picture(recipe, finished):
-    """A sampler's latent through a stock pipeline that has it as its VAE."""
+def test_stock_diffusers_loads_the_decoder_and_gives_the_same_image(recipe, finished):
+    """A latent of the sampler, decoded by a stock pipeline with the tiny decoder as its VAE."""
     ours = CoDiPipeline.from_pretrained(recipe.model, decoder=finished)
     ours.set_progress_bar_config(disable=True)
     assert ours.tiny_vae is not None
@@ -245,7 +245,7 @@ def test_stock_diffusers_opens_it_and_makes_the_pipeline_s_picture(recipe, finis
 # ---- use
 
 
-def test_one_for_another_latent_space_is_refused(recipe, finished, tmp_path):
+def test_decoder_of_another_latent_space_is_refused(recipe, finished, tmp_path):
     vae = tiny_vae()
     eight: Any = AutoencoderTiny(latent_channels=8, decoder_block_out_channels=(8,) * 3, num_decoder_blocks=(1, 1, 0))
     cases = {"channels": eight, "scale": AutoencoderTiny(latent_channels=4)}
@@ -266,17 +266,17 @@ def test_one_for_another_latent_space_is_refused(recipe, finished, tmp_path):
     assert open_decoder("full", recipe.model, vae) is open_decoder(None, recipe.model, vae) is None
 
 
-def test_a_pipeline_keeps_its_decoder(recipe, finished, tmp_path, caplog):
+def test_saved_pipeline_keeps_its_decoder(recipe, finished, tmp_path, caplog):
     pipe = CoDiPipeline.from_pretrained(recipe.model, decoder=finished)
-    full = CoDiPipeline.from_pretrained(recipe.model)
-    made, plain = (run(_quiet(p)) for p in (pipe, full))
-    assert not torch.allclose(made, plain, atol=1e-3)
+    full_pipe = CoDiPipeline.from_pretrained(recipe.model)
+    tiny, full = (run(_quiet(p)) for p in (pipe, full_pipe))
+    assert not torch.allclose(tiny, full, atol=1e-3)
     pipe.save_pretrained(tmp_path / "saved")
-    for decoder, expected in ((None, made), ("tiny", made), ("full", plain)):
-        again = _quiet(CoDiPipeline.from_pretrained(tmp_path / "saved", decoder=decoder))
-        assert torch.equal(run(again), expected)
-    again.save_pretrained(tmp_path / "saved")  # over it, with the full one
-    assert torch.equal(run(_quiet(CoDiPipeline.from_pretrained(tmp_path / "saved"))), plain)
+    for decoder, expected in ((None, tiny), ("tiny", tiny), ("full", full)):
+        reloaded = _quiet(CoDiPipeline.from_pretrained(tmp_path / "saved", decoder=decoder))
+        assert torch.equal(run(reloaded), expected)
+    reloaded.save_pretrained(tmp_path / "saved")  # overwrites, now with the full decoder
+    assert torch.equal(run(_quiet(CoDiPipeline.from_pretrained(tmp_path / "saved"))), full)
     caplog.clear()
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert "not expected" not in caplog.text
@@ -289,7 +289,7 @@ def _quiet(pipe: CoDiPipeline) -> CoDiPipeline:
     return pipe
 
 
-def test_tiles_are_decoded_by_it_and_conditions_encoded_by_the_vae(recipe, finished, tmp_path, monkeypatch):
+def test_tiles_use_the_tiny_decoder_and_conditions_the_vae(recipe, finished, tmp_path, monkeypatch):
     make_adapter(tmp_path / "upscale", "upscale")
     pipe = _quiet(
         CoDiPipeline.from_pretrained(recipe.model, task="upscale", adapter=tmp_path / "upscale", decoder=finished)
@@ -298,17 +298,17 @@ def test_tiles_are_decoded_by_it_and_conditions_encoded_by_the_vae(recipe, finis
     encoded: list[int] = []
     encode = pipe.vae.encode
     monkeypatch.setattr(pipe.vae, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    made = run(pipe, **given("upscale", 24, 32), tile=16)
-    assert made.shape == (1, 3, 96, 128) and made.isfinite().all() and encoded
+    output = run(pipe, **given("upscale", 24, 32), tile=16)
+    assert output.shape == (1, 3, 96, 128) and output.isfinite().all() and encoded
 
 
-def test_the_shell_trains_one_and_uses_it(shell, recipe, tmp_path, monkeypatch):
+def test_commands_train_and_use_a_decoder(shell, recipe, tmp_path, monkeypatch):
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(recipe).items()}
     (tmp_path / "own.yaml").write_text(json.dumps({**values, "out": str(tmp_path / "run")}))
     ran = shell("distill-decoder", tmp_path / "own.yaml", "--json")
     assert (ran.code, ran.err) == (0, "")
-    told = json.loads(ran.out)
-    assert told["finished"] and told["images"] == 8 and told["metrics"]["psnr_to_full"] > 0
+    result = json.loads(ran.out)
+    assert result["finished"] and result["images"] == 8 and result["metrics"]["psnr_to_full"] > 0
     assert "--encoder-weight 0.1" in shell("distill-decoder", "--keys").out
     shell("distill-decoder", tmp_path / "own.yaml", "--noise", -1).failed(2, "noise -1")
 
@@ -322,14 +322,14 @@ def test_the_shell_trains_one_and_uses_it(shell, recipe, tmp_path, monkeypatch):
     assert out.read_bytes() != (tmp_path / "b.png").read_bytes()
     shell("generate", *base, "-o", tmp_path / "c.png", "--decoder", "tiny").failed(1, "there is no tiny_vae")
 
-    def asked(*arguments):
-        raise UserError(f"asked for {arguments[-1]}")
+    def refuse(*arguments):
+        raise UserError(f"decoder {arguments[-1]}")
 
-    monkeypatch.setattr("codi.apps.evaluate.load_pipeline", asked)
-    shell("evaluate", "--task", "generate", "--decoder", "tiny").failed(1, "asked for tiny")
+    monkeypatch.setattr("codi.apps.evaluate.load_pipeline", refuse)
+    shell("evaluate", "--task", "generate", "--decoder", "tiny").failed(1, "decoder tiny")
 
 
-def test_it_is_listed_beside_its_model(finished, tmp_path):
+def test_embedded_decoder_is_listed_with_its_model(finished, tmp_path):
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini" / "tiny_vae").symlink_to(finished)
     (row,) = embedded(tmp_path)
@@ -337,7 +337,7 @@ def test_it_is_listed_beside_its_model(finished, tmp_path):
     assert row["origin"] == "distilled for mini, 8 crops, pictures"
 
 
-def test_the_embedded_one_does_as_the_full_decoder():
+def test_embedded_tiny_decoder_approximates_the_full_decoder():
     folder = EMBEDDED / "mini" / "tiny_vae"
     assert sum(p.stat().st_size for p in folder.iterdir()) < 1.5e6
     vae = load_vae("mini")

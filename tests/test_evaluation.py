@@ -1,4 +1,4 @@
-"""The evaluation loop with methods whose answers are known, and its report."""
+"""The evaluation loop on methods with known results, and its report."""
 
 import json
 import math
@@ -27,11 +27,11 @@ from test_metrics import SIZE, blur, pictures
 
 @pytest.fixture(scope="module")
 def features() -> Features:
-    return Features(size=96)  # a fifth of the work of 224 px, the same code
+    return Features(size=96)  # a fifth of the cost of 224 px
 
 
 class Pictures:
-    """A source in memory; the positions in `corrupt` cannot be read."""
+    """An in-memory source; the samples at the indices in `corrupt` are unreadable."""
 
     def __init__(self, count: int, corrupt: tuple[int, ...] = ()):
         self.images, self.corrupt = pictures(count, seed=5), corrupt
@@ -74,7 +74,7 @@ def nearest(given, prompts, steps, seeds):
 
 
 def noisy(given, prompts, steps, seeds):
-    """Nearest, with noise keyed per picture that falls with the steps."""
+    """Nearest-neighbor upscaling plus noise seeded per image, of standard deviation 0.2 / steps."""
     noise = [torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return nearest(given, prompts, steps, seeds) + 0.2 / steps * torch.stack(noise)
 
@@ -88,7 +88,7 @@ def run(features, **options):
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
 
-def test_every_method_has_its_rows_after_the_baseline(features):
+def test_rows_of_every_method_follow_the_baseline(features):
     results = run(features)
     assert [(row.method, row.steps) for row in results.rows] == [
         ("bicubic", 0),
@@ -104,7 +104,7 @@ def test_every_method_has_its_rows_after_the_baseline(features):
     assert all(row.latency_ms > 0 for row in results.rows)
 
 
-def test_blur_makes_every_figure_worse(features):
+def test_blur_worsens_every_figure(features):
     source = Pictures(8)
 
     def blurred(given, prompts, steps, seeds):
@@ -117,7 +117,7 @@ def test_blur_makes_every_figure_worse(features):
         assert getattr(none, name) < getattr(slight, name) < getattr(strong, name)
 
 
-def test_the_truth_itself_is_perfect(features):
+def test_ground_truth_scores_perfectly(features):
     source = Pictures(4)
 
     def truth(given, prompts, steps, seeds):
@@ -149,42 +149,42 @@ def test_figures_do_not_depend_on_batch_size(features):
     assert np.allclose(figures(run(features, batch=4)), expected, rtol=1e-3)
 
 
-def test_the_same_seed_gives_the_same_figures_and_another_seed_others(features):
+def test_figures_depend_on_the_seed_alone(features):
     assert figures(run(features)) == figures(run(features))
     assert figures(run(features)) != figures(run(features, seed=4))
 
 
-def test_every_method_sees_the_same_inputs_and_seeds_whatever_the_batch(features):
-    def watcher(seen):
+def test_every_method_gets_the_same_inputs_and_seeds_for_any_batch_size(features):
+    def recorder(inputs):
         def method(given, prompts, steps, seeds):
             for k, (one, prompt, seed) in enumerate(zip(given, prompts, seeds, strict=True)):
-                seen.setdefault(prompt, (one, seed))
-                assert torch.equal(given[k], seen[prompt][0]) and seed == seen[prompt][1]
+                inputs.setdefault(prompt, (one, seed))
+                assert torch.equal(given[k], inputs[prompt][0]) and seed == inputs[prompt][1]
             return nearest(given, prompts, steps, seeds)
 
         return method
 
-    seen: dict = {}
-    run(features, batch=4, methods=[Method("a", watcher(seen), (1, 2)), Method("b", watcher(seen), (1,))])
-    run(features, batch=1, methods=[Method("c", watcher(seen), (1,))])
-    assert [seen[f"picture {k}"][1] for k in range(6)] == sample_seeds(3, range(6)) == [300009 + k for k in range(6)]
+    inputs: dict = {}
+    run(features, batch=4, methods=[Method("a", recorder(inputs), (1, 2)), Method("b", recorder(inputs), (1,))])
+    run(features, batch=1, methods=[Method("c", recorder(inputs), (1,))])
+    assert [inputs[f"picture {k}"][1] for k in range(6)] == sample_seeds(3, range(6)) == [300009 + k for k in range(6)]
 
 
-def test_the_degradation_has_a_stream_of_its_own():
-    """One seed for both would make the noise on the input equal to the noise that sampling starts from."""
+def test_degradation_and_sampling_use_separate_random_streams():
+    """With one seed for both, the noise on the input would equal the initial noise of sampling."""
     keys = [(seed, k) for seed in (0, 1) for k in range(50)]
     streams = {_stream(seed, k).initial_seed() for seed, k in keys}
     noises = {sample_seeds(seed, [k])[0] for seed, k in keys}
     assert len(streams) == len(noises) == 100 and not streams & noises
 
 
-def test_corrupt_samples_are_passed_over_and_counted(features):
+def test_corrupt_samples_are_skipped_and_counted(features):
     results = run(features, source=Pictures(8, corrupt=(0, 2)), count=5)
     assert (results.count, results.skipped, results.to_json()["skipped"]) == (5, 2, 2)
     assert run(features, source=Pictures(4, corrupt=(1,)), count=100).count == 3
 
 
-def test_the_real_task_and_source_fit_the_loop(features):
+def test_loop_runs_a_real_task_and_source(features):
     results = run(features, task=get_task("upscale"), source=open_source("scenes:held-out:5"), batch=2, methods=[])
     (bicubic,) = results.rows
     assert (results.task, results.count, bicubic.method) == ("upscale", 5, "bicubic")
@@ -192,23 +192,23 @@ def test_the_real_task_and_source_fit_the_loop(features):
     assert 15 < bicubic.psnr < 40 and bicubic.obedience > 20 and bicubic.fd > 0
 
 
-def test_too_few_pictures_are_refused(features):
+def test_too_few_images_are_refused(features):
     with pytest.raises(UserError, match="pictures in memory: .*at least 2"):
         run(features, source=Pictures(3, corrupt=(0, 1)))
 
 
-def test_non_finite_pictures_are_refused_by_name(features):
+def test_non_finite_output_names_the_method_and_steps(features):
     broken = Method("broken", lambda given, prompts, steps, seeds: nearest(given, 0, 0, 0) * math.nan, (2,))
     with pytest.raises(UserError, match="broken: .*non-finite.* 2 steps"):
         run(features, methods=[broken])
 
 
-def test_a_method_of_the_wrong_size_is_refused(features):
+def test_output_of_the_wrong_size_is_refused(features):
     with pytest.raises(ValueError, match="small: returned shape"):
         run(features, methods=[Method("small", lambda given, prompts, steps, seeds: given, (1,))])
 
 
-def test_a_pipeline_is_a_method(features):
+def test_pipeline_serves_as_a_method(features):
     class Pipe:
         def __call__(self, image, prompt, steps, guidance_scale, seed, output_type):
             assert output_type == "pt" and guidance_scale is None and len(prompt) == len(seed) == len(image)
@@ -220,23 +220,23 @@ def test_a_pipeline_is_a_method(features):
     assert pipeline_method(Pipe(), (2,), "mine").name == "mine"
 
 
-def test_progress_counts_up_to_the_end(features):
-    told = []
-    run(features, progress=lambda done, total: told.append((done, total)))
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert told[-1] == (30, 30) and {total for _, total in told} == {30}
+def test_progress_counts_up_to_the_total(features):
+    calls = []
+    run(features, progress=lambda done, total: calls.append((done, total)))
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert calls[-1] == (30, 30) and {total for _, total in calls} == {30}
 
 
 # --- obedience and the judge -----------------------------------------------------------------------------------------
 
 
 def halves(output, given, batch):
-    """A judge that cannot tell of the odd samples."""
+    """A judge that returns NaN for odd samples."""
     odd = torch.tensor(batch.index) % 2 == 1
     return {"brightness": output.mean((1, 2, 3)).masked_fill(odd, math.nan), "nothing": odd * math.nan}
 
 
-def test_a_judge_gives_the_headline_and_the_task_the_rest(features):
+def test_judge_gives_the_headline_figure_and_the_task_the_rest(features):
     results = run(features, judge=halves)
     plain = run(features)
     for row, other in zip(results.rows, plain.rows, strict=True):
@@ -250,7 +250,7 @@ def test_a_judge_gives_the_headline_and_the_task_the_rest(features):
     assert "input_psnr ↑" in markdown_table(results) and "nothing" not in markdown_table(results)
 
 
-def test_without_any_measure_tables_show_a_dash(features):
+def test_tables_show_a_dash_for_missing_measures(features):
     class Silent(Shrink):
         def obedience(self, output, given, batch):
             return {}
@@ -261,11 +261,11 @@ def test_without_any_measure_tables_show_a_dash(features):
     assert json.loads(json.dumps(results.to_json(), allow_nan=False))["rows"][0]["obedience"] is None
 
 
-def test_truth_and_prompts_are_the_tasks_own(features):
-    seen = []
+def test_targets_and_prompts_come_from_the_task(features):
+    used_prompts = []
 
     def redden(given, prompts, steps, seeds):
-        seen.extend(prompts)
+        used_prompts.extend(prompts)
         return given * torch.tensor([1.0, 0.5, 0.5]).view(3, 1, 1)
 
     class Reddened(Pictures):
@@ -279,11 +279,11 @@ def test_truth_and_prompts_are_the_tasks_own(features):
 
     (row,) = run(features, task=get_task("edit"), source=Reddened(4), methods=[Method("red", redden, (1,))]).rows
     assert row.psnr == 100.0 and row.obedience == row.measures["psnr_inside"] == 60.0
-    assert set(seen) == {"make it redder"}
+    assert set(used_prompts) == {"make it redder"}
 
 
 @pytest.mark.parametrize("task, inputs", [("inpaint", {"image", "mask"}), ("generate", {"height", "width"})])
-def test_a_pipeline_is_called_as_users_call_it(features, task, inputs):
+def test_pipeline_gets_the_arguments_of_users(features, task, inputs):
     class Pipe:
         def __call__(self, prompt, steps, guidance_scale, seed, output_type, **inputs):
             self.inputs, self.images = inputs, torch.rand(len(prompt), 3, SIZE, SIZE)
@@ -293,34 +293,34 @@ def test_a_pipeline_is_called_as_users_call_it(features, task, inputs):
     results = run(features, task=get_task(task), methods=pipe, steps=(1,))
     assert set(pipe.inputs) == inputs
     assert all(value.shape[1] in (1, 3) for value in pipe.inputs.values() if isinstance(value, torch.Tensor))
-    assert results.pictures["given"].shape[1] == 3  # what a sheet can show
+    assert results.pictures["given"].shape[1] == 3  # a color image for the sheet
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
-def test_json_has_the_promised_form_and_is_written_whole(features, tmp_path):
+def test_json_has_the_documented_form_and_is_written_atomically(features, tmp_path):
     results = run(features, command="codi evaluate --task upscale")
     path = write_json(results, tmp_path / "new" / "results.json")
-    told = json.loads(path.read_text())
-    assert told == results.to_json()
-    assert {"task", "count", "seed", "command", "rows", "machine"} <= set(told)
-    assert (told["task"], told["count"], told["seed"]) == ("upscale", 6, 3)
-    for row in told["rows"]:
+    report = json.loads(path.read_text())
+    assert report == results.to_json()
+    assert {"task", "count", "seed", "command", "rows", "machine"} <= set(report)
+    assert (report["task"], report["count"], report["seed"]) == ("upscale", 6, 3)
+    for row in report["rows"]:
         names = ["method", "steps", "psnr", "ssim", "distance", "fd", "obedience", "latency_ms", "measures"]
         assert list(row) == names and row["measures"] == {"input_psnr": row["obedience"]}
         assert all(math.isfinite(row[name]) for name in names[1:-1])
-    assert {"cpus", "torch"} <= set(told["machine"])
+    assert {"cpus", "torch"} <= set(report["machine"])
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
-def test_json_that_cannot_be_written_is_one_clear_line(tmp_path):
+def test_unwritable_json_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot be written"):
         write_json({"rows": []}, tmp_path / "file" / "results.json")
 
 
-def test_a_failed_write_keeps_what_was_there(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = write_json({"rows": [1]}, tmp_path / "results.json")
     with pytest.raises(ValueError):
         write_json({"rows": [math.nan]}, path)
@@ -342,7 +342,7 @@ def test_tables_show_every_row(features):
     assert shown.count("noisy") == 3 and "bicubic" in shown
 
 
-def test_contact_sheet_lays_samples_in_rows_and_methods_in_columns(features):
+def test_contact_sheet_has_samples_in_rows_and_methods_in_columns(features):
     results = run(features, keep=3, batch=2)
     assert list(results.pictures) == ["given", "bicubic", "nearest", "noisy · 1", "noisy · 2", "noisy · 4", "truth"]
     assert all(len(pictures) == 3 for pictures in results.pictures.values())
@@ -354,7 +354,7 @@ def test_contact_sheet_lays_samples_in_rows_and_methods_in_columns(features):
     assert np.array_equal(shown, expected.repeat(2, 0).repeat(2, 1))
 
 
-def test_contact_sheet_shows_masks_and_wide_pictures():
+def test_contact_sheet_shows_masks_and_wide_images():
     sheet = contact_sheet({"mask": torch.ones(2, 1, 16, 16), "wide": torch.rand(2, 3, 10, 20)}, side=40, gap=2)
     assert sheet.size[0] == 2 * 42 + 2
     with pytest.raises(ValueError, match="same number"):

@@ -1,4 +1,4 @@
-"""Export of the transformer families: what the stock pipelines make of an adapter is what codi makes of it."""
+"""Export of the transformer families: stock pipelines produce codi's images from an exported adapter."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from codi.training.saving import save_adapter
 from families import FAMILIES
 from tiny import rand, randn
 
-TOLERANCE = 1e-4  # of pictures in [0, 1], float32
+TOLERANCE = 1e-4  # of images in [0, 1], float32
 SIDE = 32  # px
 GUIDED = {"guidance": {"text": [1, 5]}, "guidance_scale": 3.0}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Any:
-    """A function from a family's name to the folder of its tiny model."""
+    """A function that returns the folder of a family's tiny model."""
     root = tmp_path_factory.mktemp("models")
 
     def model(name: str) -> Path:
@@ -52,14 +52,14 @@ def models(tmp_path_factory) -> Any:
 
 @pytest.fixture(autouse=True)
 def cards(monkeypatch):
-    """Cards replace this method; the other tests want the stock one."""
+    """Restore the method that model cards replace."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", DiagonalGaussianDistribution.sample)
 
 
 def make(folder: Path, name: str, form: str, task: str = "canny", full: bool = False, **info: Any) -> Path:
-    """An adapter of a tiny model as training leaves one: everything in it matters."""
-    backbone, made = FAMILIES[name]().freeze(), get_task(task)
-    scales, channels = len(info.get("guidance", ())), made.condition_channels
+    """Save an adapter of a tiny model with all weights nonzero, as after training."""
+    backbone, task_object = FAMILIES[name]().freeze(), get_task(task)
+    scales, channels = len(info.get("guidance", ())), task_object.condition_channels
     targeted = info.get("sampler", "ddim") != "ddim"
     adapter: Any = FORMS[form].from_backbone(backbone.network, backbone.vae, channels, scales, targeted)
     network = backbone.network if full else add_lora(backbone.network, 2, task)
@@ -70,30 +70,30 @@ def make(folder: Path, name: str, form: str, task: str = "canny", full: bool = F
         for i, (key, p) in enumerate(adapter.named_parameters()):
             if not key.startswith(("encoder.", "net.")) or "controlnet" in key:
                 p.add_(0.1 * randn(*p.shape, seed=100 + i))
-    known = {"task": task, "task_options": made.config(), "family": backbone.family, "full": full}
-    adapter.register_to_config(info={**known, **info})
+    base_info = {"task": task, "task_options": task_object.config(), "family": backbone.family, "full": full}
+    adapter.register_to_config(info={**base_info, **info})
     save_adapter(folder, adapter, network, full, half=False)
     return folder
 
 
-def bare(backbone: Any, shift: float = 1.0) -> Any:
-    """A source with what its schedule is made of, and no adapter."""
+def source_without_adapter(backbone: Any, shift: float = 1.0) -> Any:
+    """Return a source without an adapter, with the noise shift alone."""
     loaded: Any = SimpleNamespace(info={"shift": shift})
     return Source("generate", "tiny", backbone, loaded)
 
 
 def ours(source: Source, image: Tensor | None, steps: int = 4) -> Tensor:
-    """The picture of seed 0."""
+    """Return codi's image for seed 0."""
     pipe = CoDiPipeline.from_pretrained(source.model)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_adapter(source.name)
     height, width = image.shape[-2:] if image is not None else (SIDE, SIDE)
-    given = {"height": height, "width": width} if image is None else {"image": image}
-    return pipe(prompt="a red ball", steps=steps, output_type="pt", **given).images  # type: ignore[union-attr]
+    inputs = {"height": height, "width": width} if image is None else {"image": image}
+    return pipe(prompt="a red ball", steps=steps, output_type="pt", **inputs).images  # type: ignore[union-attr]
 
 
 def theirs(folder: Path, condition: Tensor | None) -> Tensor:
-    """The picture that the lines of the card make, at the size of the tests."""
+    """Return the image that the code of the model card makes, at SIDE."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert code is not None
     lines = code[1].replace('folder = "."', f"folder = {str(folder)!r}").replace("condition = ...", "")
@@ -105,7 +105,7 @@ def theirs(folder: Path, condition: Tensor | None) -> Tensor:
 
 
 def compare(folder: Path, model: Path, name: str, form: str, **options: Any) -> float:
-    """Export an adapter; return the largest difference between the pictures."""
+    """Export an adapter and return the largest difference between codi's image and the stock pipeline's."""
     source = load_source(make(folder / "adapter", name, form, **options), model)
     image = condition = None
     if form != "lora":
@@ -121,7 +121,7 @@ def compare(folder: Path, model: Path, name: str, form: str, **options: Any) -> 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Let the backbones have been trained at SIDE, for what is exported for one size."""
+    """Set the training size of all backbones to SIDE, for exports of a fixed size."""
     for kind in KINDS:
         cells = SIDE // 4 if kind.name == "FLUX.2" else SIDE // 2
         monkeypatch.setattr(type(kind), "sample_size", lambda self, *_, cells=cells: cells)
@@ -129,13 +129,13 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"shift": 3.0, **GUIDED}], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_low_rank_updates(tmp_path, models, small, name, options):
-    """LoRA by `load_lora_weights`, the steps by scheduler_config.json; distilled guidance is a low-rank update too."""
+def test_exported_low_rank_updates_give_the_same_image(tmp_path, models, small, name, options):
+    """Uses `load_lora_weights` and scheduler_config.json; distilled guidance becomes a low-rank update too."""
     assert compare(tmp_path, models(name), name, "lora", task="generate", **options) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["flux", "zimage", "flux2", "sana"])
-def test_full_networks(tmp_path, models, small, name):
+def test_exported_full_networks_give_the_same_image(tmp_path, models, small, name):
     assert compare(tmp_path, models(name), name, "lora", task="generate", full=True, **GUIDED) < TOLERANCE
 
 
@@ -146,36 +146,36 @@ def test_full_networks(tmp_path, models, small, name):
         *((name, {"embedded_guidance": 6.0}) for name in ("flux", "flux2dev")),
     ],
 )
-def test_guidance_that_is_not_distilled(tmp_path, models, name, options):
-    """Classifier-free guidance, and the scale that some networks take."""
+def test_exported_adapters_with_undistilled_guidance_give_the_same_image(tmp_path, models, name, options):
+    """Classifier-free guidance, or the guidance scale that some networks take as input."""
     assert compare(tmp_path, models(name), name, "lora", task="generate", **options) < TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{}, {"full": True}, {"shift": 2.0, **GUIDED}], ids=["lora", "full", "guided"])
-def test_a_hint_is_a_control_lora(tmp_path, models, small, options):
+def test_hint_adapter_exports_as_a_control_lora(tmp_path, models, small, options):
     assert compare(tmp_path, models("flux"), "flux", "hint", **options) < TOLERANCE
 
 
 def packed_noise(shape: tuple[int, int, int], **_: Any) -> Tensor:
-    """Of (B, N, 4 C), drawn in the order of an image."""
+    """Draw noise in image order and pack it to (B, N, 4 C)."""
     side = 2 * int(shape[1] ** 0.5)
     return pack(torch.randn(shape[0], shape[2] // 4, side, side))
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_controlnets_with_a_network_of_their_own(tmp_path, models, name):
+def test_exported_controlnets_with_a_full_network_give_the_same_image(tmp_path, models, name):
     assert compare(tmp_path, models(name), name, "controlnet", full=True) < TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{}, {"shift": 2.0, **GUIDED}], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd35", "sana", "qwenimage"])
-def test_controlnets(tmp_path, models, small, name, options):
+def test_exported_controlnets_give_the_same_image(tmp_path, models, small, name, options):
     assert compare(tmp_path, models(name), name, "controlnet", **options) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["sd3", "sana", "flux"])
-def test_consistency_sampling_draws_fresh_noise(tmp_path, models, small, name, monkeypatch):
-    """The noise that codi draws, but for the order of packed latents."""
+def test_exported_consistency_sampling_draws_codis_noise(tmp_path, models, small, name, monkeypatch):
+    """For FLUX.1, packed noise is drawn in image order here, as codi draws it."""
     if name == "flux":
         monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", packed_noise)
     assert compare(tmp_path, models(name), name, "lora", task="generate", sampler="renoise") < TOLERANCE
@@ -183,7 +183,7 @@ def test_consistency_sampling_draws_fresh_noise(tmp_path, models, small, name, m
 
 @pytest.mark.parametrize("full", [False, True], ids=["updates", "full"])
 @pytest.mark.parametrize("name", ["sd3", "sana", "flux", "zimage"])
-def test_flow_maps_have_a_target_time_at_each_step(tmp_path, models, small, name, full):
+def test_exported_flow_maps_give_the_same_image(tmp_path, models, small, name, full):
     options = {"form": "controlnet"} if full and name != "zimage" else {"form": "lora", "task": "generate"}
     assert compare(tmp_path, models(name), name, full=full, sampler="map", **options) < TOLERANCE
 
@@ -191,33 +191,33 @@ def test_flow_maps_have_a_target_time_at_each_step(tmp_path, models, small, name
 @pytest.mark.parametrize("steps", [1, 4, 7])
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_the_scheduler_walks_the_adapter_s_times(tmp_path, models, small, name, shift, steps):
-    """Given what the stock pipeline gives, after a round trip through scheduler_config.json."""
-    source = bare(FAMILIES[name](), shift)
+def test_exported_scheduler_has_the_adapters_times(tmp_path, models, small, name, shift, steps):
+    """With the arguments of the stock pipeline, after a round trip through scheduler_config.json."""
+    source = source_without_adapter(FAMILIES[name](), shift)
     make_flow_scheduler(source, steps).save_pretrained(tmp_path)
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
-    given: dict[str, Any] = {"num_inference_steps": steps}
+    arguments: dict[str, Any] = {"num_inference_steps": steps}
     if source.kind.passes_sigmas:
         config = scheduler.config if source.kind.dynamic_by_config else source.backbone.scheduler.config
-        given["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
-        given["mu"] = source.kind.shift_exponent(config, source.cells, steps)
-    scheduler.set_timesteps(**given)
+        arguments["sigmas"] = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+        arguments["mu"] = source.kind.shift_exponent(config, source.cells, steps)
+    scheduler.set_timesteps(**arguments)
     schedule = source.schedule(steps)
     noise = schedule.timestep(source.grid(steps)) / 1000
     torch.testing.assert_close(scheduler.sigmas.double(), noise, rtol=0, atol=1e-6)
     torch.testing.assert_close(scheduler.timesteps.double(), 1000 * noise[:-1], rtol=0, atol=1e-3)
 
 
-def test_the_stock_walk_of_shift_3():
-    """Without sigmas: 1, 0.9, 0.75, 0.5, 0, where a static shift of 3 would be counted twice."""
-    source = bare(FAMILIES["sd3"]())
+def test_exported_shift_applies_once():
+    """With shift 3 the sigmas are 1, 0.9, 0.75, 0.5, 0; `set_timesteps(n)` would apply a static shift twice."""
+    source = source_without_adapter(FAMILIES["sd3"]())
     scheduler = make_flow_scheduler(source, 4)
     scheduler.set_timesteps(4)
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]), rtol=0, atol=1e-6)
 
 
-def test_more_steps_than_a_configuration_can_hold():
-    source = bare(FAMILIES["sd3"](), 100.0)
+def test_step_counts_that_a_scheduler_config_cannot_express_are_refused():
+    source = source_without_adapter(FAMILIES["sd3"](), 100.0)
     with pytest.raises(UserError, match="steps 50, shift 300: .* use fewer"):
         make_flow_scheduler(source, 50)
 
@@ -236,7 +236,7 @@ def test_more_steps_than_a_configuration_can_hold():
         ("sana", "lora", {"task": "generate", "boundary": True}, "boundary scaling, .* or sample with codi"),
     ],
 )
-def test_what_stock_pipelines_cannot_express_is_refused(tmp_path, models, name, form, options, why):
+def test_adapters_without_a_stock_equivalent_are_refused(tmp_path, models, name, form, options, why):
     source = load_source(make(tmp_path / "adapter", name, form, **options), models(name))
     with pytest.raises(UserError, match=why) as refusal:
         export_diffusers(source, tmp_path / "out", 4)
@@ -244,7 +244,7 @@ def test_what_stock_pipelines_cannot_express_is_refused(tmp_path, models, name, 
 
 
 @pytest.mark.parametrize("export", [export_ldm, export_onnx])
-def test_other_formats_are_for_unets(tmp_path, models, export):
+def test_ldm_and_onnx_exports_refuse_transformers(tmp_path, models, export):
     source = load_source(make(tmp_path / "adapter", "flux", "lora", task="generate"), models("flux"))
     with pytest.raises(
         UserError, match="is for Stable Diffusion's U-Nets so far, and .* FLUX.1: export --to diffusers"
@@ -252,21 +252,21 @@ def test_other_formats_are_for_unets(tmp_path, models, export):
         export(source, tmp_path / "out", 4)
 
 
-def test_a_constant_of_the_time_embedding_holds_at_every_level():
+def test_constant_feature_of_the_time_embedding_holds_at_every_noise_level():
     """At a quarter of FLUX.1's width."""
     backbone = FAMILIES["flux"](attention_head_dim=128, num_attention_heads=6, axes_dims_rope=(16, 56, 56))
-    source = bare(backbone)
+    source = source_without_adapter(backbone)
     features = source.kind.time_features(backbone.network, torch.linspace(0, 1000, 1500))
     assert ((features @ source._selectors(backbone.network, 4, 1)[0]) - 1).abs().max() < 2e-4
 
 
-def test_the_command(shell, tmp_path, models):
+def test_export_command(shell, tmp_path, models):
     adapter, out = make(tmp_path / "adapter", "sana", "lora", task="generate"), tmp_path / "out"
     ran = shell("export", adapter, "--to", "diffusers", "-o", out, "--model", models("sana"), "--json")
     assert ran.code == 0, ran
-    told = json.loads(ran.out)
-    assert told["scheduler"] == "FlowMatchEulerDiscreteScheduler" and told["call"]["num_inference_steps"] == 4
-    assert {row["path"] for row in told["files"]} == {
+    result = json.loads(ran.out)
+    assert result["scheduler"] == "FlowMatchEulerDiscreteScheduler" and result["call"]["num_inference_steps"] == 4
+    assert {row["path"] for row in result["files"]} == {
         str(out / name) for name in (FILE, "README.md", "scheduler/scheduler_config.json")
     }
     assert all(key.startswith("transformer.") for key in load_file(out / FILE))
