@@ -1,4 +1,4 @@
-"""Reading users' pictures: every kind of file becomes upright RGB, every fault one clear line."""
+"""Reading users' images: every kind of file becomes upright RGB, every fault is one clear line."""
 
 import struct
 import warnings
@@ -37,8 +37,8 @@ def float_tiff(array: np.ndarray) -> bytes:
 # --- which files are pictures -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_s_pictures_are_those_that_can_be_read(tmp_path: Path):
-    """By a command and by training alike: every suffix of a format that Pillow writes and decodes."""
+def test_a_folder_lists_the_images_that_can_be_read(tmp_path: Path):
+    """Commands and training accept the same files: every suffix of a format that Pillow writes and decodes."""
     written = [
         suffix
         for suffix in image_suffixes()
@@ -48,18 +48,18 @@ def test_a_folder_s_pictures_are_those_that_can_be_read(tmp_path: Path):
         kind = "BLP" if suffix == ".blp" else Image.registered_extensions()[suffix]
         image = Image.fromarray(np.full((16, 16, 3), 200, np.uint8))
         (image.convert("P") if suffix == ".blp" else image).save(tmp_path / f"{number:02}{suffix}", kind)
-    for other in ("a.txt", "b.h5", "c.mpg", "d.eps", ".hidden.png"):
-        (tmp_path / other).write_bytes(b"no picture")
+    for name in ("a.txt", "b.h5", "c.mpg", "d.eps", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"no picture")
     (tmp_path / ".ipynb_checkpoints").mkdir()
     (tmp_path / "folder.png").mkdir()
     for folder in (".ipynb_checkpoints", "folder.png"):
         Image.fromarray(RGB).save(tmp_path / folder / "copy.PNG")
-    found = list_images(tmp_path)
-    assert [path.suffix for path in found] == written and {".avif", ".jfif", ".jp2", ".ppm", ".gif"} < set(written)
-    assert all(abs(levels(read_image(path).rgb).mean() - 200) < 3 for path in found)
-    assert list_images(tmp_path, below=True) == [*found, tmp_path / "folder.png" / "copy.PNG"]
+    listed = list_images(tmp_path)
+    assert [path.suffix for path in listed] == written and {".avif", ".jfif", ".jp2", ".ppm", ".gif"} < set(written)
+    assert all(abs(levels(read_image(path).rgb).mean() - 200) < 3 for path in listed)
+    assert list_images(tmp_path, below=True) == [*listed, tmp_path / "folder.png" / "copy.PNG"]
     source = open_source(tmp_path)
-    assert len(source) == len(found) + 1
+    assert len(source) == len(listed) + 1
     assert all(isinstance(sample, Sample) for sample in source.read(range(len(source)), 16))
 
 
@@ -68,14 +68,14 @@ def test_a_folder_s_pictures_are_those_that_can_be_read(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.bmp", "a.tif", "a.ppm"])
 def test_colour_is_read_exactly(tmp_path: Path, name: str):
-    Image.fromarray(RGB).save(tmp_path / name, lossless=True)  # which WebP alone asks about
+    Image.fromarray(RGB).save(tmp_path / name, lossless=True)  # a WebP option; the others ignore it
     picture = read_image(tmp_path / name)
     assert picture.rgb.dtype == torch.float32 and picture.rgb.shape == (3, 7, 5)
     assert np.array_equal(levels(picture.rgb), RGB)
     assert picture.alpha is None and not picture.grey and picture.bits == 8 and picture.path == str(tmp_path / name)
 
 
-def test_grey_and_bilevel(tmp_path: Path):
+def test_grey_and_bilevel_images_become_rgb(tmp_path: Path):
     Image.fromarray(RGB[..., 0]).save(tmp_path / "grey.png")
     Image.fromarray(RGB[..., 0] > 128).save(tmp_path / "two.png")
     picture = read_image(tmp_path / "grey.png")
@@ -84,7 +84,7 @@ def test_grey_and_bilevel(tmp_path: Path):
     assert picture.grey and np.array_equal(levels(picture.rgb)[..., 0], np.where(RGB[..., 0] > 128, 255, 0))
 
 
-def test_alpha_of_rgba_la_and_palette(tmp_path: Path):
+def test_alpha_of_rgba_la_and_palette_images_is_read(tmp_path: Path):
     alpha = RGB[..., 1]
     Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / "rgba.png")
     picture = read_image(tmp_path / "rgba.png")
@@ -106,7 +106,7 @@ def test_alpha_of_rgba_la_and_palette(tmp_path: Path):
     assert read_image(tmp_path / "opaque.png").alpha is None
 
 
-def test_cmyk_and_lab(tmp_path: Path):
+def test_cmyk_and_lab_become_rgb(tmp_path: Path):
     patches = np.repeat(np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8), 16, 1)
     Image.fromarray(patches.repeat(16, 0)).convert("CMYK").save(tmp_path / "c.jpg", quality=100, subsampling=0)
     assert np.abs(levels(read_image(tmp_path / "c.jpg").rgb)[8, 8::16] - patches[0, 8::16]).max() < 12
@@ -116,14 +116,16 @@ def test_cmyk_and_lab(tmp_path: Path):
     assert lab is not None
     lab.save(tmp_path / "lab.tif")
     picture = read_image(tmp_path / "lab.tif")
-    assert np.abs(levels(picture.rgb) - patches).max() < 5 and picture.alpha is None  # "A" is one of its channels
+    assert (
+        np.abs(levels(picture.rgb) - patches).max() < 5 and picture.alpha is None
+    )  # "A" is a channel of LAB, not alpha
 
 
 @pytest.mark.parametrize(
     ("bits", "row", "clear"),
     [(1, b"\x50", 1), (2, b"\x1b", 1), (4, b"\x01\x23", 1), (8, bytes(range(4)), 1), (16, bytes(range(8)), 0x203)],
 )
-def test_the_clear_level_of_a_grey_png(tmp_path: Path, bits: int, row: bytes, clear: int):
+def test_the_transparent_level_of_a_grey_png_is_read(tmp_path: Path, bits: int, row: bytes, clear: int):
     (tmp_path / "a.png").write_bytes(png(4, 1, b"\0" + row, bits, 0, clear))
     picture = read_image(tmp_path / "a.png")
     assert picture.grey and picture.bits == (16 if bits == 16 else 8) and picture.alpha is not None
@@ -132,7 +134,7 @@ def test_the_clear_level_of_a_grey_png(tmp_path: Path, bits: int, row: bytes, cl
     assert torch.equal(read_image(tmp_path / "a.png").rgb, picture.rgb)
 
 
-def test_what_the_channels_of_a_deep_tiff_mean(tmp_path: Path):
+def test_the_channels_of_a_deep_tiff_are_interpreted(tmp_path: Path):
     path, grey, colours = tmp_path / "a.tif", DEEP[..., :1], DEEP[..., :3]
     path.write_bytes(_tiff16(grey, photometric=0))  # 0 is white
     assert np.array_equal(levels(read_image(path).rgb, 65535)[..., :1], 65535 - grey.astype(int))
@@ -152,7 +154,7 @@ def test_what_the_channels_of_a_deep_tiff_mean(tmp_path: Path):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_sixteen_bits_keep_every_level(tmp_path: Path, extension: str, channels: int):
     path = tmp_path / f"deep.{extension}"
-    stored = {1: DEEP[..., 0], 3: DEEP[..., 2::-1], 4: DEEP[..., [2, 1, 0, 3]]}[channels]  # OpenCV's order
+    stored = {1: DEEP[..., 0], 3: DEEP[..., 2::-1], 4: DEEP[..., [2, 1, 0, 3]]}[channels]  # OpenCV's channel order
     cv2.imwrite(str(path), stored)
     picture = read_image(path)
     assert picture.bits == 16 and picture.grey == (channels == 1)
@@ -181,14 +183,14 @@ def test_float_tiff_within_0_and_1(tmp_path: Path):
         assert picture.bits == 16 and np.allclose(picture.rgb.permute(1, 2, 0).numpy(), want, atol=1e-6)
 
 
-def test_first_frame_of_an_animation(tmp_path: Path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path):
     frames = [Image.new("RGB", (6, 4), colour) for colour in ((200, 0, 0), (0, 200, 0))]
     for name in ("a.gif", "a.png", "a.webp", "a.tif", "a.avif"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=50)
         with pytest.warns(UserWarning, match="several frames or pages: only the first is read"):
             red, green, _ = read_image(tmp_path / name).rgb.mean((1, 2))
         assert red > 0.7 and green < 0.1
-    frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])  # a phone's photo and its preview
+    frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])  # a phone's photo with its preview
     frames[0].save(tmp_path / "single.gif")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -197,7 +199,7 @@ def test_first_frame_of_an_animation(tmp_path: Path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["a.png", "deep.png", "a.tif", "deep.tif"])
-def test_exif_rotation(tmp_path: Path, orientation: int, kind: str):
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int, kind: str):
     upright = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
                6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}  # fmt: skip
     path = tmp_path / kind
@@ -235,7 +237,7 @@ def _tiff16(pixels: np.ndarray, orientation: int = 1, photometric: int = 2, extr
     )
 
 
-def test_broken_exif_turns_nothing(tmp_path: Path):
+def test_broken_exif_is_ignored(tmp_path: Path):
     Image.fromarray(RGB).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*rubbish")
     assert np.array_equal(levels(read_image(tmp_path / "a.png").rgb), RGB)
 
@@ -243,7 +245,7 @@ def test_broken_exif_turns_nothing(tmp_path: Path):
 # --- faults of files -----------------------------------------------------------------------------------------------
 
 
-def test_missing_folder_empty_and_other_files(tmp_path: Path):
+def test_paths_that_are_not_images_are_refused(tmp_path: Path):
     Image.fromarray(RGB).save(tmp_path / "photo.png")
     fault(tmp_path / "phto.png", "no such file", "did you mean 'photo.png'")
     fault(tmp_path / "nowhere" / "a.png", "no such file")
@@ -254,7 +256,7 @@ def test_missing_folder_empty_and_other_files(tmp_path: Path):
     fault(tmp_path / "text.png", "not an image")
 
 
-def test_truncated_files(tmp_path: Path):
+def test_truncated_files_are_refused(tmp_path: Path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in ("a.png", "a.jpg", "a.webp", "a.gif", "a.tif", "a.bmp"):
         Image.fromarray(noise).save(tmp_path / name)
@@ -280,7 +282,7 @@ def test_huge_headers_are_refused_before_decoding(tmp_path: Path, monkeypatch: p
     (tmp_path / "float.tif").write_bytes(bytes(data))
     fault(tmp_path / "float.tif", "100000 x 100000")
 
-    with warnings.catch_warnings():  # nor does Pillow's own warning, at half of our limit, reach the user
+    with warnings.catch_warnings():  # nor does the user see Pillow's own warning, which comes at half of our limit
         warnings.simplefilter("error")
         (tmp_path / "large.png").write_bytes(png(10_000, 10_000, b"0"))
         fault(tmp_path / "large.png", "truncated")
@@ -290,24 +292,24 @@ def test_huge_headers_are_refused_before_decoding(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("bits, compression", [(8, "raw"), (8, "tiff_deflate"), (16, "raw")])
-def test_a_tiff_of_countless_strips_is_refused(tmp_path: Path, bits: int, compression: str):
+def test_a_tiff_with_too_many_strips_is_refused(tmp_path: Path, bits: int, compression: str):
     tall = np.zeros((70_000, 1), np.uint16 if bits == 16 else np.uint8)
     path = tmp_path / "a.tif"
-    Image.fromarray(tall).save(path, compression=compression, tiffinfo={278: 1})  # rows a strip
+    Image.fromarray(tall).save(path, compression=compression, tiffinfo={278: 1})  # one row per strip
     fault(path, "70,000 strips", "above the limit of 65,536")
     Image.fromarray(tall[:1000]).save(path, compression=compression, tiffinfo={278: 1})
     assert read_image(path).rgb.shape == (3, 1000, 1)
 
 
-@pytest.mark.parametrize("value, words", [(np.nan, "NaN"), (np.inf, "infinite"), (255.0, "scale them to 0..1")])
+@pytest.mark.parametrize("value, message", [(np.nan, "NaN"), (np.inf, "infinite"), (255.0, "scale them to 0..1")])
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)])
-def test_float_tiff_out_of_range(tmp_path: Path, value: float, words: str, shape: tuple):
+def test_float_tiffs_out_of_range_are_refused(tmp_path: Path, value: float, message: str, shape: tuple):
     values = np.zeros(shape, np.float32)
     values[1, 2] = value
     (tmp_path / "a.tif").write_bytes(float_tiff(values))
-    fault(tmp_path / "a.tif", words)
+    fault(tmp_path / "a.tif", message)
 
 
-def test_integers_beyond_sixteen_bits(tmp_path: Path):
+def test_integers_beyond_sixteen_bits_are_refused(tmp_path: Path):
     Image.fromarray(np.array([[0, 70_000]], np.int32)).save(tmp_path / "a.tif")
     fault(tmp_path / "a.tif", "70000", "8 or 16 bits")

@@ -1,4 +1,4 @@
-"""Many WebDataset shards: read a few at a time and exactly resumed, indexed once, fetched, some broken."""
+"""Many WebDataset shards: read a few at a time, resumed exactly, indexed once, downloaded, some broken."""
 
 import functools
 import http.server
@@ -23,16 +23,16 @@ from folders import noise, read, refused, rows_of, same, shard
 
 
 @pytest.fixture(autouse=True)
-def kept(tmp_path, monkeypatch):
-    """A cache folder of its own; nobody waits between attempts."""
-    monkeypatch.setenv("CODI_CACHE", str(tmp_path / "kept"))
+def cache(tmp_path, monkeypatch):
+    """Use a cache folder of its own, and do not wait between attempts."""
+    monkeypatch.setenv("CODI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-    return tmp_path / "kept"
+    return tmp_path / "cache"
 
 
 @pytest.fixture
 def parts(photos, tmp_path):
-    """The twelve photos in four tars."""
+    """Return the folder of four shards that hold the twelve photos."""
     return split(photos, tmp_path / "parts", 4)
 
 
@@ -55,7 +55,7 @@ def test_braces():
 @pytest.mark.parametrize("spec", ["x-{0..99999999}.tar", "x-" + "{0..9}" * 8 + ".tar", "x-" + "{a,b}" * 40 + ".tar"])
 def test_more_shards_than_fit_the_memory_are_refused(spec):
     refused(lambda: open_source(spec), spec, "name at most 100,000 in one data set")
-    assert expand("x-{0..9999999999999999999}") == ["x-0..9999999999999999999"]  # no number of shards
+    assert expand("x-{0..9999999999999999999}") == ["x-0..9999999999999999999"]  # not a shard count
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_more_shards_than_fit_the_memory_are_refused(spec):
         {"stamp": [1]}, None,
     ],
 )  # fmt: skip
-def test_an_index_of_another_shape_is_none(parts, remote, kept, change):
-    """Beside the shard, where it is made again, and uploaded with it, where the shard is fetched."""
+def test_a_malformed_index_is_ignored(parts, remote, cache, change):
+    """A local index is built again; an uploaded one is ignored when its shard is downloaded."""
     local = read(open_source(parts), range(12), 32)
     file = parts / ".part-001.tar.index.json"
     good = json.loads(file.read_text())
@@ -78,10 +78,10 @@ def test_an_index_of_another_shape_is_none(parts, remote, kept, change):
     assert json.loads(file.read_text()) == good
     fsspec.filesystem("memory").pipe("/bucket/.part-001.tar.index.json", text.encode())
     assert all(map(same, local, read(open_source(remote), range(12), 32)))
-    assert not list((kept / "indexes").glob("*.uploaded"))
+    assert not list((cache / "indexes").glob("*.uploaded"))
 
 
-def test_what_a_killed_process_left_beside_a_shard_is_removed(parts):
+def test_partial_indexes_of_killed_processes_are_removed(parts):
     old, young = (parts / f".{name}.12-34.partial" for name in (".part-000.tar.index.json", ".part-001.tar.index.json"))
     for file in (old, young):
         file.write_text("half")
@@ -90,34 +90,34 @@ def test_what_a_killed_process_left_beside_a_shard_is_removed(parts):
     assert not old.exists() and young.exists()
 
 
-def test_names_with_braces_are_the_folder(parts, tmp_path):
+def test_brace_patterns_equal_the_folder(parts, tmp_path):
     a, b = open_source(parts), open_source(f"{parts}/part-{{000..003}}.tar")
     assert all(map(same, read(a, range(12), 32), read(b, range(12), 32)))
     refused(lambda: open_source(f"{parts}/part-{{003..004}}.tar"), "part-004.tar: no such file")
     refused(lambda: open_source(f"{parts}/part-{{000..001}}.zip"), "part-000.zip: not a .tar")
 
 
-def test_a_shard_is_walked_once(parts, photos, kept, monkeypatch):
+def test_a_shard_is_indexed_once(parts, photos, cache, monkeypatch):
     first = read(open_source(parts), range(12), 32)
     walked = []
     walk = module._walk
     monkeypatch.setattr(module, "_walk", lambda file: walked.append(file.name) or walk(file))
     assert all(map(same, first, read(open_source(parts), range(12), 32))) and not walked
-    shard(photos, parts / "part-001.tar", rows_of(photos)[:5])  # another one of the same name
-    (parts / ".part-002.tar.index.json").write_text('{"stamp": ')  # half of an index
+    shard(photos, parts / "part-001.tar", rows_of(photos)[:5])  # another shard of the same name
+    (parts / ".part-002.tar.index.json").write_text('{"stamp": ')  # a truncated index
     assert len(open_source(parts)) == 14
     assert [name[-12:] for name in sorted(walked)] == ["part-001.tar", "part-002.tar"]
     (parts / ".part-003.tar.index.json").unlink()
-    (parts / ".part-003.tar.index.json").mkdir()  # where nothing can be written
+    (parts / ".part-003.tar.index.json").mkdir()  # the index cannot be written there
     walked.clear()
     assert len(open_source(parts)) == len(open_source(parts)) == 14
-    assert len(walked) == len(list((kept / "indexes").iterdir())) == 1
+    assert len(walked) == len(list((cache / "indexes").iterdir())) == 1
 
 
-def test_several_may_write_an_index_at_a_time(parts):
+def test_concurrent_readers_may_write_one_index(parts):
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: open_shard(parts / "part-000.tar").members(), range(32)))
-    assert all(json.dumps(f) == json.dumps(found[0]) for f in found)
+        indexes = list(pool.map(lambda _: open_shard(parts / "part-000.tar").members(), range(32)))
+    assert all(json.dumps(f) == json.dumps(indexes[0]) for f in indexes)
     assert [f.name for f in parts.iterdir() if f.name.startswith(".")] == [".part-000.tar.index.json"]
 
 
@@ -125,37 +125,37 @@ def test_many_shards_are_read_a_few_at_a_time(photos, tmp_path):
     source = open_source(split(photos, tmp_path / "many", FULL_SHUFFLE + 3))
     count = len(source)
     epochs = [order(source, 5, epoch) for epoch in (0, 1)]
-    assert all(sorted(found) == list(range(count)) for found in epochs) and list(epochs[0]) != list(epochs[1])
-    for found in epochs:
-        windows = [{i // 3 for i in found[at : at + 3 * WINDOW]} for at in range(0, count, 3 * WINDOW)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs) and list(epochs[0]) != list(epochs[1])
+    for epoch in epochs:
+        windows = [{i // 3 for i in epoch[at : at + 3 * WINDOW]} for at in range(0, count, 3 * WINDOW)]
         assert max(map(len, windows)) == WINDOW and sum(map(len, windows)) == FULL_SHUFFLE + 3
-        assert list(found[: 3 * WINDOW]) != sorted(found[: 3 * WINDOW])
+        assert list(epoch[: 3 * WINDOW]) != sorted(epoch[: 3 * WINDOW])
     run = list(islice(batches(source, 7, 32, seed=5), 20))  # more than an epoch
     assert [i for b in run for i in b.index][:count] == list(epochs[0])
     again = list(islice(batches(open_source(tmp_path / "many"), 7, 32, seed=5, start=63), 11))
     assert all(map(same, run[9:], again)) and [b.index for b in run[9:]] == [b.index for b in again]
 
 
-def test_few_shards_and_folders_keep_their_order(parts, photos):
+def test_few_shards_are_shuffled_like_a_folder(parts, photos):
     expected = np.random.default_rng([5, 1, 0]).permutation(12).tolist()
     assert order(open_source(parts), 5, 1).tolist() == order(open_source(photos), 5, 1).tolist() == expected
 
 
-def test_a_broken_shard_is_told_in_one_line_and_its_samples_count_as_corrupt(photos, tmp_path):
+def test_a_broken_shard_is_one_warning_and_its_samples_count_as_corrupt(photos, tmp_path):
     folder = split(photos, tmp_path / "many", 40)
     whole = len(open_source(folder))
     cut, gone = folder / "part-007.tar", folder / "part-009.tar"
     cut.write_bytes(cut.read_bytes()[:-12000])
-    with pytest.warns(UserWarning, match=r"part-007.tar: not a whole.*lost") as told:
+    with pytest.warns(UserWarning, match=r"part-007.tar: not a whole.*lost") as caught:
         source = open_source(folder)
-    assert len(told) == 1 and "\n" not in str(told[0].message)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
     assert len(source) == whole
     report = tmp_path / "report.json"
     stream = batches(source, 8, 32, seed=0, report=report)
     run = list(islice(stream, 15))
     stream.close()
-    said = json.loads(report.read_text())
-    assert 1 <= said["skipped"] < 3 and {f["file"] for f in said["files"]} == {str(cut)}
+    counts = json.loads(report.read_text())
+    assert 1 <= counts["skipped"] < 3 and {f["file"] for f in counts["files"]} == {str(cut)}
     assert all(b.image.shape[0] == 8 for b in run)
     gone.write_bytes(b"junk" * 500)
     (folder / "part-010.tar").write_bytes(b"")
@@ -168,7 +168,7 @@ def test_a_broken_shard_is_told_in_one_line_and_its_samples_count_as_corrupt(pho
 
 @pytest.fixture
 def remote(parts):
-    """The tars in fsspec's memory."""
+    """Copy the shards into fsspec's memory file system, and yield their URL pattern."""
     system = fsspec.filesystem("memory")
     for path in sorted(parts.glob("*.tar")):
         system.pipe(f"/bucket/{path.name}", path.read_bytes())
@@ -176,7 +176,7 @@ def remote(parts):
     system.rm("/bucket", recursive=True)
 
 
-def fetched(monkeypatch):
+def record_downloads(monkeypatch):
     names = []
     get = module.RemoteShard._get
     monkeypatch.setattr(
@@ -185,45 +185,45 @@ def fetched(monkeypatch):
     return names
 
 
-def test_remote_shards_are_fetched_once(parts, remote, kept, monkeypatch):
-    names = fetched(monkeypatch)
+def test_remote_shards_are_downloaded_once(parts, remote, cache, monkeypatch):
+    names = record_downloads(monkeypatch)
     local = read(open_source(parts), range(12), 32)
     assert all(map(same, local, read(open_source(remote), range(12), 32)))
     assert sorted(n for n in names if n.startswith("part")) == [f"part-{k:03d}.tar" for k in range(4)]
     names.clear()
     assert all(map(same, local, read(open_source(remote), range(12), 32))) and not names
-    assert len(list((kept / "shards").iterdir())) == 4
+    assert len(list((cache / "shards").iterdir())) == 4
 
 
-def test_those_used_longest_ago_make_room(parts, remote, kept, monkeypatch):
+def test_least_recently_used_shards_are_evicted(parts, remote, cache, monkeypatch):
     size = max(path.stat().st_size for path in parts.glob("*.tar"))
     monkeypatch.setenv("CODI_CACHE_GB", str(2.5 * size / 1e9))
     local = read(open_source(parts), range(12), 32)
     assert all(map(same, local, read(open_source(remote), range(12), 32)))
-    left = [file.stat().st_size for file in (kept / "shards").iterdir()]
-    assert 1 < len(left) < 4 and sum(left) <= 2.5 * size
+    sizes = [file.stat().st_size for file in (cache / "shards").iterdir()]
+    assert 1 < len(sizes) < 4 and sum(sizes) <= 2.5 * size
 
 
-def test_the_limit_holds_when_shards_are_fetched_at_the_same_time(parts, remote, kept, monkeypatch):
+def test_the_cache_limit_holds_under_concurrent_downloads(parts, remote, cache, monkeypatch):
     size = max(path.stat().st_size for path in parts.glob("*.tar"))
     monkeypatch.setenv("CODI_CACHE_GB", str(2.5 * size / 1e9))
-    together, get, seen = threading.Barrier(4), module.RemoteShard._get, set()
+    barrier, get, downloaded = threading.Barrier(4), module.RemoteShard._get, set()
 
-    def get_together(self, path, to):
+    def get_and_wait(self, path, to):
         get(self, path, to)
-        if path not in seen:  # not again for one that was removed before it was opened
-            seen.add(path)
-            together.wait(10)
+        if path not in downloaded:  # no second wait for a shard that was evicted before it was opened
+            downloaded.add(path)
+            barrier.wait(10)
 
-    monkeypatch.setattr(module.RemoteShard, "_get", get_together)
+    monkeypatch.setattr(module.RemoteShard, "_get", get_and_wait)
     with ThreadPoolExecutor(4) as pool:  # room is made for each before any is complete
         for file in pool.map(lambda name: open_shard(name).open(), expand(remote)):
             file.close()
-    left = [file.stat().st_size for file in (kept / "shards").iterdir()]
-    assert 1 <= len(left) < 4 and sum(left) <= 2.5 * size
+    sizes = [file.stat().st_size for file in (cache / "shards").iterdir()]
+    assert 1 <= len(sizes) < 4 and sum(sizes) <= 2.5 * size
 
 
-def test_a_download_that_breaks_off_is_tried_again(remote, monkeypatch):
+def test_an_interrupted_download_is_retried(remote, monkeypatch):
     get, calls = module.RemoteShard._get, []
 
     def cut(self, path, to):
@@ -239,7 +239,7 @@ def test_a_download_that_breaks_off_is_tried_again(remote, monkeypatch):
     assert [isinstance(r, CorruptSample) for r in results] == [False] * 9 + [True] * 3
 
 
-def test_a_shard_that_was_out_of_reach_is_asked_for_again_later(parts, remote, monkeypatch):
+def test_an_unreachable_shard_is_requested_again_after_a_pause(parts, remote, monkeypatch):
     source = open_source(remote)
     local, now, get = read(open_source(parts), range(12), 32), [0.0], module.RemoteShard._get
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -252,23 +252,23 @@ def test_a_shard_that_was_out_of_reach_is_asked_for_again_later(parts, remote, m
     monkeypatch.setattr(module.RemoteShard, "_get", broken)
     assert all(isinstance(r, CorruptSample) for r in source.read(range(12), 32))
     monkeypatch.setattr(module.RemoteShard, "_get", get)
-    assert all(isinstance(r, CorruptSample) for r in source.read(range(12), 32))  # not a storm of questions
+    assert all(isinstance(r, CorruptSample) for r in source.read(range(12), 32))  # no flood of requests
     now[0] = module.PAUSE
     assert all(map(same, local, read(source, range(12), 32)))
 
 
-def test_unknown_protocols_are_told():
+def test_unknown_protocols_are_refused():
     refused(lambda: open_source("nothing://x/a.tar"), "nothing://x/a.tar", "nothing")
 
 
-def test_shards_behind_http(parts, kept, monkeypatch):
-    """With the indexes that were uploaded with them, nothing else is fetched at the start."""
+def test_shards_over_http(parts, cache, monkeypatch):
+    """At the start only the uploaded indexes are downloaded."""
     local = open_source(parts)
-    asked = []
+    requests = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format, *args):
-            asked.append((self.command, self.path))
+            requests.append((self.command, self.path))
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=parts))
     thread = threading.Thread(target=server.serve_forever)
@@ -276,15 +276,15 @@ def test_shards_behind_http(parts, kept, monkeypatch):
     try:
         url = f"http://127.0.0.1:{server.server_port}"
         source = open_source(f"{url}/part-{{000..003}}.tar")
-        assert {path for command, path in asked if command == "GET"} == {
+        assert {path for command, path in requests if command == "GET"} == {
             f"/.part-{k:03d}.tar.index.json" for k in range(4)
         }
-        assert not (kept / "shards").exists()
+        assert not (cache / "shards").exists()
         assert all(map(same, read(local, range(12), 32), read(source, range(12), 32)))
-        asked.clear()
+        requests.clear()
         again = open_source(f"{url}/part-{{000..003}}.tar")
         assert all(map(same, read(local, range(12), 32), read(again, range(12), 32)))
-        assert {command for command, _ in asked} == {"HEAD"}
+        assert {command for command, _ in requests} == {"HEAD"}
         (parts / ".part-000.tar.index.json").unlink()
         noise(8, 8).save(parts / "grown.png")
         with warnings.catch_warnings():
@@ -298,14 +298,14 @@ def test_shards_behind_http(parts, kept, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [12_000, 12_288, 12_289, 12_800, 20_000])
-def test_wherever_a_tar_is_cut_that_is_noticed(photos, tmp_path, length):
-    """Within a member, within a header, between the two: samples before the cut are whole, and all others lost."""
+def test_a_truncated_tar_is_detected_at_any_length(photos, tmp_path, length):
+    """Cut within a member, within a header or between the two: samples before the cut are whole, all others lost."""
     shard(photos, tmp_path / "x.tar", rows_of(photos))
     members, fault = open_shard(tmp_path / "x.tar").members()
     data = (tmp_path / "x.tar").read_bytes()
     assert not fault and len(members) == 12 and len(data) > 30_000
     (tmp_path / "x.tar").write_bytes(data[:length])
-    kept, fault = open_shard(tmp_path / "x.tar").members()
+    readable, fault = open_shard(tmp_path / "x.tar").members()
     assert "not a whole, uncompressed tar" in fault
-    whole = {key: found for key, found in members.items() if all(sum(m) <= length for m in found.values())}
-    assert len(whole) - 1 <= len(kept) <= len(whole) and all(kept[key] == members[key] for key in kept)
+    whole = {key: fields for key, fields in members.items() if all(sum(m) <= length for m in fields.values())}
+    assert len(whole) - 1 <= len(readable) <= len(whole) and all(readable[key] == members[key] for key in readable)

@@ -1,4 +1,4 @@
-"""The objectives that answer where an ODE ends: decoupled, consistency and guided distillation."""
+"""Objectives that predict where an ODE ends: decoupled, consistency and guided distillation."""
 
 import math
 from dataclasses import dataclass, replace
@@ -25,19 +25,19 @@ LEVELS, COSINE = DiscreteSchedule.from_config(tiny_scheduler().config), CosineSc
 
 
 @dataclass
-class Asked:
-    """A conditioning that says nothing but which question is asked."""
+class JumpOnly:
+    """A conditioning that holds only the jump."""
 
     jump: Tensor | None = None
 
 
-def two_answers(instant, jump, schedule=COSINE):
-    """The network that answers with one function or the other."""
+def two_predictions(instant, jump, schedule=COSINE):
+    """Return a network that predicts with `jump` where the conditioning has one, else with `instant`."""
     nets = network(instant, schedule), network(jump, schedule)
 
-    def forward(z, timestep, asked):
-        answers = [net(z, timestep, None) for net in nets]
-        return torch.where(asked.jump[:, 0].bool().reshape(-1, *[1] * (z.ndim - 1)), *answers[::-1])
+    def forward(z, timestep, conditioning):
+        predictions = [net(z, timestep, None) for net in nets]
+        return torch.where(conditioning.jump[:, 0].bool().reshape(-1, *[1] * (z.ndim - 1)), *predictions[::-1])
 
     return forward
 
@@ -46,13 +46,13 @@ def two_answers(instant, jump, schedule=COSINE):
 
 
 def decoupled_losses(instant, jump, dt: float) -> dict[str, float]:
-    net, batch = two_answers(instant, jump), replace(gaussian_batch(400_000), conditioning=Asked())
+    net, batch = two_predictions(instant, jump), replace(gaussian_batch(400_000), conditioning=JumpOnly())
     t = torch.ones(1, dtype=torch.float64)
     return {k: float(v) for k, v in decoupled(net, net, batch, COSINE, seeded(1), dt=dt, dt_end=dt, t=t).items()}
 
 
-def test_denoiser_and_flow_s_end_are_decoupled_s_fixed_point():
-    """The consistency term is 0 in the limit, and the data term what the denoiser's is: nobody has to give way."""
+def test_the_denoiser_and_the_end_of_the_flow_are_the_fixed_point_of_decoupled():
+    """In the limit the consistency term is 0 and the data term is the denoiser's: the two do not conflict."""
     coarse, fine = (decoupled_losses(denoiser, flow, dt) for dt in (1e-2, 1e-3))
     assert coarse["consistency"] / 1e-4 < 3e-6
     assert coarse["consistency"] / fine["consistency"] == pytest.approx(1e4, rel=0.05)
@@ -63,16 +63,16 @@ def test_denoiser_and_flow_s_end_are_decoupled_s_fixed_point():
 
 
 @pytest.mark.parametrize(("progress", "step"), [(0.0, 256), (0.5, 64), (1.0, 16)])
-def test_the_consistency_step_falls_over_the_training(progress, step):
+def test_the_consistency_step_shrinks_during_training(progress, step):
     times = []
 
-    def net(z, timestep, asked):
-        times.append((timestep + 1, asked.jump[:, 0]))
+    def net(z, timestep, conditioning):
+        times.append((timestep + 1, conditioning.jump[:, 0]))
         return 0.3 * z
 
-    batch = replace(LatentBatch(randn(2, 4, 3, 3), Asked()), progress=progress)
+    batch = replace(LatentBatch(randn(2, 4, 3, 3), JumpOnly()), progress=progress)
     decoupled(net, net, batch, LEVELS, seeded(), dt=256, dt_end=16, t=torch.tensor([300, 900]))
-    assert [jump.tolist() for _, jump in times] == [[0, 0, 1, 1], [1, 1]]  # both questions in one pass
+    assert [jump.tolist() for _, jump in times] == [[0, 0, 1, 1], [1, 1]]  # both predictions in one pass
     assert [t.tolist() for t, _ in times] == [[300, 900, 300, 900], [300 - step, 900 - step]]
 
 
@@ -82,22 +82,26 @@ def test_before_training_every_target_time_gives_the_backbone_s_output_bit_for_b
     adapter = FORMS[form].from_backbone(unet, vae, target_time=True)
     z, t = randn(2, LATENT_CHANNELS, 8, 8), torch.tensor([7, 900])
     read = adapter.read(torch.rand(2, 3, 32, 32, generator=seeded(2)), vae)
-    told = Conditioning(randn(2, 5, TEXT_WIDTH, seed=3), read)
-    plain = Student(unet)(z, t, replace(told, condition=None))
+    conditioning = Conditioning(randn(2, 5, TEXT_WIDTH, seed=3), read)
+    plain = Student(unet)(z, t, replace(conditioning, condition=None))
     for jump in (None, torch.zeros(2, 2), torch.tensor([[0.3, 0.2], [1.0, 0.9]])):
-        assert torch.equal(Student(unet, adapter)(z, t, replace(told, jump=jump)), plain)
+        assert torch.equal(Student(unet, adapter)(z, t, replace(conditioning, jump=jump)), plain)
     assert adapter.jump is not None
     torch.nn.init.normal_(adapter.jump.projection.weight)
-    here, further = (Student(unet, adapter)(z, t, replace(told, jump=torch.full((2, 2), u))) for u in (0.0, 0.4))
+    here, further = (
+        Student(unet, adapter)(z, t, replace(conditioning, jump=torch.full((2, 2), u))) for u in (0.0, 0.4)
+    )
     assert torch.equal(here, plain) and not torch.allclose(further, plain)
 
 
-def test_both_terms_train_and_only_the_jump_s_moves_its_input():
+def test_both_terms_train_and_only_consistency_trains_the_jump_input():
     unet, vae = tiny_unet(), tiny_vae()
     adapter = FORMS["fused"].from_backbone(unet, vae, target_time=True)
     student = Student(unet, adapter)
-    told = Conditioning(randn(2, 5, TEXT_WIDTH), adapter.read(torch.rand(2, 3, 32, 32, generator=seeded(2)), vae))
-    batch, t = LatentBatch(randn(2, LATENT_CHANNELS, 8, 8), told), torch.tensor([400, 900])
+    conditioning = Conditioning(
+        randn(2, 5, TEXT_WIDTH), adapter.read(torch.rand(2, 3, 32, 32, generator=seeded(2)), vae)
+    )
+    batch, t = LatentBatch(randn(2, LATENT_CHANNELS, 8, 8), conditioning), torch.tensor([400, 900])
     losses = decoupled(student, student, batch, LEVELS, seeded(1), t=t)
     weight = adapter.jump.projection.weight
     for name, moves in (("signal", False), ("consistency", True)):
@@ -106,7 +110,7 @@ def test_both_terms_train_and_only_the_jump_s_moves_its_input():
 
 
 def test_a_perfect_jump_samples_the_data_in_any_number_of_steps():
-    """Of a Gaussian: mean and spread come out right, and fresh noise is of each seed's own."""
+    """For a Gaussian, mean and spread are right, and each seed draws its own noise."""
 
     class Perfect(Student):
         def __init__(self):
@@ -131,7 +135,7 @@ def test_a_perfect_jump_samples_the_data_in_any_number_of_steps():
 # ---- consistency distillation
 
 
-def test_consistency_is_codi_s_ablation_with_a_teacher_s_ode_in_signal():
+def test_consistency_equals_codi_with_a_teacher_ode_and_a_signal_loss():
     batch, t = gaussian_batch(1000), torch.tensor([500])
     nets = [network(f, LEVELS) for f in (straight, flow, denoiser)]
     student, target, teacher = nets
@@ -150,12 +154,12 @@ def test_consistency_is_codi_s_ablation_with_a_teacher_s_ode_in_signal():
 
 
 def test_consistency_and_guided_follow_the_guided_teacher():
-    """A teacher that says 1 with the prompt and 0 without: guided by g it says g, and both students are asked for g."""
+    """The teacher predicts 1 with the prompt and 0 without, so guidance g gives g: the target of both students."""
     scales = torch.tensor([[1.0], [3.0]])
     guidance = Guidance(scales, ["with", "without"])
     batch = LatentBatch(torch.zeros(2, 1, 2, 2, dtype=torch.float64), "with", guidance=guidance)
 
-    def says(value):
+    def predicting(value):
         def net(z, timestep, conditioning):
             x = torch.full_like(z, 0.0 if conditioning == "without" else 1.0) * value
             alpha, sigma = LEVELS.alpha_sigma(timestep + 1, z)
@@ -165,10 +169,12 @@ def test_consistency_and_guided_follow_the_guided_teacher():
 
     answer = scales.double().view(2, 1, 1, 1)
     for objective in (
-        lambda net: guided(net, net, batch, LEVELS, seeded(), teacher=says(1.0), steps=4),
-        lambda net: consistency(net, net, batch, LEVELS, seeded(), teacher=says(1.0), t=torch.tensor([300]), dt=300),
+        lambda net: guided(net, net, batch, LEVELS, seeded(), teacher=predicting(1.0), steps=4),
+        lambda net: consistency(
+            net, net, batch, LEVELS, seeded(), teacher=predicting(1.0), t=torch.tensor([300]), dt=300
+        ),
     ):
-        right, wrong = (float(sum(objective(says(value)).values())) for value in (answer, 1.0))
+        right, wrong = (float(sum(objective(predicting(value)).values())) for value in (answer, 1.0))
         assert right < 1e-12 and wrong > 1e-2
 
 
@@ -176,18 +182,18 @@ def test_consistency_and_guided_follow_the_guided_teacher():
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_guided_asks_for_the_teacher_s_two_steps_in_one(steps):
-    """DDIM from the student's answer lands where the teacher's two steps do."""
+def test_guided_learns_two_teacher_steps_in_one(steps):
+    """DDIM from the student's prediction lands where two steps of the teacher do."""
     batch = gaussian_batch(500)
-    seen: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
     def student(z, timestep, _):
-        seen.append((z, timestep + 1))
+        calls.append((z, timestep + 1))
         return torch.zeros_like(z)
 
     index, teacher = torch.tensor([steps]), network(denoiser, LEVELS)
     guided(student, student, batch, LEVELS, seeded(1), teacher=teacher, steps=steps, index=index)
-    z, t = seen[0]
+    z, t = calls[0]
     assert t.tolist() == [1000]
     middle, s = torch.tensor([1000 - 500 // steps]), torch.tensor([1000 - 1000 // steps])
     two = z
@@ -204,8 +210,8 @@ def test_guided_asks_for_the_teacher_s_two_steps_in_one(steps):
     assert float(loss["distillation"]) < 1e-18
 
 
-def test_a_teacher_of_straight_paths_is_guided_s_fixed_point():
-    """Its steps are exact, so one is as good as two."""
+def test_a_teacher_with_straight_paths_is_the_fixed_point_of_guided():
+    """Its steps are exact, so one equals two."""
     net = network(straight, COSINE)
     loss = guided(net, net, gaussian_batch(1000), COSINE, seeded(2), teacher=net, steps=4)
     assert float(loss["distillation"]) < 1e-18
@@ -222,34 +228,34 @@ def test_a_teacher_of_straight_paths_is_guided_s_fixed_point():
     [(name, {}) for name in OBJECTIVES]
     + [("codi", {"consistency_weight": 0}), ("codi", {"ode": "teacher"}), ("codi-tuned", {"ode": "teacher"})],
 )
-def test_the_passes_told_are_those_that_the_objective_makes(objective, options, scales):
-    """A sample through a network once is a pass; with a gradient three."""
+def test_the_recipe_counts_the_passes_of_the_objective(objective, options, scales):
+    """A forward pass of one sample counts 1, with gradient 3."""
     passes = 0
 
-    def net(z, timestep, asked):
+    def net(z, timestep, conditioning):
         nonlocal passes
         passes += len(z) * (3 if torch.is_grad_enabled() else 1)
         return 0.3 * z
 
-    batch = LatentBatch(randn(4, 4, 3, 3), Asked())
+    batch = LatentBatch(randn(4, 4, 3, 3), JumpOnly())
     if scales:
-        batch.guidance = Guidance(torch.full((4, scales), 2.0), [Asked()] * (scales + 1))
+        batch.guidance = Guidance(torch.full((4, scales), 2.0), [JumpOnly()] * (scales + 1))
     guidance = {name: [1, 4] for name in SCALES[:scales]}
     recipe = DistillRecipe(
         out="out", objective=objective, objective_options=options, guidance=guidance, guidance_share=1.0
     )
     loss = OBJECTIVES[objective].loss
-    for k in range(20):  # of which a flow map's warm-up is three
+    for k in range(20):  # the warm-up of a flow map takes three of them
         batch.progress = k / 20
         loss(net, net, batch, LEVELS, seeded(), **options, **({"teacher": net} if recipe.teaching else {}))
     assert recipe.passes == pytest.approx(passes / 4 / 20)
 
 
-def test_how_jumps_weigh_and_who_answers_at_the_earlier_time():
-    """ "signal" takes the division by sigma out; an averaged target's answer is the average network's."""
-    x, told = randn(2, 1, 4, 4), Conditioning(torch.zeros(2, 1, 1))
+def test_consistency_weighting_and_the_averaged_target():
+    """Weighting "signal" drops the division by sigma; with `averaged` the average network gives the target."""
+    x, conditioning = randn(2, 1, 4, 4), Conditioning(torch.zeros(2, 1, 1))
     mine, average = (lambda z, t, c, k=k: k * z + c.jump[:, :1, None, None] for k in (0.3, 0.6))
-    batch, t = LatentBatch(x, told), torch.tensor([0.7])
+    batch, t = LatentBatch(x, conditioning), torch.tensor([0.7])
 
     def loss(**options) -> float:
         return float(

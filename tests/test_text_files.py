@@ -1,4 +1,4 @@
-"""Text files of users: refused in one line, and in bounded time, where they are not what they should be."""
+"""Text files of users: malformed ones are refused in one line and in bounded time."""
 
 import json
 import time
@@ -12,13 +12,13 @@ from folders import refused
 
 
 def bomb(line):
-    """Ten levels, each of which names the one before it ten times."""
+    """Return YAML of ten levels, each of which names the one before it ten times."""
     names = "abcdefghij"
     return "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {line(f'*{a}')}\n" for a, b in zip(names, names[1:], strict=False))
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fragment"),
     [
         (bomb(lambda name: f"[{','.join([name] * 10)}]"), "more than 10,000 values, aliases included"),
         (bomb(lambda name: f"{{<<: [{','.join([name] * 10)}]}}"), "more than 10,000 values, aliases included"),
@@ -37,17 +37,17 @@ def bomb(line):
         ("", "not a list of `key: value` lines"),
     ],
 )
-def test_yaml_is_bounded(tmp_path, text, words):
+def test_yaml_is_bounded(tmp_path, text, fragment):
     file, began = tmp_path / "recipe.yaml", time.perf_counter()
     file.write_text(text)
     for read in (read_recipe, load_suite):
-        message = refused(lambda read=read: read(file), file, words)
+        message = refused(lambda read=read: read(file), file, fragment)
         assert len(message) < 800
     assert time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fragment"),
     [
         ("a: 1\nb: [1, 2", "line 2, column 9: while parsing a flow sequence, expected ',' or ']'"),
         ("a: 1\nb: c: d", "line 2, column 5: mapping values are not allowed here"),
@@ -59,15 +59,15 @@ def test_yaml_is_bounded(tmp_path, text, words):
         ('a: "\\Uffffffff"', "Python int too large to convert"),
     ],
 )
-def test_errors_of_yaml_name_the_file_and_the_line(tmp_path, text, words):
+def test_yaml_errors_name_the_file_and_the_line(tmp_path, text, fragment):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     for read in (read_recipe, load_suite):
-        message = refused(lambda read=read: read(file), f"{file}: not valid YAML ({words}", "): correct that line")
+        message = refused(lambda read=read: read(file), f"{file}: not valid YAML ({fragment}", "): correct that line")
         assert "unicode string" not in message
 
 
-def test_yaml_that_people_write_is_read(tmp_path):
+def test_common_yaml_is_read(tmp_path):
     assert parse_yaml("a: &a {x: 1, y: 2}\nb: *a\nc: {<<: *a, y: 3}") == {
         "a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 3},
     }  # fmt: skip
@@ -93,7 +93,7 @@ def test_rows_are_lines_of_json_or_of_csv(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "words"),
+    ("name", "data", "fragment"),
     [
         ("metadata.jsonl", b'{"a": 1}\n' + "{\"a\": 'é'}".encode("latin-1"), "line 2 is not UTF-8 text"),
         ("metadata.jsonl", '{"a": 1}\n'.encode("utf-16"), "is UTF-16 text"),
@@ -107,6 +107,6 @@ def test_rows_are_lines_of_json_or_of_csv(tmp_path):
         ("metadata.csv", "file_name,text\né,".encode("latin-1"), "line 2 is not UTF-8 text"),
     ],
 )
-def test_rows_that_are_none_are_named(tmp_path, name, data, words):
+def test_malformed_rows_are_named(tmp_path, name, data, fragment):
     (tmp_path / name).write_bytes(data)
-    assert len(refused(lambda: list(read_rows(tmp_path / name)), tmp_path / name, words)) < 500
+    assert len(refused(lambda: list(read_rows(tmp_path / name)), tmp_path / name, fragment)) < 500

@@ -1,4 +1,4 @@
-"""Training: resume is exact, a kill loses nothing, bad numbers stop the run, recipes refuse what they do not know."""
+"""Training: resuming is exact, a kill loses nothing, bad numbers stop the run, recipes refuse unknown keys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tiny import TEXT_WIDTH, rand, randn, tiny_checkpoint
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory) -> DistillRecipe:
-    """A run of 4 updates of 2 pictures on a tiny backbone and eight noise pictures."""
+    """Return the recipe of 4 updates of 2 images on a tiny backbone and eight noise images."""
     folder = tmp_path_factory.mktemp("training")
     model = tiny_checkpoint(folder / "model", prediction="v_prediction")
     pictures = folder / "pictures"
@@ -52,12 +52,12 @@ def tiny_run(tmp_path_factory) -> DistillRecipe:
 
 @pytest.fixture(scope="module")
 def finished(tiny_run) -> Path:
-    """That run, uninterrupted."""
+    """Return the folder of that run, trained without interruption."""
     return distill(tiny_run, quiet=True)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a finished adapter, its trained backbone included."""
+    """Return every tensor of a finished adapter, including those of a trained backbone."""
     files = sorted(folder.glob("*.safetensors")) + sorted((folder / "unet").glob("*.safetensors"))
     return {f"{f.parent.name if f.parent != folder else ''}/{k}": v for f in files for k, v in load_file(f).items()}
 
@@ -79,19 +79,19 @@ def test_four_updates_equal_two_and_resume_two(tiny_run, tmp_path, monkeypatch, 
 
     forward, calls = DistillJob.forward, []
 
-    def dies_in_the_fourth(self, *args, **kwargs):
+    def fail_in_the_fourth(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("power cut")
         return forward(self, *args, **kwargs)
 
     broken = replace(tiny_run, out=str(tmp_path / "broken"))
-    monkeypatch.setattr(DistillJob, "forward", dies_in_the_fourth)
+    monkeypatch.setattr(DistillJob, "forward", fail_in_the_fourth)
     with pytest.raises(RuntimeError, match="power cut"):
         distill(broken, quiet=True)
     assert [p.name for p in checkpoint.complete(Path(broken.out) / "checkpoints")] == ["step-00000002"]
     monkeypatch.setattr(DistillJob, "forward", forward)
-    torch.rand(100)  # whatever happens between: the checkpoint restores the random state
+    torch.rand(100)  # anything may happen in between: the checkpoint restores the random state
     resumed = distill(broken, quiet=True)
     assert same(weights(whole), weights(resumed))
     assert not same(weights(whole), {k: torch.zeros_like(v) for k, v in weights(whole).items()})
@@ -122,21 +122,21 @@ def test_state_in_8_bits_is_restored_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"optimizer": "sgd"}, "optimizer 'sgd': not known"),
         ({"optimizer": "adamw8bit"}, "needs bitsandbytes: pip install"),
     ],
 )
-def test_optimizers_that_there_are_not(changes, said, monkeypatch):
+def test_unknown_optimizers_are_refused(changes, message, monkeypatch):
     monkeypatch.setattr("codi.training.trainer.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         RunSettings(**changes).validate()
 
 
 def test_kill_in_the_middle_of_a_checkpoint_loses_nothing(tiny_run, finished, tmp_path):
     out = tmp_path / "killed"
-    # The second checkpoint dies after its first file: SIGKILL, no clean-up of any kind.
+    # SIGKILL hits the second checkpoint after its first file, so nothing is cleaned up.
     script = f"""
 import os, signal, json
 from codi.training import checkpoint
@@ -154,15 +154,15 @@ distill(DistillRecipe(**{{**json.loads({json.dumps(json.dumps(vars(tiny_run)))})
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr[-2000:]
-    left = [p.name for p in (out / "checkpoints").iterdir()]
-    assert any(name.startswith(".writing-") for name in left) and "step-00000002" in left
+    remaining = [p.name for p in (out / "checkpoints").iterdir()]
+    assert any(name.startswith(".writing-") for name in remaining) and "step-00000002" in remaining
     resumed = distill(replace(tiny_run, out=str(out)), quiet=True)
     assert same(weights(finished), weights(resumed))
     assert not any(p.name.startswith(".writing-") for p in (out / "checkpoints").iterdir())
 
 
 def test_accumulation_equals_one_large_batch_of_the_plain_loss(tiny_run, tmp_path):
-    """Two batches of two summed into an update move the weights as far as updates of four do: same image count."""
+    """Two accumulated batches of two move the weights as far as one batch of four does: the same image count."""
     out = distill(replace(tiny_run, out=str(tmp_path / "a"), accumulate=2, objective="finetune"), quiet=True)
     state = json.loads((checkpoint.complete(out / "checkpoints")[-1] / "state.json").read_text())
     assert state["progress"]["updates"] == 2 and state["progress"]["images"] == 8
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_changes_no_weight(tiny_run, tmp_path, changes):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_pe_leaves_the_backbone_alone_and_full_does_not(tiny_run, finished, tmp_path):
+def test_parameter_efficient_training_leaves_the_backbone_unchanged_and_full_does_not(tiny_run, finished, tmp_path):
     backbone = load_backbone(tiny_run.model)
     pe = distill(replace(tiny_run, out=str(tmp_path / "pe"), train_backbone=False), quiet=True)
     assert not (pe / "unet").exists()
@@ -204,19 +204,19 @@ def test_pe_leaves_the_backbone_alone_and_full_does_not(tiny_run, finished, tmp_
     assert any(not torch.equal(before[k], v) for k, v in unet.state_dict().items())
 
 
-def test_the_finished_adapter_says_what_it_is(tiny_run, tmp_path):
+def test_the_finished_adapter_describes_itself(tiny_run, tmp_path):
     out = distill(replace(tiny_run, out=str(tmp_path / "run"), images=4), quiet=True)
     info = json.loads((out / "config.json").read_text())["info"]
     backbone = load_backbone(tiny_run.model)
     assert (info["task"], info["family"]) == ("upscale", backbone.family)
-    assert info["backbone"] == digest(backbone.unet)  # what it started from, though a full one trains it
+    assert info["backbone"] == digest(backbone.unet)  # the digest of the starting weights, even for a full adapter
     assert info["images"] == 4 and set(info["metrics"]) == {"obedience_1", "obedience_2", "obedience_4"}
     assert (out / "checkpoints").is_dir() and list((out / "previews").glob("*.png"))
-    told = {"full": True, "guidance": {}, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "shift": 1.0}
-    assert {key: info[key] for key in told} == told
+    expected = {"full": True, "guidance": {}, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "shift": 1.0}
+    assert {key: info[key] for key in expected} == expected
 
 
-OF_TASKS: dict[str, dict[str, Any]] = {
+TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "upscale": {"task_options": {"scale": 4}},
     "inpaint": {"guidance": {"text": [1, 4]}, "guidance_scale": 3.0, "shift": 3.0},
     "depth": {},
@@ -227,11 +227,11 @@ OF_TASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_distils(tiny_run, tmp_path, task):
-    """Two updates on rendered scenes, by the shared backbone's form; the adapter that comes out loads and counts."""
+def test_every_task_can_be_distilled(tiny_run, tmp_path, task):
+    """Two updates on rendered scenes with a shared backbone; the adapter loads and changes the prediction."""
     run = replace(
         tiny_run, out=str(tmp_path / task), task=task, data="scenes:train:8", held_out="scenes:held-out:2", images=4,
-        degradation=None, train_backbone=False, lora_rank=2, half=True, **OF_TASKS.get(task, {}),
+        degradation=None, train_backbone=False, lora_rank=2, half=True, **TASK_SETTINGS.get(task, {}),
     )  # fmt: skip
     out, backbone = distill(run, quiet=True), load_backbone(tiny_run.model)
     adapter, unet = load_adapter(out, task, backbone.family, backbone.unet)
@@ -250,19 +250,19 @@ def test_every_task_distils(tiny_run, tmp_path, task):
     assert list((out / "previews").glob("*.png"))
 
 
-def test_drawn_guidance(tiny_run, tmp_path, monkeypatch):
-    """Scales lie in their ranges, 1 for a sample without prompt; the share of updates with guidance is as told."""
+def test_guidance_scales_are_drawn_within_their_ranges(tiny_run, tmp_path, monkeypatch):
+    """Scales lie in their ranges and are 1 without prompt; the share of guided updates is as configured."""
     from codi.training.distill import DistillJob
 
     draw, drawn = DistillJob.guidance, []
 
-    def recorded(self, conditioning, dropped, generator):
+    def record(self, conditioning, dropped, generator):
         drawn.append((conditioning, dropped, draw(self, conditioning, dropped, generator)))
         return drawn[-1][-1]
 
-    monkeypatch.setattr(DistillJob, "guidance", recorded)
-    both = {"guidance": {"text": [2, 4], "image": [1.5, 2]}, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
-    run = replace(tiny_run, **{**SHARED, **both}, preview_every=1000)
+    monkeypatch.setattr(DistillJob, "guidance", record)
+    settings = {"guidance": {"text": [2, 4], "image": [1.5, 2]}, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    run = replace(tiny_run, **{**SHARED, **settings}, preview_every=1000)
     distill(replace(run, out=str(tmp_path / "all"), guidance_share=1.0), quiet=True)
     assert len(drawn) == 4 and any(bool(dropped.any()) for _, dropped, _ in drawn)
     for conditioning, dropped, guidance in drawn:
@@ -279,7 +279,7 @@ def test_drawn_guidance(tiny_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "changes, message",
     [
         ({**SHARED, "lora_rank": 0}, "lora_rank 0: .*trained with 2"),
         ({**SHARED, "guidance": {"text": [1, 4], "image": [1, 2]}}, "2 scales, .* trained with 1"),
@@ -287,8 +287,8 @@ def test_drawn_guidance(tiny_run, tmp_path, monkeypatch):
         ({**SHARED, "task": "canny", "degradation": None}, "'upscale', not 'canny'"),
     ],
 )
-def test_a_start_of_another_kind_is_refused(tiny_run, shared_adapter, tmp_path, changes, words):
-    with pytest.raises(UserError, match=words) as error:
+def test_a_start_of_another_kind_is_refused(tiny_run, shared_adapter, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
         distill(replace(tiny_run, out=str(tmp_path / "run"), start=str(shared_adapter), **changes), quiet=True)
     assert "\n" not in str(error.value)
 
@@ -300,8 +300,8 @@ def shared_adapter(tiny_run, tmp_path_factory) -> Path:
     return distill(replace(tiny_run, out=str(out), images=4, **SHARED), quiet=True)
 
 
-def test_going_on_from_a_shared_adapter(tiny_run, shared_adapter, tmp_path):
-    """A start's low-rank updates are what training goes on from, and without a word on guidance it keeps its own."""
+def test_training_continues_a_shared_adapter(tiny_run, shared_adapter, tmp_path):
+    """Training continues the low-rank updates of the start, and keeps its guidance unless the recipe sets one."""
     run = replace(tiny_run, out=str(tmp_path / "run"), start=str(shared_adapter), images=2, learning_rate=0.0)
     out = distill(replace(run, **SHARED), quiet=True)
     assert same(weights(out), weights(shared_adapter))
@@ -333,7 +333,7 @@ def test_a_folder_of_another_run_is_not_resumed(tiny_run, tmp_path):
     distill(run, quiet=True)
     with pytest.raises(UserError, match="learning_rate"):
         distill(replace(run, learning_rate=0.5), quiet=True)
-    # Nor one from before a key was known, with another value than its default.
+    # Nor is one from before a key existed, if the key now differs from its default.
     state = checkpoint.complete(tmp_path / "run" / "checkpoints")[-1] / "state.json"
     checkpoint.edit_json(
         state, recipe={"format": 2} | {k: v for k, v in vars(run).items() if k not in ("mu_rate", "guidance")}
@@ -345,7 +345,7 @@ def test_a_folder_of_another_run_is_not_resumed(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [{}, {"train_backbone": False, "lora_rank": 2}], ids=["full", "frozen"])
-def test_the_release_s_steps_are_the_backbone_s_without_the_condition(tiny_run, tmp_path, frozen):
+def test_release_steps_use_the_backbone_without_the_condition(tiny_run, tmp_path, frozen):
     recipe = replace(tiny_run, out=str(tmp_path / "run"), objective="codi-release", images=4, **frozen)
     backbone, source = load_backbone(recipe.model), open_source(recipe.data, recipe_task(recipe).columns)
     plain, job = Student(load_backbone(recipe.model).network), DistillJob(recipe, backbone, source, source, tmp_path)
@@ -358,7 +358,7 @@ def test_the_release_s_steps_are_the_backbone_s_without_the_condition(tiny_run, 
     assert weights(distill(recipe, quiet=True))
 
 
-def test_runs_of_before_objectives_were_renamed_go_on(tiny_run, tmp_path):
+def test_runs_with_old_objective_names_resume(tiny_run, tmp_path):
     run = replace(tiny_run, out=str(tmp_path / "run"), images=4, objective="codi-tuned")
     state = checkpoint.complete(distill(run, quiet=True) / "checkpoints")[-1] / "state.json"
     assert json.loads(state.read_text())["recipe"]["format"] == 2
@@ -400,7 +400,7 @@ def test_overrides_and_numbers_read_as_numbers():
     values = recipes.parse_overrides(["--learning-rate", "1e-4", "--seed=3", "--gradient-checkpointing", "--out", "a"])
     built = recipes.build(DistillRecipe, values, "flags")
     assert built.learning_rate == 1e-4 and built.seed == 3 and built.gradient_checkpointing and built.out == "a"
-    values |= recipes.parse_overrides(["--precision", "no"])  # which YAML takes for false
+    values |= recipes.parse_overrides(["--precision", "no"])  # which YAML reads as false
     assert recipes.build(DistillRecipe, values, "flags").precision == "no"
 
 
@@ -425,13 +425,13 @@ def test_every_shipped_recipe_builds(name):
         *((DecoderRecipe, name) for name in ("learning_rate", "max_corrupt", "sample_guidance", "pairs", "seed")),
     ],
 )  # fmt: skip
-def test_numbers_out_of_range(kind, name, value):
+def test_numbers_out_of_range_are_refused(kind, name, value):
     with pytest.raises(UserError, match=rf"^{name} .*: (must|not) ") as error:
         kind(out="x", **{name: value}).validate()
     assert len(str(error.value)) < 200
 
 
-def test_a_clip_that_is_none():
+def test_invalid_gradient_clips_are_refused():
     for clip in (0, -1.0, float("nan")):
         with pytest.raises(UserError, match="clip .*: must be above 0"):
             RunSettings(clip=clip).validate()
@@ -439,7 +439,7 @@ def test_a_clip_that_is_none():
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "changes, message",
     [
         ({"objective": "cody"}, "did you mean 'codi'"),
         ({"adapter": "fuse"}, "did you mean 'fused'"),
@@ -470,7 +470,7 @@ def test_a_clip_that_is_none():
         ({"objective_options": {"signal_weighting": "velocity", "d_x": "pixel"}}, "use it with d_x: latent"),
     ],
 )
-def test_values_no_run_can_have(tiny_run, tmp_path, changes, words):
-    with pytest.raises(UserError, match=words) as error:
+def test_values_that_no_run_can_have_are_refused(tiny_run, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
         distill(replace(tiny_run, out=str(tmp_path / "run"), **changes), quiet=True)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Writing pictures: every level comes back, and a failure leaves nothing behind."""
+"""Writing images: every level comes back, and a failure leaves no file behind."""
 
 import errno
 import io
@@ -43,7 +43,7 @@ def test_grey_is_written_grey(tmp_path: Path, bits: int):
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("kind", ["rgb", "alpha", "grey"])
-def test_a_picture_in_bands_is_the_picture(tmp_path: Path, kind: str, bits: int):
+def test_an_image_written_in_bands_equals_the_whole(tmp_path: Path, kind: str, bits: int):
     rgb, alpha = rand(3, 50, 33), rand(1, 50, 33, seed=1) if kind == "alpha" else None
     metadata, grey = {"codi": "a", "prompt": "a café 紅"}, kind == "grey"
     write_png(tmp_path / "whole.png", rgb.clone(), alpha, metadata, bits, grey)
@@ -72,14 +72,14 @@ def test_values_are_clamped_and_rounded_to_nearest(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.jpeg", "a.webp", "A.PNG"])
-def test_other_formats_by_extension(tmp_path: Path, name: str):
+def test_the_extension_selects_the_format(tmp_path: Path, name: str):
     write_image(tmp_path / name, gradient(), metadata={"steps": "4"})
     assert (read_image(tmp_path / name).rgb - gradient()).abs().max() < 0.03
     with Image.open(tmp_path / name) as image:
         assert image.info.get("steps") == "4" or '"steps": "4"' in image.getexif()[0x010E]
 
 
-def test_jpeg_lays_alpha_on_white_and_webp_keeps_it(tmp_path: Path):
+def test_jpeg_blends_alpha_with_white_and_webp_keeps_it(tmp_path: Path):
     alpha = torch.zeros(1, 8, 64)
     write_image(tmp_path / "a.jpg", gradient() * 0, alpha)
     assert read_image(tmp_path / "a.jpg").rgb.min() > 0.98
@@ -88,7 +88,7 @@ def test_jpeg_lays_alpha_on_white_and_webp_keeps_it(tmp_path: Path):
     assert picture.alpha is not None and picture.alpha.max() == 0
 
 
-def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unusable_targets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(path):
         write_image(path, gradient())
 
@@ -103,7 +103,7 @@ def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / "folder.png").mkdir(exist_ok=True)
         fault(tmp_path / "folder.png", "is a folder", call=call)
         fault(tmp_path / ("x" * 300 + ".png"), "cannot be written", call=call)
-    with monkeypatch.context() as patch:  # permissions do not bind root, so say that they would
+    with monkeypatch.context() as patch:  # permissions do not bind root, so patch the check
         patch.setattr(os, "access", lambda *_: False)
         fault(tmp_path / "b.png", "may not be written", call=write)
     assert target.read_bytes() == before
@@ -115,9 +115,9 @@ def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("moment", ["open", "write", "replace"])
-@pytest.mark.parametrize("code, words", [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written")])
+@pytest.mark.parametrize("code, message", [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written")])
 def test_a_failing_disk_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, code: int, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, code: int, message: str
 ):
     target = tmp_path / "a.png"
     write_png(target, gradient())
@@ -125,7 +125,7 @@ def test_a_failing_disk_leaves_nothing_behind(
     error = OSError(code, os.strerror(code))
 
     class Full(io.FileIO):
-        def write(self, data):  # some of it fits
+        def write(self, data):  # part of it fits
             super().write(bytes(data)[:100])
             raise error
 
@@ -137,8 +137,8 @@ def test_a_failing_disk_leaves_nothing_behind(
             patch.setattr(os, "replace", fail)
         else:
             patch.setattr(Path, "open", fail if moment == "open" else lambda self, mode: Full(self, mode))
-        fault(target, words, call=lambda path: write_png(path, 1 - gradient(), overwrite=True))
-        fault(tmp_path / "b.png", words, call=lambda path: write_png(path, gradient()))
+        fault(target, message, call=lambda path: write_png(path, 1 - gradient(), overwrite=True))
+        fault(tmp_path / "b.png", message, call=lambda path: write_png(path, gradient()))
     assert os.listdir(tmp_path) == ["a.png"] and target.read_bytes() == before
 
 
@@ -152,7 +152,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path) == []
 
 
-def test_pictures_that_cannot_be_written(tmp_path: Path):
+def test_images_that_cannot_be_written_are_refused(tmp_path: Path):
     fault(tmp_path / "a.png", "NaN", call=lambda path: write_png(path, gradient() * torch.nan))
     fault(tmp_path / "a.jpg", "write it as .png", call=lambda path: write_image(path, torch.zeros(3, 1, 70_000)))
     with pytest.raises(UserError, match="8 or 16 bits"):
