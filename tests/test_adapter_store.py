@@ -1,4 +1,4 @@
-"""Adapters of a pipeline: several at once, swapped, named, saved and loaded."""
+"""Adapters of a pipeline: combining, swapping, naming, saving and loading them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def shared(folder) -> CoDiPipeline:
 
 @pytest.fixture
 def pipe(shared) -> CoDiPipeline:
-    """With no adapter set."""
+    """The shared pipeline with no adapter set."""
     shared.set_adapters([])
     return shared
 
 
-def test_two_adapters_at_once(pipe):
+def test_two_adapters_combine_by_weight(pipe):
     pipe.set_adapters(["depth", "inpaint"])
     images = {"depth": rand(1, 1, 16, 24, seed=2), "inpaint": rand(1, 3, 16, 24, seed=3)}
     both = run(pipe, image=images, mask=hole(16, 24))
@@ -51,12 +51,12 @@ def test_two_adapters_at_once(pipe):
         ("inpaint", {"image": images["inpaint"], "mask": hole(16, 24)}),
     ):
         pipe.set_adapters(["depth", "inpaint"], [float(name == "depth"), float(name == "inpaint")])
-        one = run(pipe, image=images, mask=hole(16, 24))
+        weighted = run(pipe, image=images, mask=hole(16, 24))
         pipe.set_adapters(name)
-        brought = torch.cat([images["inpaint"], hole(16, 24)], 1)
-        alone = get_task("inpaint").finish(run(pipe, **arguments), brought)
-        assert not torch.allclose(one[~known], both[~known], atol=1e-3)
-        torch.testing.assert_close(one[~known], alone[~known], rtol=0, atol=1e-4)
+        condition = torch.cat([images["inpaint"], hole(16, 24)], 1)
+        alone = get_task("inpaint").finish(run(pipe, **arguments), condition)
+        assert not torch.allclose(weighted[~known], both[~known], atol=1e-3)
+        torch.testing.assert_close(weighted[~known], alone[~known], rtol=0, atol=1e-4)
     pipe.set_adapters(["depth", "generate"])
     assert run(pipe, image=images["depth"]).shape == (1, 3, 16, 24)
     pipe.set_adapters(["canny", "upscale"], [0.5, 1])
@@ -64,32 +64,35 @@ def test_two_adapters_at_once(pipe):
     assert run(pipe, image={"canny": edges, "upscale": rand(1, 3, 8, 8)}).shape == (1, 3, 32, 32)
 
 
-def test_fused_updates_make_the_same_pictures_until_unfused(pipe):
+def test_fuse_lora_keeps_images_and_unfuse_lora_restores_weights(pipe):
     image = rand(1, 1, 16, 24, seed=2)
     both = {"depth": image, "inpaint": rand(1, 3, 16, 24, seed=3)}
-    for names, brought in (("depth", {"image": image}), (["depth", "inpaint"], {"image": both, "mask": hole(16, 24)})):
+    for names, arguments in (
+        ("depth", {"image": image}),
+        (["depth", "inpaint"], {"image": both, "mask": hole(16, 24)}),
+    ):
         pipe.set_adapters(names)
-        backbone = run(pipe, **brought, strength=0)
-        plain = {strength: run(pipe, **brought, strength=strength) for strength in (1.0, 0.5)}
+        backbone = run(pipe, **arguments, strength=0)
+        plain = {strength: run(pipe, **arguments, strength=strength) for strength in (1.0, 0.5)}
         pipe.fuse_lora()
         for strength, expected in plain.items():
-            torch.testing.assert_close(run(pipe, **brought, strength=strength), expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(run(pipe, **arguments, strength=strength), expected, rtol=0, atol=1e-4)
         assert lora_names(pipe.student.network) == []
-        assert torch.equal(run(pipe, **brought, strength=0), backbone)
+        assert torch.equal(run(pipe, **arguments, strength=0), backbone)
         pipe.unfuse_lora()
-        assert torch.equal(run(pipe, **brought), plain[1.0]) and lora_names(pipe.student.network) != []
+        assert torch.equal(run(pipe, **arguments), plain[1.0]) and lora_names(pipe.student.network) != []
 
 
-def test_known_pixels_are_exact_whatever_else_is_set(pipe):
-    images = {"inpaint": rand(1, 3, 32, 32, seed=3), "upscale": rand(1, 3, 8, 8, seed=4)}  # whose colours are matched
+def test_inpainting_keeps_known_pixels_exact_beside_other_adapters(pipe):
+    images = {"inpaint": rand(1, 3, 32, 32, seed=3), "upscale": rand(1, 3, 8, 8, seed=4)}  # upscale corrects colors
     known = hole(32, 32).expand(1, 3, -1, -1) == 0
     for names in (["inpaint", "upscale"], ["upscale", "inpaint"]):
         pipe.set_adapters(names)
-        made = run(pipe, image=images, mask=hole(32, 32))
-        assert torch.equal(made[known], images["inpaint"][known])
+        output = run(pipe, image=images, mask=hole(32, 32))
+        assert torch.equal(output[known], images["inpaint"][known])
 
 
-def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
+def test_invalid_combinations_are_refused_and_change_nothing(pipe):
     pipe.set_adapters(["canny", "upscale"])
     for names, words in (
         (["full", "depth"], "full"),
@@ -109,7 +112,7 @@ def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
     with pytest.raises(UserError, match="3 weights for 2"):
         pipe.set_adapters(["canny", "depth"], [1, 1, 1])
     assert list(pipe.tasks) == ["canny", "upscale"]
-    pipe.set_adapters(["canny", "upscale"], 0.5)  # one weight serves all, as in diffusers
+    pipe.set_adapters(["canny", "upscale"], 0.5)  # one weight applies to all, as in diffusers
     assert pipe._store.weights == {"canny": 0.5, "upscale": 0.5}
     image = rand(1, 3, 8, 8)
     for arguments, words in (
@@ -123,7 +126,7 @@ def test_what_cannot_be_combined_says_so_and_changes_nothing(pipe):
             run(pipe, **arguments)
 
 
-def test_adapters_swap_without_loading_anything(folder, pipe, monkeypatch):
+def test_adapters_swap_without_reading_files(folder, pipe, monkeypatch):
     monkeypatch.setattr("codi.sampling.adapter_store.load_adapter", None)
     before = {name: p.clone() for name, p in pipe.unet.named_parameters()}
     began = time.perf_counter()
@@ -135,16 +138,16 @@ def test_adapters_swap_without_loading_anything(folder, pipe, monkeypatch):
     own = {id(p) for p in pipe.unet.parameters()}
     pipe.set_adapters("depth")
     assert own <= {id(p) for p in pipe.student.network.parameters()}  # one backbone in memory
-    assert pipe.load_adapter(folder / "depth") == "depth"  # there already
+    assert pipe.load_adapter(folder / "depth") == "depth"  # loaded already
 
 
-def test_attention_of_an_adapter_is_set_on_its_own_unet(folder):
-    """As the pipeline's docstring says: an adapter with low-rank updates has its own modules."""
+def test_attention_processors_of_backbone_and_adapter_are_separate(folder):
+    """As documented for the pipeline, an adapter with low-rank updates has its own modules."""
     pipe = open_pipeline(folder)
     pipe.set_adapters("depth")
     used: list[str] = []
 
-    class Watched(AttnProcessor):
+    class RecordingProcessor(AttnProcessor):
         def __init__(self, name: str) -> None:
             super().__init__()
             self.name = name
@@ -153,8 +156,8 @@ def test_attention_of_an_adapter_is_set_on_its_own_unet(folder):
             used.append(self.name)
             return super().__call__(*args, **kwargs)
 
-    pipe.unet.set_attn_processor(Watched("backbone"))
-    pipe.student.network.set_attn_processor(Watched("adapter"))
+    pipe.unet.set_attn_processor(RecordingProcessor("backbone"))
+    pipe.student.network.set_attn_processor(RecordingProcessor("adapter"))
     run(pipe, **given("depth"))
     assert set(used) == {"adapter"}
     used.clear()
@@ -162,7 +165,7 @@ def test_attention_of_an_adapter_is_set_on_its_own_unet(folder):
     assert set(used) == {"backbone"}
 
 
-def test_names_of_adapters(folder, tmp_path):
+def test_adapters_are_named_by_folder_or_as_(folder, tmp_path):
     pipe = CoDiPipeline.from_pretrained(folder / "model")
     assert (pipe.adapters, pipe.task, pipe.adapter) == ([], None, None)
     assert pipe.load_adapter(folder / "canny") == "canny" and pipe.task.name == "canny"  # type: ignore[union-attr]
@@ -176,33 +179,33 @@ def test_names_of_adapters(folder, tmp_path):
     assert pipe.adapters == ["canny", "relief", "other"]
 
 
-def test_saving_and_loading(folder, tmp_path):
+def test_saved_pipeline_reloads_its_adapters_and_weights(folder, tmp_path):
     pipe = CoDiPipeline.from_pretrained(folder / "model", task="upscale", adapter=folder / "full")
     pipe.load_adapter(folder / "depth")
     pipe.load_adapter(folder / "inpaint")
     pipe.set_progress_bar_config(disable=True)
     pipe.set_adapters(["depth", "inpaint"], [1.0, 0.5])
     arguments = {"image": {"depth": rand(1, 1, 8, 8), "inpaint": rand(1, 3, 8, 8)}, "mask": hole(8, 8)}
-    made = run(pipe, **arguments)
+    output = run(pipe, **arguments)
     saved = tmp_path / "saved"
     pipe.save_pretrained(saved)
-    again = CoDiPipeline.from_pretrained(saved)
-    again.set_progress_bar_config(disable=True)
-    assert set(again.adapters) == {"full", "depth", "inpaint"} and list(again.tasks) == ["depth", "inpaint"]
-    assert torch.equal(run(again, **arguments), made)
-    again.save_pretrained(saved)  # over itself
+    reloaded = CoDiPipeline.from_pretrained(saved)
+    reloaded.set_progress_bar_config(disable=True)
+    assert set(reloaded.adapters) == {"full", "depth", "inpaint"} and list(reloaded.tasks) == ["depth", "inpaint"]
+    assert torch.equal(run(reloaded, **arguments), output)
+    reloaded.save_pretrained(saved)  # over its own folder
     of_task = CoDiPipeline.from_pretrained(saved, task="upscale")
     of_task.set_progress_bar_config(disable=True)
     pipe.set_adapters("full")
     assert list(of_task.tasks) == ["full"] and not list(saved.glob(".*"))
     assert torch.equal(run(of_task, **given("upscale")), run(pipe, **given("upscale")))
-    assert isinstance(StableDiffusionPipeline.from_pipe(again, **BLANK), StableDiffusionPipeline)
+    assert isinstance(StableDiffusionPipeline.from_pipe(reloaded, **BLANK), StableDiffusionPipeline)
     (saved / "adapters" / "set.json").write_text("[")
     with pytest.raises(UserError, match="not a saved pipeline's list"):
         CoDiPipeline.from_pretrained(saved)
 
 
-def test_other_precision(folder):
+def test_pipeline_runs_in_bfloat16_and_converts_to_float32(folder):
     pipe = CoDiPipeline.from_pretrained(folder / "model", torch_dtype=torch.bfloat16)
     for task in ("inpaint", "generate"):
         pipe.load_adapter(folder / task)
@@ -213,21 +216,29 @@ def test_other_precision(folder):
     assert run(pipe).isfinite().all()
 
 
-def test_the_weights_decide_which_embedded_adapter_a_name_means(tmp_path):
+def test_embedded_adapter_is_chosen_by_the_backbones_weights(tmp_path):
     photo = CoDiPipeline.from_pretrained("photo")
     photo.save_pretrained(tmp_path / "copy")
     halves, rounded = (
         CoDiPipeline.from_pretrained(tmp_path / "copy", torch_dtype=dtype) for dtype in (torch.float16, torch.bfloat16)
     )
     rounded.save_pretrained(tmp_path / "rounded")
-    again = CoDiPipeline.from_pretrained(tmp_path / "rounded")
-    made, styled = (CoDiPipeline(**CoDiPipeline.from_pretrained("photo").components) for _ in range(2))
+    reloaded = CoDiPipeline.from_pretrained(tmp_path / "rounded")
+    assembled, styled = (CoDiPipeline(**CoDiPipeline.from_pretrained("photo").components) for _ in range(2))
     styled.unet = add_lora(styled.unet, 1, "style")
     offloaded = CoDiPipeline(**photo.components)
     cpu_offload(offloaded.unet, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for pipe in (CoDiPipeline.from_pretrained(tmp_path / "copy"), halves, rounded, again, made, styled, offloaded):
+        for pipe in (
+            CoDiPipeline.from_pretrained(tmp_path / "copy"),
+            halves,
+            rounded,
+            reloaded,
+            assembled,
+            styled,
+            offloaded,
+        ):
             pipe.load_adapter("upscale")
             assert pipe._store.loaded["upscale"].info["backbone"] == "7a511383d338"
         mini = CoDiPipeline.from_pretrained("mini")

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what a user gives: one clear line, the right exit code, nothing half-written."""
+"""Invalid user input: a one-line error, the right exit code, and no partial output."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def huge_header() -> bytes:
-    """A PNG that promises 100,000 x 100,000 pixels."""
+    """Return a PNG whose header claims 100,000 x 100,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -62,7 +62,7 @@ def truncated(folder: Path) -> bytes:
     ],
     ids=["missing", "0-byte", "non-image", "truncated", "huge header"],
 )
-def test_a_bad_picture(shell, tiny, tmp_path, content, words):
+def test_unreadable_image_is_refused(shell, tiny, tmp_path, content, words):
     source, out = tmp_path / "in.png", tmp_path / "out.png"
     if content is not None:
         source.write_bytes(content(tmp_path))
@@ -71,7 +71,7 @@ def test_a_bad_picture(shell, tiny, tmp_path, content, words):
     assert files(tmp_path) == before
 
 
-def test_an_empty_folder(shell, tiny, tmp_path):
+def test_empty_folder_is_refused(shell, tiny, tmp_path):
     (tmp_path / "in").mkdir()
     shell("upscale", tmp_path / "in", "-o", tmp_path / "out", *tiny.options).failed(1, "no pictures in this folder")
     shell("data", "check", tmp_path / "in").failed(1, str(tmp_path / "in"), "no pictures")
@@ -79,7 +79,7 @@ def test_an_empty_folder(shell, tiny, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_mask_of_another_shape_than_its_picture(tmp_path):
+def test_mask_with_another_aspect_ratio_is_corrupt(tmp_path):
     for name, size in (("a.png", (40, 30)), ("m.png", (30, 40)), ("half.png", (20, 15))):
         picture(tmp_path / name, *size)
     rows = [{"file_name": "a.png", "mask": "m.png"}, {"file_name": "a.png", "mask": "half.png"}]
@@ -89,10 +89,10 @@ def test_a_mask_of_another_shape_than_its_picture(tmp_path):
     assert not isinstance(coarser, CorruptSample) and coarser.extras["mask"].shape == (1, 32, 32)
 
 
-# --- where results go ------------------------------------------------------------------------------------------------
+# --- output files ----------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_output_is_kept_unless_told_otherwise(shell, tiny, tmp_path):
+def test_existing_output_is_kept_without_overwrite(shell, tiny, tmp_path):
     source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
     out.write_bytes(b"mine")
     command = ("upscale", source, "-o", out, *tiny.options, "--steps", 1)
@@ -102,7 +102,7 @@ def test_an_existing_output_is_kept_unless_told_otherwise(shell, tiny, tmp_path)
     assert Image.open(out).size == (28, 20)
 
 
-def test_an_output_that_cannot_be_written(shell, tiny, adapters, tmp_path):
+def test_unwritable_output_is_refused(shell, tiny, adapters, tmp_path):
     source = picture(tmp_path / "in.png")
     for target, words in (
         (source / "out.png", "is a file, not a folder"),
@@ -119,7 +119,7 @@ def test_an_output_that_cannot_be_written(shell, tiny, adapters, tmp_path):
     assert files(tmp_path) == ["in.png"]
 
 
-def test_no_space_left(shell, tiny, tmp_path, monkeypatch):
+def test_full_disk_leaves_existing_files_unchanged(shell, tiny, tmp_path, monkeypatch):
     source = picture(tmp_path / "in.png")
 
     def full(*_, **__):
@@ -141,8 +141,8 @@ def test_no_space_left(shell, tiny, tmp_path, monkeypatch):
 # --- models and adapters ---------------------------------------------------------------------------------------------
 
 
-def spoilt(folder: Path, copy: Path) -> Path:
-    """A copy of a model, or of an adapter that does not list its files, whose first weight holds a NaN."""
+def copy_with_nan(folder: Path, copy: Path) -> Path:
+    """Copy a model or adapter, put a NaN in its first weight, and drop the checksums of the adapter's config."""
     shutil.copytree(folder, copy)
     config = copy / "config.json"
     if config.is_file():
@@ -157,16 +157,16 @@ def spoilt(folder: Path, copy: Path) -> Path:
     return copy
 
 
-def test_weights_that_are_not_numbers(shell, tiny, tmp_path):
+def test_nan_weights_are_refused(shell, tiny, tmp_path):
     source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
-    model, adapter = spoilt(tiny.model, tmp_path / "model"), spoilt(tiny.adapter, tmp_path / "adapter")
+    model, adapter = copy_with_nan(tiny.model, tmp_path / "model"), copy_with_nan(tiny.adapter, tmp_path / "adapter")
     command = ("upscale", source, "-o", out)
     shell(*command, "--model", model, "--adapter", tiny.adapter).failed(1, str(model), "NaN or infinite")
     shell(*command, "--model", tiny.model, "--adapter", adapter).failed(1, str(adapter), "NaN or infinite")
     assert not out.exists()
 
 
-def test_an_adapter_that_does_not_fit(shell, tiny, tmp_path):
+def test_incompatible_or_invalid_models_and_adapters_are_refused(shell, tiny, tmp_path):
     source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
     other = tiny_checkpoint(tmp_path / "other", prediction="epsilon")
     command = ("upscale", source, "-o", out)
@@ -188,7 +188,7 @@ def test_an_adapter_that_does_not_fit(shell, tiny, tmp_path):
     assert not out.exists()
 
 
-# --- the tasks beside upscaling --------------------------------------------------------------------------------------
+# --- tasks other than upscaling --------------------------------------------------------------------------------------
 
 TASKS = {
     "inpaint": ("IN", "--mask", "MASK"),
@@ -207,18 +207,18 @@ def adapters(tiny, tmp_path_factory) -> dict[str, Models]:
 
 @pytest.fixture
 def command(adapters, tmp_path):
-    """The words of a task's command, with the files that it reads."""
+    """A function that returns a task's command-line arguments, with its input files."""
     files = {"IN": picture(tmp_path / "in.png", 12, 8, mode="L"), "MASK": picture(tmp_path / "mask.png", 12, 8, "1")}
 
-    def words(task: str, *more: object, **other: Path) -> tuple[object, ...]:
-        found = [{**files, **other}.get(word, word) for word in TASKS[task]]
-        return (task, *found, "-o", tmp_path / "out.png", *adapters[task].options, "--steps", 1, *more)
+    def arguments(task: str, *more: object, **other: Path) -> tuple[object, ...]:
+        inputs = [{**files, **other}.get(argument, argument) for argument in TASKS[task]]
+        return (task, *inputs, "-o", tmp_path / "out.png", *adapters[task].options, "--steps", 1, *more)
 
-    return words
+    return arguments
 
 
 @pytest.mark.parametrize("task", ["inpaint", "depth", "canny", "edit"])
-def test_files_that_are_no_pictures(shell, command, tmp_path, task):
+def test_unreadable_inputs_of_every_task_are_refused(shell, command, tmp_path, task):
     before = files(tmp_path)
     for name in ("IN", "MASK") if task == "inpaint" else ("IN",):
         for content, words in ((None, "no such file"), (b"", "empty (0 bytes)"), (b"%PDF-1.7", "is not an image")):
@@ -232,7 +232,7 @@ def test_files_that_are_no_pictures(shell, command, tmp_path, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_targets_and_adapters_of_every_task(shell, adapters, command, tmp_path, task):
+def test_invalid_outputs_and_adapters_of_every_task_are_refused(shell, adapters, command, tmp_path, task):
     out = tmp_path / "out.png"
     other = adapters["canny" if task == "edit" else "edit"]
     ran = shell(*command(task, "--adapter", other.adapter))
@@ -248,14 +248,14 @@ def test_targets_and_adapters_of_every_task(shell, adapters, command, tmp_path, 
     assert (ran.code, ran.err) == (0, "") and Image.open(out).size == ((32, 32) if task == "generate" else (12, 8))
 
 
-def test_masks_that_do_not_fit(shell, command, tmp_path):
+def test_mask_of_another_shape_is_refused(shell, command, tmp_path):
     mask = picture(tmp_path / "small.png", 8, 12)
     shell(*command("inpaint", MASK=mask)).failed(1, str(mask), "8 x 12 px", "picture of 12 x 8", "mask of its shape")
     shell(*command("inpaint", "-o", tmp_path / "mask.png", "--overwrite")).failed(1, "is an input")
     assert not (tmp_path / "out.png").exists()
 
 
-def test_what_an_adapter_does_not_do(shell, command, tmp_path):
+def test_options_that_a_task_does_not_support_are_refused(shell, command, tmp_path):
     shell(*command("edit", "--image-guidance", 1.5)).failed(2, "error: --image-guidance 1.5", "leave it out")
     shell(*command("edit", "--guidance", "inf")).failed(2, "error: --guidance inf", "from 0 up")
     shell(*command("generate", "--size", "30x32")).failed(2, "--size 30x32", "multiples of 4 px", "use 32x32")
@@ -263,7 +263,7 @@ def test_what_an_adapter_does_not_do(shell, command, tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_depth_files_that_hold_none(shell, command, tmp_path):
+def test_invalid_depth_files_are_refused(shell, command, tmp_path):
     flat, text = tmp_path / "flat.npy", tmp_path / "text.npy"
     for number, header in enumerate(
         (b"{'descr': ((((", b"{'shape': (99999999999999999999999,)}", b"{[]: 1}", b"(" * 9_000)
@@ -285,7 +285,7 @@ def test_depth_files_that_hold_none(shell, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("command_line", "message"),
     [
         ("upscal in.png -o out.png", ["upscal", "upscale"]),
         ("upscale in.png", ["--out"]),
@@ -333,13 +333,13 @@ def test_depth_files_that_hold_none(shell, command, tmp_path):
         ("data render 0 -o there", ["N"]),
     ],
 )
-def test_wrong_usage(shell, tmp_path, monkeypatch, words, told):
+def test_usage_errors_name_the_option(shell, tmp_path, monkeypatch, command_line, message):
     monkeypatch.chdir(tmp_path)
-    shell(*words.split()).failed(2, *told)
+    shell(*command_line.split()).failed(2, *message)
     assert files(tmp_path) == []
 
 
-def test_a_recipe_that_is_not_one(shell, tmp_path):
+def test_unknown_or_invalid_recipes_are_refused(shell, tmp_path):
     shell("distill", "smke").failed(1, "smke", "did you mean 'smoke'")
     broken = tmp_path / "broken.yaml"
     broken.write_text("images: [1, 2")
@@ -350,7 +350,7 @@ def test_a_recipe_that_is_not_one(shell, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "right"),
+    ("command_line", "right"),
     [
         ("distill mini", "pretrain mini"), ("distill mini-flux --ldm-images 3", "pretrain mini-flux"),
         ("distill sd-decoder", "distill-decoder sd-decoder"), ("pretrain depth", "distill depth"),
@@ -359,10 +359,10 @@ def test_a_recipe_that_is_not_one(shell, tmp_path):
         ("data cache mini -o there", "pretrain mini"), ("evaluate mini", "pretrain mini"),
     ],
 )  # fmt: skip
-def test_a_recipe_of_another_command(shell, tmp_path, monkeypatch, words, right):
+def test_recipe_of_another_command_names_that_command(shell, tmp_path, monkeypatch, command_line, right):
     monkeypatch.chdir(tmp_path)
-    shell(*words.split()).failed(1, f"not a recipe of codi distill-decoder: run codi {right}"
-                                 if words.startswith("distill-decoder") else f": run codi {right}")  # fmt: skip
+    shell(*command_line.split()).failed(1, f"not a recipe of codi distill-decoder: run codi {right}"
+                                 if command_line.startswith("distill-decoder") else f": run codi {right}")  # fmt: skip
     assert files(tmp_path) == []
 
 
@@ -381,7 +381,7 @@ def test_every_shipped_recipe_has_one_command(command):
                 read_values(kinds[command], name)
 
 
-def test_what_nobody_foresaw_is_one_line_too(shell, monkeypatch):
+def test_unexpected_errors_are_one_line(shell, monkeypatch):
     def fail(error: BaseException):
         def embedded_():
             raise error
@@ -402,7 +402,7 @@ def test_what_nobody_foresaw_is_one_line_too(shell, monkeypatch):
 
 
 def pictures(folder: Path, count: int, corrupt: int = 0) -> Path:
-    """A folder of `count` pictures, the first `corrupt` of them not pictures at all."""
+    """Write a folder of `count` image files, the first `corrupt` of them unreadable."""
     for k in range(count):
         picture(folder / f"{k:03}.png", 32, 32, seed=k)
     for k in range(corrupt):
@@ -411,7 +411,7 @@ def pictures(folder: Path, count: int, corrupt: int = 0) -> Path:
 
 
 def recipe(folder: Path, tiny: Models, data: Path) -> Path:
-    """A run over `data` on a tiny model."""
+    """Write a recipe that trains on `data` with a tiny model."""
     held_out = pictures(folder / "held-out", 2)
     path = folder / "recipe.yaml"
     path.write_text(
@@ -422,7 +422,7 @@ def recipe(folder: Path, tiny: Models, data: Path) -> Path:
     return path
 
 
-def test_one_corrupt_file_in_a_hundred_is_skipped_and_named(shell, tiny, tmp_path):
+def test_one_corrupt_file_in_a_hundred_is_skipped_and_listed(shell, tiny, tmp_path):
     path = recipe(tmp_path, tiny, pictures(tmp_path / "data", 100, corrupt=1))
     ran = shell("distill", path, "--images", 120, "--batch-size", 40)
     assert (ran.code, ran.err) == (0, "")
@@ -438,7 +438,7 @@ def test_too_many_corrupt_files_stop_the_run(shell, tiny, tmp_path):
     assert shell("distill", path, "--out", tmp_path / "kind", "--max-corrupt", 0.5).code == 0
 
 
-def test_a_size_that_is_no_multiple(shell, tiny, tmp_path):
+def test_size_that_is_not_a_multiple_is_refused(shell, tiny, tmp_path):
     path = recipe(tmp_path, tiny, pictures(tmp_path / "data", 4))
     shell("distill", path, "--size", 34).failed(1, "size 34", "not a multiple of 4", "use 32")
     options = ("--task", "upscale", "--data", tmp_path / "data", "--finetuned", "none", *tiny.options)
@@ -446,7 +446,7 @@ def test_a_size_that_is_no_multiple(shell, tiny, tmp_path):
     assert not complete(tmp_path / "run" / "checkpoints")
 
 
-def test_pictures_without_numbers_are_refused(shell, tiny, tmp_path):
+def test_image_with_nan_pixels_is_refused(shell, tiny, tmp_path):
     path = tmp_path / "in.tiff"
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(path)
     shell("upscale", path, "-o", tmp_path / "out.png", *tiny.options).failed(1, "NaN or infinite pixels")

@@ -1,4 +1,4 @@
-"""Batches depend on (seed, position) alone; corrupt files are replaced, counted and reported."""
+"""Batches depend only on seed and position; corrupt files are replaced, counted and reported."""
 
 import json
 import threading
@@ -23,17 +23,17 @@ from tiny import tiny_vae
 def test_batches_are_a_pure_function_of_seed_and_position(photos):
     source = open_source(photos)
     run = list(islice(batches(source, 4, 32, seed=5), 8))
-    again = list(islice(batches(open_source(photos), 4, 32, seed=5), 8))
-    assert all(map(same, run, again))
+    repeated = list(islice(batches(open_source(photos), 4, 32, seed=5), 8))
+    assert all(map(same, run, repeated))
     resumed = list(islice(batches(source, 4, 32, seed=5, start=12), 5))
     assert all(map(same, run[3:], resumed)) and [b.index for b in run[3:]] == [b.index for b in resumed]
-    ones = list(islice(batches(source, 1, 32, seed=5), 32))
-    assert torch.equal(torch.cat([b.image for b in ones]), torch.cat([b.image for b in run]))
+    singles = list(islice(batches(source, 1, 32, seed=5), 32))
+    assert torch.equal(torch.cat([b.image for b in singles]), torch.cat([b.image for b in run]))
     other = next(batches(source, 12, 32, seed=6))
     assert other.index != [i for b in run[:3] for i in b.index]
 
 
-def test_each_epoch_is_a_new_permutation_with_new_crops(photos):
+def test_each_epoch_has_a_new_permutation_and_new_crops(photos):
     one, two = islice(batches(open_source(photos), 12, 32, seed=0), 2)
     assert sorted(one.index) == sorted(two.index) == list(range(12)) and one.index != two.index
     assert one.text[one.index.index(0)] == two.text[two.index.index(0)] == "picture 6"
@@ -41,7 +41,7 @@ def test_each_epoch_is_a_new_permutation_with_new_crops(photos):
     assert not torch.equal(one.image[large[0]], two.image[large[1]])
 
 
-def test_a_batch_carries_texts_columns_and_numbers(rendered):
+def test_batch_holds_images_texts_columns_and_indices(rendered):
     batch = next(batches(open_source(rendered, ("mask", "edited_image")), 4, 32, seed=0))
     assert batch.image.shape == (4, 3, 32, 32) and batch.image.is_contiguous()
     assert batch.extras["mask"].shape == (4, 1, 32, 32) and batch.extras["edited_image"].shape == (4, 3, 32, 32)
@@ -50,23 +50,23 @@ def test_a_batch_carries_texts_columns_and_numbers(rendered):
     assert batch.instruction == [rows[i]["instruction"] for i in batch.index]
 
 
-def test_zoom_cuts_details_at_the_file_s_own_pixels(tmp_path):
+def test_zoom_crops_at_full_resolution(tmp_path):
     noise(90, 70, 3).save(tmp_path / "a.png")
     whole = torch.from_numpy(np.asarray(noise(90, 70, 3)).copy()).permute(2, 0, 1)
     windows = whole.unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 55, 75, 16, 16)
-    found = set()
+    positions = set()
     for batch in islice(batches(open_source(tmp_path, zoom=(9, 9)), 1, 16, seed=0), 4):
         crop = (batch.image[0] * 255).round().byte()
         places = (windows == crop[:, None, None]).flatten(3).all(3).all(0).nonzero()
         assert len(places) == 1
-        found.add(tuple(places[0].tolist()))
-    assert len(found) == 4
-    (centre,) = open_source(tmp_path, zoom=(2, 3)).read([0], 16)
-    assert torch.allclose(centre.image.mean(), whole[:, 17:52, 27:62].float().mean() / 255, atol=0.02)
+        positions.add(tuple(places[0].tolist()))
+    assert len(positions) == 4
+    (center,) = open_source(tmp_path, zoom=(2, 3)).read([0], 16)
+    assert torch.allclose(center.image.mean(), whole[:, 17:52, 27:62].float().mean() / 255, atol=0.02)
     refused(lambda: open_source("scenes:held-out:4", zoom=(4, 8)), "zoom", "scenes:held-out:4")
 
 
-def test_prefetching_changes_nothing_and_ends(photos):
+def test_prefetching_gives_the_same_batches_and_stops_its_thread(photos):
     source = open_source(photos)
     plain = list(islice(batches(source, 4, 32, seed=5), 6))
     stream = batches(source, 4, 32, seed=5, prefetch=True)
@@ -76,7 +76,7 @@ def test_prefetching_changes_nothing_and_ends(photos):
     assert "batches" not in [t.name for t in threading.enumerate()]
 
 
-def test_arguments_out_of_range_are_refused_at_once(photos):
+def test_arguments_out_of_range_are_refused(photos):
     source = open_source(photos)
     refused(lambda: batches(source, 0, 32, 0), "batch size 0")
     refused(lambda: batches(source, 4, 0, 0), "size 0")
@@ -85,6 +85,7 @@ def test_arguments_out_of_range_are_refused_at_once(photos):
 
 
 def folder_with(tmp_path, good, bad):
+    """Write a folder of `good` images and `bad` unreadable files."""
     folder = tmp_path / f"{good}-{bad}"
     folder.mkdir()
     for i in range(good):
@@ -95,17 +96,17 @@ def folder_with(tmp_path, good, bad):
 
 
 def test_corrupt_files_are_replaced_counted_once_and_reported(tmp_path):
-    source, report = open_source(folder_with(tmp_path, 97, 3)), tmp_path / "made" / "report.json"
+    source, report = open_source(folder_with(tmp_path, 97, 3)), tmp_path / "new" / "report.json"
     stream = batches(source, 10, 16, seed=0, report=report)
     run = list(islice(stream, 30))
     stream.close()
     assert all(b.image.shape[0] == 10 and min(b.index) >= 3 for b in run)
-    said = json.loads(report.read_text())
-    assert said["read"] == 100 and said["skipped"] == 3
-    assert [f["file"] for f in said["files"]] == ["bad000.png", "bad001.png", "bad002.png"]
-    assert all("is not an image" in f["why"] for f in said["files"])
+    summary = json.loads(report.read_text())
+    assert summary["read"] == 100 and summary["skipped"] == 3
+    assert [f["file"] for f in summary["files"]] == ["bad000.png", "bad001.png", "bad002.png"]
+    assert all("is not an image" in f["why"] for f in summary["files"])
     assert list(report.parent.iterdir()) == [report]
-    # The replacement is the next in order, whether or not the file is known to be corrupt already.
+    # A corrupt file, known or new, is replaced by the next readable one in order.
     order = np.random.default_rng([0, 0, 0]).permutation(100).tolist()
     expected = [next(i for i in order[p:] if i >= 3) for p in range(90)]
     assert [i for b in run[:9] for i in b.index] == expected
@@ -124,13 +125,13 @@ def test_too_many_corrupt_files_stop_the_run_with_a_report(tmp_path):
     refused(lambda: list(batches(source, 4, 16, seed=0, prefetch=True)), "corrupt")
 
 
-def test_the_share_is_exact_once_all_files_are_read(tmp_path):
+def test_corrupt_share_is_exact_after_all_files_are_read(tmp_path):
     over, at = (open_source(folder_with(tmp_path, good, bad)) for good, bad in ((46, 4), (57, 3)))
     refused(lambda: list(batches(over, 10, 16, seed=1)), "4 of 50")
     assert len(list(islice(batches(at, 10, 16, seed=1), 12))) == 12
 
 
-def test_a_few_files_are_not_judged_but_none_readable_is_an_error(tmp_path):
+def test_corrupt_limit_ignores_tiny_data_sets_unless_no_file_is_readable(tmp_path):
     run = list(islice(batches(open_source(folder_with(tmp_path, 2, 3)), 4, 16, seed=0), 5))
     assert all(set(b.index) <= {3, 4} for b in run)
     refused(lambda: next(batches(open_source(folder_with(tmp_path, 0, 3)), 2, 16, seed=0)), "no other file is readable")
@@ -139,7 +140,7 @@ def test_a_few_files_are_not_judged_but_none_readable_is_an_error(tmp_path):
     )
 
 
-def test_columns_of_different_depth_do_not_mix(tmp_path):
+def test_batch_of_mixed_bit_depths_is_refused(tmp_path):
     noise(16, 16).save(tmp_path / "a.png")
     cv2.imwrite(str(tmp_path / "deep.png"), np.zeros((16, 16), np.uint16))
     rows = [{"file_name": "a.png", "conditioning_image": name} for name in ("deep.png", "a.png")]
@@ -148,16 +149,16 @@ def test_columns_of_different_depth_do_not_mix(tmp_path):
     refused(lambda: next(batches(source, 2, 16, seed=0)), "bit depth")
 
 
-def test_corrupt_files_are_judged_over_all_that_a_backbone_learns(tmp_path):
-    """Whole blocks of 64 may be unreadable."""
+def test_corrupt_share_for_pretraining_counts_all_files(tmp_path):
+    """A whole block of 64 files may be unreadable."""
     source, vae = open_source(folder_with(tmp_path, 40, 70)), tiny_vae()
     latents, captions = encode_all(vae, source, 16, tmp_path / "work", max_corrupt=0.7)
     assert latents.shape == (40, 4, 4, 4) and captions == [""] * 40
     with torch.no_grad():
         expected = codec.encode(vae, read(source, range(109, 110), 16)[0].image[None])
     torch.testing.assert_close(torch.from_numpy(np.array(latents[-1:])), expected.half(), atol=2e-3, rtol=2e-3)
-    said = json.loads((tmp_path / "work" / "corrupt.json").read_text())
-    assert (said["read"], said["skipped"], said["files"][69]["file"]) == (110, 70, "bad069.png")
+    summary = json.loads((tmp_path / "work" / "corrupt.json").read_text())
+    assert (summary["read"], summary["skipped"], summary["files"][69]["file"]) == (110, 70, "bad069.png")
     refused(lambda: encode_all(vae, source, 16, tmp_path / "b"), "bad000.png", "70 of 110", "5%", "corrupt.json")
     none = open_source(folder_with(tmp_path, 0, 3))
     refused(lambda: encode_all(vae, none, 16, tmp_path / "c"), "no other file is readable")
@@ -166,7 +167,7 @@ def test_corrupt_files_are_judged_over_all_that_a_backbone_learns(tmp_path):
     assert len(first_pictures(source, 90, 16)[0]) == 40
 
 
-def test_latents_are_written_as_numpy_writes_them(tmp_path):
+def test_npy_bytes_equal_those_of_numpy(tmp_path):
     array = noise_latents()
     np.save(tmp_path / "plain.npy", array)
     assert b"".join(npy_bytes(array)) == (tmp_path / "plain.npy").read_bytes()
@@ -176,7 +177,7 @@ def noise_latents() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float16)
 
 
-def test_a_full_disk_names_the_training_log(tmp_path):
+def test_full_disk_error_names_the_training_log(tmp_path):
     events = Events(tmp_path, 8, Progress(), quiet=True)
     events.log.close()
     events.log = open("/dev/full", "a", buffering=1)  # noqa: SIM115
