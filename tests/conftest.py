@@ -1,4 +1,4 @@
-"""For every test: no network, and nothing looked up on a model hub. And what several files of them start from."""
+"""Shared fixtures; no test may use the network or a model hub."""
 
 import json
 import os
@@ -6,17 +6,17 @@ import socket
 
 import pytest
 
-# Before any library of the hub is imported: a missing file is then an error at once, not a download.
+# Set before hub libraries are imported: a missing file is an error instead of a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before torch: a thread a process, because processes share the cores (see `make test`) and models are tiny.
+# Set before torch is imported: one thread per process, as processes share the cores (`make test`) and models are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line sets it: libraries do not talk past it
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Let sockets reach this machine only, so that a test that needs the network fails here as it would offline."""
+    """Allow connections to this machine only, so that a test that needs the network fails."""
     connect = socket.socket.connect
 
     def local_only(self, address):
@@ -28,7 +28,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
-# What is heavy is imported where it is needed: tests of text and files alone start in no time.
+# Fixtures import heavy modules themselves, so that tests without models start fast.
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def shell(capsys):
-    """Runs commands in this process."""
+    """A Shell that runs commands in this process."""
     from shell import Shell
 
     return Shell(capsys)
@@ -49,7 +49,7 @@ def shell(capsys):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve pictures of different sizes with captions, in metadata's own order."""
+    """A folder of twelve captioned images of different sizes; metadata order differs from name order."""
     from folders import noise
 
     folder = tmp_path / "photos"

@@ -1,6 +1,6 @@
-"""Tiny random models of the transformer families, of the real diffusers and transformers classes, and a stock picture.
+"""Tiny random models of the transformer families, built from the diffusers and transformers classes.
 
-One function a family returns its parts; `FAMILIES` lists them, for tests that hold for all.
+`FAMILIES` maps each family to the function that builds its tiny model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WORDS = ("a", "red", "ball", "on", "plain", "floor", "blue", "box", "and", "gree
 
 
 def tiny_kl(channels: int = 16, seed: int = 0, **changes: Any) -> AutoencoderKL:
-    """f = 2, with a shift as the families of 16 channels have it."""
+    """Return a VAE with f = 2 and a shift factor, as in families with 16 latent channels."""
     config: dict[str, Any] = {
         "block_out_channels": (4, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": channels, "layers_per_block": 1,
@@ -35,7 +35,7 @@ def tiny_kl(channels: int = 16, seed: int = 0, **changes: Any) -> AutoencoderKL:
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
-    """Whole words, and pieces for the rest."""
+    """Return a tokenizer of WORDS; other words are unknown tokens."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((f"▁{word}", -2.0) for word in WORDS)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
@@ -46,7 +46,7 @@ def tiny_t5(seed: int = 0, width: int = 12) -> T5EncoderModel:
 
 
 def tiny_flux(seed: int = 0, guidance: bool = True, **changes: Any) -> Backbone:
-    """FLUX.1 of two double and two single blocks, 16 channels wide; `guidance`: dev's input, which schnell lacks."""
+    """Return FLUX.1 with two double and two single blocks, 16 channels wide. `guidance`: the input of dev alone."""
     config: dict[str, Any] = {
         "in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
         "joint_attention_dim": 12, "pooled_projection_dim": 8, "axes_dims_rope": (4, 2, 2), "guidance_embeds": guidance,
@@ -74,5 +74,5 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
 
 
 def stock_sigmas(steps: int) -> list[float]:
-    """Before any shift; passed, because `set_timesteps(n)` shifts a static shift's sigmas twice (diffusers #13243)."""
+    """Return unshifted sigmas to pass, as `set_timesteps(n)` applies a static shift twice (diffusers #13243)."""
     return torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()

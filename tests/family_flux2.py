@@ -1,4 +1,4 @@
-"""Tiny models of FLUX.2: klein, distilled and base, and dev."""
+"""Tiny models of FLUX.2: klein (base and distilled) and dev."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QWEN: dict[str, Any] = {
 
 
 def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte, with a chat template."""
+    """Return a byte-level tokenizer with a chat template."""
     vocab = {mark: index for index, mark in enumerate((*MARKS, *sorted(ByteLevel.alphabet())))}
     tokenizer: Any = Qwen2Tokenizer(vocab, merges=[], extra_special_tokens=list(MARKS[1:]))
     tokenizer.chat_template = CHAT
@@ -39,12 +39,12 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
-    """28 layers, because the 27th is read."""
+    """Return 28 layers: klein reads the output of the 27th."""
     return _initialised(lambda: Qwen3ForCausalLM(Qwen3Config(**QWEN, num_hidden_layers=28)), seed)
 
 
 def tiny_mistral3(seed: int = 0) -> Mistral3ForConditionalGeneration:
-    """31 layers, because the 30th is read."""
+    """Return 31 layers: dev reads the output of the 30th."""
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**QWEN, "num_hidden_layers": 31, "model_type": "mistral"}
     config = Mistral3Config(text_config=text, vision_config={**vision, "model_type": "pixtral"})
@@ -52,7 +52,7 @@ def tiny_mistral3(seed: int = 0) -> Mistral3ForConditionalGeneration:
 
 
 def tiny_flux2_vae(seed: int = 0) -> AutoencoderKLFlux2:
-    """f = 4 with the patches; its statistics are not those of a new batch norm."""
+    """Return a VAE with f = 4 including patches, and batch-norm statistics that differ from the initial ones."""
     config: dict[str, Any] = {
         "block_out_channels": (4, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "layers_per_block": 1,
@@ -65,8 +65,10 @@ def tiny_flux2_vae(seed: int = 0) -> AutoencoderKLFlux2:
 
 
 def tiny_flux2(seed: int = 0, distilled: bool = False, dev: bool = False, **changes: Any) -> Backbone:
-    """klein's kind of two double and two single blocks, 16 channels wide; `dev`: another text encoder, and guidance as
-    an input."""
+    """Return klein with two double and two single blocks, 16 channels wide.
+
+    `dev` replaces the text encoder and adds the guidance input.
+    """
     config: dict[str, Any] = {
         "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
         "joint_attention_dim": 24, "timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2),

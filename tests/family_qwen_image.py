@@ -13,7 +13,7 @@ from tiny import _initialised
 
 
 def tiny_qwen_vl(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """Two layers, of which prompts see the text part alone."""
+    """Return a model of two layers; prompts use its text part alone."""
     text = {
         "vocab_size": 259, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,
         "num_key_value_heads": 1, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None,
@@ -28,7 +28,7 @@ def tiny_qwen_vl(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def tiny_qwen_vae(seed: int = 0) -> AutoencoderKLQwenImage:
-    """f = 2, four channels of different means and deviations."""
+    """Return a VAE with f = 2 and four channels of different means and standard deviations."""
     config: dict[str, Any] = {
         "base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True],
         "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.5, 0.8, 1.2],
@@ -37,7 +37,7 @@ def tiny_qwen_vae(seed: int = 0) -> AutoencoderKLQwenImage:
 
 
 def tiny_qwen_image(seed: int = 0, **changes: Any) -> Backbone:
-    """Three blocks, 16 channels wide; the scheduler's settings are those of the checkpoint."""
+    """Return a model of three blocks, 16 channels wide, with the scheduler settings of the published checkpoint."""
     config: dict[str, Any] = {
         "in_channels": 16, "out_channels": 4, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2,
         "joint_attention_dim": 8, "axes_dims_rope": (4, 2, 2),

@@ -13,7 +13,7 @@ from tiny import _initialised
 
 
 def tiny_gemma_tokenizer() -> GemmaTokenizer:
-    """One token a letter; all else is unknown. Prompts begin with a mark, as Gemma's do."""
+    """Return a tokenizer of lower-case letters; it adds Gemma's <bos> token to prompts."""
     marks = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase)
     return GemmaTokenizer(vocab={mark: index for index, mark in enumerate(marks)}, merges=[], add_bos_token=True)
 
@@ -27,7 +27,7 @@ def tiny_gemma(seed: int = 0) -> Gemma2Model:
 
 
 def tiny_dc(seed: int = 0, channels: int = 8) -> AutoencoderDC:
-    """f = 4."""
+    """Return an autoencoder with f = 4."""
     config: dict[str, Any] = {"latent_channels": channels, "attention_head_dim": 4, "scaling_factor": 0.4,
                               "upsample_block_type": "interpolate", "downsample_block_type": "Conv"}  # fmt: skip
     for part in ("encoder", "decoder"):
@@ -39,7 +39,7 @@ def tiny_dc(seed: int = 0, channels: int = 8) -> AutoencoderDC:
 
 
 def tiny_sana(seed: int = 0, scheduler: Any = None, **changes: Any) -> Backbone:
-    """SANA 1.0 of three blocks, 16 channels wide."""
+    """Return SANA 1.0 with three blocks, 16 channels wide."""
     config: dict[str, Any] = {
         "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 4, "num_layers": 3,
         "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
@@ -54,5 +54,5 @@ def tiny_sana(seed: int = 0, scheduler: Any = None, **changes: Any) -> Backbone:
 
 
 def tiny_sana15(seed: int = 0, **changes: Any) -> Backbone:
-    """1.5's kind, with norms of queries and keys, and the positions that 1.0 has at 2 and 4 thousand pixels a side."""
+    """Return SANA 1.5: normalized queries and keys, and the position scale of 1.0's 2K and 4K models."""
     return tiny_sana(seed, **{"qk_norm": "rms_norm_across_heads", "interpolation_scale": 2.0, **changes})

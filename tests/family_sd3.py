@@ -12,7 +12,7 @@ from tiny import _initialised, tiny_tokenizer
 
 
 def tiny_clip(width: int, seed: int = 0) -> CLIPTextModelWithProjection:
-    """Two layers, of which Stable Diffusion 3 reads the first; for `tiny_tokenizer`."""
+    """Return a text encoder of two layers for `tiny_tokenizer`; Stable Diffusion 3 reads the first layer."""
     tokenizer: Any = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, projection_dim=width, num_hidden_layers=2,
@@ -23,7 +23,7 @@ def tiny_clip(width: int, seed: int = 0) -> CLIPTextModelWithProjection:
 
 
 def tiny_sd3(seed: int = 0, t5: bool = True, **changes: Any) -> Backbone:
-    """Stable Diffusion 3 of three blocks, 16 channels wide; without `t5` as people load it who have little memory."""
+    """Return Stable Diffusion 3 with three blocks, 16 channels wide. Without `t5` it is as loaded to save memory."""
     from families import tiny_kl, tiny_t5, tiny_t5_tokenizer
 
     config: dict[str, Any] = {
@@ -41,5 +41,5 @@ def tiny_sd3(seed: int = 0, t5: bool = True, **changes: Any) -> Backbone:
 
 
 def tiny_sd35(seed: int = 0, **changes: Any) -> Backbone:
-    """3.5 medium's kind: a second attention in the first blocks, norms of queries and keys; here without T5."""
+    """Return 3.5 medium without T5: dual attention in the first blocks, normalized queries and keys."""
     return tiny_sd3(seed, t5=False, **{"dual_attention_layers": (0, 1), "qk_norm": "rms_norm", **changes})

@@ -1,4 +1,4 @@
-"""A tiny Z-Image of the real classes: a byte-level Qwen2 tokenizer with a chat template, Qwen3, one stream."""
+"""A tiny model of Z-Image: a byte-level Qwen2 tokenizer with a chat template, Qwen3, a single-stream transformer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPLATE = (
 
 
 def tiny_qwen2_tokenizer() -> Qwen2Tokenizer:
-    """Bytes alone, so that prompts of other lengths have other numbers of tokens: 27 for 27 letters."""
+    """Return a tokenizer with one token per byte, so that the token count is the prompt's length."""
     vocab = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
     vocab["<|endoftext|>"] = len(vocab)
     turns = ["<|im_start|>", "<|im_end|>"]
@@ -34,7 +34,7 @@ def tiny_qwen3(seed: int = 0) -> Qwen3Model:
 
 
 def tiny_zimage(seed: int = 0, shift: float = 3.0, dynamic: bool = False, **changes: Any) -> Backbone:
-    """Three layers, 16 channels wide. `shift` of 3 is Turbo's; its scheduler shifts all sizes alike."""
+    """Return a model of three layers, 16 channels wide. The default static `shift` of 3 is Turbo's."""
     from families import tiny_kl
 
     config: dict[str, Any] = {
@@ -43,14 +43,14 @@ def tiny_zimage(seed: int = 0, shift: float = 3.0, dynamic: bool = False, **chan
     }  # fmt: skip
     return Backbone(
         vae=tiny_kl(seed=seed),
-        transformer=_initialised(lambda: _lively(ZImageTransformer2DModel(**{**config, **changes})), seed),
+        transformer=_initialised(lambda: _with_random_padding(ZImageTransformer2DModel(**{**config, **changes})), seed),
         text_encoder=tiny_qwen3(seed), tokenizer=tiny_qwen2_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, shift=shift),
     )  # fmt: skip
 
 
-def _lively(network: Any) -> Any:
-    """Pad tokens away from zero, as trained ones are: otherwise padding that is forgotten would not show."""
+def _with_random_padding(network: Any) -> Any:
+    """Randomize the pad tokens, as in trained models: with zeros, missing padding would go unnoticed."""
     for token in (network.x_pad_token, network.cap_pad_token):
         token.data.normal_()
     return network

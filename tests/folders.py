@@ -1,4 +1,4 @@
-"""Small data sets: what the tests of the data share."""
+"""Small data sets and helpers for data tests."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def write_tar(path, members):
 
 
 def shard(folder, path, rows):
-    """The tar that holds what these metadata rows of a folder hold."""
+    """Write a tar with the samples of these metadata rows of a folder."""
     members = []
     for row in rows:
         key = row["file_name"].replace("/", "_").removesuffix(".png")
@@ -52,10 +52,10 @@ def rows_of(folder):
 
 
 def read(source, indices, size, crops=None) -> list[Sample]:
-    """Samples, none of them corrupt."""
-    found = source.read(indices, size, crops)
-    assert all(isinstance(s, Sample) for s in found)
-    return found
+    """Read samples and assert that none is corrupt."""
+    samples = source.read(indices, size, crops)
+    assert all(isinstance(s, Sample) for s in samples)
+    return samples
 
 
 def png(path) -> np.ndarray:
@@ -85,7 +85,7 @@ def refused(call, *words):
 
 
 def serve(monkeypatch, rows, pictures):
-    """Makes the rows what `datasets` loads under any name. `pictures`: their columns of picture bytes."""
+    """Make `datasets.load_dataset` return these rows for any name. `pictures`: names of the image columns."""
     import datasets
 
     rows = [{k: {"bytes": v, "path": None} if k in pictures and v else v for k, v in row.items()} for row in rows]

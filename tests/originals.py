@@ -1,4 +1,4 @@
-"""Checkpoints in one file, by the names of the original LDM, CLIP and OpenCLIP code: what most users download."""
+"""Single-file checkpoints with the weight names of the original LDM, CLIP and OpenCLIP code."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ _OPEN_CLIP = (
 
 
 def save_original(backbone: Backbone, file: Path, open_clip: bool = False) -> Path:
-    """Writes the whole of a checkpoint: XL if it has a second text encoder, else Stable Diffusion 1, or with
-    `open_clip` 2, whose text encoder has OpenCLIP's names."""
+    """Write a checkpoint: XL if it has a second text encoder, else Stable Diffusion 1, or 2 if `open_clip`.
+
+    The text encoder of Stable Diffusion 2 has OpenCLIP's names.
+    """
     weights = rename(backbone.unet.state_dict(), backbone.unet.config, "model.diffusion_model.")
     weights |= {f"first_stage_model.{key}": value for key, value in _vae(backbone).items()}
     first, second = backbone.text_encoder.state_dict(), backbone.text_encoder_2
@@ -56,19 +58,19 @@ def save_original(backbone: Backbone, file: Path, open_clip: bool = False) -> Pa
     return file
 
 
-def _replaced(key: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _substitute(key: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, new in rules:
         key = re.sub(pattern, new, key)
     return key
 
 
 def _vae(backbone: Backbone) -> dict[str, Tensor]:
-    named, levels = {}, len(backbone.vae.config["block_out_channels"])
+    renamed, levels = {}, len(backbone.vae.config["block_out_channels"])
     for key, value in backbone.vae.state_dict().items():
-        new = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", _replaced(key, _VAE))
-        linear = ".attn_1." in new and value.ndim == 2  # originally convolutions of one pixel
-        named[new] = value[..., None, None] if linear else value
-    return named
+        new = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", _substitute(key, _VAE))
+        linear = ".attn_1." in new and value.ndim == 2  # originally 1 x 1 convolutions
+        renamed[new] = value[..., None, None] if linear else value
+    return renamed
 
 
 def _clip(key: str) -> str:
@@ -78,8 +80,8 @@ def _clip(key: str) -> str:
 def _open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {_clip(key) if "text_projection" not in key else key: value for key, value in weights.items()}
     projection = weights.pop("text_projection.weight", None)
-    named = {} if projection is None else {"text_projection": projection.T}
+    renamed = {} if projection is None else {"text_projection": projection.T}
     for key in [key for key in weights if ".q_proj." in key]:
         parts = [weights.pop(key.replace(".q_proj.", f".{name}_proj.")) for name in "qkv"]
-        named[_replaced(key.replace("q_proj.", "in_proj_"), _OPEN_CLIP)] = torch.cat(parts)
-    return {**named, **{_replaced(key, _OPEN_CLIP): value for key, value in weights.items()}}
+        renamed[_substitute(key.replace("q_proj.", "in_proj_"), _OPEN_CLIP)] = torch.cat(parts)
+    return {**renamed, **{_substitute(key, _OPEN_CLIP): value for key, value in weights.items()}}

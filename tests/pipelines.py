@@ -1,4 +1,4 @@
-"""A pipeline of tiny models with an adapter a task: what its tests share."""
+"""A pipeline of tiny models with an adapter for each task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GUIDANCE = {"generate": {"text": [1.0, 5.0]}, "edit": {"text": [1.0, 5.0], "imag
 
 
 def make_folder(root: Path) -> Path:
-    """model/ and an adapter a task, and full/, an upscaler with a U-Net of its own."""
+    """Write model/, an adapter for each task, and full/, an upscaler with its own U-Net."""
     tiny_checkpoint(root / "model")
     for task in TASKS:
         make_adapter(root / task, task, GUIDANCE.get(task))
@@ -25,7 +25,7 @@ def make_folder(root: Path) -> Path:
 
 
 def open_pipeline(folder: Path) -> CoDiPipeline:
-    """One backbone with all adapters."""
+    """Return a pipeline with all adapters loaded."""
     pipe = CoDiPipeline.from_pretrained(folder / "model")
     for task in TASKS:
         pipe.load_adapter(folder / task)

@@ -1,4 +1,4 @@
-"""Pixels, and faults of files: what the tests of pictures share."""
+"""Pixel data, color profiles and error checks for image tests."""
 
 import struct
 
@@ -35,7 +35,7 @@ def s15(value: float) -> bytes:
 
 
 def icc(gamma: float, primaries=None) -> bytes:
-    """A minimal ICC v2 profile: RGB with these D50 XYZ columns, or grey without."""
+    """Return a minimal ICC v2 profile: RGB with these D50 XYZ columns, or gray if None."""
     xyz = lambda values: b"XYZ \0\0\0\0" + b"".join(map(s15, values))  # noqa: E731
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
     text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
@@ -56,4 +56,4 @@ def icc(gamma: float, primaries=None) -> bytes:
 
 
 SRGB_COLUMNS = ((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
-SWAPPED = icc(2.2, (SRGB_COLUMNS[1], SRGB_COLUMNS[0], SRGB_COLUMNS[2]))  # "red" is green and the reverse
+SWAPPED = icc(2.2, (SRGB_COLUMNS[1], SRGB_COLUMNS[0], SRGB_COLUMNS[2]))  # red and green swapped

@@ -1,4 +1,4 @@
-"""The command line on tiny models: what the tests of the shell share."""
+"""Helpers to run commands on tiny models."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tiny import rand, tiny_backbone, tiny_checkpoint, tiny_lora
 
 
 @dataclass(frozen=True)
-class Ran:
-    """How a command ended: exit code, stdout, stderr."""
+class CommandResult:
+    """Exit code, stdout and stderr of a command."""
 
     code: int
     out: str
     err: str
 
     def failed(self, code: int = 1, *words: str) -> None:
-        """Asserts the exit code and that stderr is one line that names `words`."""
+        """Assert the exit code and that stderr is one error line that contains all `words`."""
         assert self.code == code, self
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
@@ -36,20 +36,20 @@ class Ran:
 
 @dataclass(frozen=True)
 class Shell:
-    """`shell("upscale", ...)` runs a command in this process."""
+    """A callable that runs a command in this process: `shell("upscale", ...)`."""
 
     capsys: pytest.CaptureFixture[str]
 
-    def __call__(self, *words: object) -> Ran:
+    def __call__(self, *words: object) -> CommandResult:
         self.capsys.readouterr()
         code = main([str(word) for word in words])
         out, err = self.capsys.readouterr()
-        return Ran(code, out, err)
+        return CommandResult(code, out, err)
 
 
 @dataclass(frozen=True)
 class Models:
-    """Folders of a tiny backbone and an adapter for it."""
+    """Folders of a tiny backbone and its adapter."""
 
     model: Path
     adapter: Path
@@ -60,7 +60,7 @@ class Models:
 
 
 def make_models(folder: Path, scale: int = 4) -> Models:
-    """A tiny checkpoint and an untrained full upscaler with some influence."""
+    """Write a tiny checkpoint and a full upscaler with nonzero weights."""
     adapter = make_adapter(folder / "adapter", "upscale", full=True, scale=scale, degradation="bicubic")
     return Models(tiny_checkpoint(folder / "model"), adapter)
 
@@ -68,15 +68,21 @@ def make_models(folder: Path, scale: int = 4) -> Models:
 def make_adapter(
     folder: Path, task: str, guidance: dict[str, list[float]] | None = None, full: bool = False, **options: object
 ) -> Path:
-    """An untrained adapter for `tiny_checkpoint`, with some influence: of the form that `task` has when it ships."""
-    backbone, made = tiny_backbone(), get_task(task, **options)
+    """Write an adapter for `tiny_checkpoint`, of the form shipped for `task`, with nonzero weights."""
+    backbone, task_object = tiny_backbone(), get_task(task, **options)
     form = FORMS["lora" if task == "generate" else "fused"]
-    adapter = form.from_backbone(backbone.unet, backbone.vae, made.condition_channels, len(guidance or ()))
+    adapter = form.from_backbone(backbone.unet, backbone.vae, task_object.condition_channels, len(guidance or ()))
     with torch.no_grad():
         for name, p in adapter.named_parameters():
             if name.startswith(("mu.", "guidance.")):
                 p.copy_(0.2 * rand(*p.shape, seed=p.numel()))
-    info = {"task": task, "task_options": made.config(), "steps": [1, 2, 4], "family": backbone.family, "full": full}
+    info = {
+        "task": task,
+        "task_options": task_object.config(),
+        "steps": [1, 2, 4],
+        "family": backbone.family,
+        "full": full,
+    }
     info |= {"guidance": guidance or {}, "images": 8, "recipe": {"objective": "codi", "size": 32}}
     adapter.register_to_config(info=info)
     unet = backbone.unet if full or task == "upscale" else tiny_lora(backbone.unet, task)
@@ -85,7 +91,7 @@ def make_adapter(
 
 
 def picture(path: Path, width: int = 7, height: int = 5, mode: str = "RGB", seed: int = 0) -> Path:
-    """A file of noise."""
+    """Write an image of noise."""
     bands = {"1": (), "L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, *bands), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
