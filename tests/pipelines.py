@@ -34,8 +34,8 @@ def open_pipeline(folder: Path) -> CoDiPipeline:
     return pipe
 
 
-def given(task: str, height: int = 16, width: int = 24, count: int = 1) -> dict[str, Tensor]:
-    """What a caller passes for a task."""
+def inputs_for(task: str, height: int = 16, width: int = 24, count: int = 1) -> dict[str, Tensor]:
+    """Return the image arguments of a call for a task."""
     if task == "generate":
         return {}
     image = rand(count, 1 if task == "depth" else 3, height, width, seed=1)

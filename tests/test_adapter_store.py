@@ -16,7 +16,7 @@ from codi.errors import UserError
 from codi.models.lora import add_lora, lora_names
 from codi.sampling.pipeline import CoDiPipeline
 from codi.tasks import TASKS, get_task
-from pipelines import given, hole, make_folder, open_pipeline, run
+from pipelines import hole, inputs_for, make_folder, open_pipeline, run
 from shell import make_adapter
 from tiny import rand
 
@@ -158,10 +158,10 @@ def test_attention_processors_of_backbone_and_adapter_are_separate(folder):
 
     pipe.unet.set_attn_processor(RecordingProcessor("backbone"))
     pipe.student.network.set_attn_processor(RecordingProcessor("adapter"))
-    run(pipe, **given("depth"))
+    run(pipe, **inputs_for("depth"))
     assert set(used) == {"adapter"}
     used.clear()
-    run(pipe, **given("depth"), strength=0)
+    run(pipe, **inputs_for("depth"), strength=0)
     assert set(used) == {"backbone"}
 
 
@@ -198,7 +198,7 @@ def test_saved_pipeline_reloads_its_adapters_and_weights(folder, tmp_path):
     of_task.set_progress_bar_config(disable=True)
     pipe.set_adapters("full")
     assert list(of_task.tasks) == ["full"] and not list(saved.glob(".*"))
-    assert torch.equal(run(of_task, **given("upscale")), run(pipe, **given("upscale")))
+    assert torch.equal(run(of_task, **inputs_for("upscale")), run(pipe, **inputs_for("upscale")))
     assert isinstance(StableDiffusionPipeline.from_pipe(reloaded, **BLANK), StableDiffusionPipeline)
     (saved / "adapters" / "set.json").write_text("[")
     with pytest.raises(UserError, match="not a saved pipeline's list"):
@@ -210,7 +210,7 @@ def test_pipeline_runs_in_bfloat16_and_converts_to_float32(folder):
     for task in ("inpaint", "generate"):
         pipe.load_adapter(folder / task)
         pipe.set_adapters(task)
-        assert run(pipe, **given(task)).dtype == torch.float32
+        assert run(pipe, **inputs_for(task)).dtype == torch.float32
     pipe.to(torch.float32)
     assert {p.dtype for p in pipe.student.parameters()} == {torch.float32}
     assert run(pipe).isfinite().all()

@@ -25,7 +25,7 @@ from codi.training.codec import psnr
 from codi.training.decoder import DecoderRecipe, distill_decoder
 from codi.training.pairs import latents_of_images, make_pairs, parse_samples
 from folders import noise
-from pipelines import given, run
+from pipelines import inputs_for, run
 from shell import make_adapter
 from tiny import rand, tiny_checkpoint, tiny_vae
 
@@ -298,7 +298,7 @@ def test_tiles_use_the_tiny_decoder_and_conditions_the_vae(recipe, finished, tmp
     encoded: list[int] = []
     encode = pipe.vae.encode
     monkeypatch.setattr(pipe.vae, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    output = run(pipe, **given("upscale", 24, 32), tile=16)
+    output = run(pipe, **inputs_for("upscale", 24, 32), tile=16)
     assert output.shape == (1, 3, 96, 128) and output.isfinite().all() and encoded
 
 

@@ -20,7 +20,7 @@ from codi.errors import UserError
 from codi.models.lora import save_lora
 from codi.sampling.pipeline import CoDiPipeline
 from families import tiny_flux
-from pipelines import given, hole, make_folder, open_pipeline, run
+from pipelines import hole, inputs_for, make_folder, open_pipeline, run
 from tiny import rand, randn, seeded, tiny_backbone, tiny_lora, tiny_unet
 
 BLANK = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -73,7 +73,7 @@ def test_diffusers_argument_names_equal_the_short_names(pipe):
 
 def test_images_of_one_prompt_are_adjacent(pipe):
     pipe.set_adapters("depth")
-    image, prompts = given("depth", count=2)["image"], ["a red ball", "a blue box"]
+    image, prompts = inputs_for("depth", count=2)["image"], ["a red ball", "a blue box"]
     images = run(pipe, image=image, prompt=prompts, num_images_per_prompt=2, seed=5)
     for row in range(4):
         alone = run(pipe, image=image[row // 2], prompt=prompts[row // 2], seed=5 + row)
@@ -128,7 +128,7 @@ def test_lists_of_any_image_type_and_8_bit_pixels_are_accepted(pipe):
 
 def test_each_prompt_may_have_its_negative_prompt(pipe):
     pipe.set_adapters("depth")
-    options = {"image": given("depth")["image"], "guidance_scale": 3.0}
+    options = {"image": inputs_for("depth")["image"], "guidance_scale": 3.0}
     both = run(pipe, **options, negative_prompt=["blue", "green"], seed=[1, 1])
     for row, words in enumerate(["blue", "green"]):
         alone = run(pipe, **options, negative_prompt=words, seed=1)
@@ -207,7 +207,7 @@ def test_invalid_call_arguments_are_refused(pipe, arguments, words):
 @pytest.mark.parametrize("task", ["depth", "edit"])  # classifier-free guidance, and distilled guidance
 def test_empty_negative_prompts_change_nothing(pipe, task):
     pipe.set_adapters(task)
-    options = {**given(task, count=2), "guidance_scale": 3.0}
+    options = {**inputs_for(task, count=2), "guidance_scale": 3.0}
     expected = run(pipe, **options)
     for empty in (["", ""], [""], ("", ""), None):
         assert torch.equal(run(pipe, **options, negative_prompt=empty), expected)
@@ -281,13 +281,13 @@ def test_a_callback_stops_and_changes_guidance(pipe):
         pipeline._interrupt = step == 1
         return tensors
 
-    run(pipe, **given("depth"), steps=4, callback_on_step_end=stop)
+    run(pipe, **inputs_for("depth"), steps=4, callback_on_step_end=stop)
     assert (steps_done, pipe.interrupt) == ([0, 1], True)
 
     def drop(pipeline, step, t, tensors):
         pipeline._guidance_scale = 1.0
 
-    options = {**given("depth"), "steps": 3}
+    options = {**inputs_for("depth"), "steps": 3}
     changed = run(pipe, **options, guidance_scale=3.0, callback_on_step_end=drop)
     assert (pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt) == (1.0, 3, False)
     assert not torch.equal(changed, run(pipe, **options, guidance_scale=3.0))
@@ -296,7 +296,7 @@ def test_a_callback_stops_and_changes_guidance(pipe):
 
 def test_replaced_scheduler_is_used_or_warned_about(folder, monkeypatch):
     pipe = open_with_adapter(folder, "depth")
-    options = {**given("depth"), "steps": 4}
+    options = {**inputs_for("depth"), "steps": 4}
     default = run(pipe, **options)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with warnings.catch_warnings():
@@ -316,7 +316,7 @@ def test_from_pipe_keeps_adapters_and_shares_everything(folder):
     other = CoDiPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     assert other.unet is pipe.unet and other.get_active_adapters() == ["depth"]
-    assert torch.equal(run(other, **given("depth")), run(pipe, **given("depth")))
+    assert torch.equal(run(other, **inputs_for("depth")), run(pipe, **inputs_for("depth")))
     stock = StableDiffusionPipeline.from_pipe(pipe, **BLANK)
     bare = CoDiPipeline.from_pipe(stock)
     assert bare.unet is pipe.unet and bare.adapters == [] and not hasattr(bare, "transformer")
@@ -331,7 +331,7 @@ def test_diffusers_opens_a_saved_pipeline_with_its_adapters(folder, tmp_path, mo
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     again.set_progress_bar_config(disable=True)
     assert isinstance(again, CoDiPipeline) and list(again.tasks) == ["depth"]
-    assert torch.equal(run(again, **given("depth")), run(pipe, **given("depth")))
+    assert torch.equal(run(again, **inputs_for("depth")), run(pipe, **inputs_for("depth")))
     CoDiPipeline.from_pretrained(folder / "model").save_pretrained(tmp_path / "bare")
     assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "bare"), StableDiffusionPipeline)
     with pytest.raises(UserError, match="safe_serialization=False would pickle"):
@@ -358,22 +358,22 @@ def test_options_of_from_pretrained(folder):
 
 @pytest.mark.parametrize("task", ["depth", "upscale"])
 def test_offloading_models_and_groups_changes_nothing(folder, task):
-    expected = run(open_with_adapter(folder, task), **given(task))
+    expected = run(open_with_adapter(folder, task), **inputs_for(task))
     pipe = open_with_adapter(folder, task)
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
-        torch.testing.assert_close(run(pipe, **given(task)), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run(pipe, **inputs_for(task)), expected, rtol=0, atol=1e-5)
     pipe.load_adapter(folder / "canny")
     assert not hasattr(pipe._store.loaded["canny"].network, "_hf_hook")
     grouped = open_with_adapter(folder, task)
     grouped.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    assert torch.equal(run(grouped, **given(task)), expected)
+    assert torch.equal(run(grouped, **inputs_for(task)), expected)
 
 
 def test_sequential_offload_covers_adapters(folder):
     """Sampling in this state needs a GPU: accelerate does not put layers back on the CPU."""
     pipe = open_with_adapter(folder, "depth")
-    expected = run(pipe, **given("depth"))
+    expected = run(pipe, **inputs_for("depth"))
     for _ in range(2):
         pipe.enable_sequential_cpu_offload(device="cpu")
         assert pipe.unet.device.type == pipe.student.network.device.type == "meta"
@@ -381,12 +381,12 @@ def test_sequential_offload_covers_adapters(folder):
     with pytest.raises(UserError, match="^canny: the pipeline is offloaded: load and set adapters first"):
         pipe.load_adapter(folder / "canny")
     pipe.remove_all_hooks()
-    assert torch.equal(run(pipe, **given("depth")), expected)
+    assert torch.equal(run(pipe, **inputs_for("depth")), expected)
 
 
 def test_slicing_and_freeu_apply_to_adapters(folder):
     pipe = open_with_adapter(folder, "depth")
-    image = given("depth", count=2)["image"]
+    image = inputs_for("depth", count=2)["image"]
     expected = run(pipe, image=image)
     pipe.enable_vae_slicing()
     pipe.enable_attention_slicing(1)
@@ -415,18 +415,18 @@ def test_transformer_caches_are_reset_at_each_call():
 
 def test_loras_work_with_adapters_and_unload_completely(folder, tmp_path):
     pipe = open_with_adapter(folder, "depth")
-    plain, backbone = run(pipe, **given("depth")), run(pipe, **given("depth"), strength=0)
+    plain, backbone = run(pipe, **inputs_for("depth")), run(pipe, **inputs_for("depth"), strength=0)
     pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
     assert pipe.get_active_adapters() == ["depth", "style"]
-    styled = run(pipe, **given("depth"))
+    styled = run(pipe, **inputs_for("depth"))
     assert not torch.allclose(styled, plain, atol=1e-3)
-    assert not torch.allclose(run(pipe, **given("depth"), strength=0), backbone, atol=1e-3)
+    assert not torch.allclose(run(pipe, **inputs_for("depth"), strength=0), backbone, atol=1e-3)
     pipe.set_adapters(["depth", "style"], [1.0, 0.0])
-    torch.testing.assert_close(run(pipe, **given("depth")), plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(pipe, **inputs_for("depth")), plain, rtol=0, atol=1e-5)
     pipe.set_adapters("style")
-    assert torch.equal(run(pipe, **given("depth")), styled)
+    assert torch.equal(run(pipe, **inputs_for("depth")), styled)
     pipe.unload_lora_weights()
-    assert torch.equal(run(pipe, **given("depth")), plain) and pipe.get_active_adapters() == ["depth"]
+    assert torch.equal(run(pipe, **inputs_for("depth")), plain) and pipe.get_active_adapters() == ["depth"]
     with pytest.raises(UserError, match="not a LoRA for this model"):
         pipe.load_lora_weights(str(folder / "model"))
     with pytest.raises(UserError, match="'depth': is taken"):
@@ -442,13 +442,13 @@ def lora_file(folder: Path, seed: int = 3) -> str:
 
 def test_saving_omits_loras_with_a_warning(folder, tmp_path):
     pipe = open_with_adapter(folder, "depth")
-    plain = run(pipe, **given("depth"))
+    plain = run(pipe, **inputs_for("depth"))
     pipe.load_lora_weights(lora_file(tmp_path / "lora"), adapter_name="style")
-    styled = run(pipe, **given("depth"))
+    styled = run(pipe, **inputs_for("depth"))
     with pytest.warns(UserWarning, match="the LoRA style is not saved"):
         pipe.save_pretrained(tmp_path / "saved")
-    assert torch.equal(run(CoDiPipeline.from_pretrained(tmp_path / "saved"), **given("depth")), plain)
-    assert torch.equal(run(pipe, **given("depth")), styled) and pipe.get_active_adapters() == ["depth", "style"]
+    assert torch.equal(run(CoDiPipeline.from_pretrained(tmp_path / "saved"), **inputs_for("depth")), plain)
+    assert torch.equal(run(pipe, **inputs_for("depth")), styled) and pipe.get_active_adapters() == ["depth", "style"]
 
 
 def test_adapters_survive_lora_changes_after_their_folder_is_deleted(folder, tmp_path):

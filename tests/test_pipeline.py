@@ -18,7 +18,7 @@ from codi.sampling.guidance import resolve
 from codi.sampling.inputs import to_mask, to_tensor
 from codi.sampling.pipeline import CoDiPipeline
 from codi.tasks import TASKS
-from pipelines import given, hole, make_folder, open_pipeline, run
+from pipelines import hole, inputs_for, make_folder, open_pipeline, run
 from tiny import rand
 
 
@@ -47,15 +47,15 @@ def test_pictures_of_every_task(folder, pipe, task):
     pipe.set_adapters(task)
     sizes = [(16, 24), (7, 9)] if task != "generate" else [(32, 32)]  # whole latent cells of 4 px, and not
     for height, width in sizes:
-        made = run(pipe, **given(task, height, width))
+        made = run(pipe, **inputs_for(task, height, width))
         scale = 4 if task == "upscale" else 1
         assert made.shape == (1, 3, scale * height, scale * width) and made.dtype == torch.float32
         assert made.isfinite().all() and made.min() >= 0 and made.max() <= 1
-        assert torch.equal(run(pipe, **given(task, height, width)), made)
-        assert not torch.allclose(run(pipe, **given(task, height, width), seed=1), made, atol=1e-3)
+        assert torch.equal(run(pipe, **inputs_for(task, height, width)), made)
+        assert not torch.allclose(run(pipe, **inputs_for(task, height, width), seed=1), made, atol=1e-3)
     alone = CoDiPipeline.from_pretrained(folder / "model", task=task, adapter=folder / task)
     alone.set_progress_bar_config(disable=True)
-    assert torch.equal(run(alone, **given(task, height, width)), made)
+    assert torch.equal(run(alone, **inputs_for(task, height, width)), made)
     assert (alone.task.name, pipe.task.name, alone.adapters) == (task, task, [task])  # type: ignore[union-attr]
 
 
@@ -65,7 +65,7 @@ def test_strength_0_is_the_backbone(pipe, task):
     size = {"height": 16, "width": 24}
     backbone = run(pipe, **size)
     pipe.set_adapters(task)
-    arguments = given(task) or size
+    arguments = inputs_for(task) or size
     assert torch.equal(run(pipe, **arguments, strength=0), backbone)
     half, whole = run(pipe, **arguments, strength=0.5), run(pipe, **arguments)
     assert not torch.allclose(half, backbone, atol=1e-3) and not torch.allclose(half, whole, atol=1e-3)
@@ -80,20 +80,20 @@ def test_strength_0_is_the_backbone(pipe, task):
 def test_strength_0_of_a_full_adapter_is_the_backbone_too(pipe):
     backbone = run(pipe, height=64, width=96)
     pipe.set_adapters("full")
-    assert torch.equal(run(pipe, **given("upscale"), strength=0, colour="none"), backbone)
+    assert torch.equal(run(pipe, **inputs_for("upscale"), strength=0, colour="none"), backbone)
 
 
 def test_a_full_adapter_has_no_degrees(pipe):
     pipe.set_adapters("full")
-    whole = run(pipe, **given("upscale"))
+    whole = run(pipe, **inputs_for("upscale"))
     for strength in (0.5, 2.0):
         with pytest.raises(UserError, match=f"^strength {strength:g}: full is a full adapter.*use 1 .* or 0"):
-            run(pipe, **given("upscale"), strength=strength)
+            run(pipe, **inputs_for("upscale"), strength=strength)
     with pytest.raises(UserError, match="^weight 0.5: full is a full adapter"):
         pipe.set_adapters("full", 0.5)
-    assert torch.equal(run(pipe, **given("upscale")), whole)
+    assert torch.equal(run(pipe, **inputs_for("upscale")), whole)
     pipe.set_adapters("full", 0)
-    assert not torch.allclose(run(pipe, **given("upscale"), strength=0.5), whole, atol=1e-3)
+    assert not torch.allclose(run(pipe, **inputs_for("upscale"), strength=0.5), whole, atol=1e-3)
 
 
 def test_known_pixels_come_back_exactly(pipe):
@@ -112,7 +112,7 @@ def test_known_pixels_come_back_exactly(pipe):
 @pytest.mark.parametrize("task", ["depth", "edit", "upscale"])
 def test_the_same_seed_gives_the_same_picture_whatever_the_batch(pipe, task):
     pipe.set_adapters(task)
-    images, prompts = given(task, 8, 12, count=3)["image"], ["a red ball", "", "a blue box"]
+    images, prompts = inputs_for(task, 8, 12, count=3)["image"], ["a red ball", "", "a blue box"]
     together = run(pipe, image=images, prompt=prompts, seed=[4, 9, 4])
     for k, seed in enumerate([4, 9, 4]):
         alone = run(pipe, image=images[k], prompt=prompts[k], seed=seed)
@@ -136,8 +136,8 @@ def test_sizes_of_text_to_image(pipe):
                 run(pipe, **size)
     pipe.set_adapters("canny")
     with pytest.raises(UserError, match="leave the size out"):
-        run(pipe, **given("canny"), height=20)
-    assert run(pipe, **given("canny"), height=16, width=24).shape == (1, 3, 16, 24)
+        run(pipe, **inputs_for("canny"), height=20)
+    assert run(pipe, **inputs_for("canny"), height=16, width=24).shape == (1, 3, 16, 24)
 
 
 def test_tiles_of_one_prompt_have_it_read_once(pipe):
@@ -186,33 +186,33 @@ def test_distilled_guidance_is_one_pass_and_kept_within_its_range(pipe):
     calls: list[int] = []
     unet = pipe.student.network
     hook = unet.conv_out.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    plain = run(pipe, **given("edit"))
-    assert torch.equal(run(pipe, **given("edit"), guidance_scale=1, image_guidance_scale=1), plain)
-    strong = run(pipe, **given("edit"), guidance_scale=5)
+    plain = run(pipe, **inputs_for("edit"))
+    assert torch.equal(run(pipe, **inputs_for("edit"), guidance_scale=1, image_guidance_scale=1), plain)
+    strong = run(pipe, **inputs_for("edit"), guidance_scale=5)
     assert not torch.allclose(strong, plain, atol=1e-3)
-    assert not torch.allclose(run(pipe, **given("edit"), image_guidance_scale=2), plain, atol=1e-4)
+    assert not torch.allclose(run(pipe, **inputs_for("edit"), image_guidance_scale=2), plain, atol=1e-4)
     with pytest.warns(UserWarning, match=r"guidance of the text 9: 1 to 5 is distilled .*: using 5"):
-        assert torch.equal(run(pipe, **given("edit"), guidance_scale=9), strong)
+        assert torch.equal(run(pipe, **inputs_for("edit"), guidance_scale=9), strong)
     assert set(calls) == {1}
     hook.remove()
     with pytest.raises(UserError, match="negative_prompt"):
-        run(pipe, **given("edit"), negative_prompt="blur")
+        run(pipe, **inputs_for("edit"), negative_prompt="blur")
     for empty in ("", [""], ("",), None):
-        assert torch.equal(run(pipe, **given("edit"), negative_prompt=empty), plain)
+        assert torch.equal(run(pipe, **inputs_for("edit"), negative_prompt=empty), plain)
 
 
 def test_guidance_that_is_not_distilled_takes_two_passes(pipe):
     pipe.set_adapters("depth")
     calls: list[int] = []
     hook = pipe.student.network.conv_out.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    plain = run(pipe, **given("depth"))
+    plain = run(pipe, **inputs_for("depth"))
     assert set(calls) == {1}
-    guided = run(pipe, **given("depth"), guidance_scale=3)
+    guided = run(pipe, **inputs_for("depth"), guidance_scale=3)
     assert calls[-1] == 2 and not torch.allclose(guided, plain, atol=1e-3)
-    assert not torch.equal(run(pipe, **given("depth"), guidance_scale=3, negative_prompt="a blue box"), guided)
+    assert not torch.equal(run(pipe, **inputs_for("depth"), guidance_scale=3, negative_prompt="a blue box"), guided)
     hook.remove()
     with pytest.raises(UserError, match="image_guidance_scale 1.5: no active adapter has learned it"):
-        run(pipe, **given("depth"), image_guidance_scale=1.5)
+        run(pipe, **inputs_for("depth"), image_guidance_scale=1.5)
 
 
 def test_which_guidance_is_used():
@@ -247,25 +247,25 @@ def test_callbacks_see_every_step_and_may_replace_the_latents(pipe):
         seen.append((step, t, sorted(tensors)))
 
     both = ("latents", "denoised")
-    run(pipe, **given("canny"), callback_on_step_end=look, callback_on_step_end_tensor_inputs=both)
+    run(pipe, **inputs_for("canny"), callback_on_step_end=look, callback_on_step_end_tensor_inputs=both)
     assert seen == [(0, 1000, ["denoised", "latents"]), (1, 500, ["denoised", "latents"])]
 
     def blank(which, step, t, tensors):
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else {}
 
-    made = run(pipe, **given("canny"), callback_on_step_end=blank)
-    assert torch.equal(made, run(pipe, **given("canny"), callback_on_step_end=blank, seed=5))
+    made = run(pipe, **inputs_for("canny"), callback_on_step_end=blank)
+    assert torch.equal(made, run(pipe, **inputs_for("canny"), callback_on_step_end=blank, seed=5))
 
 
 def test_kinds_of_output(pipe):
     pipe.set_adapters("canny")
-    made = run(pipe, **given("canny"))
-    array = run(pipe, **given("canny"), output_type="np")
+    made = run(pipe, **inputs_for("canny"))
+    array = run(pipe, **inputs_for("canny"), output_type="np")
     assert np.array_equal(array, made.permute(0, 2, 3, 1).numpy())
-    (picture,) = run(pipe, **given("canny"), output_type="pil")
+    (picture,) = run(pipe, **inputs_for("canny"), output_type="pil")
     assert isinstance(picture, Image.Image) and picture.size == (24, 16)
-    assert run(pipe, **given("canny"), output_type="latent").shape == (1, 4, 4, 6)
-    (told,) = pipe(**given("canny"), steps=2, prompt="a red ball", output_type="pt", return_dict=False)
+    assert run(pipe, **inputs_for("canny"), output_type="latent").shape == (1, 4, 4, 6)
+    (told,) = pipe(**inputs_for("canny"), steps=2, prompt="a red ball", output_type="pt", return_dict=False)
     assert torch.equal(told, made)
 
 
@@ -398,7 +398,7 @@ def test_a_compiled_pipeline_makes_the_same_pictures(folder):
     """One graph without a break, and of adapters that are set later."""
     pipe = CoDiPipeline.from_pretrained(folder / "model", "edit", folder / "edit")
     pipe.set_progress_bar_config(disable=True)
-    asked = {"steps": 1, "seed": 3, "image": given("edit")["image"]}
+    asked = {"steps": 1, "seed": 3, "image": inputs_for("edit")["image"]}
     plain = run(pipe, **asked)
     pipe.set_adapters([])
     assert pipe.compile(backend="eager", fullgraph=True) is pipe
@@ -422,10 +422,10 @@ def test_a_compiled_pipeline_keeps_what_cuda_graphs_would_overwrite(folder, monk
 
     pipe = CoDiPipeline.from_pretrained(folder / "model", "depth", folder / "depth")
     pipe.set_progress_bar_config(disable=True)
-    plain = run(pipe, **given("depth"))
+    plain = run(pipe, **inputs_for("depth"))
     monkeypatch.setattr(torch, "compile", graph)
     pipe.compile(mode="reduce-overhead")
-    made = run(pipe, **given("depth"))
+    made = run(pipe, **inputs_for("depth"))
     assert answers and torch.equal(made, plain)
 
 
@@ -438,4 +438,6 @@ def test_memory_format(folder):
         assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
     for pipe in (plain, laid_out):
         pipe.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(run(laid_out, **given("depth")), run(plain, **given("depth")), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        run(laid_out, **inputs_for("depth")), run(plain, **inputs_for("depth")), rtol=0, atol=1e-5
+    )
