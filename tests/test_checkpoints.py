@@ -1,4 +1,4 @@
-"""Users' checkpoints: Stable Diffusion 1, 2 and XL in diffusers' layouts, sampled as diffusers samples them."""
+"""Stable Diffusion 1, 2 and XL checkpoints in diffusers' layouts, sampled as in diffusers."""
 
 import copy
 import dataclasses
@@ -48,7 +48,7 @@ def xl_folder(tmp_path_factory) -> Path:
 
 
 def theirs(backbone: Any, noise: torch.Tensor, steps: int, guidance: float, prompts: Any) -> torch.Tensor:
-    """The latent that diffusers' own pipeline makes of the same noise."""
+    """Return the latent that the diffusers pipeline makes from the same noise."""
     pipe: Any = backbone.pipeline()
     pipe.set_progress_bar_config(disable=True)
     side = 4 * noise.shape[-1]
@@ -62,8 +62,8 @@ def theirs(backbone: Any, noise: torch.Tensor, steps: int, guidance: float, prom
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_text_to_image_is_what_diffusers_makes(kind, spacing, prediction, to_one):
-    """Spacing, end and prediction type of the scheduler's configuration, prompts, guidance, sizes: all as there."""
+def test_text_to_image_equals_diffusers(kind, spacing, prediction, to_one):
+    """For each spacing, final alpha and prediction type of the scheduler, with and without guidance."""
     changes = {"timestep_spacing": spacing, "set_alpha_to_one": to_one}
     backbone = dataclasses.replace(
         tiny_xl() if kind == "xl" else tiny_backbone(), scheduler=tiny_scheduler(prediction, **changes)
@@ -72,8 +72,8 @@ def test_text_to_image_is_what_diffusers_makes(kind, spacing, prediction, to_one
     for guidance in (1.0, 3.0):
         expected = theirs(backbone, noise, 4, guidance, prompts)
         pipe: Any = CoDiPipeline(**vars(backbone))
-        made = pipe(prompt=prompts, steps=4, guidance_scale=guidance, seed=[3, 4], output_type="latent").images
-        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+        latent = pipe(prompt=prompts, steps=4, guidance_scale=guidance, seed=[3, 4], output_type="latent").images
+        torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_zero_terminal_snr_is_honoured():
@@ -83,17 +83,17 @@ def test_zero_terminal_snr_is_honoured():
     assert alpha == 0 and sigma == 1
 
 
-def test_an_empty_prompt_is_zeros_for_xl_alone():
+def test_empty_prompt_is_zeros_for_xl_by_default():
     features, added = embed_prompts(XL.text, ["", CAPTIONS[0]], (32, 64))
     assert added is not None and added["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
     assert not features[0].any() and not added["text_embeds"][0].any() and features[1].any()
-    spoken = dataclasses.replace(XL, force_zeros_for_empty_prompt=False)
-    assert embed_prompts(spoken.text, [""])[0].any()
+    encoded = dataclasses.replace(XL, force_zeros_for_empty_prompt=False)
+    assert embed_prompts(encoded.text, [""])[0].any()
 
 
 @pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, EDMEulerScheduler])
-def test_noise_levels_that_are_not_stable_diffusions_are_refused(kind, tmp_path):
-    """Read as DDIM's, they would be its defaults."""
+def test_scheduler_without_betas_is_refused(kind, tmp_path):
+    """As a DDIM scheduler it would silently get default betas."""
     pipeline = tiny_backbone().pipeline()
     pipeline.scheduler = kind()
     pipeline.save_pretrained(tmp_path)
@@ -102,8 +102,8 @@ def test_noise_levels_that_are_not_stable_diffusions_are_refused(kind, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "xl"])
-def test_a_single_file_is_its_folder_bit_for_bit(kind, tmp_path):
-    """By the original code's names; configurations and tokenizers come from a folder, since no hub can be asked."""
+def test_single_file_equals_its_folder_exactly(kind, tmp_path):
+    """Weights have the original names; configurations and tokenizers come from a folder, as the hub is offline."""
     backbone = {"sd1": tiny_backbone("epsilon"), "sd2": tiny_backbone("v_prediction"), "xl": XL}[kind]
     backbone.pipeline().save_pretrained(tmp_path / kind)
     file = save_original(backbone, tmp_path / f"{kind}.safetensors", open_clip=kind == "sd2")
@@ -115,24 +115,26 @@ def test_a_single_file_is_its_folder_bit_for_bit(kind, tmp_path):
 
 
 @torch.no_grad()
-def test_xls_vae_computes_in_float32_where_halves_would_overflow(xl_folder):
+def test_xl_vae_computes_in_float32(xl_folder):
     vae, z, picture = (
         load_backbone(xl_folder, torch.float16).vae,
         randn(1, LATENT_CHANNELS, 8, 8).half(),
         rand(1, 3, 32, 32),
     )
-    made, read = codec.decode(vae, z), codec.encode(vae, picture)
-    assert vae.dtype == made.dtype == read.dtype == torch.float16
+    decoded, encoded = codec.decode(vae, z), codec.encode(vae, picture)
+    assert vae.dtype == decoded.dtype == encoded.dtype == torch.float16
     wide = copy.deepcopy(vae).float()
-    assert torch.equal(made, codec.decode(wide, z).half()) and torch.equal(read, codec.encode(wide, picture).half())
+    assert torch.equal(decoded, codec.decode(wide, z).half()) and torch.equal(
+        encoded, codec.encode(wide, picture).half()
+    )
 
 
-def test_other_vaes_stay_in_halves(tmp_path):
+def test_other_vaes_stay_in_float16(tmp_path):
     vae = load_backbone(tiny_checkpoint(tmp_path), torch.float16).vae
     assert not vae.config["force_upcast"]
 
 
-def test_xl_loads_from_its_folder_and_has_a_family_of_its_own(xl_folder):
+def test_xl_loads_from_its_folder_with_its_own_family(xl_folder):
     loaded = load_backbone(xl_folder)
     assert loaded.family == XL.family != tiny_backbone("epsilon").family
     assert loaded.force_zeros_for_empty_prompt and len(loaded.text.encoders) == 2
@@ -154,7 +156,7 @@ def test_every_form_of_adapter_works_on_xl(form):
 
 
 @torch.no_grad()
-def test_a_fused_adapter_that_reads_pixels(tmp_path):
+def test_fused_adapter_reads_pixels(tmp_path):
     backbone = tiny_backbone().freeze()
     adapter = FusedAdapter.from_backbone(backbone.unet, backbone.vae, 4, reads="pixels")
     picture, (text, _) = rand(2, 4, 32, 32), embed_prompts(backbone.text, CAPTIONS)
@@ -164,19 +166,19 @@ def test_a_fused_adapter_that_reads_pixels(tmp_path):
     trained = influence(Student(backbone.unet, adapter))
     assert not torch.equal(trained(z, level, conditioning), trained(z, level, Conditioning(text, picture.flip(-1))))
     adapter.save_pretrained(tmp_path)
-    again, _ = load_adapter(tmp_path, None, None, backbone.unet)
-    assert torch.equal(Student(backbone.unet, again)(z, level, conditioning), trained(z, level, conditioning))
+    reloaded, _ = load_adapter(tmp_path, None, None, backbone.unet)
+    assert torch.equal(Student(backbone.unet, reloaded)(z, level, conditioning), trained(z, level, conditioning))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"reads": "sound"}, "reads 'sound': not known"),
         ({"reads": "pixels", "adapter": "controlnet"}, "controlnet reads in its own way"),
     ],
 )
-def test_what_an_adapter_cannot_read(changes, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_reads_values_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
         DistillRecipe(out="", **changes).validate()
 
 
@@ -189,17 +191,17 @@ def test_xl_trains_and_samples_and_is_saved(xl_folder, tmp_path):
     distill(recipe, quiet=True)
     pipe: Any = CoDiPipeline.from_pretrained(xl_folder, adapter=tmp_path / "run")
     picture, prompts = rand(2, 1, 32, 32), list(CAPTIONS)
-    made = pipe(image=picture, prompt=prompts, guidance_scale=2.0, output_type="pt").images
-    assert made.shape == (2, 3, 32, 32)
+    images = pipe(image=picture, prompt=prompts, guidance_scale=2.0, output_type="pt").images
+    assert images.shape == (2, 3, 32, 32)
     pipe.save_pretrained(tmp_path / "saved")
-    again: Any = CoDiPipeline.from_pretrained(tmp_path / "saved", task="depth")
-    assert torch.equal(again(image=picture, prompt=prompts, guidance_scale=2.0, output_type="pt").images, made)
+    reloaded: Any = CoDiPipeline.from_pretrained(tmp_path / "saved", task="depth")
+    assert torch.equal(reloaded(image=picture, prompt=prompts, guidance_scale=2.0, output_type="pt").images, images)
     with pytest.raises(UserError, match="was trained for backbone"):
         CoDiPipeline(**vars(tiny_backbone("epsilon"))).load_adapter(tmp_path / "run")
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_a_lora_becomes_part_of_the_backbone(weight, tmp_path):
+def test_lora_is_merged_into_the_backbone(weight, tmp_path):
     backbone = tiny_backbone()
     backbone.pipeline().save_pretrained(tmp_path / "model")
     adapted: Any = tiny_lora(backbone.unet, "style")
@@ -209,11 +211,11 @@ def test_a_lora_becomes_part_of_the_backbone(weight, tmp_path):
     adapted.set_adapters(["style"], [weight])
     z, level, text = randn(1, LATENT_CHANNELS, 8, 8), torch.tensor([300]), embed_prompts(backbone.text, ["a"])[0]
     torch.testing.assert_close(fused.unet(z, level, text).sample, adapted(z, level, text).sample)
-    assert fused.unet.state_dict().keys() == backbone.unet.state_dict().keys()  # nothing of it is left beside
+    assert fused.unet.state_dict().keys() == backbone.unet.state_dict().keys()  # no LoRA weights remain
     assert not torch.equal(fused.unet(z, level, text).sample, backbone.unet(z, level, text).sample)
 
 
-def test_what_is_no_text_to_image_model_is_refused(xl_folder, tmp_path):
+def test_unsupported_models_and_invalid_loras_are_refused(xl_folder, tmp_path):
     backbone = tiny_backbone()
     wide = dataclasses.replace(backbone, unet=tiny_backbone(in_channels=9).unet)
     wide.pipeline().save_pretrained(tmp_path / "inpainting")
@@ -231,7 +233,7 @@ def test_what_is_no_text_to_image_model_is_refused(xl_folder, tmp_path):
             load_backbone(xl_folder, loras={str(tmp_path / f"{name}.safetensors"): 1.0})
 
 
-def test_loras_of_the_command_line():
+def test_lora_options_are_parsed():
     assert parse_loras(["a.safetensors", "b=c.safetensors=0.5", "d=-1"]) == {
         "a.safetensors": 1.0, "b=c.safetensors": 0.5, "d": -1.0,
     }  # fmt: skip

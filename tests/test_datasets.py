@@ -1,4 +1,4 @@
-"""Data sets of the hub, and columns by other names or not there: read like folders and tars."""
+"""Hub data sets, alternative column names and optional columns: read like folders and tars."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from codi.data.sources import CorruptSample, Sample, open_source
 from folders import noise, read, refused, rows_of, same, serve, shard
 
 
-def test_datasets_are_read_through_their_library(monkeypatch, tmp_path):
+def test_hub_data_sets_are_read_through_the_datasets_library(monkeypatch, tmp_path):
     import datasets
 
     noise(20, 20).save(tmp_path / "a.png")
@@ -30,9 +30,9 @@ def test_datasets_are_read_through_their_library(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source("datasets:some/photos")
-    (one, two), three = read(source, range(2), 20), source.read([2], 20)[0]
-    assert one.text == "one" and two.text == "" and torch.equal(one.image, two.image)
-    assert isinstance(three, CorruptSample)
+    (first, second), corrupt = read(source, range(2), 20), source.read([2], 20)[0]
+    assert first.text == "one" and second.text == "" and torch.equal(first.image, second.image)
+    assert isinstance(corrupt, CorruptSample)
     refused(lambda: open_source("datasets:other"), "datasets:other", "check the name")
     refused(lambda: open_source("datasets:some/photos", ("mask",)), "no column mask", "image, text")
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -40,7 +40,7 @@ def test_datasets_are_read_through_their_library(monkeypatch, tmp_path):
 
 
 def test_folder_tar_and_datasets_give_the_same_batches(tmp_path, monkeypatch):
-    """Bit for bit, over two epochs of random crops, with every column, caption and instruction."""
+    """Exactly, over two epochs of random crops, with every column, caption and instruction."""
     folder = tmp_path / "folder"
     render_folder(6, folder, size=48, seed=1)
     columns, rows = ("conditioning_image", "mask", "edited_image"), rows_of(folder)
@@ -60,7 +60,7 @@ def test_folder_tar_and_datasets_give_the_same_batches(tmp_path, monkeypatch):
         assert [b.index for b in of_folder] == [b.index for b in other]
 
 
-def test_names_that_the_hub_gives_to_columns_are_understood(tmp_path, monkeypatch):
+def test_common_column_names_of_the_hub_are_recognized(tmp_path, monkeypatch):
     one, two = (noise(20, 20, seed) for seed in (0, 1))
     one.save(tmp_path / "one.png")
     two.save(tmp_path / "two.png")
@@ -105,8 +105,8 @@ def test_columns_may_be_optional(rendered, tmp_path, monkeypatch):
     assert isinstance(needed[0], Sample) and isinstance(needed[1], CorruptSample) and "no mask" in needed[1].why
 
 
-def test_datasets_itself_reads_a_rendered_folder(rendered, tmp_path, monkeypatch):
-    """As diffusers' training scripts load it: pictures, not their names."""
+def test_datasets_library_reads_a_rendered_folder(rendered, tmp_path, monkeypatch):
+    """Loaded as in diffusers' training scripts; columns hold images, not file names."""
     import datasets
 
     cache = str(tmp_path / "cache")
@@ -120,7 +120,7 @@ def test_datasets_itself_reads_a_rendered_folder(rendered, tmp_path, monkeypatch
     assert all(map(same, *pairs))
 
 
-def test_the_old_names_of_columns_are_still_read(rendered):
+def test_old_column_names_are_read(rendered):
     expected = read(open_source(rendered, COLUMNS), range(6), 32)
     text = (rendered / "metadata.jsonl").read_text()
     for column in COLUMNS:
@@ -141,6 +141,6 @@ def test_the_old_names_of_columns_are_still_read(rendered):
         ({"image": b"a", "text": 3}, ("text is not a text column", "int64")),
     ],
 )
-def test_columns_of_another_kind_are_named(monkeypatch, row, words):
+def test_columns_of_the_wrong_type_are_refused(monkeypatch, row, words):
     serve(monkeypatch, [row], ())
     refused(lambda: open_source("datasets:x", [c for c in row if c in COLUMNS]), "datasets:x: ", *words)

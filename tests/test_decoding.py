@@ -1,4 +1,4 @@
-"""Training reads picture files as the commands do, refuses animations, and leaves the numbers of maps as they are."""
+"""Training decodes image files as the commands do, refuses animations, and keeps the values of depth and id maps."""
 
 import json
 
@@ -16,7 +16,7 @@ from pixels import SWAPPED
 
 
 def files_of_all_kinds(folder):
-    """One file of each kind that Pillow alone would read otherwise than the commands do, or not at all."""
+    """Write one file of each kind that plain Pillow reads differently from the commands, or not at all."""
     flat, deep = noise(20, 16), np.random.default_rng(3).integers(0, 65536, (16, 20, 4), dtype=np.uint16)
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     lab = ImageCms.applyTransform(flat, to_lab)
@@ -43,7 +43,7 @@ def files_of_all_kinds(folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*color profile not usable")
-def test_training_reads_what_the_commands_read(tmp_path):
+def test_training_and_commands_decode_the_same_pixels(tmp_path):
     files_of_all_kinds(tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 33
@@ -54,7 +54,7 @@ def test_training_reads_what_the_commands_read(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_clear_greys_keep_their_brightness(tmp_path, bits):
+def test_transparent_gray_keeps_its_brightness(tmp_path, bits):
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * (1 if bits == 8 else 257)
     Image.fromarray(grey.astype(f"uint{bits}")).save(tmp_path / "a.png", transparency=int(grey[3, 3]))
     (sample,) = read(open_source(tmp_path), [0], 16)
@@ -63,7 +63,7 @@ def test_clear_greys_keep_their_brightness(tmp_path, bits):
 
 @pytest.mark.parametrize("column", ["file_name", "edited_image", "conditioning_image", "mask"])
 def test_animations_are_corrupt_samples(tmp_path, column):
-    """Which of their frames is meant, nothing says."""
+    """It is ambiguous which frame is meant."""
     frames = [noise(16, 16, seed) for seed in range(2)]
     frames[0].save(tmp_path / "still.png")
     deep = [Image.fromarray(np.full((16, 16), n, np.uint16)) for n in (1, 2)]
@@ -78,8 +78,8 @@ def test_animations_are_corrupt_samples(tmp_path, column):
         assert isinstance(sample, CorruptSample) and "several frames or pages" in sample.why
 
 
-def test_numbers_are_turned_upright_and_kept(tmp_path):
-    """Of whichever file format and type."""
+def test_map_values_are_kept_and_rotated_upright(tmp_path):
+    """For every file format and data type."""
     noise(8, 6).save(tmp_path / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 8
@@ -95,7 +95,7 @@ def test_numbers_are_turned_upright_and_kept(tmp_path):
             assert torch.equal(sample.extras[column][0], torch.from_numpy(grid[:, 1:7].astype(np.float32)))
 
 
-def test_limits_hold_for_training(tmp_path, monkeypatch):
+def test_size_limits_apply_in_training(tmp_path, monkeypatch):
     monkeypatch.setattr("codi.data.crops.MAX_PIXELS", 255)
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((16, 16, 3), np.uint16))
     cv2.imwrite(str(tmp_path / "b.tif"), np.zeros((16, 16, 3), np.float32))

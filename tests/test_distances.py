@@ -1,4 +1,4 @@
-"""Distances between signals, in latents, pixels and features."""
+"""Distances d_x between clean signals, in latents, pixels and features."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ FOUR = {
 
 
 @pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
-def test_distances_are_0_at_the_truth_and_have_a_gradient_elsewhere(d_x):
+def test_distances_are_0_at_the_target_and_have_a_gradient_elsewhere(d_x):
     x = randn(2, 4, 3, 3)
     batch = LatentBatch(x, None, decode(x))
     assert d_x(x.clone(), batch) == 0
@@ -48,7 +48,7 @@ def test_distances_are_0_at_the_truth_and_have_a_gradient_elsewhere(d_x):
 
 
 @pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
-def test_distances_in_the_loss(d_x):
+def test_codi_loss_weights_the_distance(d_x):
     x, weight = randn(2, 4, 3, 3), torch.tensor(0.2, requires_grad=True)
     batch, t = LatentBatch(x, None, decode(x)), torch.tensor([300])
     z: list[Tensor] = []
@@ -64,7 +64,7 @@ def test_distances_in_the_loss(d_x):
     assert weight.grad is not None and weight.grad != 0
 
 
-def test_mean_square_of_halves_is_taken_in_float32():
+def test_mean_square_of_float16_is_computed_in_float32():
     a, b = torch.full((10,), 300.0).half(), torch.zeros(10).half()
     assert mean_square(a, b) == 90_000  # beyond float16
     assert mean_square(a.double(), b.double()).dtype == torch.float64

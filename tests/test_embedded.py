@@ -1,4 +1,4 @@
-"""Several models in one package: whose adapters go by their names, and which model a command takes by itself."""
+"""Several embedded models: which adapters their names mean, and the default model of a command."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from tiny import tiny_checkpoint
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A package's weights: mini with upscale and edit, photo with an upscale of its own and no more."""
+    """An embedded-weights folder: mini with adapters upscale and edit, photo with its own upscale."""
     folder = tmp_path / "weights"
     tiny_checkpoint(folder / "mini")
     tiny_checkpoint(folder / "photo", seed=1)
@@ -37,7 +37,7 @@ def weights(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_model_s_own_adapters_come_first(weights, tmp_path):
+def test_adapters_of_the_model_take_precedence(weights, tmp_path):
     own = tiny_checkpoint(tmp_path / "own")
     assert find_adapter("upscale", "mini") == weights / "adapters" / "upscale"
     assert find_adapter("upscale", "photo") == weights / "photo" / "adapters" / "upscale"
@@ -50,35 +50,35 @@ def test_a_model_s_own_adapters_come_first(weights, tmp_path):
     refused(lambda: CoDiPipeline.from_pretrained("photo", task="edit"), "edit", "one of upscale")
 
 
-def test_the_default_model_is_photo_where_it_has_the_adapter(weights, tmp_path):
+def test_default_model_is_photo_if_it_has_the_adapter(weights, tmp_path):
     assert default_model("upscale") == "photo"
     assert default_model("edit") == default_model("inpaint") == default_model("upscale-x8") == "mini"
-    mine = made_on("photo", tmp_path / "mine")
-    assert default_model(mine) == default_model(str(mine)) == "photo"
-    assert default_model(made_on("mini", mine)) == "mini"
-    (mine / "config.json").write_text("[]")
-    assert default_model(mine) == "mini"
+    trained = adapter_trained_on("photo", tmp_path / "mine")
+    assert default_model(trained) == default_model(str(trained)) == "photo"
+    assert default_model(adapter_trained_on("mini", trained)) == "mini"
+    (trained / "config.json").write_text("[]")
+    assert default_model(trained) == "mini"
 
 
-def made_on(model: str, folder: Path) -> Path:
-    """An adapter's folder that says that it was trained on `model`."""
+def adapter_trained_on(model: str, folder: Path) -> Path:
+    """Write an adapter whose recipe names `model`."""
     config = make_adapter(folder, "upscale") / "config.json"
-    notes = json.loads(config.read_text())
-    notes["info"]["recipe"]["model"] = model
-    config.write_text(json.dumps(notes))
+    values = json.loads(config.read_text())
+    values["info"]["recipe"]["model"] = model
+    config.write_text(json.dumps(values))
     return folder
 
 
-def test_a_command_says_which_model_it_used(weights, shell, tmp_path):
-    given = picture(tmp_path / "in.png", 12, 8)
-    ran = shell("upscale", given, "-o", tmp_path / "a.png", "--steps", 1)
+def test_command_prints_the_model_it_used(weights, shell, tmp_path):
+    image = picture(tmp_path / "in.png", 12, 8)
+    ran = shell("upscale", image, "-o", tmp_path / "a.png", "--steps", 1)
     assert ran.code == 0 and ran.out.rstrip().endswith("by photo")
-    ran = shell("upscale", given, "-o", tmp_path / "b.png", "--steps", 1, "--model", "mini", "--json")
+    ran = shell("upscale", image, "-o", tmp_path / "b.png", "--steps", 1, "--model", "mini", "--json")
     assert [(row["model"], row["adapter"]) for row in json.loads(ran.out)] == [("mini", "upscale")]
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
-def test_the_list_of_what_is_embedded_tells_models_apart(weights):
+def test_list_of_embedded_adapters_names_their_models(weights):
     rows = {(row["model"], row["name"]): row for row in embedded(weights)}
     adapters = [key for key, row in rows.items() if row["kind"] == "adapter"]
     assert adapters == [("mini", "edit"), ("mini", "upscale"), ("photo", "upscale")]
@@ -86,8 +86,8 @@ def test_the_list_of_what_is_embedded_tells_models_apart(weights):
 
 
 @pytest.mark.parametrize("to", ["diffusers", "ldm", "onnx"])
-def test_export_takes_the_adapter_and_the_weights_of_the_model(weights, shell, tmp_path, monkeypatch, to):
-    """An adapter of a name that mini has too, by default the one that `codi upscale` uses; a folder says its model."""
+def test_export_uses_the_models_adapter_and_weights(weights, shell, tmp_path, monkeypatch, to):
+    """For a name that both models have, the default is that of `codi upscale`; a folder's config names its model."""
     sources = []
 
     def written(source, *_):
@@ -96,24 +96,24 @@ def test_export_takes_the_adapter_and_the_weights_of_the_model(weights, shell, t
 
     name = {"diffusers": "diffusers.export_diffusers", "ldm": "ldm.export_ldm", "onnx": "onnx.export_onnx"}[to]
     monkeypatch.setattr(f"codi.export.{name}", written)
-    mine = made_on("photo", tmp_path / "mine")
-    own, minis = weights / "photo" / "adapters" / "upscale", weights / "adapters" / "upscale"
-    for given, options, expected in (
-        ("upscale", ("--model", "photo"), ("photo", own)),
+    trained = adapter_trained_on("photo", tmp_path / "mine")
+    photos, minis = weights / "photo" / "adapters" / "upscale", weights / "adapters" / "upscale"
+    for adapter, options, expected in (
+        ("upscale", ("--model", "photo"), ("photo", photos)),
         ("upscale", ("--model", "mini"), ("mini", minis)),
-        ("upscale", (), ("photo", own)),
-        (mine, (), ("photo", mine)),
+        ("upscale", (), ("photo", photos)),
+        (trained, (), ("photo", trained)),
         ("edit", (), ("mini", weights / "adapters" / "edit")),
     ):
         ran = shell(
-            "export", given, "--to", to, "-o", tmp_path / "out.safetensors"[: 15 if to == "ldm" else 3], *options
+            "export", adapter, "--to", to, "-o", tmp_path / "out.safetensors"[: 15 if to == "ldm" else 3], *options
         )
         assert ran.code == 0 and sources.pop() == expected
     ran = shell("export", "edit", "--to", "diffusers", "-o", tmp_path / "out", "--model", "photo")
     ran.failed(1, "edit", "no adapter there", "one of")
 
 
-def test_evaluate_takes_the_adapter_and_the_weights_of_the_model(weights, shell, tmp_path, monkeypatch):
+def test_evaluate_uses_the_models_adapter_and_weights(weights, shell, tmp_path, monkeypatch):
     loaded = []
 
     def load(model, task, adapter, *_):
@@ -121,25 +121,27 @@ def test_evaluate_takes_the_adapter_and_the_weights_of_the_model(weights, shell,
         raise UserError("far enough")
 
     monkeypatch.setattr("codi.apps.evaluate.load_pipeline", load)
-    mine = made_on("photo", tmp_path / "mine")
+    trained = adapter_trained_on("photo", tmp_path / "mine")
     for options, expected in (
         ((), ("photo", "upscale")),
         (("--model", "mini"), ("mini", "upscale")),
-        (("--adapter", mine), ("photo", str(mine))),
+        (("--adapter", trained), ("photo", str(trained))),
         (("--adapter", "upscale-x8"), ("mini", "upscale-x8")),
     ):
         shell("evaluate", "--task", "upscale", *options).failed(1, "far enough")
         assert loaded.pop() == expected
     mixed = ("--adapter", "upscale", "--adapter", "upscale-x8")
     shell("evaluate", "--task", "upscale", *mixed).failed(2, "of different models: name one with --model")
-    own = tmp_path / "run.yaml"
-    own.write_text(f"task: upscale\nmodel: photo\ndata: scenes:train:4\nheld_out: scenes:held-out:2\nout: {mine}\n")
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(
+        f"task: upscale\nmodel: photo\ndata: scenes:train:4\nheld_out: scenes:held-out:2\nout: {trained}\n"
+    )
     for options, expected in (((), "photo"), (("--model", "mini"), "mini")):
-        shell("evaluate", own, *options).failed(1, "far enough")
-        assert loaded.pop() == (expected, str(mine))
+        shell("evaluate", recipe, *options).failed(1, "far enough")
+        assert loaded.pop() == (expected, str(trained))
 
 
-def test_evaluate_compares_with_the_fine_tuned_adapter_of_the_model(weights):
+def test_evaluate_compares_with_the_models_finetuned_adapter(weights):
     pipe = CoDiPipeline.from_pretrained("photo", task="upscale")
     make_adapter(weights / "adapters" / "upscale-finetuned", "upscale")
     assert evaluate._reference("upscale", None, pipe, "mini") == "upscale-finetuned"
@@ -148,8 +150,8 @@ def test_evaluate_compares_with_the_fine_tuned_adapter_of_the_model(weights):
     assert evaluate._reference("upscale", None, pipe, "photo") == "upscale-finetuned"
 
 
-def test_training_starts_from_an_adapter_of_its_model(weights, tmp_path):
-    """By a name that mini has too: `start` and `teacher`, in a training and in its dry run."""
+def test_training_starts_from_its_models_adapter(weights, tmp_path):
+    """`start` and `teacher` are names that both models have; in training and in its dry run."""
     (weights / "adapters" / "upscale" / "config.json").write_text("[]")
     recipe = DistillRecipe(
         task="upscale", degradation="bicubic", model="photo", start="upscale", teacher="upscale",
@@ -167,8 +169,7 @@ def test_training_starts_from_an_adapter_of_its_model(weights, tmp_path):
     distill(replace(recipe, model=str(copy), out=str(tmp_path / "of-a-copy")), quiet=True)
 
 
-def test_the_demo_page_s_commands_name_the_model(weights, tmp_path):
-    """Where it is not the one that the command takes by itself."""
+def test_commands_on_the_demo_page_name_a_model_that_is_not_the_default(weights, tmp_path):
     pipe = CoDiPipeline.from_pretrained("mini")
     show = Show(pipe, tmp_path, 0, "mini", None, None)
     assert show._options("upscale") == ["--model", "mini"] and show._options("edit") == []
