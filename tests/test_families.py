@@ -1,4 +1,4 @@
-"""The transformer families: without an adapter the stock pipeline's picture, with an untrained one the backbone's."""
+"""The transformer families: equal to the stock pipeline without an adapter, neutral with an untrained one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CLASSIFIER_FREE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"guidance_scale": 1.0}),
     ({"guidance_scale": 3.0, "negative_prompt": "blue box"},) * 2,
 ]
-SIDES = {"sana": 32, "sana15": 32}  # of which the stock pipeline wants multiples
+SIDES = {"sana": 32, "sana15": 32}  # the stock pipeline needs multiples of 32
 STOCK: dict[str, dict[str, Any]] = {name: {"use_resolution_binning": False} for name in ("sana", "sana15")}
-# Arguments of ours and of the stock pipeline: without guidance, and with what the family has.
+# Pairs of arguments for CoDiPipeline and the stock pipeline: without guidance, and with each kind the family has.
 GUIDED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "flux2": [({}, {"guidance_scale": 1.0}), ({"guidance_scale": 4.0}, {"guidance_scale": 4.0})],
     "qwenimage": [
@@ -47,7 +47,7 @@ GUIDED: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"embedded_guidance": 7.0}, {"guidance_scale": 7.0}),
         ({"guidance_scale": 3.0, "negative_prompt": "blue"}, {"true_cfg_scale": 3.0, "negative_prompt": "blue"}),
     ],
-    "zimage": [  # the stock pipeline's scale begins at 0: see ZImage.guide
+    "zimage": [  # the stock pipeline's scale starts at 0: see ZImage.guide
         ({}, {"guidance_scale": 0.0}),
         ({"guidance_scale": 3.0, "negative_prompt": "blue"}, {"guidance_scale": 2.0, "negative_prompt": "blue"}),
     ],
@@ -66,7 +66,7 @@ def quiet(pipe: Any) -> Any:
 
 
 def conditions(backbone: Any, prompts: list[str]) -> tuple[Tensor, Any]:
-    """The features and further tensors of the prompts."""
+    """Return the text features and added tensors of the prompts."""
     text, added = embed_prompts(backbone.text, prompts, (SIDE, SIDE))
     return text, added
 
@@ -77,7 +77,7 @@ def noise_for(backbone: Any, seed: int, side: int = SIDE) -> Tensor:
 
 
 def pictures(name: str, ours: dict[str, Any], theirs: dict[str, Any], steps: int) -> tuple[Tensor, Tensor]:
-    """Of CoDiPipeline without an adapter, and of the stock pipeline: same noise, same sigmas."""
+    """Return the images of CoDiPipeline without an adapter and of the stock pipeline, for the same noise and sigmas."""
     backbone = FAMILIES[name]().freeze()
     stock, pipe = quiet(backbone.pipeline()), quiet(CoDiPipeline(**vars(backbone)))
     side = SIDES.get(name, SIDE)
@@ -86,21 +86,21 @@ def pictures(name: str, ours: dict[str, Any], theirs: dict[str, Any], steps: int
         prompt=PROMPT, height=side, width=side, num_inference_steps=steps, sigmas=stock_sigmas(steps), latents=latents,
         output_type="pt", **theirs, **STOCK.get(name, {}),
     ).images  # fmt: skip
-    made = pipe(prompt=PROMPT, height=side, width=side, steps=steps, seed=3, output_type="pt", **ours).images
-    return made, expected.clamp(0, 1)
+    images = pipe(prompt=PROMPT, height=side, width=side, steps=steps, seed=3, output_type="pt", **ours).images
+    return images, expected.clamp(0, 1)
 
 
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize(("name", "ours", "theirs"), CASES)
-def test_without_an_adapter_it_is_the_stock_pipeline(name, ours, theirs, steps):
-    made, expected = pictures(name, ours, theirs, steps)
+def test_pipeline_without_an_adapter_equals_the_stock_pipeline(name, ours, theirs, steps):
+    images, expected = pictures(name, ours, theirs, steps)
     assert expected.std() > 0.01
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_neutral_before_training(family, form):
-    """Bit for bit the backbone, and the network's own forward pass; after a change it is not."""
+def test_untrained_adapters_are_exactly_neutral(family, form):
+    """The output equals the backbone's; with changed weights it differs, and at strength 0 it is equal again."""
     backbone = FAMILIES[family]().freeze()
     z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
     text, added = embed_prompts(backbone.text, [PROMPT, "blue box"], (SIDE, SIDE))
@@ -112,20 +112,20 @@ def test_neutral_before_training(family, form):
         return
     condition = adapter.read(rand(2, 3, SIDE, SIDE), backbone.vae)
     inputs: dict[str, Any] = {"guidance": torch.tensor([[2.0], [3.0]]), "jump": torch.tensor([[0.5, 0.15], [1.0, 0.8]])}
-    given = Conditioning(text, condition, added=added, **inputs)
+    conditioning = Conditioning(text, condition, added=added, **inputs)
     student = Student(backbone.network, adapter)
-    assert torch.equal(student(z, time, given), plain)
+    assert torch.equal(student(z, time, conditioning), plain)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            if not parameter.any():  # what makes it neutral
+            if not parameter.any():  # zero-initialized, hence neutral
                 parameter.add_(0.1)
-    assert not torch.equal(student(z, time, given), plain)
-    assert torch.equal(student(z, time, given, strength=0.0), plain)
+    assert not torch.equal(student(z, time, conditioning), plain)
+    assert torch.equal(student(z, time, conditioning, strength=0.0), plain)
 
 
 @pytest.mark.parametrize("limit", [VERY_LARGE_INTEGER, 2000])
-def test_a_tokenizer_without_a_limit_reads_as_many_tokens_as_its_text_encoder(family, limit):
-    """As without `model_max_length`, or without tokenizer_config.json."""
+def test_tokenizer_without_a_length_limit_uses_the_text_encoders(family, limit):
+    """The limit is unset if `model_max_length` or tokenizer_config.json is missing."""
     backbone = FAMILIES[family]().freeze()
     parts = vars(backbone)
     tokenizers = {name: copy.deepcopy(part) for name, part in parts.items() if name.startswith("tokenizer") and part}
@@ -138,8 +138,8 @@ def test_a_tokenizer_without_a_limit_reads_as_many_tokens_as_its_text_encoder(fa
             assert torch.equal(value, expected[key])
 
 
-def test_prompts_do_not_depend_on_their_batch(family):
-    """A short and a long one together give what each gives alone."""
+def test_predictions_do_not_depend_on_other_prompts_in_the_batch(family):
+    """A short and a long prompt in one batch give the predictions of each alone."""
     backbone = FAMILIES[family]().freeze()
     prompts = ["blue box", f"{PROMPT} and a green cone at dusk"]
     z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
@@ -147,21 +147,21 @@ def test_prompts_do_not_depend_on_their_batch(family):
     together = Student(backbone.network)(z, time, Conditioning(text, added=added))
     for row, prompt in enumerate(prompts):
         text, added = conditions(backbone, [prompt])
-        made = Student(backbone.network)(z[row : row + 1], time[row : row + 1], Conditioning(text, added=added))
-        torch.testing.assert_close(made[0], together[row], rtol=0, atol=1e-5)
+        alone = Student(backbone.network)(z[row : row + 1], time[row : row + 1], Conditioning(text, added=added))
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["fused", "lora"])
 def test_gradient_checkpointing_changes_nothing(family, form):
-    """The same loss and the same gradients, of an encoder and of low-rank updates."""
-    found = []
-    for saving in (False, True):
+    """Loss and gradients stay the same, for an encoder and for low-rank updates."""
+    results = []
+    for checkpointing in (False, True):
         backbone = FAMILIES[family]().freeze()
         text, added = conditions(backbone, [PROMPT, "blue box"])
         adapter, network = FORMS[form].from_backbone(backbone.network, backbone.vae), backbone.network
         if form == "lora":
             network = add_lora(network, 2, "generate")
-        for part in (network, getattr(adapter, "encoder", None)) if saving else ():
+        for part in (network, getattr(adapter, "encoder", None)) if checkpointing else ():
             if part is not None:
                 part.enable_gradient_checkpointing()
         for parameter in (*getattr(adapter, "mu", ()), *(p for n, p in network.named_parameters() if "lora_B" in n)):
@@ -171,20 +171,20 @@ def test_gradient_checkpointing_changes_nothing(family, form):
         condition = adapter.read(rand(2, 3, SIDE, SIDE), backbone.vae)
         loss = student(z, time, Conditioning(text, condition, added=added)).square().mean()
         loss.backward()
-        found.append((loss, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
-    (plain, gradients), (loss, others) = found
+        results.append((loss, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
+    (plain, gradients), (loss, others) = results
     assert torch.equal(loss, plain) and gradients.keys() == others.keys() and len(gradients) > 4
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_low_rank_updates_in_every_block(family):
+def test_every_block_has_low_rank_updates(family):
     network = add_lora(FAMILIES[family]().network, 2, "generate")
     for block in family_of(network).blocks(network):
         assert any("lora_B" in name for name, _ in block.named_parameters())
 
 
-def test_features_of_a_condition_with_a_map(family):
+def test_fused_adapter_takes_a_fourth_condition_channel(family):
     backbone = FAMILIES[family]().freeze()
     adapter = FORMS["fused"].from_backbone(backbone.network, backbone.vae, 4)
     condition = adapter.read(rand(2, 4, SIDE, SIDE), backbone.vae)
@@ -194,23 +194,25 @@ def test_features_of_a_condition_with_a_map(family):
     assert all(feature.isfinite().all() for feature in features)
 
 
-def test_predicts_in_bfloat16_and_on_the_meta_device(family):
+def test_networks_predict_in_bfloat16_and_on_the_meta_device(family):
     backbone = FAMILIES[family]().freeze()
     z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
     text, added = conditions(backbone, [PROMPT, "blue box"])
     half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in (added or {}).items()}
     kind, network = backbone.kind, backbone.network
-    made = kind.predict(network.to(torch.bfloat16), z.bfloat16(), time, text.bfloat16(), half)
-    assert made.dtype == torch.bfloat16 and made.shape == z.shape and made.isfinite().all()
+    prediction = kind.predict(network.to(torch.bfloat16), z.bfloat16(), time, text.bfloat16(), half)
+    assert prediction.dtype == torch.bfloat16 and prediction.shape == z.shape and prediction.isfinite().all()
     shapes = kind.condition_shapes(network.config)
-    blanks = {name: torch.zeros(2, *shape, device="meta") for name, shape in shapes.items()}
+    meta_inputs = {name: torch.zeros(2, *shape, device="meta") for name, shape in shapes.items()}
     with torch.device("meta"):
-        blank = type(network).from_config(network.config)
-    made = kind.predict(blank, z.to("meta"), time.to("meta"), blanks.pop("features"), blanks or None)
-    assert made.is_meta and made.shape == z.shape
+        meta_network = type(network).from_config(network.config)
+    prediction = kind.predict(
+        meta_network, z.to("meta"), time.to("meta"), meta_inputs.pop("features"), meta_inputs or None
+    )
+    assert prediction.is_meta and prediction.shape == z.shape
 
 
-def test_a_tiny_decoder_for_its_latents(family):
+def test_tiny_decoder_fits_the_latents(family):
     backbone = FAMILIES[family]()
     blocks = (0,) * codec.downscale(backbone.vae).bit_length()
     tiny = new_tiny(backbone.vae, 4, blocks)

@@ -1,5 +1,4 @@
-"""Files of the transformer families: variants, shards, low-rank updates made part of the backbone, saved pipelines; and
-several adapters at once."""
+"""Transformer families: weight variants, shards, merged low-rank updates, combined adapters, tiling."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def same(a: Any, b: Any) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_variants_and_shards(family, tmp_path):
-    """Halves under the name of a variant alone, and weights in several files."""
+def test_fp16_variants_and_sharded_weights_load(family, tmp_path):
     backbone = FAMILIES[family]()
     backbone.pipeline().save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards" / "transformer").glob("*.safetensors"))) > 1
@@ -47,43 +45,43 @@ def test_variants_and_shards(family, tmp_path):
     halves = FAMILIES[family]()
     halves.network.half()
     halves.pipeline().save_pretrained(tmp_path / "fp16", variant="fp16", max_shard_size="10KB")
-    found = load_backbone(tmp_path / "fp16")
-    assert found.network.dtype == torch.float32
-    for a, b in zip(found.network.parameters(), halves.network.parameters(), strict=True):
+    loaded = load_backbone(tmp_path / "fp16")
+    assert loaded.network.dtype == torch.float32
+    for a, b in zip(loaded.network.parameters(), halves.network.parameters(), strict=True):
         assert torch.equal(a, b.float())
-    assert found.family == backbone.family
+    assert loaded.family == backbone.family
 
 
-def test_low_rank_updates_become_part_of_the_backbone(family, tmp_path):
-    """In the file that codi writes, at half weight: W + B A / 2, by diffusers' own loader."""
+def test_low_rank_updates_are_merged_into_the_backbone(family, tmp_path):
+    """A file that codi wrote, loaded at weight 0.5 by diffusers: W + B A / 2."""
     backbone = FAMILIES[family]().freeze()
     backbone.pipeline().save_pretrained(tmp_path / "model")
     adapted = tiny_lora(backbone.network, "style")
     save_lora(adapted, tmp_path, "style")
-    found = load_backbone(tmp_path / "model", loras={str(tmp_path): 0.5}).network.state_dict()
+    merged = load_backbone(tmp_path / "model", loras={str(tmp_path): 0.5}).network.state_dict()
     updates, plain = dict(adapted.named_parameters()), backbone.network.state_dict()
     names = [key.removesuffix(".base_layer.weight") for key in updates if key.endswith(".base_layer.weight")]
     assert names
     for name in names:
         a, b = (updates[f"{name}.lora_{factor}.style.weight"] for factor in "AB")
         change = 0.5 * (b.flatten(1) @ a.flatten(1)).view_as(plain[f"{name}.weight"])  # some are 1 x 1 convolutions
-        torch.testing.assert_close(found[f"{name}.weight"], plain[f"{name}.weight"] + change, rtol=0, atol=1e-6)
+        torch.testing.assert_close(merged[f"{name}.weight"], plain[f"{name}.weight"] + change, rtol=0, atol=1e-6)
 
 
 def adapter(folder: Path, backbone: Any, form: str, task: str, seed: int, lora: bool = False) -> Path:
-    """Writes one that has a say."""
+    """Save an adapter with nonzero weights."""
     network = tiny_lora(backbone.network, task, seed) if lora else backbone.network
-    made = FORMS[form].from_backbone(backbone.network, backbone.vae)
+    adapter_module = FORMS[form].from_backbone(backbone.network, backbone.vae)
     with torch.no_grad():
-        for i, parameter in enumerate(p for p in made.parameters() if not p.any()):
+        for i, parameter in enumerate(p for p in adapter_module.parameters() if not p.any()):
             parameter.copy_(0.3 * randn(*parameter.shape, seed=10 * seed + i))
-    made.register_to_config(info={"task": task, "family": backbone.family})
-    save_adapter(folder, made, network, full=False, half=False)
+    adapter_module.register_to_config(info={"task": task, "family": backbone.family})
+    save_adapter(folder, adapter_module, network, full=False, half=False)
     return folder
 
 
-def test_several_adapters_at_once(family, tmp_path):
-    """Each at its weight; one at weight 0 has no say; at strength 0 it is the backbone, bit for bit."""
+def test_two_adapters_combine_by_weight(family, tmp_path):
+    """Weight 0 disables an adapter, and strength 0 gives exactly the backbone's image."""
     backbone = FAMILIES[family]().freeze()
     first = adapter(tmp_path / "first", backbone, "fused", "depth", 1)
     second = adapter(tmp_path / "second", backbone, "hint", "canny", 2, lora=True)
@@ -101,38 +99,38 @@ def test_several_adapters_at_once(family, tmp_path):
     pipe.set_adapters(["first", "second"], [1.0, 0.0])
     assert torch.equal(run(both), alone)
     pipe.set_adapters(["first", "second"], [1.0, 1.0])
-    made = run(both)
-    assert made.isfinite().all() and not torch.equal(made, alone) and not torch.equal(half, alone)
+    combined = run(both)
+    assert combined.isfinite().all() and not torch.equal(combined, alone) and not torch.equal(half, alone)
     pipe.fuse_lora()
-    torch.testing.assert_close(run(both), made, rtol=0, atol=1e-4)
+    torch.testing.assert_close(run(both), combined, rtol=0, atol=1e-4)
     pipe.unfuse_lora()
-    nothing = run(both, strength=0.0)
+    unadapted = run(both, strength=0.0)
     pipe.set_adapters([])
-    assert torch.equal(nothing, run(None, height=SIDE, width=SIDE))
+    assert torch.equal(unadapted, run(None, height=SIDE, width=SIDE))
 
 
-def test_a_full_adapter_brings_its_network(family, tmp_path):
+def test_full_adapter_loads_its_own_network(family, tmp_path):
     backbone = FAMILIES[family]().freeze()
-    made = FORMS["hint"].from_backbone(backbone.network, backbone.vae)
-    made.register_to_config(info={"task": "depth", "family": backbone.family, "full": True})
+    full_adapter = FORMS["hint"].from_backbone(backbone.network, backbone.vae)
+    full_adapter.register_to_config(info={"task": "depth", "family": backbone.family, "full": True})
     other = FAMILIES[family](seed=3)
-    save_adapter(tmp_path / "full", made, other.network, full=True, half=False)
+    save_adapter(tmp_path / "full", full_adapter, other.network, full=True, half=False)
     assert (tmp_path / "full" / "transformer" / "config.json").is_file()
     pipe = CoDiPipeline(**vars(backbone))
     pipe.load_adapter(tmp_path / "full")
     assert same(replace(backbone, transformer=pipe.student.network), other)
 
 
-def test_pictures_are_upscaled_in_tiles(family, tmp_path):
-    """On whole tokens, from one field of noise."""
+def test_images_are_upscaled_in_tiles(family, tmp_path):
+    """Tiles align with tokens and share one noise field."""
     backbone = FAMILIES[family]().freeze()
     pipe = quiet(CoDiPipeline(**vars(backbone)))
     pipe.load_adapter(adapter(tmp_path / "upscale", backbone, "hint", "upscale", 1))
     align = pipe.tiles(rand(1, 3, 999, 999)).align  # type: ignore[union-attr]
     assert 4 * align % pipe.cell == 0
     picture = rand(1, 3, 5 * align, 3 * align)
-    made = pipe(image=picture, steps=1, tile=2 * align, output_type="pt").images
-    assert made.shape == (1, 3, 20 * align, 12 * align) and made.isfinite().all()
+    output = pipe(image=picture, steps=1, tile=2 * align, output_type="pt").images
+    assert output.shape == (1, 3, 20 * align, 12 * align) and output.isfinite().all()
     if align > 1:
         with pytest.raises(UserError, match=f"not a multiple of {align}"):
             pipe(image=picture, steps=1, tile=2 * align + 1)

@@ -1,4 +1,4 @@
-"""The recipes of the transformer families: what a dry run says of the published configurations, and real updates."""
+"""The recipes of the transformer families: dry runs on the published configurations, and updates of tiny models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from families import FAMILIES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from published import write_configurations  # noqa: E402
 
-# Of each folder of recipes: the tiny family, the published checkpoint, and the memory in GB of the card in its header.
+# Recipe folder: (tiny family, published checkpoint, memory in GB of the GPU named in the recipe's header).
 MODELS = {
     "sd3": ("sd35", "sd35-medium", 24),
     "flux": ("flux", "flux", 80),
@@ -31,21 +31,21 @@ MODELS = {
 RECIPES = [name for name in shipped_recipes() if name.split("/")[0] in MODELS]
 
 
-def test_every_family_has_both_recipes():
+def test_every_family_has_recipes_for_depth_and_generate():
     assert sorted(RECIPES) == sorted(f"{family}/{task}" for family in MODELS for task in ("depth", "generate"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_dry_run_fits_the_card(name, tmp_path):
-    """Parameters and memory from configurations alone; the header names the card."""
+def test_dry_run_fits_the_gpu_named_in_the_recipe(name, tmp_path):
+    """Parameters and memory are computed from configurations alone."""
     _, checkpoint, card = MODELS[name.split("/")[0]]
     values = read_recipe(name)
     folder = write_configurations(checkpoint, tmp_path / "model")
     changes = {"model": str(folder), "data": "scenes:train:16", "held_out": "scenes:held-out:4", "loras": {}}
-    row = dry_run(build(DistillRecipe, {**values, **changes}, name))
-    assert 1e6 < row["parameters"]["trained"] < 0.1 * row["parameters"]["frozen"]
-    assert 0.2 * card < 1.1 * row["memory_gb"]["total"] < card
-    assert row["updates"] == 12500 and row["cache_saves_gb"] == 0
+    plan = dry_run(build(DistillRecipe, {**values, **changes}, name))
+    assert 1e6 < plan["parameters"]["trained"] < 0.1 * plan["parameters"]["frozen"]
+    assert 0.2 * card < 1.1 * plan["memory_gb"]["total"] < card
+    assert plan["updates"] == 12500 and plan["cache_saves_gb"] == 0
     assert f"GPU of {card} GB" in (Path(read_path(name))).read_text()
 
 
@@ -56,15 +56,15 @@ def read_path(name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_two_updates_on_a_tiny_model(name, tmp_path):
-    """As the recipe says: with a cache, a backbone in bfloat16, and of `generate` the user's LoRA in and a LoRA out."""
+def test_recipes_train_a_tiny_model(name, tmp_path):
+    """Two updates with the recipe's cache and bfloat16 backbone; `generate` also merges a user's LoRA."""
     FAMILIES[MODELS[name.split("/")[0]][0]]().pipeline().save_pretrained(tmp_path / "model")
-    small: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "model": str(tmp_path / "model"), "data": "scenes:train:4", "held_out": "scenes:held-out:2", "size": 32,
         "images": 2, "accumulate": 1, "preview_every": 100, "checkpoint_every": 100, "device": "cpu", "lora_rank": 2,
         "cache": str(tmp_path / "cache"),
     }  # fmt: skip
-    values = {**read_recipe(name), **small}
+    values = {**read_recipe(name), **overrides}
     if values.pop("loras", None):
         plain = build(DistillRecipe, {**values, "out": str(tmp_path / "style"), "cache": None}, name)
         values["loras"] = {str(distill(plain, quiet=True) / FILE): 0.5}

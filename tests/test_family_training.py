@@ -1,4 +1,4 @@
-"""Every family trains, resumes bit for bit, and its adapters are loaded, set and saved as a U-Net's are."""
+"""Training of every transformer family: exact resuming, all adapter forms and objectives, caches, precision."""
 
 from __future__ import annotations
 
@@ -49,21 +49,23 @@ def run(model: Path, adapter: str | Path, **changes: Any) -> torch.Tensor:
     return pipe(image=rand(1, 1, 32, 32), prompt="a red ball", output_type="pt", **{"steps": 2, **changes}).images
 
 
-def test_four_updates_equal_two_and_resume_two(recipe, model, tmp_path):
+def test_resumed_training_equals_uninterrupted_and_saved_pipelines_reload(recipe, model, tmp_path):
     whole = distill(recipe, quiet=True)
-    parts = replace(recipe, out=str(tmp_path / "parts"))
-    distill(replace(parts, images=2), quiet=True)
-    distill(parts, quiet=True)
-    found, wanted = weights(parts.out), weights(whole)
-    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
-    made = run(model, whole)
-    assert made.shape == (1, 3, 32, 32) and not torch.equal(made, run(model, whole, strength=0.0))
+    interrupted = replace(recipe, out=str(tmp_path / "parts"))
+    distill(replace(interrupted, images=2), quiet=True)
+    distill(interrupted, quiet=True)
+    resumed, uninterrupted = weights(interrupted.out), weights(whole)
+    assert resumed.keys() == uninterrupted.keys() and all(
+        torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted
+    )
+    image = run(model, whole)
+    assert image.shape == (1, 3, 32, 32) and not torch.equal(image, run(model, whole, strength=0.0))
     pipe = CoDiPipeline.from_pretrained(model, task="depth", adapter=whole)
     pipe.save_pretrained(tmp_path / "saved")
-    again = CoDiPipeline.from_pretrained(tmp_path / "saved")
-    again.set_progress_bar_config(disable=True)
-    kept = again(image=rand(1, 1, 32, 32), prompt="a red ball", output_type="pt", steps=2).images
-    assert torch.equal(kept, made)
+    reloaded = CoDiPipeline.from_pretrained(tmp_path / "saved")
+    reloaded.set_progress_bar_config(disable=True)
+    reloaded_image = reloaded(image=rand(1, 1, 32, 32), prompt="a red ball", output_type="pt", steps=2).images
+    assert torch.equal(reloaded_image, image)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_four_updates_equal_two_and_resume_two(recipe, model, tmp_path):
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
 def test_forms_and_objectives_train(recipe, model, changes):
-    """One update; the network then answers otherwise than before it."""
+    """One update changes the image."""
     changed = replace(recipe, images=1, **changes)
     if "cache" in changes:
         changed = replace(changed, cache=f"{recipe.out}-cache")
@@ -95,12 +97,12 @@ def test_forms_and_objectives_train(recipe, model, changes):
         return
     if "task" in changes:
         return
-    made = run(model, out, **({"guidance_scale": 2.0} if "guidance" in changes else {}))
-    assert made.isfinite().all() and not torch.equal(made, run(model, out, strength=0.0))
+    image = run(model, out, **({"guidance_scale": 2.0} if "guidance" in changes else {}))
+    assert image.isfinite().all() and not torch.equal(image, run(model, out, strength=0.0))
 
 
-def test_a_cache_spares_the_text_encoders(recipe, tmp_path, monkeypatch):
-    """The same weights, and no text encoder is loaded."""
+def test_training_with_a_cache_does_not_load_text_encoders(recipe, tmp_path, monkeypatch):
+    """The weights equal those of a cache without its prompt file, for which text encoders are loaded."""
     exact = replace(recipe, images=2)
     make_cache(exact, tmp_path / "cache", exact=True)
     plain = weights(distill(replace(exact, out=str(tmp_path / "plain"), cache=str(tmp_path / "cache")), quiet=True))
@@ -109,12 +111,12 @@ def test_a_cache_spares_the_text_encoders(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(PromptCache, "of", lambda *arguments: loaded.append(1) or original(*arguments))
     (tmp_path / "cache" / PROMPTS).rename(tmp_path / "kept")
     without = weights(distill(replace(exact, out=str(tmp_path / "out2"), cache=str(tmp_path / "cache")), quiet=True))
-    assert loaded  # without the file they had to be
+    assert loaded
     assert plain.keys() == without.keys() and all(torch.equal(plain[k], without[k]) for k in plain)
 
 
 def test_low_rank_updates_are_loaded_by_the_stock_pipeline(recipe, model):
-    """`generate`: LoRA out, in a file that the stock pipeline takes by itself."""
+    """Task `generate` saves a LoRA file that `load_lora_weights` accepts."""
     out = distill(replace(recipe, task="generate", adapter="lora", images=2), quiet=True)
     kind = load_backbone(model).kind
     stock = load_backbone(model).pipeline()
@@ -127,8 +129,8 @@ def test_low_rank_updates_are_loaded_by_the_stock_pipeline(recipe, model):
         assert torch.equal(adapted[name.replace(".lora_B.", ".lora_B.default_0.")], value.float())
 
 
-def test_what_trains_is_float32_on_a_backbone_in_bfloat16(recipe, model, tmp_path):
-    """Low-rank updates and their average, new ones and those of a start."""
+def test_trained_weights_are_float32_on_a_bfloat16_backbone(recipe, model, tmp_path):
+    """Holds for low-rank updates and their average, whether new or from `start`."""
     half = replace(recipe, precision="bf16", backbone_precision="bf16", images=1)
     out = distill(half, quiet=True)
     for start in (None, str(out)):
@@ -143,8 +145,8 @@ def test_what_trains_is_float32_on_a_backbone_in_bfloat16(recipe, model, tmp_pat
         assert frozen == {torch.bfloat16}
 
 
-def test_previews_and_users_take_the_same_steps(recipe, model, tmp_path):
-    """The sigmas of a pipeline with the adapter are those of training's previews, and fall from 1 to above 0."""
+def test_previews_and_pipelines_use_the_same_sigmas(recipe, model, tmp_path):
+    """Sigmas fall from 1, and the last step starts well above 0."""
     source, held_out = (open_source(spec, recipe_task(recipe).columns) for spec in (recipe.data, recipe.held_out))
     job = DistillJob(recipe, load_backbone(model), source, held_out, tmp_path / "corrupt.json")
     for steps, schedule in job.sampling.items():
@@ -152,6 +154,6 @@ def test_previews_and_users_take_the_same_steps(recipe, model, tmp_path):
         sigmas = schedule.timestep(grid) / 1000
         assert sigmas[0] == 1 and sigmas[-1] == 0 and bool((sigmas.diff() < 0).all())
         if steps > 1:
-            assert sigmas[-2] > 0.1  # not a last step from where no noise is left
+            assert sigmas[-2] > 0.1  # the last step starts with noise left
         pipe = load_backbone(model).schedule_for((job.cells, job.cells), steps).unstretched()
         assert torch.equal(pipe.timestep(grid) / 1000, sigmas)

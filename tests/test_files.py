@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all."""
+"""Files and folders are written atomically."""
 
 import errno
 import os
@@ -16,8 +16,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_the_old_one_until_it_is_whole(tmp_path):
-    """And of what fails on the way nothing stays."""
+def test_interrupted_write_keeps_the_old_file_and_leaves_no_temporary(tmp_path):
     file = tmp_path / "new" / "a.json"
     write_text(file, "\u00e4")
 
@@ -32,8 +31,8 @@ def test_a_file_is_the_old_one_until_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_rights_that_the_user_set(tmp_path, mask):
-    """Those of safetensors, too, which gives them to their owner alone."""
+def test_file_permissions_follow_the_umask(tmp_path, mask):
+    """Also for safetensors files, which the library creates with owner-only permissions."""
     before = os.umask(mask)
     try:
         write_file(tmp_path / "a", lambda temporary: save_file({"a": torch.ones(1)}, temporary))
@@ -45,7 +44,7 @@ def test_files_have_the_rights_that_the_user_set(tmp_path, mask):
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
 @pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written")])
-def test_what_cannot_be_written_is_one_line(tmp_path, write, code, words):
+def test_write_errors_are_one_line_and_leave_no_files(tmp_path, write, code, words):
     def fill(temporary):
         raise OSError(code, os.strerror(code))
 
@@ -54,7 +53,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path, write, code, words):
     assert names(tmp_path) == []
 
 
-def test_leftovers_of_the_files_that_are_meant_go(tmp_path):
+def test_remove_leftovers_deletes_temporaries_of_matching_files_only(tmp_path):
     for name in (".a.json.0123abcd.tmp", ".b.json.0123abcd.tmp", ".a.json.tmp", "a.json"):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, r"a\.json")

@@ -1,4 +1,4 @@
-"""CoDi's loss on a Gaussian world, in float64: which functions are its fixed points, on both paths, and which not."""
+"""Fixed points of CoDi's consistency loss on Gaussian data, in float64, on the cosine and linear noise paths."""
 
 import numpy as np
 import pytest
@@ -17,18 +17,18 @@ LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
 COSINE, LINEAR = CosineSchedule(), FlowSchedule()
 
 
-# ---- the Gaussian world: data N(M, S^2), alpha = cos t, sigma = sin t. Functions give x(z); eps follows.
+# ---- Gaussian data N(M, S^2), alpha = cos t, sigma = sin t. Functions return x(z), which determines eps.
 
 M, S = 0.7, 0.5
 
 
 def straight(z, alpha, sigma):
-    """x = m + s eps: noise and data joined by straight lines."""
+    """x = m + s eps: the straight-line coupling of noise and data."""
     return M + S * (z - alpha * M) / (alpha * S + sigma)
 
 
 def flow(z, alpha, sigma):
-    """Where the data's probability-flow ODE through (z, t) ends."""
+    """The end point of the data's probability-flow ODE through (z, t)."""
     return M + S * (z - alpha * M) / (alpha**2 * S**2 + sigma**2) ** 0.5
 
 
@@ -38,10 +38,10 @@ def denoiser(z, alpha, sigma):
 
 
 def network(function, schedule: Schedule):
-    """The network that outputs what stands for x = function(z): a perfectly trained one."""
+    """Return a network whose output encodes x = function(z) exactly."""
 
     def forward(z: Tensor, timestep: Tensor, conditioning) -> Tensor:
-        t = timestep + 1 if isinstance(schedule, DiscreteSchedule) else timestep  # of FlowSchedule() 1000 s is t
+        t = timestep + 1 if isinstance(schedule, DiscreteSchedule) else timestep  # t = 1000 s in FlowSchedule()
         alpha, sigma = schedule.alpha_sigma(t, z)
         x = function(z, alpha, sigma)
         return schedule.output(x, (z - alpha * x) / sigma, t)
@@ -54,7 +54,7 @@ def gaussian_batch(count: int, seed: int = 0) -> LatentBatch:
 
 
 def table_cell(function, ode: str, consistency: str, dt: float, schedule: Schedule = COSINE, at: float = 1.0) -> float:
-    """Mean squared consistency error / dt^2 at t = `at`, by codi's own code, on 400,000 samples."""
+    """Return codi's mean squared consistency error / dt^2 at t = `at`, on 400,000 samples."""
     f, teacher = network(function, schedule), network(denoiser, schedule)
     options = {"dt": dt, "ode": ode, "teacher": teacher, "consistency": consistency, "signal_weight": 0.0}
     t = torch.tensor([at], dtype=torch.float64)
@@ -64,7 +64,7 @@ def table_cell(function, ode: str, consistency: str, dt: float, schedule: Schedu
 
 
 def by_quadrature(function, ode: str, consistency: str, dt: float) -> float:
-    """The same, written down a second time without codi's code: Gauss-Hermite over z_t."""
+    """Return the same value without codi's code, by Gauss-Hermite quadrature over z_t."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)
     (a, b), (a_s, b_s) = ((np.cos(t), np.sin(t)) for t in (1.0, 1.0 - dt))
     z = a * M + (a**2 * S**2 + b**2) ** 0.5 * nodes
@@ -86,23 +86,23 @@ NONZERO = [
 
 
 @pytest.mark.parametrize(("function", "ode", "consistency", "expected"), NONZERO)
-def test_functions_that_are_no_fixed_point(function, ode, consistency, expected):
-    found = table_cell(function, ode, consistency, dt=1e-4)
-    assert found == pytest.approx(expected, rel=0.03)
-    assert found == pytest.approx(by_quadrature(function, ode, consistency, dt=1e-4), rel=0.01)
+def test_functions_that_are_not_fixed_points_have_the_expected_error(function, ode, consistency, expected):
+    error = table_cell(function, ode, consistency, dt=1e-4)
+    assert error == pytest.approx(expected, rel=0.03)
+    assert error == pytest.approx(by_quadrature(function, ode, consistency, dt=1e-4), rel=0.01)
 
 
 @pytest.mark.parametrize("consistency", ["noise", "signal"])
 @pytest.mark.parametrize("dt", [0.3, 1e-4])
-def test_the_straight_coupling_is_a_fixed_point_of_its_own_ode(consistency, dt):
-    """Zero for any dt, in both spaces: its DDIM step is exact."""
+def test_straight_coupling_is_a_fixed_point_of_its_own_ode(consistency, dt):
+    """The error is 0 for any dt, in both spaces, because its DDIM step is exact."""
     assert table_cell(straight, "own", consistency, dt) * dt**2 < 1e-28
 
 
 @pytest.mark.parametrize("consistency", ["noise", "signal"])
 @pytest.mark.parametrize("dt", [300.0, 1.0])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_so_it_is_on_the_linear_path(consistency, dt, shift):
+def test_straight_coupling_is_a_fixed_point_of_its_own_ode_on_the_linear_path(consistency, dt, shift):
     schedule = FlowSchedule(shift)
 
     def exact(z: Tensor, timestep: Tensor, conditioning) -> Tensor:
@@ -115,22 +115,22 @@ def test_so_it_is_on_the_linear_path(consistency, dt, shift):
     assert float(losses["consistency"]) < 1e-28
 
 
-def test_fixed_points_of_a_teacher_s_ode_on_the_linear_path():
-    """The flow's end is one in signal: error^2 / dt^2 falls as dt^2. The straight coupling is none."""
+def test_flow_end_point_is_a_fixed_point_of_the_teachers_ode_on_the_linear_path():
+    """In signal space error^2 / dt^2 falls as dt^2. The straight coupling is not a fixed point."""
     coarse, fine = (table_cell(flow, "teacher", "signal", dt, LINEAR, 600.0) for dt in (10.0, 1.0))
     assert coarse / fine == pytest.approx(100, rel=0.1)
     assert table_cell(straight, "teacher", "signal", 1.0, LINEAR, 600.0) > 50 * fine
 
 
-def test_the_flow_s_end_is_a_fixed_point_of_the_denoiser_s_ode_in_signal():
-    """Zero in the limit: the error of one Euler step is O(dt^2), so error^2 / dt^2 falls as dt^2."""
+def test_flow_end_point_is_a_fixed_point_of_the_denoisers_ode_in_signal_space():
+    """Its error is 0 in the limit: that of one Euler step is O(dt^2), so error^2 / dt^2 falls as dt^2."""
     coarse, fine = (table_cell(flow, "teacher", "signal", dt) for dt in (1e-2, 1e-3))
     assert coarse < 2e-6
     assert coarse / fine == pytest.approx(100, rel=0.05)
 
 
-def test_the_exact_denoiser_is_the_minimum_of_both_data_terms():
-    """Its loss is the posterior's variance, by formula, and any change of it costs."""
+def test_exact_denoiser_minimizes_both_data_terms():
+    """Its loss is the posterior variance, and any change increases it."""
     t, batch = torch.tensor([400]), gaussian_batch(400_000, seed=4)
     alpha, sigma = (float(v) for v in LEVELS.alpha_sigma(t, batch.x))
     total = alpha**2 * S**2 + sigma**2
@@ -149,8 +149,8 @@ def test_the_exact_denoiser_is_the_minimum_of_both_data_terms():
         assert worse[0] > exact[0] and worse[1] > exact[1]
 
 
-def test_the_exact_denoiser_is_the_minimum_of_the_flow_loss():
-    """u = eps - x and z = (1 - s) x + s eps: |u - u_hat|^2 = |x - x_hat|^2 / s^2."""
+def test_exact_denoiser_minimizes_the_flow_loss():
+    """With u = eps - x and z = (1 - s) x + s eps, |u - u_hat|^2 = |x - x_hat|^2 / s^2."""
     t, batch = torch.tensor([400.0], dtype=torch.float64), gaussian_batch(400_000, seed=4)
     alpha, sigma = (float(v) for v in LINEAR.alpha_sigma(t, batch.x))
     variance = S**2 * sigma**2 / (alpha**2 * S**2 + sigma**2)
