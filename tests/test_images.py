@@ -67,7 +67,7 @@ def test_a_folder_lists_the_images_that_can_be_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.bmp", "a.tif", "a.ppm"])
-def test_colour_is_read_exactly(tmp_path: Path, name: str):
+def test_color_is_read_exactly(tmp_path: Path, name: str):
     Image.fromarray(RGB).save(tmp_path / name, lossless=True)  # a WebP option; the others ignore it
     picture = read_image(tmp_path / name)
     assert picture.rgb.dtype == torch.float32 and picture.rgb.shape == (3, 7, 5)

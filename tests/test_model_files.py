@@ -1,4 +1,4 @@
-"""Adapters and backbones on disk: what is saved comes back; what is broken or another's is refused."""
+"""Adapters and backbones on disk: saving and loading agree; broken files and those of other models are refused."""
 
 import json
 import shutil
@@ -42,18 +42,18 @@ LEVELS = torch.tensor([3, 800])
 
 
 def test_pruned_and_deep_backbones_have_families_of_their_own():
-    """XL, SSD-1B and Segmind's smaller ones share widths."""
-    plain, told = tiny_unet(), BACKBONE.family
+    """XL, SSD-1B and Segmind's smaller models share widths."""
+    plain, base = tiny_unet(), BACKBONE.family
     deep = tiny_unet(transformer_layers_per_block=[1, 2])
     pruned = tiny_unet(mid_block_type=None)
     families = [family(unet, BACKBONE.vae, BACKBONE.scheduler) for unet in (plain, deep, pruned)]
-    assert families == [told, f"{told}-depth1/2", f"{told}-nomid"]
+    assert families == [base, f"{base}-depth1/2", f"{base}-nomid"]
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_an_adapter_s_round_trip_through_its_folder(form, channels, tmp_path):
+def test_an_adapter_is_saved_and_loaded(form, channels, tmp_path):
     info = {"task": "upscale", "family": BACKBONE.family, "steps": 4, "metrics": {"psnr": 30.5}}
     student = influence(Student(UNET, FORMS[form].from_backbone(UNET, VAE, channels)))
     adapter: Any = student.adapter
@@ -76,7 +76,7 @@ def test_an_adapter_s_round_trip_through_its_folder(form, channels, tmp_path):
 
 
 @torch.no_grad()
-def test_a_full_adapter_brings_its_own_unet(tmp_path):
+def test_a_full_adapter_loads_its_own_unet(tmp_path):
     FusedAdapter.from_backbone(UNET, VAE).save_pretrained(tmp_path)
     trained = tiny_unet(seed=9)
     trained.save_pretrained(tmp_path / "unet")
@@ -87,35 +87,38 @@ def test_a_full_adapter_brings_its_own_unet(tmp_path):
     )
 
 
-def test_options_of_the_hub_are_passed_on(tmp_path, monkeypatch):
-    built, given = StableDiffusionPipeline.from_pretrained(tiny_checkpoint(tmp_path / "plain")), {}
+def test_hub_options_are_passed_on(tmp_path, monkeypatch):
+    built, passed = StableDiffusionPipeline.from_pretrained(tiny_checkpoint(tmp_path / "plain")), {}
     built.save_pretrained(tmp_path / "halves", variant="fp16")
-    for options in ({"variant": "fp16", "local_files_only": True}, {}):  # the only one there is found by itself
-        found = load_backbone(tmp_path / "halves", **options)
-        assert digest(found.unet) == digest(built.unet)  # type: ignore[attr-defined]
+    for options in (
+        {"variant": "fp16", "local_files_only": True},
+        {},
+    ):  # the only variant in the folder is found without the option
+        loaded = load_backbone(tmp_path / "halves", **options)
+        assert digest(loaded.unet) == digest(built.unet)  # type: ignore[attr-defined]
     refused(lambda: load_backbone(tmp_path / "plain", revison="main"), "revison: no such option", "'revision'")  # type: ignore[call-arg]
 
     def record(source, **options):
-        given.update(options)
+        passed.update(options)
         return built
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", record)
     monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source, **options: dict(built.config))
     options = {"token": "t", "cache_dir": tmp_path}
-    for named, revision in (("somebody/model", {"revision": "v2"}), ("somebody/model@v2", {})):
-        given.clear()
-        CoDiPipeline.from_pretrained(named, **options, **revision)  # type: ignore[arg-type]
-        assert {**options, "revision": "v2"}.items() <= given.items() and "variant" not in given
+    for name, revision in (("somebody/model", {"revision": "v2"}), ("somebody/model@v2", {})):
+        passed.clear()
+        CoDiPipeline.from_pretrained(name, **options, **revision)  # type: ignore[arg-type]
+        assert {**options, "revision": "v2"}.items() <= passed.items() and "variant" not in passed
 
 
-def test_a_digest_tells_weights_apart_and_loading_does_not_mind(tmp_path):
+def test_a_digest_identifies_weights_but_adapters_load_into_others(tmp_path):
     stored = tiny_unet().half().float()
     assert digest(tiny_unet()) == digest(stored) == digest(tiny_unet().to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     assert digest(tiny_unet(seed=9)) != digest(stored) and len(digest(stored)) == 12
     adapter = FusedAdapter.from_backbone(UNET, VAE)
     adapter.register_to_config(info={"family": BACKBONE.family, "backbone": digest(tiny_unet(seed=9))})
     adapter.save_pretrained(tmp_path)
-    load_adapter(tmp_path, None, BACKBONE.family, UNET)  # fine-tunes of a backbone take its adapters
+    load_adapter(tmp_path, None, BACKBONE.family, UNET)  # adapters of a backbone load into its fine-tunes
 
 
 def test_the_shipped_adapters_fit_mini_and_all_weights_are_small():
@@ -132,7 +135,7 @@ def test_the_shipped_adapters_fit_mini_and_all_weights_are_small():
 
 
 def refused(attempt, *parts: str) -> str:
-    """The message of the UserError that `attempt` must end in: one line that contains `parts`."""
+    """Return the message of the UserError that `attempt` raises: one line that contains `parts`."""
     with pytest.raises(UserError) as error:
         attempt()
     message = str(error.value)
@@ -158,7 +161,7 @@ def edit(weights: Path, change) -> None:
 
 
 def broken(folder: Path, to: Path, name: str, change) -> Path:
-    """A copy of `folder` whose file `name` went through `change(path)`."""
+    """Return a copy of `folder` whose file `name` went through `change(path)`."""
     shutil.copytree(folder, to)
     change(to / name)
     return to
@@ -184,7 +187,7 @@ def pickled(path: Path) -> None:
 
 
 def unlisted(folder: Path, **info: Any) -> Path:
-    """The adapter as earlier versions wrote it, without a list of its files."""
+    """Remove the list of files from an adapter, as earlier versions wrote it."""
     config = folder / "config.json"
     values = json.loads(config.read_text())
     values["info"] = {key: value for key, value in {**values["info"], **info}.items() if key != "files"}
@@ -192,9 +195,14 @@ def unlisted(folder: Path, **info: Any) -> Path:
     return folder
 
 
-def test_adapters_of_others_are_refused(adapter_folder):
-    other = "4ch-f8-320/640/1280/1280x2-text768-epsilon"
-    refused(lambda: load_adapter(adapter_folder, None, other, UNET), str(adapter_folder), BACKBONE.family, other)
+def test_adapters_of_other_families_and_tasks_are_refused(adapter_folder):
+    other_family = "4ch-f8-320/640/1280/1280x2-text768-epsilon"
+    refused(
+        lambda: load_adapter(adapter_folder, None, other_family, UNET),
+        str(adapter_folder),
+        BACKBONE.family,
+        other_family,
+    )
     refused(lambda: load_adapter(adapter_folder, "inpaint", None, UNET), str(adapter_folder), "'upscale'", "'inpaint'")
     load_adapter(adapter_folder, None, None, UNET)
 
@@ -205,18 +213,18 @@ def test_a_missing_adapter_is_refused(missing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [(nan, "NaN"), (truncate, "could not be read"), (drop, "is missing"), (pickled, "could not be read")],
 )
-def test_broken_adapter_weights_are_refused(change, said, adapter_folder, tmp_path):
+def test_broken_adapter_weights_are_refused(change, message, adapter_folder, tmp_path):
     bad = unlisted(broken(adapter_folder, tmp_path / "bad", "diffusion_pytorch_model.safetensors", change))
-    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad), said)
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad), message)
 
 
-@pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "could not be read")])
-def test_broken_low_rank_updates_are_refused(change, said, adapter_folder, tmp_path):
+@pytest.mark.parametrize(("change", "message"), [(nan, "NaN"), (truncate, "could not be read")])
+def test_broken_low_rank_updates_are_refused(change, message, adapter_folder, tmp_path):
     bad = unlisted(broken(adapter_folder, tmp_path / "bad", FILE, change))
-    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad / FILE), said)
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), str(bad / FILE), message)
 
 
 @pytest.fixture(scope="module")
@@ -233,18 +241,18 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.mark.parametrize("change", [nan, drop, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("name", [WEIGHTS, FILE, f"unet/{WEIGHTS}", "unet/config.json"])
-def test_every_file_that_an_adapter_lists_is_as_it_was(adapter_folder, full_folder, name, change, tmp_path):
+def test_altered_or_missing_files_of_an_adapter_are_refused(adapter_folder, full_folder, name, change, tmp_path):
     folder = full_folder if name.startswith("unet") else adapter_folder
     load_adapter(folder, "upscale", BACKBONE.family, UNET)
     if name.endswith(".json") and change in (nan, drop):
         change = lambda path: path.write_text(path.read_text().replace("8", "9"))  # noqa: E731
     bad = broken(folder, tmp_path / "bad", name, change)
-    words = "was altered or damaged" if (bad / name).exists() else "is missing"
-    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), f"{bad}: {name} {words}")
+    fault = "was altered or damaged" if (bad / name).exists() else "is missing"
+    refused(lambda: load_adapter(bad, "upscale", BACKBONE.family, UNET), f"{bad}: {name} {fault}")
 
 
 @pytest.mark.parametrize("files", [None, [], "x", {WEIGHTS: 3}, {"../../no": "0"}])
-def test_a_list_of_files_that_is_none(files, adapter_folder, tmp_path):
+def test_an_invalid_list_of_files_is_refused(files, adapter_folder, tmp_path):
     bad = unlisted(shutil.copytree(adapter_folder, tmp_path / "bad"))
     config = json.loads((bad / "config.json").read_text())
     config["info"]["files"] = files
@@ -261,7 +269,7 @@ def test_older_adapters_load_unless_they_are_evidently_incomplete(adapter_folder
     shutil.rmtree(full / "unet")
     refused(lambda: load_adapter(shared, "upscale", BACKBONE.family, UNET), f"{shared}: {FILE} is missing")
     refused(lambda: load_adapter(full, "upscale", BACKBONE.family, UNET), f"{full}: the network that belongs to it")
-    FORMS["lora"].from_backbone(UNET, VAE).save_pretrained(tmp_path / "lora")  # which does nothing without updates
+    FORMS["lora"].from_backbone(UNET, VAE).save_pretrained(tmp_path / "lora")  # without updates it does nothing
     refused(lambda: load_adapter(tmp_path / "lora", None, None, UNET), f"{FILE} is missing")
     unlisted(shared, recipe={"lora_rank": 0})
     load_adapter(shared, "upscale", BACKBONE.family, UNET)
@@ -278,7 +286,7 @@ def test_only_listed_files_are_loaded(adapter_folder, full_folder, tmp_path):
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_listed_files_lie_inside_of_the_folder(absolute, adapter_folder, tmp_path):
+def test_listed_files_outside_the_folder_are_refused(absolute, adapter_folder, tmp_path):
     folder, outside = shutil.copytree(adapter_folder, tmp_path / "adapter"), tmp_path / "outside"
     outside.write_text("secret")
     values, name = json.loads((folder / "config.json").read_text()), str(outside) if absolute else "../outside"
@@ -310,7 +318,7 @@ def test_shipped_adapters_list_their_files():
         ("info.recipe", "x"), ("info.task", 3), ("info.family", ["x"]), ("info.colour", 1), ("info", [3]),
     ],
 )  # fmt: skip
-def test_values_out_of_range_in_an_adapters_config(key, value, adapter_folder, tmp_path):
+def test_config_values_out_of_range_are_refused(key, value, adapter_folder, tmp_path):
     bad = shutil.copytree(adapter_folder, tmp_path / "bad")
     values = json.loads((bad / "config.json").read_text())
     group, _, name = key.rpartition(".")
@@ -345,23 +353,23 @@ def test_a_backbone_loads_from_a_stable_diffusion_folder(prediction, tmp_path):
         assert not ours.training
         theirs = dict(theirs.named_parameters())
         assert all(torch.equal(p, theirs[name]) for name, p in ours.named_parameters())
-    words = text.embed_prompts(loaded.text, CAPTIONS)[0]
-    assert torch.equal(words, text.embed_prompts(BACKBONE.text, CAPTIONS)[0])
+    features = text.embed_prompts(loaded.text, CAPTIONS)[0]
+    assert torch.equal(features, text.embed_prompts(BACKBONE.text, CAPTIONS)[0])
     frozen = loaded.freeze().to("cpu", torch.float64)
     assert frozen.unet.dtype == torch.float64 and not any(p.requires_grad for p in frozen.unet.parameters())
 
 
-def test_folders_that_are_no_backbone_are_refused(tmp_path):
+def test_folders_without_a_backbone_are_refused(tmp_path):
     for name in (tmp_path, tmp_path / "nowhere", "no-such-model"):
         refused(lambda name=name: load_backbone(name), str(name), "no model there")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-@pytest.mark.parametrize(("change", "said"), [(nan, "NaN"), (truncate, "loaded"), (pickled, "not as safetensors")])
-def test_broken_backbone_weights_are_refused(part, change, said, checkpoint_folder, tmp_path):
+@pytest.mark.parametrize(("change", "message"), [(nan, "NaN"), (truncate, "loaded"), (pickled, "not as safetensors")])
+def test_broken_backbone_weights_are_refused(part, change, message, checkpoint_folder, tmp_path):
     weights = next((checkpoint_folder / part).glob("*.safetensors")).relative_to(checkpoint_folder)
     bad = broken(checkpoint_folder, tmp_path / "bad", str(weights), change)
-    refused(lambda: load_backbone(bad), str(bad), said)
+    refused(lambda: load_backbone(bad), str(bad), message)
 
 
 def pickled_everywhere(folder: Path) -> Path:
@@ -370,15 +378,15 @@ def pickled_everywhere(folder: Path) -> Path:
     return folder
 
 
-def test_pickled_weights_are_converted_as_the_message_says(checkpoint_folder, tmp_path):
+def test_pickled_weights_are_converted_by_the_command_in_the_message(checkpoint_folder, tmp_path):
     old = pickled_everywhere(shutil.copytree(checkpoint_folder, tmp_path / "old"))
-    said = refused(lambda: load_backbone(old), "DiffusionPipeline.from_pretrained(MODEL, use_safetensors=False)")
-    code = said.partition("with diffusers: ")[2].replace("MODEL", "old").replace("NEW", "new")
+    message = refused(lambda: load_backbone(old), "DiffusionPipeline.from_pretrained(MODEL, use_safetensors=False)")
+    code = message.partition("with diffusers: ")[2].replace("MODEL", "old").replace("NEW", "new")
     exec(code, {"DiffusionPipeline": DiffusionPipeline, "old": old, "new": tmp_path / "new"})
     assert digest(load_backbone(tmp_path / "new").unet) == digest(UNET)
     refused(lambda: load_vae(old), "vae", "not as safetensors")
     refused(lambda: open_vae(old / "vae"), "vae", "not as safetensors")
-    assert load_backbone(checkpoint_folder).unet  # .bin beside safetensors is nobody's concern
+    assert load_backbone(checkpoint_folder).unet  # .bin files beside safetensors are ignored
     for weights in list(checkpoint_folder.rglob("*.safetensors")):
         shutil.copy(weights, tmp_path / "new" / weights.parent.name / weights.with_suffix(".bin").name)
     load_backbone(tmp_path / "new")
@@ -394,7 +402,7 @@ UNUSED = {
 
 @pytest.mark.parametrize("names", [[name] for name in UNUSED] + [list(UNUSED)])
 @pytest.mark.parametrize("present", [False, True])
-def test_parts_that_nothing_reads_may_be_absent_or_broken(checkpoint_folder, names, present, tmp_path):
+def test_unused_parts_may_be_absent_or_broken(checkpoint_folder, names, present, tmp_path):
     folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, **{name: UNUSED[name] for name in names}}))
@@ -405,7 +413,7 @@ def test_parts_that_nothing_reads_may_be_absent_or_broken(checkpoint_folder, nam
 
 
 @pytest.mark.parametrize("value", ["a" * 5_000, "", [], {"a": 1}])
-def test_a_tokenizer_s_length_of_the_wrong_type(checkpoint_folder, value, tmp_path):
+def test_an_invalid_tokenizer_length_is_refused(checkpoint_folder, value, tmp_path):
     folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
     config = folder / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": value}))

@@ -1,4 +1,4 @@
-"""The backbone's seam, the forms of adapters, codec and text."""
+"""Backbones, the forms of adapters, the codec and the text encoders."""
 
 import json
 
@@ -28,7 +28,7 @@ BACKBONE = tiny_backbone().freeze()
 UNET, VAE = BACKBONE.unet, BACKBONE.vae
 WORDS = randn(2, 5, TEXT_WIDTH, seed=7)
 LEVELS = torch.tensor([3, 800])
-CONDITIONED = [form for form in FORMS if form != "lora"]  # the forms that look at a condition
+CONDITIONED = [form for form in FORMS if form != "lora"]  # the forms that read a condition
 
 ARCHITECTURES = {
     "cross attention": {},
@@ -62,7 +62,7 @@ def added_for(changes: dict) -> dict | None:
 
 
 def adapted(form: str, channels: int = 3, unet=UNET) -> tuple[Student, Conditioning]:
-    """A student before training, and a conditioning for latents of 8 x 8."""
+    """Return a student before training, and a conditioning for latents of 8 x 8."""
     adapter = FORMS[form].from_backbone(unet, VAE, channels)
     condition = adapter.read(rand(2, channels, 8 * DOWNSCALE, 8 * DOWNSCALE, seed=1), VAE)
     return Student(unet, adapter), Conditioning(WORDS, condition)
@@ -73,7 +73,7 @@ def adapted(form: str, channels: int = 3, unet=UNET) -> tuple[Student, Condition
 
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
 @torch.no_grad()
-def test_both_halves_make_the_unet(changes):
+def test_encoder_and_decoder_halves_equal_the_unet(changes):
     unet, added = tiny_unet(seed=1, **changes), added_for(changes)
     for size, timestep in (((8, 8), torch.tensor(17)), ((9, 11), torch.tensor([17])), ((7, 8), LEVELS)):
         z = randn(2, LATENT_CHANNELS, *size)
@@ -94,7 +94,7 @@ def test_a_student_without_adapter_or_condition_is_the_backbone():
 # ---- before training, and switched off: the backbone
 
 
-# diffusers' ControlNet wants a middle block and the same number of layers at every level.
+# diffusers' ControlNet needs a middle block and the same number of layers at every level.
 CONTROLLABLE = [name for name in ARCHITECTURES if name not in ("no middle block", "layers by level")]
 
 
@@ -123,7 +123,7 @@ def test_before_training_the_student_is_the_backbone(form, name, channels):
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_strength_0_is_the_backbone_whatever_was_learnt(form):
+def test_strength_0_is_the_backbone_after_training_too(form):
     student, conditioning = adapted(form)
     influence(student)
     z = randn(2, LATENT_CHANNELS, 8, 8)
@@ -137,11 +137,11 @@ def test_strength_0_is_the_backbone_whatever_was_learnt(form):
 
 @pytest.mark.parametrize("form", CONDITIONED)
 @torch.no_grad()
-def test_a_trained_adapter_sees_its_condition_and_every_channel_of_it(form):
+def test_a_trained_adapter_uses_every_channel_of_its_condition(form):
     student, conditioning = adapted(form, 4)
     adapter = influence(student).adapter
     assert adapter is not None
-    if isinstance(adapter, FusedAdapter):  # the maps' weights start at zero
+    if isinstance(adapter, FusedAdapter):  # the weights of the maps start at zero
         adapter.encoder.conv_in.weight[:, LATENT_CHANNELS:] = 0.3
     z, picture = randn(2, LATENT_CHANNELS, 8, 8), rand(2, 4, 32, 32, seed=1)
     before = student(z, LEVELS, conditioning)
@@ -155,7 +155,7 @@ def test_a_trained_adapter_sees_its_condition_and_every_channel_of_it(form):
 
 
 @torch.no_grad()
-def test_fusion_formula():
+def test_features_are_fused_by_the_formula():
     adapter = FusedAdapter.from_backbone(UNET, VAE).double()
     influence(Student(UNET, adapter))
     shapes = [f.shape for f in unet_down(UNET, randn(2, LATENT_CHANNELS, 8, 8), LEVELS, WORDS)[0]]
@@ -169,7 +169,7 @@ def test_fusion_formula():
 
 
 @torch.no_grad()
-def test_fused_features_know_neither_z_nor_t():
+def test_fused_features_do_not_depend_on_z_or_t():
     student, conditioning = adapted("fused")
     influence(student)
     once = student.prepare(conditioning)
@@ -180,7 +180,7 @@ def test_fused_features_know_neither_z_nor_t():
 
 
 @torch.no_grad()
-def test_the_fused_encoder_starts_as_the_backbone_s():
+def test_the_fused_encoder_starts_as_a_copy_of_the_backbone_s():
     adapter = FusedAdapter.from_backbone(UNET, VAE, 5)
     weights = UNET.state_dict()
     for name, value in adapter.encoder.state_dict().items():
@@ -193,7 +193,7 @@ def test_the_fused_encoder_starts_as_the_backbone_s():
 
 
 @torch.no_grad()
-def test_reading_a_condition():
+def test_conditions_are_read_to_the_latent_grid():
     condition = rand(2, 4, 32, 24)
     read = FusedAdapter.from_backbone(UNET, VAE, 4).read(condition, VAE)
     assert read.shape == (2, LATENT_CHANNELS + 1, 8, 6)
@@ -260,7 +260,7 @@ def test_the_codec_is_the_vae_with_its_scaling():
     assert codec.decode(VAE, 50 * latent).min() >= 0 and codec.decode(VAE, 50 * latent).max() <= 1
 
 
-def test_prompts_become_features():
+def test_prompts_are_encoded_to_features():
     tokenizer = BACKBONE.tokenizer
     tokens = text.tokenize(tokenizer, [*CAPTIONS, "", "ball " * 100])
     assert tokens.shape == (4, tokenizer.model_max_length)
@@ -290,7 +290,7 @@ def test_a_tokenizer_without_a_limit_reads_as_many_tokens_as_its_text_encoder(tm
 
 
 @pytest.mark.parametrize("prompt", ["ball " * 1000, "b" * 5000, "ball\n" * 1000])
-def test_what_is_cut_of_a_long_prompt_is_not_echoed_in_full(prompt):
+def test_the_cut_part_of_a_long_prompt_is_abbreviated_in_the_warning(prompt):
     with pytest.warns(UserWarning, match="this is cut: '.* \\.\\.\\. .*'$") as caught:
         BACKBONE.text.encode([prompt])
     assert len(caught) == 1 and len(str(caught[0].message)) < 300
@@ -298,12 +298,12 @@ def test_what_is_cut_of_a_long_prompt_is_not_echoed_in_full(prompt):
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_two_conditionings_in_one_batch(form):
+def test_two_conditionings_can_share_a_batch(form):
     student, conditioning = adapted(form)
     influence(student)
     other = Conditioning(randn(2, 5, TEXT_WIDTH, seed=11), conditioning.condition)
     z = randn(2, LATENT_CHANNELS, 8, 8)
     for prepare in (lambda c: c, student.prepare):
-        both = student(torch.cat([z, z]), torch.tensor([9]), cat_conditionings(prepare(other), prepare(conditioning)))
-        for half, single in zip(both.chunk(2), (other, conditioning), strict=True):
+        output = student(torch.cat([z, z]), torch.tensor([9]), cat_conditionings(prepare(other), prepare(conditioning)))
+        for half, single in zip(output.chunk(2), (other, conditioning), strict=True):
             torch.testing.assert_close(half, student(z, torch.tensor([9]), single), rtol=0, atol=1e-5)

@@ -122,7 +122,7 @@ def test_tiles_equal_the_whole_for_a_receptive_field_within_their_padding(height
 
 
 @pytest.mark.parametrize("method", baselines.OPENCV)
-def test_opencv_fills_only_the_hole_with_the_right_colours(method):
+def test_opencv_fills_only_the_hole_with_the_right_colors(method):
     picture = torch.tensor([0.8, 0.4, 0.2])[None, :, None, None].expand(1, 3, 24, 24).clone()
     picture[..., 20:] = 0.1
     mask = torch.zeros(1, 1, 24, 24)

@@ -1,4 +1,4 @@
-"""The pipeline on tiny models: every task, guidance, sizes; what callers may pass."""
+"""The pipeline on tiny models: every task, guidance, sizes, and the arguments of callers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shared(folder) -> CoDiPipeline:
 
 @pytest.fixture
 def pipe(shared) -> CoDiPipeline:
-    """With no adapter set."""
+    """Return the pipeline with no adapter set."""
     shared.set_adapters([])
     return shared
 
@@ -43,19 +43,19 @@ def pipe(shared) -> CoDiPipeline:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_pictures_of_every_task(folder, pipe, task):
+def test_every_task_generates_images(folder, pipe, task):
     pipe.set_adapters(task)
-    sizes = [(16, 24), (7, 9)] if task != "generate" else [(32, 32)]  # whole latent cells of 4 px, and not
+    sizes = [(16, 24), (7, 9)] if task != "generate" else [(32, 32)]  # whole latent cells of 4 px, and parts of them
     for height, width in sizes:
-        made = run(pipe, **inputs_for(task, height, width))
+        images = run(pipe, **inputs_for(task, height, width))
         scale = 4 if task == "upscale" else 1
-        assert made.shape == (1, 3, scale * height, scale * width) and made.dtype == torch.float32
-        assert made.isfinite().all() and made.min() >= 0 and made.max() <= 1
-        assert torch.equal(run(pipe, **inputs_for(task, height, width)), made)
-        assert not torch.allclose(run(pipe, **inputs_for(task, height, width), seed=1), made, atol=1e-3)
+        assert images.shape == (1, 3, scale * height, scale * width) and images.dtype == torch.float32
+        assert images.isfinite().all() and images.min() >= 0 and images.max() <= 1
+        assert torch.equal(run(pipe, **inputs_for(task, height, width)), images)
+        assert not torch.allclose(run(pipe, **inputs_for(task, height, width), seed=1), images, atol=1e-3)
     alone = CoDiPipeline.from_pretrained(folder / "model", task=task, adapter=folder / task)
     alone.set_progress_bar_config(disable=True)
-    assert torch.equal(run(alone, **inputs_for(task, height, width)), made)
+    assert torch.equal(run(alone, **inputs_for(task, height, width)), images)
     assert (alone.task.name, pipe.task.name, alone.adapters) == (task, task, [task])  # type: ignore[union-attr]
 
 
@@ -83,7 +83,7 @@ def test_strength_0_of_a_full_adapter_is_the_backbone_too(pipe):
     assert torch.equal(run(pipe, **inputs_for("upscale"), strength=0, colour="none"), backbone)
 
 
-def test_a_full_adapter_has_no_degrees(pipe):
+def test_a_full_adapter_refuses_a_fractional_strength(pipe):
     pipe.set_adapters("full")
     whole = run(pipe, **inputs_for("upscale"))
     for strength in (0.5, 2.0):
@@ -96,21 +96,21 @@ def test_a_full_adapter_has_no_degrees(pipe):
     assert not torch.allclose(run(pipe, **inputs_for("upscale"), strength=0.5), whole, atol=1e-3)
 
 
-def test_known_pixels_come_back_exactly(pipe):
+def test_known_pixels_are_returned_exactly(pipe):
     pipe.set_adapters("inpaint")
     image, known = rand(2, 3, 15, 22, seed=3), hole(15, 22).expand(2, 3, -1, -1) == 0
-    made = run(pipe, image=image, mask=hole(15, 22), strength=0.5)
-    assert torch.equal(made[known], image[known])
-    assert (made != image)[~known].float().mean() > 0.99  # one may be met by chance
+    images = run(pipe, image=image, mask=hole(15, 22), strength=0.5)
+    assert torch.equal(images[known], image[known])
+    assert (images != image)[~known].float().mean() > 0.99  # a pixel may be equal by chance
     nothing, all_ = torch.zeros(15, 22), torch.ones(15, 22)
     assert torch.equal(run(pipe, image=image, mask=nothing), image)
     whole = run(pipe, image=image, mask=all_)
-    assert torch.equal(run(pipe, image=1 - image, mask=all_), whole)  # what is hidden is not looked at
-    assert torch.equal(run(pipe, image=torch.cat([image, hole(15, 22).expand(2, -1, -1, -1)], 1), strength=0.5), made)
+    assert torch.equal(run(pipe, image=1 - image, mask=all_), whole)  # hidden pixels are ignored
+    assert torch.equal(run(pipe, image=torch.cat([image, hole(15, 22).expand(2, -1, -1, -1)], 1), strength=0.5), images)
 
 
 @pytest.mark.parametrize("task", ["depth", "edit", "upscale"])
-def test_the_same_seed_gives_the_same_picture_whatever_the_batch(pipe, task):
+def test_the_same_seed_gives_the_same_image_in_any_batch(pipe, task):
     pipe.set_adapters(task)
     images, prompts = inputs_for(task, 8, 12, count=3)["image"], ["a red ball", "", "a blue box"]
     together = run(pipe, image=images, prompt=prompts, seed=[4, 9, 4])
@@ -121,18 +121,18 @@ def test_the_same_seed_gives_the_same_picture_whatever_the_batch(pipe, task):
     torch.testing.assert_close(run(pipe, image=images[:1].repeat(2, 1, 1, 1), seed=7), counted, rtol=0, atol=1e-5)
 
 
-def test_sizes_of_text_to_image(pipe):
+def test_text_to_image_takes_a_size(pipe):
     assert run(pipe).shape == (1, 3, 32, 32)
     for name in ([], "generate"):
         pipe.set_adapters(name)
         assert run(pipe, height=20, width=48).shape == (1, 3, 20, 48)
         assert run(pipe, width=48, prompt=["a", "b"]).shape == (2, 3, 32, 48)
-        for size, words in (
+        for size, message in (
             ({"height": 18}, "not multiples of 4 px"),
             ({"width": 0}, "0: out"),
             ({"width": -4}, "1 up"),
         ):
-            with pytest.raises(UserError, match=words):
+            with pytest.raises(UserError, match=message):
                 run(pipe, **size)
     pipe.set_adapters("canny")
     with pytest.raises(UserError, match="leave the size out"):
@@ -140,7 +140,7 @@ def test_sizes_of_text_to_image(pipe):
     assert run(pipe, **inputs_for("canny"), height=16, width=24).shape == (1, 3, 16, 24)
 
 
-def test_tiles_of_one_prompt_have_it_read_once(pipe):
+def test_a_prompt_is_encoded_once_for_all_tiles(pipe):
     pipe.set_adapters("upscale")
     calls = []
     hook = pipe.text_encoder.register_forward_hook(lambda *args: calls.append(1))
@@ -149,12 +149,12 @@ def test_tiles_of_one_prompt_have_it_read_once(pipe):
     assert len(calls) == 1
 
 
-def test_tiles_are_for_upscaling(pipe):
+def test_only_upscaling_takes_tiles(pipe):
     pipe.set_adapters("upscale")
     image = rand(1, 3, 9, 21)
-    made = run(pipe, image=image, tile=8, steps=1)
-    assert made.shape == (1, 3, 36, 84)
-    torch.testing.assert_close(run(pipe, image=image, tile=8, steps=1, batch_size=1), made, rtol=0, atol=1e-5)
+    images = run(pipe, image=image, tile=8, steps=1)
+    assert images.shape == (1, 3, 36, 84)
+    torch.testing.assert_close(run(pipe, image=image, tile=8, steps=1, batch_size=1), images, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="tile 1: not a multiple of 1 from 2 up"):
         run(pipe, image=image, tile=1)
     with pytest.raises(UserError, match="tile=0"):
@@ -169,16 +169,16 @@ def test_tiles_are_for_upscaling(pipe):
 # ---- guidance
 
 
-def test_bands_are_the_whole_picture(pipe):
+def test_bands_join_to_the_whole_image(pipe):
     pipe.set_adapters("upscale")
-    asked = {"image": rand(2, 3, 45, 38), "tile": 16, "seed": 5}
-    whole = run(pipe, **asked)
-    for picture, bands in zip(whole, run(pipe, **asked, output_type="bands"), strict=True):
+    arguments = {"image": rand(2, 3, 45, 38), "tile": 16, "seed": 5}
+    whole = run(pipe, **arguments)
+    for picture, bands in zip(whole, run(pipe, **arguments, output_type="bands"), strict=True):
         parts = list(bands)
         assert len(parts) > 2 and torch.equal(torch.cat(parts, dim=2)[0], picture)
     for wrong in ({"tile": 0}, {"colour": "adain"}):
         with pytest.raises(UserError, match="'bands'"):
-            run(pipe, **{**asked, **wrong}, output_type="bands")
+            run(pipe, **{**arguments, **wrong}, output_type="bands")
 
 
 def test_distilled_guidance_is_one_pass_and_kept_within_its_range(pipe):
@@ -215,19 +215,22 @@ def test_guidance_that_is_not_distilled_takes_two_passes(pipe):
         run(pipe, **inputs_for("depth"), image_guidance_scale=1.5)
 
 
-def test_which_guidance_is_used():
+def test_guidance_is_resolved_from_arguments_and_adapters():
     distilled = {"guidance": {"text": [1, 5], "image": [1, 2]}, "guidance_scale": 3.0, "image_guidance_scale": 1.2}
     assert resolve(None, None, []).scales == {"text": 1.0}
     assert resolve(None, None, [{"guidance": {}, "guidance_scale": 2.0}]).second_pass == 2.0
-    found = resolve(None, None, [{}, distilled])
-    assert (found.scales, found.second_pass) == ({"text": 3.0, "image": 1.2}, 1.0)
-    assert found.columns(["a", "b"]).tolist() == pytest.approx(np.array([[3.0, 1.2]] * 2))  # type: ignore[union-attr]
-    assert found.columns(["a", ""])[1].tolist() == pytest.approx([1.0, 1.2])  # no prompt, nowhere to go
+    resolved = resolve(None, None, [{}, distilled])
+    assert (resolved.scales, resolved.second_pass) == ({"text": 3.0, "image": 1.2}, 1.0)
+    assert resolved.columns(["a", "b"]).tolist() == pytest.approx(np.array([[3.0, 1.2]] * 2))  # type: ignore[union-attr]
+    assert resolved.columns(["a", ""])[1].tolist() == pytest.approx([1.0, 1.2])  # without a prompt there is no guidance
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve(5, 2, [distilled]).scales == {"text": 5.0, "image": 2.0}
         above = [{"guidance": {"text": [2, 4], "image": [1.5, 2]}, "guidance_scale": 2.0, "image_guidance_scale": 1.5}]
-        assert resolve(1, 1, above).scales == {"text": 1.0, "image": 1.0}  # none at all is exact in any range
+        assert resolve(1, 1, above).scales == {
+            "text": 1.0,
+            "image": 1.0,
+        }  # a scale of 1, no guidance, is exact in any range
     with pytest.warns(UserWarning, match="guidance of the text 1.5: 2 to 4 .*: using 2"):
         assert resolve(1.5, 1, above).scales == {"text": 2.0, "image": 1.0}
     for wrong in (-1.0, float("nan"), float("inf")):
@@ -240,36 +243,36 @@ def test_which_guidance_is_used():
 
 def test_callbacks_see_every_step_and_may_replace_the_latents(pipe):
     pipe.set_adapters("canny")
-    seen: list[tuple[int, int, list[str]]] = []
+    calls: list[tuple[int, int, list[str]]] = []
 
-    def look(which, step, t, tensors):
-        assert which is pipe
-        seen.append((step, t, sorted(tensors)))
+    def record(caller, step, t, tensors):
+        assert caller is pipe
+        calls.append((step, t, sorted(tensors)))
 
-    both = ("latents", "denoised")
-    run(pipe, **inputs_for("canny"), callback_on_step_end=look, callback_on_step_end_tensor_inputs=both)
-    assert seen == [(0, 1000, ["denoised", "latents"]), (1, 500, ["denoised", "latents"])]
+    names = ("latents", "denoised")
+    run(pipe, **inputs_for("canny"), callback_on_step_end=record, callback_on_step_end_tensor_inputs=names)
+    assert calls == [(0, 1000, ["denoised", "latents"]), (1, 500, ["denoised", "latents"])]
 
-    def blank(which, step, t, tensors):
+    def blank(caller, step, t, tensors):
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 1 else {}
 
-    made = run(pipe, **inputs_for("canny"), callback_on_step_end=blank)
-    assert torch.equal(made, run(pipe, **inputs_for("canny"), callback_on_step_end=blank, seed=5))
+    images = run(pipe, **inputs_for("canny"), callback_on_step_end=blank)
+    assert torch.equal(images, run(pipe, **inputs_for("canny"), callback_on_step_end=blank, seed=5))
 
 
-def test_kinds_of_output(pipe):
+def test_output_types_hold_the_same_image(pipe):
     pipe.set_adapters("canny")
-    made = run(pipe, **inputs_for("canny"))
+    expected = run(pipe, **inputs_for("canny"))
     array = run(pipe, **inputs_for("canny"), output_type="np")
-    assert np.array_equal(array, made.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(array, expected.permute(0, 2, 3, 1).numpy())
     (picture,) = run(pipe, **inputs_for("canny"), output_type="pil")
     assert isinstance(picture, Image.Image) and picture.size == (24, 16)
     assert run(pipe, **inputs_for("canny"), output_type="latent").shape == (1, 4, 4, 6)
-    (told,) = pipe(**inputs_for("canny"), steps=2, prompt="a red ball", output_type="pt", return_dict=False)
-    assert torch.equal(told, made)
+    (images,) = pipe(**inputs_for("canny"), steps=2, prompt="a red ball", output_type="pt", return_dict=False)
+    assert torch.equal(images, expected)
 
 
-def test_kinds_of_seeds_and_prompts(pipe):
+def test_seeds_and_prompts_of_several_types_are_accepted(pipe):
     expected = run(pipe, prompt="", seed=3, steps=1)
     for seed in (np.int64(3), np.uint8(3), [3], np.array([3]), torch.tensor([3])):
         assert torch.equal(run(pipe, prompt=None, seed=seed, steps=1), expected)
@@ -278,14 +281,14 @@ def test_kinds_of_seeds_and_prompts(pipe):
     assert torch.equal(run(pipe, guidance_scale=2, negative_prompt=None), run(pipe, guidance_scale=2))
 
 
-def test_maps_need_no_channels(pipe):
+def test_maps_need_no_channel_dimension(pipe):
     for task in ("depth", "canny"):
         pipe.set_adapters(task)
         levels = (rand(16, 24, seed=2).numpy() * 255).astype(np.uint8)
         assert torch.equal(run(pipe, image=levels), run(pipe, image=torch.from_numpy(levels / 255)[None]))
 
 
-def test_kinds_of_input(pipe):
+def test_images_and_masks_of_several_types_are_accepted(pipe):
     levels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     expected = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
     for image in (expected, expected[0], levels, levels[None], levels / 255, Image.fromarray(levels)):
@@ -309,8 +312,8 @@ def test_kinds_of_input(pipe):
 
 
 @pytest.mark.parametrize("most", [1, 255, 65535])
-def test_pictures_of_32_bits_are_in_the_range_that_holds_them(most):
-    """PIL's modes "F" and "I" say nothing of what is white."""
+def test_the_range_of_32_bit_images_follows_their_values(most):
+    """PIL's modes "F" and "I" do not state their white level."""
     grey = np.linspace(0.0, 1.0, 48).reshape(6, 8)
     for kind in (np.float32, np.int32)[most == 65535 :]:
         levels = (grey * most).round() if kind is np.int32 else grey * most
@@ -318,13 +321,13 @@ def test_pictures_of_32_bits_are_in_the_range_that_holds_them(most):
         expected = torch.from_numpy(levels / most)[None, None].float()
         torch.testing.assert_close(to_tensor(picture), expected.expand(1, 3, 6, 8))
         torch.testing.assert_close(to_mask(picture), expected)
-    levels = np.array([[0, 30_000, 65_535]], dtype=np.uint16)  # of 16 bits, whatever they hold
+    levels = np.array([[0, 30_000, 65_535]], dtype=np.uint16)  # always of 16 bits, whatever the values
     torch.testing.assert_close(to_mask(Image.fromarray(levels))[0, 0], torch.tensor([[0, 30_000 / 65535, 1]]))
     assert float(to_tensor(Image.fromarray(levels // 300)).max()) < 0.01
 
 
 @pytest.mark.parametrize(
-    ("task", "arguments", "words"),
+    ("task", "arguments", "message"),
     [
         ("depth", {}, "the task 'depth' needs one"),
         ("depth", {"image": torch.full((3, 8, 8), 2.0)}, "outside \\[0, 1\\]"),
@@ -371,19 +374,19 @@ def test_pictures_of_32_bits_are_in_the_range_that_holds_them(most):
         (None, {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
     ],
 )  # fmt: skip
-def test_what_no_picture_can_be_made_from(pipe, task, arguments, words):
+def test_invalid_arguments_are_refused(pipe, task, arguments, message):
     pipe.set_adapters(task or [])
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         run(pipe, **arguments)
 
 
-def test_an_unknown_task(folder):
+def test_an_unknown_task_is_refused(folder):
     with pytest.raises(UserError, match="did you mean 'depth'"):
         CoDiPipeline.from_pretrained(folder / "model", task="dept")
 
 
-def test_a_picture_much_larger_than_the_model_s_own_is_warned_of(pipe):
-    """But for upscaling, which has tiles."""
+def test_an_image_much_larger_than_the_training_size_is_a_warning(pipe):
+    """Except for upscaling, which works in tiles."""
     pipe.set_adapters("edit")
     with pytest.warns(UserWarning, match=r"picture of 128 x 96 px: this model was trained at 32: .* smaller first"):
         pipe(image=rand(3, 96, 128), prompt="make it blue", steps=1)
@@ -394,29 +397,29 @@ def test_a_picture_much_larger_than_the_model_s_own_is_warned_of(pipe):
         pipe(image=rand(3, 40, 48), steps=1)
 
 
-def test_a_compiled_pipeline_makes_the_same_pictures(folder):
-    """One graph without a break, and of adapters that are set later."""
+def test_a_compiled_pipeline_generates_the_same_images(folder):
+    """One graph without a break, also for adapters that are set later."""
     pipe = CoDiPipeline.from_pretrained(folder / "model", "edit", folder / "edit")
     pipe.set_progress_bar_config(disable=True)
-    asked = {"steps": 1, "seed": 3, "image": inputs_for("edit")["image"]}
-    plain = run(pipe, **asked)
+    arguments = {"steps": 1, "seed": 3, "image": inputs_for("edit")["image"]}
+    plain = run(pipe, **arguments)
     pipe.set_adapters([])
     assert pipe.compile(backend="eager", fullgraph=True) is pipe
     pipe.set_adapters("edit")
-    assert torch.equal(run(pipe, **asked), plain)
+    assert torch.equal(run(pipe, **arguments), plain)
 
 
-def test_a_compiled_pipeline_keeps_what_cuda_graphs_would_overwrite(folder, monkeypatch):
-    """Here their memory is overwritten with NaN by the next call of anything compiled."""
-    answers: list[Tensor] = []
+def test_a_compiled_pipeline_copies_results_that_cuda_graphs_overwrite(folder, monkeypatch):
+    """The next call of any compiled function overwrites the memory of earlier results, here with NaN."""
+    results: list[Tensor] = []
 
     def graph(function: Any, **options: Any) -> Any:
         def replay(*args: Any, **kwargs: Any) -> Any:
-            answer = function(*args, **kwargs)
-            for old in answers:
+            result = function(*args, **kwargs)
+            for old in results:
                 old.fill_(torch.nan)
-            answers[:] = [t for t in tree_leaves(getattr(answer, "prepared", answer)) if isinstance(t, Tensor)]
-            return answer
+            results[:] = [t for t in tree_leaves(getattr(result, "prepared", result)) if isinstance(t, Tensor)]
+            return result
 
         return replay
 
@@ -425,11 +428,11 @@ def test_a_compiled_pipeline_keeps_what_cuda_graphs_would_overwrite(folder, monk
     plain = run(pipe, **inputs_for("depth"))
     monkeypatch.setattr(torch, "compile", graph)
     pipe.compile(mode="reduce-overhead")
-    made = run(pipe, **inputs_for("depth"))
-    assert answers and torch.equal(made, plain)
+    images = run(pipe, **inputs_for("depth"))
+    assert results and torch.equal(images, plain)
 
 
-def test_memory_format(folder):
+def test_channels_last_applies_to_all_networks(folder):
     plain, laid_out = (CoDiPipeline.from_pretrained(folder / "model", "depth", folder / "depth") for _ in range(2))
     laid_out.to(torch.float32, memory_format=torch.channels_last)
     laid_out.load_adapter(folder / "edit")

@@ -1,4 +1,4 @@
-"""Rendering scenes into a folder: it holds what it says, and the same seed gives the same bytes."""
+"""Rendering scenes into a folder: its content is complete, and the same seed gives the same bytes."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ from codi.files import LOCK
 from folders import png, read, refused, rows_of
 
 
-def test_a_rendered_folder_holds_what_it_says(rendered):
+def test_a_rendered_folder_matches_its_metadata(rendered):
     rows = rows_of(rendered)
     assert [r["file_name"] for r in rows] == [f"{i:06d}.png" for i in range(6)]
     for i, row in enumerate(rows):
@@ -33,10 +33,10 @@ def test_a_rendered_folder_holds_what_it_says(rendered):
     assert not list(rendered.glob("**/.*"))
 
 
-def test_the_same_seed_writes_the_same_bytes_and_progress_is_told(tmp_path, rendered):
-    told = []
-    render_folder(6, tmp_path / "again", size=32, seed=1, progress=told.append)
-    assert told == sorted(told) and told[-1] == 6
+def test_the_same_seed_writes_the_same_bytes_and_reports_progress(tmp_path, rendered):
+    counts = []
+    render_folder(6, tmp_path / "again", size=32, seed=1, progress=counts.append)
+    assert counts == sorted(counts) and counts[-1] == 6
     files = sorted(p.relative_to(rendered) for p in rendered.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
     assert all((rendered / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
@@ -44,7 +44,7 @@ def test_the_same_seed_writes_the_same_bytes_and_progress_is_told(tmp_path, rend
     assert (rendered / "000000.png").read_bytes() != (tmp_path / "other" / "000000.png").read_bytes()
 
 
-def test_start_and_no_edits(tmp_path, rendered):
+def test_rendering_may_start_later_and_skip_edits(tmp_path, rendered):
     render_folder(2, tmp_path / "part", size=32, seed=1, edits=False, start=4)
     assert [r["file_name"] for r in rows_of(tmp_path / "part")] == ["000004.png", "000005.png"]
     assert "edited_image_file_name" not in rows_of(tmp_path / "part")[0] and not (tmp_path / "part" / "edited").exists()
@@ -52,20 +52,20 @@ def test_start_and_no_edits(tmp_path, rendered):
 
 
 class Killed(BaseException):
-    """As SIGKILL: nothing after it runs."""
+    """Stands for SIGKILL: nothing runs after it."""
 
 
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def killed(monkeypatch, moment, call):
-    """Run `call`, killed before it renames or removes the file of number `moment`. Return whether it ended before."""
-    replace, unlink, left = os.replace, Path.unlink, [moment]
+def run_and_kill(monkeypatch, moment, call):
+    """Run `call`, and kill it before rename or removal number `moment`. Return whether it finished before that."""
+    replace, unlink, remaining = os.replace, Path.unlink, [moment]
 
     def count():
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise Killed
 
     def killed_unlink(path, missing_ok=False):
@@ -84,8 +84,8 @@ def killed(monkeypatch, moment, call):
 
 
 @pytest.mark.parametrize("before", [0, 2, 6])
-def test_wherever_a_render_is_killed_no_reader_takes_what_is_there(tmp_path, monkeypatch, before):
-    """Of `before` other scenes in the folder. The same command completes it."""
+def test_a_render_killed_at_any_moment_is_not_read_as_complete(tmp_path, monkeypatch, before):
+    """The folder holds `before` other scenes. The same command then completes it."""
     render_folder(3, tmp_path / "whole", size=32, seed=1)
     whole, texts = contents(tmp_path / "whole"), [row["text"] for row in rows_of(tmp_path / "whole")]
     if before:
@@ -96,7 +96,7 @@ def test_wherever_a_render_is_killed_no_reader_takes_what_is_there(tmp_path, mon
         if before:
             shutil.copytree(tmp_path / "before", folder)
         overwrite = before > 0
-        if killed(monkeypatch, moment, lambda: render_folder(3, folder, size=32, seed=1, overwrite=overwrite)):  # noqa: B023
+        if run_and_kill(monkeypatch, moment, lambda: render_folder(3, folder, size=32, seed=1, overwrite=overwrite)):  # noqa: B023
             assert contents(folder).items() >= whole.items() and moment > 12
             return
         listed = (folder / "metadata.jsonl").exists()
@@ -114,7 +114,7 @@ def test_the_same_command_renders_only_what_is_missing(rendered, monkeypatch):
     before = (rendered / "mask" / "000005.png").read_bytes()
     render_folder(6, rendered, size=32, seed=1)
     assert calls == []
-    (rendered / "mask" / "000005.png").write_bytes(before[:-1])  # cut by a loss of power
+    (rendered / "mask" / "000005.png").write_bytes(before[:-1])  # truncated by a loss of power
     (rendered / ".000004.png.0123abcd.tmp").write_bytes(b"half")
     (rendered / ".notes.tmp").write_bytes(b"the user's")
     done = []
@@ -122,12 +122,12 @@ def test_the_same_command_renders_only_what_is_missing(rendered, monkeypatch):
     assert calls and all(5 in call for call in calls) and done[-1] == 6
     assert (rendered / "mask" / "000005.png").read_bytes() == before
     assert [p.name for p in rendered.iterdir() if p.name.startswith(".")] == [".notes.tmp"]
-    for other in ({"size": 64, "seed": 1}, {"size": 32, "seed": 2}, {"size": 32, "seed": 1, "edits": False}):
-        refused(lambda other=other: render_folder(6, rendered, **other), "not empty")
+    for settings in ({"size": 64, "seed": 1}, {"size": 32, "seed": 2}, {"size": 32, "seed": 1, "edits": False}):
+        refused(lambda settings=settings: render_folder(6, rendered, **settings), "not empty")
 
 
-def test_a_full_disk_leaves_whole_files_and_says_so(tmp_path, monkeypatch):
-    """Of a file that no longer fits nothing stays; the rest is rendered once there is room."""
+def test_a_full_disk_is_reported_and_leaves_only_whole_files(tmp_path, monkeypatch):
+    """A file that no longer fits is removed; the rest is rendered once there is room."""
     written, folder, original = [0], tmp_path / "full", Path.open
 
     class Full(io.FileIO):
@@ -151,14 +151,14 @@ def test_a_full_disk_leaves_whole_files_and_says_so(tmp_path, monkeypatch):
     assert len(read(open_source(folder, COLUMNS), range(6), 32)) == 6
 
 
-def test_two_renders_into_one_folder_do_not_mix(tmp_path):
-    def second(done):
+def test_a_second_render_into_a_folder_is_refused(tmp_path):
+    def render_again(done):
         refused(lambda: render_folder(2, tmp_path / "x", size=32), "another process renders into it")
 
-    render_folder(2, tmp_path / "x", size=32, progress=second)
+    render_folder(2, tmp_path / "x", size=32, progress=render_again)
 
 
-def test_an_interrupted_render_gives_the_threads_back(tmp_path):
+def test_an_interrupted_render_restores_the_thread_count(tmp_path):
     def interrupt(done):
         raise KeyboardInterrupt
 
@@ -168,7 +168,7 @@ def test_an_interrupted_render_gives_the_threads_back(tmp_path):
     assert torch.get_num_threads() == threads
 
 
-def test_what_cannot_be_rendered_is_said(tmp_path, rendered):
+def test_invalid_renders_are_refused(tmp_path, rendered):
     refused(lambda: render_folder(0, tmp_path / "x"), "count 0")
     refused(lambda: render_folder(1, tmp_path / "x", size=16), "size 16")
     refused(lambda: render_folder(1, tmp_path / "x", split="hold-out"), "hold-out", "'held-out'")

@@ -1,4 +1,4 @@
-"""The procedural world: captions and edits are exact, pictures and depths follow the camera's closed form."""
+"""The procedural world: captions and edits are exact, images and depths follow the camera's closed form."""
 
 import math
 import re
@@ -37,7 +37,7 @@ def pixels(scene, size=64, supersample=2):
 
 
 def rays(size):
-    """Directions (size, size, 3) through pixel centres, optical-axis component 1, in float64 from the camera model."""
+    """Return directions (size, size, 3) through pixel centers, with optical-axis component 1, in float64."""
     pitch = math.atan2(HEIGHT - LOOK_AT[1], LOOK_AT[2])
     across = ((np.arange(size) + 0.5) / size * 2 - 1) * math.tan(FIELD_OF_VIEW / 2)
     right = np.array((1.0, 0.0, 0.0))
@@ -47,7 +47,7 @@ def rays(size):
 
 
 def project(point, size):
-    """Row and column (float) of a world point."""
+    """Return the row and column, as floats, of a world point."""
     _, forward = rays(2)
     up = np.array((0.0, forward[2], -forward[1]))
     v = np.asarray(point) - (0.0, HEIGHT, 0.0)
@@ -60,11 +60,11 @@ def with_solid(shape, **change):
 
 
 def grown(mask):
-    """A boolean mask and its neighbours, for pixels that mix both sides of an edge."""
+    """Return a boolean mask with its neighboring pixels, which mix both sides of an edge."""
     return torch.nn.functional.max_pool2d(mask.float()[None, None], 3, 1, 1)[0, 0] > 0
 
 
-def test_a_key_gives_the_same_scene_and_bytes_in_any_company():
+def test_a_scene_is_the_same_in_any_batch():
     group = [sample_scene(3, "train", i) for i in range(8)]
     assert group[5] == sample_scene(3, "train", 5)
     together = render(group, 48)
@@ -80,7 +80,7 @@ def test_splits_and_seeds_share_no_scene():
     assert len(set(drawn)) == len(drawn)
 
 
-def test_unseen_pairs_are_in_every_composition_scene_and_nowhere_else():
+def test_unseen_pairs_are_in_every_composition_scene_and_no_other():
     def pairs(scene):
         return {(s.colour, s.shape) for s in scene.solids} & set(UNSEEN_PAIRS)
 
@@ -98,15 +98,15 @@ def test_no_edit_makes_an_unseen_pair():
 
 
 @pytest.mark.parametrize("count", (1, 2, 3, 4))
-def test_an_asked_number_of_solids_is_given(count):
+def test_the_number_of_solids_can_be_set(count):
     assert all(len(sample_scene(0, "train", i, count).solids) == count for i in range(400))
 
 
-def test_captions_say_exactly_what_is_there():
+def test_captions_describe_the_scene_exactly():
     for scene in scenes():
-        things, place = scene.caption.split(" on a ")
-        named = re.split(r", | and ", things)
-        assert named == [f"a {s.size} {s.material} {s.colour} {s.shape}" for s in scene.solids]
+        solids, place = scene.caption.split(" on a ")
+        phrases = re.split(r", | and ", solids)
+        assert phrases == [f"a {s.size} {s.material} {s.colour} {s.shape}" for s in scene.solids]
         assert place == f"{scene.floor} {scene.pattern} floor at {scene.time}"
         assert list(scene.solids) == sorted(scene.solids, key=lambda s: s.x)
 
@@ -142,7 +142,7 @@ def test_floor_depth_is_exact_everywhere_and_sky_is_zero():
     assert not mask.any()
 
 
-def test_sphere_depth_at_its_centre():
+def test_sphere_depth_at_its_center_is_exact():
     scene = with_solid("sphere", x=0.4)
     solid = scene.solids[0]
     _, depth, mask = pixels(scene, 512, 1)
@@ -181,11 +181,11 @@ def test_box_cylinder_and_cone_depths_on_the_middle_column():
         side = (y > 0.01) & (y < top - 0.05)
         assert side.sum() > 50 and mask[side, 256].bool().all()
         np.testing.assert_allclose(depth[side, 256].numpy(), t[side], atol=1e-3)
-        if shape != "cone":  # the lid, seen from above: the plane y = top
+        if shape != "cone":  # the top face, visible from above: the plane y = top
             lid = (HEIGHT - top) / -middle[:, 1]
-            seen = (y > top + 0.01) & (top < HEIGHT) & (lid > 0) & (np.abs(lid * middle[:, 2] - z) < radius * 0.8)
-            assert seen.sum() >= 5
-            np.testing.assert_allclose(depth[seen, 256].numpy(), lid[seen], atol=1e-3)
+            visible = (y > top + 0.01) & (top < HEIGHT) & (lid > 0) & (np.abs(lid * middle[:, 2] - z) < radius * 0.8)
+            assert visible.sum() >= 5
+            np.testing.assert_allclose(depth[visible, 256].numpy(), lid[visible], atol=1e-3)
 
 
 def test_a_turned_box_shows_its_edge_nearer():
@@ -198,7 +198,7 @@ def test_a_turned_box_shows_its_edge_nearer():
     assert turned[row, column] == pytest.approx((5.5 - half * math.sqrt(2)) / ray[2], abs=0.02)
 
 
-def test_mask_numbers_follow_the_caption_and_nearer_solids_cover():
+def test_mask_ids_follow_the_caption_and_nearer_solids_occlude():
     left, right = (replace(with_solid("sphere").solids[0], x=x, size="small") for x in (-1.0, 1.0))
     _, _, mask = pixels(replace(EMPTY, solids=(left, right)), 64)
     assert set(mask[:, :32].unique().tolist()) == {0, 1}
@@ -230,7 +230,7 @@ def test_the_shadow_lies_away_from_the_sun():
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_every_colour_is_told_from_the_others(colour):
+def test_every_color_is_distinct_when_rendered(colour):
     reference = {c: pixels(with_solid("sphere", colour=c), 32) for c in COLOURS}
     image, _, mask = pixels(with_solid("box", colour=colour), 32)
     mean = image[:, mask == 1].float().mean(1)
@@ -239,38 +239,38 @@ def test_every_colour_is_told_from_the_others(colour):
 
 
 @pytest.mark.parametrize("kind", EDITS)
-def test_an_edit_does_what_it_says_and_nothing_else(kind):
+def test_an_edit_changes_only_what_its_instruction_says(kind):
     for i in range(40):
         before = sample_scene(1, "train", i)
         edit = sample_edit(before, 1, "train", i, kind)
-        after, said = edit.target, edit.instruction
+        after, instruction = edit.target, edit.instruction
         assert edit.kind == kind and after != before
         if kind in ("floor", "time"):
             if kind == "floor":
                 assert replace(after, floor=before.floor, pattern=before.pattern) == before
-                assert said == f"change the floor to {after.floor} {after.pattern}"
+                assert instruction == f"change the floor to {after.floor} {after.pattern}"
             else:
                 assert replace(after, time=before.time) == before
-                assert said == f"make it {after.time}"
+                assert instruction == f"make it {after.time}"
             continue
         assert replace(after, solids=before.solids) == before
         if kind == "remove":
-            gone = [s for s in before.solids if s not in after.solids]
-            assert len(gone) == 1 and len(after.solids) == len(before.solids) - 1
-            assert said.startswith("remove the ") and said.endswith(gone[0].shape)
+            removed = [s for s in before.solids if s not in after.solids]
+            assert len(removed) == 1 and len(after.solids) == len(before.solids) - 1
+            assert instruction.startswith("remove the ") and instruction.endswith(removed[0].shape)
             continue
         changed = [(a, b) for a, b in zip(before.solids, after.solids, strict=True) if a != b]
         assert len(changed) == 1
         a, b = changed[0]
         if kind == "recolour":
-            assert replace(b, colour=a.colour) == a and said.endswith(f"{a.shape} {b.colour}")
+            assert replace(b, colour=a.colour) == a and instruction.endswith(f"{a.shape} {b.colour}")
         elif kind == "material":
-            assert replace(b, material=a.material) == a and said.endswith(f"{a.shape} {b.material}")
+            assert replace(b, material=a.material) == a and instruction.endswith(f"{a.shape} {b.material}")
         else:
-            assert replace(b, shape=a.shape) == a and said.endswith(f"{a.shape} into a {b.shape}")
+            assert replace(b, shape=a.shape) == a and instruction.endswith(f"{a.shape} into a {b.shape}")
 
 
-def test_instructions_single_out_one_solid():
+def test_instructions_identify_one_solid():
     for i, scene in enumerate(scenes(count=300)):
         edit = sample_edit(scene, 0, "train", i, "remove")
         words = edit.instruction.removeprefix("remove the ").split()
@@ -307,14 +307,14 @@ def test_an_edit_changes_only_its_pixels(kind):
             assert mask_b.max() <= len(after.solids)
 
 
-def test_supersampling_moves_no_depth_and_no_id_but_smooths_edges():
+def test_supersampling_smooths_edges_but_keeps_depths_and_ids():
     for i in range(6):
         scene = sample_scene(4, "train", i)
         (image_1, depth_1, mask_1), (image_3, depth_3, mask_3) = pixels(scene, 64, 1), pixels(scene, 64, 3)
         edge = grown(mask_1 != 0) & grown(mask_1 == 0)
         for k in range(1, len(scene.solids) + 1):
             edge |= grown(mask_1 == k) & grown(mask_1 != k)
-        # An odd factor has a sample at the pixel's centre: the same one.
+        # An odd factor has one sample at the pixel's center, the same one.
         assert torch.equal(mask_1[~edge], mask_3[~edge]) and (mask_1 != mask_3).float().mean() < 1e-3
         torch.testing.assert_close(depth_1[mask_1 == mask_3], depth_3[mask_1 == mask_3], rtol=1e-4, atol=2e-3)
         assert (image_1 != image_3).any()
@@ -323,14 +323,14 @@ def test_supersampling_moves_no_depth_and_no_id_but_smooths_edges():
 
 
 @pytest.mark.parametrize("size", (32, 33, 100, 512))
-def test_sizes_are_taken(size):
+def test_valid_sizes_are_rendered(size):
     out = render([EMPTY], size, 1)
     assert out.image.shape == (1, 3, size, size) and out.image.dtype == torch.uint8
     assert out.depth.shape == out.mask.shape == (1, size, size)
 
 
 @pytest.mark.parametrize("size", (0, 31, 513))
-def test_other_sizes_are_refused(size):
+def test_invalid_sizes_are_refused(size):
     with pytest.raises(ValueError, match="32..512"):
         render([EMPTY], size)
 

@@ -1,4 +1,4 @@
-"""Sources of training data: folders, tars and rendered scenes read alike; damage is a corrupt sample, never silent."""
+"""Sources of training data: folders, tars and scenes give equal samples; damage is a corrupt sample, never silent."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from codi.data.sources import CorruptSample, Sample, open_source
 from folders import noise, png, read, refused, rows_of, same, shard, smooth, write_tar
 
 
-def test_a_folder_without_metadata_is_its_pictures_sorted(tmp_path):
+def test_a_folder_without_metadata_is_its_sorted_images(tmp_path):
     for name in ("b.png", "a.jpg", "deep/er/c.webp", ".hidden.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         noise(20, 20).save(tmp_path / name)
@@ -31,7 +31,7 @@ def test_a_folder_without_metadata_is_its_pictures_sorted(tmp_path):
     assert "3 pictures" in source.describe()
 
 
-def test_metadata_is_the_list_and_its_order(photos):
+def test_metadata_gives_the_samples_and_their_order(photos):
     noise(20, 20).save(photos / "unlisted.png")
     samples = read(open_source(photos), range(12), 32)
     assert [s.text for s in samples] == [f"picture {i}" for i in (*range(6, 12), *range(6))]
@@ -48,7 +48,7 @@ def test_metadata_in_sub_folders_names_files_beside_it(tmp_path):
     assert [s.text for s in read(open_source(tmp_path), [0, 1], 16)] == ["one", "two"]
 
 
-def test_metadata_may_name_files_anywhere(tmp_path, monkeypatch):
+def test_metadata_may_name_files_outside_the_folder(tmp_path, monkeypatch):
     folder, far = tmp_path / "list", tmp_path / "far.png"
     folder.mkdir()
     noise(20, 20).save(far)
@@ -60,7 +60,7 @@ def test_metadata_may_name_files_anywhere(tmp_path, monkeypatch):
     assert [s.name for s in read(open_source("list"), [1, 2], 16)] == ["../far.png", str(folder / "near.png")]
 
 
-def test_pictures_of_the_asked_size_are_untouched_and_centred_otherwise(tmp_path):
+def test_images_of_the_requested_size_are_untouched_and_others_center_cropped(tmp_path):
     picture = noise(32, 32)
     picture.save(tmp_path / "a.png")
     smooth(200, 100).save(tmp_path / "b.png")
@@ -87,20 +87,20 @@ def test_every_mode_becomes_rgb(tmp_path):
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows of the file are columns of the picture
+    exif[0x0112] = 6  # the camera was turned: rows of the file are columns of the image
     smooth(64, 64).save(tmp_path / "a.jpg", exif=exif, quality=95)
     (sample,) = read(open_source(tmp_path), [0], 64)
     assert sample.image[0, 0].mean() < 0.1 and sample.image[0, -1].mean() > 0.9
 
 
-def test_a_large_jpeg_decoded_small_looks_the_same(tmp_path):
+def test_a_large_jpeg_decoded_at_reduced_size_is_similar(tmp_path):
     smooth(800, 800).save(tmp_path / "a.jpg", quality=95)
     smooth(800, 800).save(tmp_path / "b.png")
     jpeg, png = read(open_source(tmp_path), [0, 1], 32)
     assert (jpeg.image - png.image).abs().max() < 0.03
 
 
-def test_columns_are_read_and_cut_like_the_image(rendered):
+def test_columns_are_read_and_cropped_like_the_image(rendered):
     rows = rows_of(rendered)
     source = open_source(rendered, columns=("conditioning_image", "mask", "edited_image"))
     sample = read(source, [2], 32)[0]
@@ -119,26 +119,26 @@ def test_random_crops_keep_columns_aligned(tmp_path):
     row = {"file_name": "a.png", "edited_image": "small.png", "mask": "m.png"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     source = open_source(tmp_path, columns=("edited_image", "mask"))
-    seen = set()
+    ranges = set()
     for seed in range(8):
         sample = read(source, [0], 32, [np.random.default_rng(seed)])[0]
         assert (sample.image - sample.extras["edited_image"]).abs().max() < 0.05
         assert (sample.image[0] - sample.extras["mask"][0]).abs().max() < 0.02
-        across = sample.image[0].max() - sample.image[0].min()
-        assert 0.75 * 0.5 - 0.05 < across < 0.75 + 0.05  # the shorter side is scaled to between 32 and 64
-        seen.add(round(across.item(), 3))
-    assert len(seen) > 4
+        contrast = sample.image[0].max() - sample.image[0].min()
+        assert 0.75 * 0.5 - 0.05 < contrast < 0.75 + 0.05  # the shorter side is scaled to between 32 and 64
+        ranges.add(round(contrast.item(), 3))
+    assert len(ranges) > 4
 
 
 def test_the_indices_of_a_palette_are_the_ids_of_a_mask(tmp_path):
     noise(16, 16).save(tmp_path / "a.png")
     ids = np.kron([[0, 1], [2, 7]], np.ones((8, 8))).astype(np.uint8)
     mask = Image.fromarray(ids, "L").convert("P")
-    mask.putpalette([0, 0, 0, 90, 90, 90, 90, 90, 90] + [10] * 15)  # 1 and 2 look alike
+    mask.putpalette([0, 0, 0, 90, 90, 90, 90, 90, 90] + [10] * 15)  # 1 and 2 have the same color
     mask.save(tmp_path / "m.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "mask": "m.png"}))
-    found = read(open_source(tmp_path, columns=("mask",)), [0], 16)[0].extras["mask"]
-    assert torch.equal(found[0], torch.from_numpy(ids).float())
+    mask_ids = read(open_source(tmp_path, columns=("mask",)), [0], 16)[0].extras["mask"]
+    assert torch.equal(mask_ids[0], torch.from_numpy(ids).float())
     assert check_data(tmp_path, ("mask",), 16).columns["mask"].most_ids == 3
 
 
@@ -150,14 +150,14 @@ def test_soft_or_hard_masks_stay_between_zero_and_one(tmp_path):
     assert mask.shape == (1, 64, 64) and mask.unique().tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("how", ("file", "glob", "folder"))
-def test_tars_equal_the_folder(photos, tmp_path, how):
+@pytest.mark.parametrize("layout", ("file", "glob", "folder"))
+def test_tars_equal_the_folder(photos, tmp_path, layout):
     rows, shards = rows_of(photos), tmp_path / "shards"
     shards.mkdir()
-    shard(photos, shards / "a.tar", rows if how == "file" else rows[:7])
-    if how != "file":
+    shard(photos, shards / "a.tar", rows if layout == "file" else rows[:7])
+    if layout != "file":
         shard(photos, shards / "b.tar", rows[7:])
-    spec = {"file": shards / "a.tar", "glob": str(shards / "*.tar"), "folder": shards}[how]
+    spec = {"file": shards / "a.tar", "glob": str(shards / "*.tar"), "folder": shards}[layout]
     folder, tars = open_source(photos), open_source(spec)
     assert len(folder) == len(tars) == 12
     assert all(map(same, read(folder, range(12), 32), read(tars, range(12), 32)))
@@ -165,7 +165,7 @@ def test_tars_equal_the_folder(photos, tmp_path, how):
         assert same(a, b) and a.index == b.index
 
 
-def test_tar_columns_texts_and_strangers(rendered, tmp_path):
+def test_tars_hold_columns_and_texts_and_ignore_other_members(rendered, tmp_path):
     shard(rendered, tmp_path / "x.tar", rows_of(rendered))
     columns = ("mask", "edited_image")
     pairs = (read(open_source(s, columns), range(6), 32) for s in (rendered, tmp_path / "x.tar"))
@@ -185,7 +185,7 @@ def test_scenes_equal_the_folder_that_is_rendered_from_them(rendered):
     assert all(map(same, read(scenes, [5, 0, 5], 32), read(open_source("scenes:train:6:1", columns), [5, 0, 5], 32)))
 
 
-def test_scene_specs():
+def test_scene_specs_are_parsed():
     assert len(open_source("scenes:held-out")) == 500
     assert len(open_source("scenes:train:7")) == 7
     assert "composition, seed 5" in open_source("scenes:composition:7:5").describe()
@@ -202,7 +202,7 @@ def test_scenes_beyond_the_memory_limit_are_rendered_again():
     assert all(map(same, first, tight.read(range(6), 32)))
 
 
-def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
+def test_faults_of_a_data_set_are_named(tmp_path):
     empty, file, broken = tmp_path / "empty", tmp_path / "x.zip", tmp_path / "broken"
     empty.mkdir()
     broken.mkdir()
@@ -231,7 +231,7 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
     refused(listed(""), "no pictures")
 
 
-def test_what_is_wrong_with_a_tar_is_said(tmp_path):
+def test_faults_of_a_tar_are_named(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(b"")
     refused(lambda: open_source(path), path, "not a whole, uncompressed tar")
@@ -246,7 +246,7 @@ def test_what_is_wrong_with_a_tar_is_said(tmp_path):
     refused(lambda: open_source(path, ("mask",)), path, "a has no mask", "a.mask.png")
 
 
-def test_what_is_wrong_with_a_scene_spec_is_said():
+def test_faults_of_a_scene_spec_are_named():
     refused(lambda: open_source("scenes:test"), "unknown split 'test'", "held-out")
     refused(lambda: open_source("scenes:heldout"), "'held-out'")
     refused(lambda: open_source("scenes:train:0"), "count of at least 1")
@@ -296,10 +296,10 @@ def test_a_damaged_member_of_a_tar_and_a_vanished_file_are_corrupt_samples(tmp_p
     assert isinstance(gone, CorruptSample) and gone.file == "06.png" and "No such file" in gone.why
 
 
-# What other people call things, and where they put them.
+# Names and places that other tools use.
 
 
-def test_metadata_csv_is_metadata_jsonl(photos):
+def test_metadata_csv_equals_metadata_jsonl(photos):
     expected = read(open_source(photos), range(12), 32)
     rows = [f'{row["file_name"]},"{row["text"]}",{row["instruction"]}' for row in rows_of(photos)]
     (photos / "metadata.csv").write_text("\n".join(["file_name,text,instruction", *rows]))
@@ -312,7 +312,7 @@ def test_metadata_csv_is_metadata_jsonl(photos):
     refused(lambda: open_source(photos), "metadata.parquet: cannot be read here: give datasets:")
 
 
-def test_captions_beside_pictures_are_read(tmp_path):
+def test_caption_files_beside_images_are_read(tmp_path):
     for name in ("a.png", "b.jpg", "c.png"):
         noise(20, 20).save(tmp_path / name)
     (tmp_path / "a.txt").write_text("\ufeffa caf\u00e9\n", encoding="utf-8")
@@ -333,7 +333,7 @@ def npy(array):
     return stream.getvalue()
 
 
-def test_members_as_other_writers_name_them(tmp_path):
+def test_member_names_of_other_tools_are_read(tmp_path):
     """KEY.image.jpg, `caption` in the json, distances as numpy arrays."""
     picture = io.BytesIO()
     noise(32, 32).save(picture, "PNG")
@@ -353,10 +353,10 @@ def test_members_as_other_writers_name_them(tmp_path):
     samples = read(open_source(tmp_path / "x.tar", ("conditioning_image",)), range(6), 32)
     assert [s.text for s in samples] == list("abcdef")
     expected = np.nan_to_num(holes, nan=0, posinf=0)
-    found = [s.extras["conditioning_image"][0].numpy() for s in samples]
-    assert np.array_equal(found[0], depth) and np.array_equal(found[1], depth) and np.array_equal(found[3], expected)
-    assert np.allclose(found[2], depth, rtol=1e-3)
-    assert all(np.array_equal(f, (depth * 1000).astype(np.uint16)) for f in found[4:])
+    maps = [s.extras["conditioning_image"][0].numpy() for s in samples]
+    assert np.array_equal(maps[0], depth) and np.array_equal(maps[1], depth) and np.array_equal(maps[3], expected)
+    assert np.allclose(maps[2], depth, rtol=1e-3)
+    assert all(np.array_equal(f, (depth * 1000).astype(np.uint16)) for f in maps[4:])
     column = check_data(tmp_path / "x.tar", ("conditioning_image",), 16).columns["conditioning_image"]
     assert column.found == 6 and column.bits == [16, 32] and column.low == pytest.approx(0.01, rel=1e-3)
 
@@ -364,18 +364,18 @@ def test_members_as_other_writers_name_them(tmp_path):
 @pytest.mark.parametrize(
     "array", [np.zeros((4, 4, 3)), np.zeros(4), np.zeros((4, 4), complex), np.zeros((0, 4)), np.array([[{}]])]
 )
-def test_arrays_that_are_no_maps_are_corrupt_samples(tmp_path, array):
+def test_arrays_that_are_not_maps_are_corrupt_samples(tmp_path, array):
     noise(4, 4).save(tmp_path / "a.png")
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     row = {"file_name": "a.png", "conditioning_image_file_name": "a.npy"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-    (found,) = open_source(tmp_path, ("conditioning_image",)).read([0], 16)
-    assert isinstance(found, CorruptSample) and "its conditioning_image: " in found.why
+    (sample,) = open_source(tmp_path, ("conditioning_image",)).read([0], 16)
+    assert isinstance(sample, CorruptSample) and "its conditioning_image: " in sample.why
 
 
 @pytest.mark.parametrize("name", ["text", "caption", "instruction", "edit_prompt"])
-def test_half_of_a_character_in_a_caption_is_named(tmp_path, name):
-    """No tokenizer takes one; json.loads makes whole ones of pairs."""
+def test_a_lone_surrogate_in_a_caption_is_named(tmp_path, name):
+    """No tokenizer accepts a lone surrogate; json.loads joins pairs to whole characters."""
     noise(16, 16).save(tmp_path / "a.png")
     row = {"file_name": "a.png", name: "a \U0001f600"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
@@ -384,13 +384,13 @@ def test_half_of_a_character_in_a_caption_is_named(tmp_path, name):
     refused(lambda: open_source(tmp_path), f"line 1: {name} holds U+D83D, half of a surrogate pair")
     fields = json.dumps({name: "\udc00"}).encode()
     write_tar(tmp_path / "x.tar", [("a.png", (tmp_path / "a.png").read_bytes()), ("a.json", fields)])
-    (found,) = open_source(tmp_path / "x.tar").read([0], 16)
-    assert isinstance(found, CorruptSample) and f"its json: {name} holds U+DC00" in found.why
+    (sample,) = open_source(tmp_path / "x.tar").read([0], 16)
+    assert isinstance(sample, CorruptSample) and f"its json: {name} holds U+DC00" in sample.why
 
 
 @pytest.mark.parametrize("data", [b"[1]", b"[" * 50_000, b'{"text": ["a"]}', b"{"])
-def test_a_json_of_another_shape_is_a_corrupt_sample(tmp_path, data):
+def test_a_malformed_json_is_a_corrupt_sample(tmp_path, data):
     noise(16, 16).save(tmp_path / "a.png")
     write_tar(tmp_path / "x.tar", [("a.png", (tmp_path / "a.png").read_bytes()), ("a.json", data)])
-    (found,) = open_source(tmp_path / "x.tar").read([0], 16)
-    assert isinstance(found, CorruptSample) and "its json" in found.why
+    (sample,) = open_source(tmp_path / "x.tar").read([0], 16)
+    assert isinstance(sample, CorruptSample) and "its json" in sample.why

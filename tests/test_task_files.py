@@ -1,4 +1,4 @@
-"""Masks and depth maps of users: every bit depth and colour model, and numbers that are no depth."""
+"""Mask and depth files of users: every bit depth and color model, and values that are not a depth."""
 
 import math
 import os
@@ -34,7 +34,7 @@ def save(array: np.ndarray, path: Path, mode: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGB", "RGBA", "LA", "I;16"])
-def test_masks_of_every_colour_model_read_alike(mode: str, tmp_path: Path):
+def test_masks_of_every_color_model_are_read_the_same(mode: str, tmp_path: Path):
     array = HALF.astype(np.uint16) * 257 if mode == "I;16" else HALF
     path = save(array, tmp_path / "mask.png", None if mode == "I;16" else mode)
     mask = read_mask(path, (12, 16))
@@ -42,16 +42,18 @@ def test_masks_of_every_colour_model_read_alike(mode: str, tmp_path: Path):
     assert torch.equal(mask[0], torch.from_numpy(HALF / 255).float())
 
 
-def test_masks_of_marks_on_a_clear_ground(tmp_path: Path):
+def test_marks_on_a_transparent_ground_are_the_mask(tmp_path: Path):
     for colour in ((255, 255, 255), (255, 0, 0), (0, 0, 0)):
         rgba = np.dstack([np.full((12, 16, 3), colour, np.uint8), HALF])
         assert torch.equal(read_mask(save(rgba, tmp_path / "mask.png"), (12, 16))[0], torch.from_numpy(HALF / 255.0))
     grey = np.dstack([np.tile(np.repeat(np.array([0, 255], np.uint8), 6)[:, None, None], (1, 16, 3)), HALF])
-    mask = read_mask(save(grey, tmp_path / "mask.png"), (12, 16))[0]  # black and white on a clear ground: white
+    mask = read_mask(save(grey, tmp_path / "mask.png"), (12, 16))[
+        0
+    ]  # black and white on a transparent ground: white is the mask
     assert mask[6:, 8:].all() and mask.sum() == 48
 
 
-def test_of_a_photo_with_parts_erased_those_are_made_new(tmp_path: Path):
+def test_erased_parts_of_a_photo_are_the_mask(tmp_path: Path):
     photo = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
     path = save(np.dstack([photo, HALF]), tmp_path / "photo.png")
     assert torch.equal(read_mask(path, (12, 16))[0], torch.from_numpy(1 - HALF / 255.0))
@@ -61,8 +63,8 @@ def test_of_a_photo_with_parts_erased_those_are_made_new(tmp_path: Path):
         read_mask(save(np.dstack([photo, HALF * 0]), tmp_path / "photo.png"), (12, 16))
 
 
-def test_a_grey_picture_is_no_mask_without_a_word(tmp_path: Path):
-    """Of a photo without colours: taken at its half, with a warning; a mask with soft edges goes without one."""
+def test_a_grey_image_as_mask_is_a_warning(tmp_path: Path):
+    """A grey photo is cut at one half with a warning; a mask with soft edges gives none."""
     grey = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
     with pytest.warns(UserWarning, match="mask.png: is grey rather than black and white"):
         mask = read_mask(save(grey, tmp_path / "mask.png"), (12, 16))
@@ -87,7 +89,7 @@ def test_masks_of_zeros_and_ones_are_understood_with_a_warning(tmp_path: Path):
     assert torch.equal(mask[0], torch.from_numpy(HALF / 255.0))
 
 
-def test_masks_are_brought_to_the_pictures_size_and_keep_thin_marks(tmp_path: Path):
+def test_masks_are_resized_to_the_image_and_keep_thin_marks(tmp_path: Path):
     line = np.zeros((48, 64), np.uint8)
     line[:, 30] = 255
     small = read_mask(save(line, tmp_path / "mask.png"), (12, 16))
@@ -112,10 +114,10 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_rendered_depth_reads_as_training_sees_it(rendered: Path):
+def test_rendered_depth_files_equal_the_training_input(rendered: Path):
     samples = open_source(rendered, ("conditioning_image",)).read(range(4), 48)
-    given = get_task("depth").given(collate(list(samples)), torch.Generator())  # type: ignore[arg-type]
-    for k, expected in enumerate(given):
+    expected_maps = get_task("depth").given(collate(list(samples)), torch.Generator())  # type: ignore[arg-type]
+    for k, expected in enumerate(expected_maps):
         path = rendered / "depth" / f"{k:06d}.png"
         depth = read_depth(path, near="dark")
         assert torch.equal(depth, expected) and depth.dtype == torch.float32
@@ -133,7 +135,7 @@ def test_arrays_of_any_type_range_and_layout(kind, shape: tuple, tmp_path: Path)
     assert read_depth(tmp_path / "depth.npy", near="bright")[0, 0, 0] == 1
 
 
-def test_eight_bits_are_levels(tmp_path: Path):
+def test_eight_bit_maps_are_brightness_levels(tmp_path: Path):
     levels = np.tile(np.linspace(10, 210, 12).astype(np.uint8)[:, None], (1, 16))
     expected = torch.tensor((levels - 10.0) / 200).float()[None]
     for path in (save(levels, tmp_path / "d.png"), save(levels, tmp_path / "p.png", "P"), tmp_path / "d.npy"):
@@ -160,7 +162,7 @@ def test_transparent_pixels_are_unknown(tmp_path: Path):
     assert not depth[..., :8].any() and depth[0, -1, -1] == 1
 
 
-def test_numbers_that_are_no_depth_are_farthest(tmp_path: Path):
+def test_invalid_depths_are_farthest(tmp_path: Path):
     array = GROUND.copy()
     array[0, :5] = 0, math.nan, math.inf, -math.inf, -2
     np.save(tmp_path / "d.npy", array)
@@ -187,7 +189,7 @@ def test_constant_maps_are_a_warning(near: str, tmp_path: Path):
     assert (depth == 1).all()
 
 
-def test_what_is_no_depth_map_is_one_clear_line(tmp_path: Path):
+def test_files_that_are_not_depth_maps_are_one_line_errors(tmp_path: Path):
     cases = {
         "colour.png": "colour picture, not a depth map",
         "three.npy": r"shape \(4, 4, 3\): give one number a pixel",
@@ -210,9 +212,9 @@ def test_what_is_no_depth_map_is_one_clear_line(tmp_path: Path):
     with (tmp_path / "huge.npy").open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (40_000, 40_000)}
         np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + 40_000**2)  # sparse: on the disk it is empty
-    for name, words in cases.items():
-        with pytest.raises(UserError, match=f"{name}: .*{words}") as error:
+        file.truncate(file.tell() + 40_000**2)  # a sparse file takes no space on the disk
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=f"{name}: .*{message}") as error:
             read_depth(tmp_path / name, near="dark")
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="near=far"):
@@ -250,7 +252,7 @@ def test_depth_is_estimated_by_a_model_in_hub_layout(kind, processor: str, tmp_p
     assert torch.equal(normalise(depth), depth)
 
 
-def test_a_model_that_cannot_be_had_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unavailable_model_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="no depth estimator") as error:
         estimate_depth(torch.zeros(3, 8, 8), str(tmp_path))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Every task alike: what is given, brought, conditioned, finished and measured; then what is particular to each."""
+"""The contract that every task keeps: input, condition, result and measures; then each task's own behavior."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """Rendered scenes with every column."""
+    """Return rendered scenes with every column."""
     source = open_source("scenes:held-out:6", ("conditioning_image", "mask", "edited_image"))
     return collate(list(source.read(range(6), SIDE)))  # type: ignore[arg-type]
 
@@ -36,13 +36,13 @@ def batch() -> Batch:
 # --- all tasks -------------------------------------------------------------------------------------------------------
 
 
-def test_the_six_tasks_are_there():
+def test_the_six_tasks_exist():
     assert set(TASKS) >= {"upscale", "inpaint", "depth", "canny", "edit", "generate"}
     assert all(task.__doc__ and task.name == name for name, task in TASKS.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_given_condition_and_result_fit_together(name: str, batch: Batch):
+def test_input_condition_and_result_have_matching_shapes(name: str, batch: Batch):
     task = get_task(name)
     given = task.given(batch, generator())
     condition = task.condition(given)
@@ -52,11 +52,11 @@ def test_given_condition_and_result_fit_together(name: str, batch: Batch):
     for image in (given, condition):
         assert image.dtype == torch.float32 and ((image >= 0) & (image <= 1)).all()
     assert task.finish(truth, given).shape == truth.shape
-    assert torch.equal(task.bring(given), given)  # what training makes passes for what a user brings
+    assert torch.equal(task.bring(given), given)  # the input made from data is valid user input too
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_generator_decides_and_samples_are_independent(name: str, batch: Batch):
+def test_inputs_are_seeded_and_samples_are_independent(name: str, batch: Batch):
     task = get_task(name)
     given = task.given(batch, generator(5))
     assert torch.equal(given, task.given(batch, generator(5)))
@@ -65,12 +65,12 @@ def test_the_generator_decides_and_samples_are_independent(name: str, batch: Bat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_obedience_is_named_figures_a_sample_and_prefers_the_truth(name: str, batch: Batch):
+def test_obedience_has_named_figures_per_sample_and_prefers_the_truth(name: str, batch: Batch):
     task = get_task(name)
     given, truth = task.given(batch, generator()), task.truth(batch)
     good, bad = task.obedience(truth, given, batch), task.obedience(1 - truth.flip(-1), given, batch)
     assert list(good) == list(bad) and all(values.shape == (6,) for values in good.values())
-    assert bool(good) == bool(task.obedience_unit)  # a headline has a unit
+    assert bool(good) == bool(task.obedience_unit)  # a task with figures has a unit
     for figure, mean in means(good).items():
         assert mean > means(bad)[figure]
 
@@ -80,7 +80,7 @@ def test_config_rebuilds_the_task(name: str):
     task = get_task(name)
     assert get_task(name, **json.loads(json.dumps(task.config()))) == task
     with pytest.raises(AttributeError):
-        task.scale = 3  # frozen
+        task.scale = 3  # dataclasses are frozen
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +90,7 @@ def test_prompts_come_from_the_tasks_own_column(name: str, batch: Batch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_masks_are_refused_where_none_is_taken(name: str, batch: Batch):
+def test_tasks_without_masks_refuse_them(name: str, batch: Batch):
     task = get_task(name)
     given, mask = task.given(batch, generator()), torch.ones(6, 1, SIDE, SIDE)
     if task.takes_mask:
@@ -101,7 +101,7 @@ def test_masks_are_refused_where_none_is_taken(name: str, batch: Batch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_columns_are_what_given_and_truth_need(name: str, batch: Batch):
+def test_tasks_need_only_their_columns(name: str, batch: Batch):
     task = get_task(name, **({"masks": ["objects"]} if name == "inpaint" else {}))
     needed = {k: batch.extras[k] for k in task.columns}
     bare = Batch(batch.image, batch.text, needed, instruction=batch.instruction)
@@ -114,14 +114,14 @@ def test_columns_are_what_given_and_truth_need(name: str, batch: Batch):
 
 
 @pytest.mark.parametrize("name", ["upscale", "inpaint", "depth", "canny", "edit", "generate"])
-def test_what_is_no_picture_is_refused(name: str):
+def test_tensors_that_are_not_images_are_refused(name: str):
     for shape in ((1, 2, 8, 8), (3, 8, 8)):
         with pytest.raises(UserError, match="of shape|missing"):
             get_task(name).bring(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
-    "name, options, words",
+    "name, options, message",
     [
         ("depht", {}, "did you mean 'depth'"),
         ("canny", {"low": 200, "high": 100}, "low=200: above high=100"),
@@ -136,25 +136,25 @@ def test_what_is_no_picture_is_refused(name: str):
         ("edit", {"scale": 2}, "scale: unknown option of task edit: it has none"),
     ],
 )
-def test_wrong_options_are_one_clear_line(name: str, options: dict, words: str):
-    with pytest.raises(UserError, match=words) as error:
+def test_wrong_options_are_one_clear_line(name: str, options: dict, message: str):
+    with pytest.raises(UserError, match=message) as error:
         get_task(name, **options)
     assert "\n" not in str(error.value)
 
 
-def test_means_leave_out_what_was_not_measured():
+def test_means_ignore_nan():
     nan = math.nan
     assert means({"a": torch.tensor([1.0, nan, 3.0]), "b": torch.tensor([nan, nan])}) == {"a": 2.0}
 
 
-def test_region_psnr_looks_inside_only():
+def test_region_psnr_ignores_pixels_outside():
     truth, region = torch.full((3, 3, 4, 4), 0.5), torch.zeros(3, 1, 4, 4)
     region[0, :, :2] = region[1] = 1
     output = truth.clone()
-    output[0, :, :2] += 0.1  # 20 dB where looked at
+    output[0, :, :2] += 0.1  # 20 dB inside the region
     output[0, :, 2:] = 1
-    told = region_psnr(output, truth, region)
-    assert told[:2].tolist() == pytest.approx([20, 60], abs=1e-3) and told[2].isnan()
+    figures = region_psnr(output, truth, region)
+    assert figures[:2].tolist() == pytest.approx([20, 60], abs=1e-3) and figures[2].isnan()
 
 
 # --- inpaint ---------------------------------------------------------------------------------------------------------
@@ -179,30 +179,30 @@ def test_some_masks_cover_everything_and_some_nothing():
 
 def test_outpainting_keeps_a_window_or_one_side():
     for mask in draw_masks(["outpaint"], 32, 32, range(40))[:, 0]:
-        kept = (mask == 0).nonzero()
-        if len(kept):  # a rectangle is kept
-            (top, left), (bottom, right) = kept.amin(0), kept.amax(0)
-            assert len(kept) == (bottom - top + 1) * (right - left + 1)
+        known = (mask == 0).nonzero()
+        if len(known):  # a rectangle is kept
+            (top, left), (bottom, right) = known.amin(0), known.amax(0)
+            assert len(known) == (bottom - top + 1) * (right - left + 1)
 
 
 def test_object_masks_cover_an_instance_whole(batch: Batch):
     ids = batch.extras["mask"]
     masks = draw_masks(["objects"], SIDE, SIDE, range(100, 106), ids)
-    for mask, one in zip(masks[:, 0], ids[:, 0], strict=True):
-        whole = [bool((mask[one == k] == 1).all()) for k in one.unique() if k]
+    for mask, instances in zip(masks[:, 0], ids[:, 0], strict=True):
+        whole = [bool((mask[instances == k] == 1).all()) for k in instances.unique() if k]
         assert any(whole)
-    soft = torch.linspace(0, 1, 100).expand(1, 1, 100, 100)  # not ids: what is light is the object
+    soft = torch.linspace(0, 1, 100).expand(1, 1, 100, 100)  # soft values instead of ids: the light part is the object
     mask = draw_masks(["objects"], 100, 100, [3], soft)
     assert 0.4 < mask.mean() < 0.7 and mask[..., -1].all()
 
 
-def test_the_condition_hides_what_is_to_be_made_new(batch: Batch):
+def test_the_condition_hides_the_masked_pixels(batch: Batch):
     task = get_task("inpaint")
     given = task.given(batch, generator(2))
     hole = (given[:, 3:] == 1).expand(-1, 3, -1, -1)
-    other = torch.cat([torch.where(hole, torch.rand(batch.image.shape), given[:, :3]), given[:, 3:]], 1)
+    changed = torch.cat([torch.where(hole, torch.rand(batch.image.shape), given[:, :3]), given[:, 3:]], 1)
     condition = task.condition(given)
-    assert torch.equal(condition, task.condition(other))
+    assert torch.equal(condition, task.condition(changed))
     assert (condition[:, :3][hole] == 0.5).all() and torch.equal(condition[:, :3][~hole], batch.image[~hole])
 
 
@@ -216,25 +216,27 @@ def test_a_mask_may_cover_everything_or_nothing(value: float, batch: Batch):
     assert (known if value else hole).isnan().all() and (hole if value else known).isfinite().all()
 
 
-def test_known_pixels_come_back_exactly_and_are_measured_before(batch: Batch):
+def test_known_pixels_are_returned_exactly_but_measured_before_finishing(batch: Batch):
     task = get_task("inpaint")
     mask = torch.zeros(6, 1, SIDE, SIDE)
-    mask[..., 20:40] = 0.7  # soft masks are cut at a half
+    mask[..., 20:40] = 0.7  # soft masks are cut at one half
     given = task.bring(batch.image, mask)
     output = (batch.image + 0.1).double()
     finished = task.finish(output, given)
     assert torch.equal(finished[..., :20], batch.image[..., :20].double())
-    torch.testing.assert_close(finished[..., 20:40], batch.image[..., 20:40].double())  # the same shift all around
+    torch.testing.assert_close(
+        finished[..., 20:40], batch.image[..., 20:40].double()
+    )  # the shift is the same everywhere
     assert task.obedience(output, given, batch)["known_psnr"].tolist() == pytest.approx([20] * 6, abs=0.01)
     measured = task.obedience(finished, given, batch)
-    assert list(measured) == ["hole_psnr", "known_psnr"]  # the first, the headline, tells results apart
+    assert list(measured) == ["hole_psnr", "known_psnr"]  # the first figure is the headline
     assert measured["hole_psnr"].tolist() == pytest.approx([60] * 6, abs=0.01)
     assert measured["known_psnr"].tolist() == [60] * 6
     assert task.obedience(batch.image, given, batch)["hole_psnr"].tolist() == [60] * 6
 
 
 @pytest.mark.parametrize(
-    "mask, words",
+    "mask, message",
     [
         (None, "mask: missing"),
         (torch.ones(2, 1, 8, 8), r"mask of 8 x 8 px: the picture has 16 x 16"),
@@ -242,8 +244,8 @@ def test_known_pixels_come_back_exactly_and_are_measured_before(batch: Batch):
         (torch.ones(3, 1, 16, 16), "not a mask for 2 pictures"),
     ],
 )
-def test_masks_that_do_not_fit(mask, words: str):
-    with pytest.raises(UserError, match=words):
+def test_masks_that_do_not_fit_are_refused(mask, message: str):
+    with pytest.raises(UserError, match=message):
         get_task("inpaint").bring(torch.zeros(2, 3, 16, 16), mask)
 
 
@@ -265,7 +267,7 @@ def test_disparity_is_scaled_and_sky_is_farthest():
     assert disparity(odd).isfinite().all() and disparity(odd)[0, 0].tolist() == [[0, 1], [0, 0]]
 
 
-def test_each_map_has_its_own_range_and_constant_ones_have_none():
+def test_each_map_is_normalized_to_its_own_range():
     maps = torch.stack([torch.linspace(3, 7, 16).view(1, 4, 4), torch.zeros(1, 4, 4), torch.full((1, 4, 4), 9.0)])
     scaled = normalise(maps)
     assert scaled[0].aminmax() == (0, 1) and not scaled[1].any() and (scaled[2] == 1).all()
@@ -274,7 +276,7 @@ def test_each_map_has_its_own_range_and_constant_ones_have_none():
     assert not disparity(torch.full((1, 1, 4, 4), math.nan)).any()
 
 
-def test_depth_of_data_in_8_and_16_bits(batch: Batch):
+def test_depth_data_of_8_and_16_bits_is_read(batch: Batch):
     depth = batch.extras["conditioning_image"]
     given = get_task("depth").given(batch, generator())
     assert (given[depth == 0] == 0).all() and (given.amax((1, 2, 3)) == 1).all()
@@ -284,7 +286,7 @@ def test_depth_of_data_in_8_and_16_bits(batch: Batch):
     assert torch.allclose(get_task("depth").given(rgb, generator()), given, atol=1e-6)  # 8 bits: near is bright
     dark = get_task("depth", near="dark").given(rgb, generator())
     assert torch.allclose(dark, normalise((-given).where(given > 0, torch.nan)), atol=1e-6)
-    assert (dark[given == 0] == 0).all()  # in dark maps 0 is no distance
+    assert (dark[given == 0] == 0).all()  # 0 is unknown in maps where dark is near
 
 
 def test_softened_maps_are_blurred_seeded_and_still_scaled(batch: Batch):
@@ -298,7 +300,7 @@ def test_softened_maps_are_blurred_seeded_and_still_scaled(batch: Batch):
     assert 0 < sum(torch.equal(a, b) for a, b in zip(some, exact, strict=True)) < 6
 
 
-def test_jumps_are_at_outlines_and_must_show(batch: Batch):
+def test_depth_jumps_lie_at_outlines_and_must_be_visible(batch: Batch):
     given = torch.zeros(1, 1, SIDE, SIDE)
     given[..., 20:40, 20:40] = 1
     jumps = depth_jumps(given)
@@ -311,7 +313,7 @@ def test_jumps_are_at_outlines_and_must_show(batch: Batch):
 
     noise = torch.rand(1, 3, SIDE, SIDE, generator=generator())
     assert shown(picture) > 0.8 > 0.6 > shown(picture.roll(9, -1))
-    assert shown(torch.zeros_like(picture)) == 0 and abs(shown(noise)) < 0.05  # edges everywhere earn nothing
+    assert shown(torch.zeros_like(picture)) == 0 and abs(shown(noise)) < 0.05  # edges everywhere score nothing
     flat = task.obedience(picture, torch.zeros_like(given), batch)["jumps_shown"]
     assert flat.isnan().all()
 
@@ -319,12 +321,12 @@ def test_jumps_are_at_outlines_and_must_show(batch: Batch):
 # --- canny -----------------------------------------------------------------------------------------------------------
 
 
-def test_edges_are_found_where_they_are():
+def test_edges_are_detected_where_they_are():
     picture = torch.zeros(2, 3, 32, 32)
     picture[0, :, :, 16:] = 1
-    found = edges(picture, 100, 200)
-    assert set(found.unique().tolist()) == {0, 1} and not found[1].any()
-    assert found[0, 0, 4:-4].sum(0).nonzero().flatten().tolist() in ([15], [16])
+    detected = edges(picture, 100, 200)
+    assert set(detected.unique().tolist()) == {0, 1} and not detected[1].any()
+    assert detected[0, 0, 4:-4].sum(0).nonzero().flatten().tolist() in ([15], [16])
 
 
 def test_thresholds_change_the_edges(batch: Batch):
@@ -342,7 +344,7 @@ def test_jittered_thresholds_give_more_and_fewer_edges(batch: Batch):
     assert tight.sum((1, 2, 3))[0] >= counts.min() and loose.sum((1, 2, 3))[0] >= counts.max() > counts.min()
 
 
-def test_pictures_and_edge_maps_may_be_brought(batch: Batch):
+def test_canny_accepts_images_and_edge_maps(batch: Batch):
     task = get_task("canny")
     given = task.given(batch, generator())
     assert torch.equal(task.bring(batch.image), given)
@@ -366,7 +368,7 @@ def test_edge_f1_forgives_one_pixel_and_no_more():
 def test_edit_is_measured_inside_and_outside_the_change():
     before, after = torch.full((3, 3, 8, 8), 0.5), torch.full((3, 3, 8, 8), 0.5)
     after[0, :, :4] = 0.9
-    after[2] = 0.9  # all changes; in sample 1 nothing does
+    after[2] = 0.9  # sample 2 changes everywhere, sample 1 nowhere
     sample = Batch(before, [""] * 3, {"edited_image": after}, instruction=["a", "b", "c"])
     task = get_task("edit")
     unchanged = task.obedience(before, task.given(sample, generator()), sample)
@@ -376,7 +378,7 @@ def test_edit_is_measured_inside_and_outside_the_change():
     assert list(task.obedience(after, before, sample)) == ["psnr_inside", "psnr_outside"]
 
 
-def test_generate_knows_a_size_and_nothing_else(batch: Batch):
+def test_generate_takes_only_a_size(batch: Batch):
     task = get_task("generate")
     given = task.bring(torch.zeros(2, 0, 16, 24))
     condition = task.condition(given)
@@ -386,8 +388,9 @@ def test_generate_knows_a_size_and_nothing_else(batch: Batch):
         task.bring(batch.image)
 
 
-def test_a_membrane_meets_what_is_known_and_is_smooth_between() -> None:
-    """A linear surface is harmonic: it comes back; a hole gets no value beyond those around it; nothing known: 0."""
+def test_a_membrane_continues_known_values_smoothly() -> None:
+    """A linear surface is harmonic, so it is reproduced; no value exceeds those around the hole; without known
+    values the result is 0."""
     known = torch.ones(1, 1, 33, 17)
     known[..., 9:20, 5:12] = 0
     plane = torch.linspace(-1, 1, 17).expand(1, 3, 33, 17)
@@ -399,7 +402,7 @@ def test_a_membrane_meets_what_is_known_and_is_smooth_between() -> None:
 
 
 def test_inpainting_leaves_no_seam() -> None:
-    """An output a shade too dark everywhere is put right in the hole; one without known pixels is left alone."""
+    """An output that is a shade too dark is corrected in the hole; without known pixels it is unchanged."""
     picture, mask = torch.full((1, 3, 16, 16), 0.6), torch.zeros(1, 1, 16, 16)
     mask[..., 4:9, 6:12] = 1
     given = torch.cat([picture, mask], 1)

@@ -1,4 +1,4 @@
-"""The upscaling task and its degradations: seeded, sized, different for every sample, and honest about obedience."""
+"""The upscaling task and its degradations: seeded, sized, and different for every sample."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def pictures(count: int = 4, height: int = 64, width: int = 64) -> torch.Tensor:
-    """Smooth colours with some texture."""
+    """Return smooth colours with some texture."""
     y, x = torch.meshgrid(torch.linspace(0, 6, height), torch.linspace(0, 6, width), indexing="ij")
     phase = torch.rand(count, 3, 1, 1, generator=generator(7)) * 6
     return (0.5 + 0.3 * (x + phase).sin() * (y - phase).cos() + 0.1 * (9 * x).sin()).clamp(0, 1)
@@ -48,28 +48,28 @@ def obedience(task: Upscale, output: torch.Tensor, given: torch.Tensor) -> torch
 
 @pytest.mark.parametrize("sides", [(148, 37), (37, 148), (37, 1), (1, 37), (2, 37), (37, 2), (1, 1), (5, 1), (4, 2)])
 @pytest.mark.parametrize("across", [(1, 1), (4, 1), (1, 4), (8, 2), (2, 8), (2, 1), (1, 2)])
-def test_each_row_and_column_is_resized_alike(sides: tuple[int, int], across: tuple[int, int]):
-    """Also one pixel wide, where torch repeats a row: resizing is linear, and separable."""
+def test_resizing_is_separable_for_any_memory_format(sides: tuple[int, int], across: tuple[int, int]):
+    """Resizing is linear and separable, also for images one pixel wide, where torch repeats a row."""
 
     def matrix(old: int, new: int) -> torch.Tensor:
         return resize(torch.eye(old, dtype=torch.float64)[None, None].repeat(1, 1, 1, 2), (new, 2 * old))[0, 0, :, :old]
 
     picture = torch.rand(1, 3, sides[0], across[0], generator=generator(), dtype=torch.float64)
     rows, columns = matrix(sides[0], sides[1]), matrix(across[0], across[1])
-    for image, wanted in ((picture, rows @ picture @ columns.T), (picture.mT, columns @ picture.mT @ rows.T)):
+    for image, expected in ((picture, rows @ picture @ columns.T), (picture.mT, columns @ picture.mT @ rows.T)):
         for copy in (image.contiguous(), image.to(memory_format=torch.channels_last)):
-            torch.testing.assert_close(resize(copy, (wanted.shape[-2], wanted.shape[-1])), wanted)
+            torch.testing.assert_close(resize(copy, (expected.shape[-2], expected.shape[-1])), expected)
 
 
 @pytest.mark.parametrize("old", [(12, 20), (9, 7), (1, 16), (16, 1), (1, 1), (2, 5)])
 @pytest.mark.parametrize("new", [(48, 80), (3, 5), (5, 30), (12, 20), (1, 16), (16, 1), (1, 1)])
-def test_matrices_of_an_export_resize_as_torch_does(monkeypatch, old: tuple[int, int], new: tuple[int, int]):
-    """ONNX has no antialiased bicubic resizing. The reference is torch's along one axis after the other, as a row: to
-    one column it repeats a row."""
+def test_exported_resizing_matrices_resize_as_torch_does(monkeypatch, old: tuple[int, int], new: tuple[int, int]):
+    """ONNX has no antialiased bicubic resizing. The reference is torch's along one axis after the other, as a row,
+    since torch repeats a row when it resizes to one column."""
 
     def along_rows(image: torch.Tensor, length: int) -> torch.Tensor:
         size = (image.shape[-2], length)
-        if image.shape[-1] == 1:  # of one column all are copies
+        if image.shape[-1] == 1:  # all columns are copies of the one
             return image.expand(-1, -1, *size)
         rows = [F.interpolate(image[:, :, i : i + 1], (1, length), mode="bicubic", antialias=True)
                 for i in range(image.shape[-2])]  # fmt: skip
@@ -95,7 +95,7 @@ CLEAN = Stage(0.0, (1.0, 1.0), (0, 0, 1), (1, 1), (0.0, 0.0), (0.0, 0.0), jpeg_q
 
 
 @pytest.mark.parametrize("height, width, scale", [(64, 64, 4), (96, 32, 4), (36, 60, 2), (8, 8, 4), (24, 24, 3)])
-def test_low_has_the_exact_size_range_and_eight_bit_levels(height: int, width: int, scale: int):
+def test_degraded_images_have_the_exact_size_range_and_eight_bit_levels(height: int, width: int, scale: int):
     low = second_order(pictures(6, height, width), scale, generator())
     assert low.shape == (6, 3, height // scale, width // scale) and low.dtype == torch.float32
     assert low.min() >= 0 and low.max() <= 1
@@ -106,8 +106,8 @@ def test_the_generator_decides_every_byte():
     image = pictures()
     assert torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(3)))
     assert not torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(4)))
-    one = generator(3)
-    assert not torch.equal(second_order(image, 4, one), second_order(image, 4, one))  # it moves on
+    shared = generator(3)
+    assert not torch.equal(second_order(image, 4, shared), second_order(image, 4, shared))  # the generator has moved on
     np.random.seed(1)
     torch.manual_seed(1)
     assert torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(3)))
@@ -118,8 +118,8 @@ def test_samples_differ_and_do_not_depend_on_their_neighbours():
     low = second_order(image, 4, generator())
     assert all(not torch.equal(low[i], low[j]) for i in range(5) for j in range(i))
     assert torch.equal(second_order(image[:2], 4, generator()), low[:2])
-    other = torch.cat([1 - image[:4], image[4:]])
-    assert torch.equal(second_order(other, 4, generator())[4], low[4])
+    changed = torch.cat([1 - image[:4], image[4:]])
+    assert torch.equal(second_order(changed, 4, generator())[4], low[4])
 
 
 def test_the_input_is_not_changed():
@@ -129,25 +129,25 @@ def test_the_input_is_not_changed():
     assert torch.equal(image, before)
 
 
-def test_degraded_pictures_are_worse_than_bicubic_and_still_show_the_picture():
+def test_degraded_images_are_worse_than_bicubic_but_recognizable():
     image = pictures(32)
     clean = bicubic(image, 4)
     low = second_order(image, 4, generator())
     error = (low - clean).square().mean((1, 2, 3))
     assert error.min() > 1e-5 and error.median() > 2e-4
-    assert ((low.mean((2, 3)) - clean.mean((2, 3))).abs() < 0.15).all()  # colours stay where they were, red is red
+    assert ((low.mean((2, 3)) - clean.mean((2, 3))).abs() < 0.15).all()  # colours keep their place: red stays red
     assert error.mean() < clean.var()
 
 
-def test_without_any_degradation_only_the_resize_is_left():
+def test_without_degradations_only_the_resize_remains():
     settings = RealWorld(first=CLEAN, second=CLEAN, final_sinc_probability=0)
     smooth = torch.nn.functional.interpolate(pictures(8, 6, 6), 64, mode="bicubic").clamp(0, 1)
     error = second_order(smooth, 4, generator(), settings) - bicubic(smooth, 4)
-    assert error.abs().mean() < 0.025  # the chroma that JPEG halves, and resizes that do not antialias
+    assert error.abs().mean() < 0.025  # JPEG halves the chroma, and its resizes do not antialias
 
 
 @pytest.mark.parametrize("gaussian, grey", [(1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)])
-def test_noise_is_of_the_kind_and_strength_asked(gaussian: float, grey: float):
+def test_noise_has_the_configured_kind_and_strength(gaussian: float, grey: float):
     noisy = dataclasses.replace(
         CLEAN, gaussian_sigma=(20, 20), poisson_scale=(1, 1), gaussian_probability=gaussian, grey_probability=grey
     )
@@ -164,11 +164,11 @@ def test_noise_is_of_the_kind_and_strength_asked(gaussian: float, grey: float):
         assert light > 1.1 * dark > 0.15  # the more light, the more noise
 
 
-def test_blur_kernels_are_what_their_names_say():
+def test_blur_kernels_have_their_closed_form():
     gaussian = blur_kernel(21, 2.0, 2.0)
     axis = np.arange(21) - 10
     assert gaussian.sum() == pytest.approx(1, abs=1e-6) and np.allclose(gaussian, gaussian.T)
-    assert (gaussian.sum(0) * axis**2).sum() == pytest.approx(4.0, rel=0.01)  # its variance
+    assert (gaussian.sum(0) * axis**2).sum() == pytest.approx(4.0, rel=0.01)  # the variance
     wide = blur_kernel(21, 3.0, 1.0)
     assert (wide.sum(0) * axis**2).sum() == pytest.approx(9.0, rel=0.02)  # sigma_x is along x
     assert np.allclose(blur_kernel(21, 3.0, 1.0, np.pi / 2), wide.T, atol=1e-6)
@@ -181,7 +181,7 @@ def test_blur_kernels_are_what_their_names_say():
 
 def test_sinc_kernel_is_the_circular_low_pass():
     kernel = sinc_kernel(21, np.pi / 2)
-    assert kernel.sum() == pytest.approx(1, abs=1e-6) and kernel.min() < 0  # it rings
+    assert kernel.sum() == pytest.approx(1, abs=1e-6) and kernel.min() < 0  # it has negative lobes
     r = np.array([1.0, 3.0, 7.0])
     want = special.j1(np.pi / 2 * r) / r / (np.pi / 4)  # relative to its centre
     assert np.allclose(kernel[10, [11, 13, 17]] / kernel[10, 10], want, atol=1e-6)
@@ -189,8 +189,8 @@ def test_sinc_kernel_is_the_circular_low_pass():
     assert spectrum[0, 4] > 0.85 and spectrum[0, 30] < 0.15  # passes below the cut-off (bin 16), stops above
 
 
-def test_small_pictures_get_small_kernels():
-    """One bright pixel, blurred as much as it can be: at 64 px it must not spread over half of the picture."""
+def test_small_images_get_small_kernels():
+    """At 64 px, the strongest blur of one bright pixel must not spread over half of the image."""
     widest = RealWorld(
         first=dataclasses.replace(CLEAN, blur_probability=1.0, blur_sigma=(3.0, 3.0)),
         second=CLEAN,
@@ -206,7 +206,7 @@ def test_small_pictures_get_small_kernels():
         low = second_order(dot, 1, generator(), widest)[0].mean(0)
         return float(low.max())
 
-    assert spread(64) > 2.5 * spread(256)  # half the sigma: four times the peak, less what the kernel's cut costs
+    assert spread(64) > 2.5 * spread(256)  # half the sigma: four times the peak, less the loss at the kernel's edge
 
 
 # --- the task ------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_get_task_and_its_config_round_trip():
 
 
 @pytest.mark.parametrize(
-    "name, options, words",
+    "name, options, message",
     [
         ("upscle", {}, "did you mean 'upscale'"),
         ("upscale", {"scal": 4}, "did you mean 'scale'"),
@@ -230,8 +230,8 @@ def test_get_task_and_its_config_round_trip():
         ("upscale", {"degradation": "bicubik"}, "did you mean 'bicubic'"),
     ],
 )
-def test_unknown_tasks_and_options(name: str, options: dict, words: str):
-    with pytest.raises(UserError, match=words):
+def test_unknown_tasks_and_options_are_refused(name: str, options: dict, message: str):
+    with pytest.raises(UserError, match=message):
         get_task(name, **options)
 
 
@@ -270,14 +270,14 @@ def test_obedience_is_the_psnr_of_the_downscaled_output():
     assert (flat < enlarged).all() and (enlarged < 60).all()
 
 
-def test_obedience_takes_sizes_that_are_no_multiple():
+def test_obedience_accepts_sizes_that_are_not_multiples_of_the_scale():
     given = pictures(1, 9, 7)
     assert obedience(Upscale(), pictures(1, 37, 29), given).shape == (1,)
 
 
 @pytest.mark.parametrize("degradation", ["real", "bicubic"])
 @pytest.mark.parametrize("scale, side", [(8, 64), (8, 128), (16, 16)])
-def test_every_scale_works_throughout(degradation: str, scale: int, side: int):
+def test_every_scale_works(degradation: str, scale: int, side: int):
     task = Upscale(scale, degradation)
     image = pictures(3, side, side)
     given = task.given(batch(image), generator())
@@ -286,7 +286,7 @@ def test_every_scale_works_throughout(degradation: str, scale: int, side: int):
     assert (obedience(task, image, given) > obedience(task, 1 - image, given)).float().mean() > 0.6
 
 
-def test_upscale_takes_grey_pictures_and_no_mask():
+def test_upscale_accepts_grey_images_and_refuses_masks():
     grey = pictures(2, 8, 8)[:, :1]
     assert torch.equal(Upscale().bring(grey), grey.repeat(1, 3, 1, 1))
     with pytest.raises(UserError, match="mask: task upscale takes none"):
