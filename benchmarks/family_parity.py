@@ -1,4 +1,4 @@
-"""How far pictures of the transformer families are from the stock pipelines', without an adapter.
+"""Measure how far images of the transformer families are from the stock pipelines', without an adapter.
 
     python benchmarks/family_parity.py
 
@@ -31,11 +31,11 @@ def measure() -> list[dict[str, Any]]:
     for name, ours, theirs in CASES:
         largest = {}
         for steps in (4, 20):
-            made, expected = pictures(name, ours, theirs, steps)
-            largest[str(steps)] = float((made - expected).abs().max())
-        kind = FAMILIES[name]().kind
-        words = ", ".join(f"{key} {value:g}" for key, value in ours.items() if isinstance(value, float)) or "none"
-        rows.append({"family": kind.name, "model": name, "guidance": words, "largest": largest})
+            ours_images, expected = pictures(name, ours, theirs, steps)
+            largest[str(steps)] = float((ours_images - expected).abs().max())
+        family = FAMILIES[name]().kind
+        guidance = ", ".join(f"{key} {value:g}" for key, value in ours.items() if isinstance(value, float)) or "none"
+        rows.append({"family": family.name, "model": name, "guidance": guidance, "largest": largest})
         print(rows[-1], flush=True)
     return rows
 
