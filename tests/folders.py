@@ -74,13 +74,13 @@ def same(a, b):
     )
 
 
-def refused(call, *words):
+def refused(call, *fragments):
     with pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message
-    for word in words:
-        assert str(word) in message
+    for fragment in fragments:
+        assert str(fragment) in message
     return message
 
 

@@ -21,13 +21,13 @@ def gradient(height: int = 8, width: int = 64) -> torch.Tensor:
     return torch.linspace(0, 1, width).expand(3, height, width).clone()
 
 
-def fault(path, *words: str, call=read_image) -> None:
+def fault(path, *fragments: str, call=read_image) -> None:
     with pytest.raises(UserError) as caught:
         call(path)
     message = str(caught.value)
     assert "\n" not in message and str(path) in message and message.count(": ") >= 2, message
-    for word in words:
-        assert word in message, message
+    for fragment in fragments:
+        assert fragment in message, message
 
 
 def s15(value: float) -> bytes:

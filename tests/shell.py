@@ -25,13 +25,13 @@ class CommandResult:
     out: str
     err: str
 
-    def failed(self, code: int = 1, *words: str) -> None:
-        """Assert the exit code and that stderr is one error line that contains all `words`."""
+    def failed(self, code: int = 1, *fragments: str) -> None:
+        """Assert the exit code and that stderr is one error line that contains all `fragments`."""
         assert self.code == code, self
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        for word in words:
-            assert word in lines[0], self.err
+        for fragment in fragments:
+            assert fragment in lines[0], self.err
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Shell:
 
     capsys: pytest.CaptureFixture[str]
 
-    def __call__(self, *words: object) -> CommandResult:
+    def __call__(self, *arguments: object) -> CommandResult:
         self.capsys.readouterr()
-        code = main([str(word) for word in words])
+        code = main([str(argument) for argument in arguments])
         out, err = self.capsys.readouterr()
         return CommandResult(code, out, err)
 
@@ -69,16 +69,16 @@ def make_adapter(
     folder: Path, task: str, guidance: dict[str, list[float]] | None = None, full: bool = False, **options: object
 ) -> Path:
     """Write an adapter for `tiny_checkpoint`, of the form shipped for `task`, with nonzero weights."""
-    backbone, task_object = tiny_backbone(), get_task(task, **options)
+    backbone, task_instance = tiny_backbone(), get_task(task, **options)
     form = FORMS["lora" if task == "generate" else "fused"]
-    adapter = form.from_backbone(backbone.unet, backbone.vae, task_object.condition_channels, len(guidance or ()))
+    adapter = form.from_backbone(backbone.unet, backbone.vae, task_instance.condition_channels, len(guidance or ()))
     with torch.no_grad():
         for name, p in adapter.named_parameters():
             if name.startswith(("mu.", "guidance.")):
                 p.copy_(0.2 * rand(*p.shape, seed=p.numel()))
     info = {
         "task": task,
-        "task_options": task_object.config(),
+        "task_options": task_instance.config(),
         "steps": [1, 2, 4],
         "family": backbone.family,
         "full": full,

@@ -73,14 +73,14 @@ def test_fuse_lora_keeps_images_and_unfuse_lora_restores_weights(pipe):
     ):
         pipe.set_adapters(names)
         backbone = run(pipe, **arguments, strength=0)
-        plain = {strength: run(pipe, **arguments, strength=strength) for strength in (1.0, 0.5)}
+        unfused = {strength: run(pipe, **arguments, strength=strength) for strength in (1.0, 0.5)}
         pipe.fuse_lora()
-        for strength, expected in plain.items():
+        for strength, expected in unfused.items():
             torch.testing.assert_close(run(pipe, **arguments, strength=strength), expected, rtol=0, atol=1e-4)
         assert lora_names(pipe.student.network) == []
         assert torch.equal(run(pipe, **arguments, strength=0), backbone)
         pipe.unfuse_lora()
-        assert torch.equal(run(pipe, **arguments), plain[1.0]) and lora_names(pipe.student.network) != []
+        assert torch.equal(run(pipe, **arguments), unfused[1.0]) and lora_names(pipe.student.network) != []
 
 
 def test_inpainting_keeps_known_pixels_exact_beside_other_adapters(pipe):
@@ -94,12 +94,12 @@ def test_inpainting_keeps_known_pixels_exact_beside_other_adapters(pipe):
 
 def test_invalid_combinations_are_refused_and_change_nothing(pipe):
     pipe.set_adapters(["canny", "upscale"])
-    for names, words in (
+    for names, message in (
         (["full", "depth"], "full"),
         (["depth", "cany"], "did you mean 'canny'"),
         (["depth", "depth"], "give one each"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             pipe.set_adapters(names)
     for names in (None, 3, [["canny"]], {"canny": 0.3}):
         with pytest.raises(UserError, match="not the name of an adapter"):
@@ -115,14 +115,14 @@ def test_invalid_combinations_are_refused_and_change_nothing(pipe):
     pipe.set_adapters(["canny", "upscale"], 0.5)  # one weight applies to all, as in diffusers
     assert pipe._store.weights == {"canny": 0.5, "upscale": 0.5}
     image = rand(1, 3, 8, 8)
-    for arguments, words in (
+    for arguments, message in (
         ({"image": image}, "canny, upscale take one each"),
         ({"image": {"canny": image}}, "'upscale' needs one"),
         ({"image": {"canny": image, "upscale": image}}, r"would differ in size \(canny 8 x 8 px, upscale 32 x 32 px"),
         ({"image": {"canny": image, "upscale": image, "edit": image}}, "'edit' is no adapter that is set"),
         ({"image": {"canny": image, "upscale": image}, "mask": torch.ones(8, 8)}, "takes none|take none"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             run(pipe, **arguments)
 
 
@@ -135,9 +135,9 @@ def test_adapters_swap_without_reading_files(folder, pipe, monkeypatch):
         assert pipe.student.adapter is pipe.adapter
     assert (time.perf_counter() - began) / len(TASKS) < 0.1
     assert all(torch.equal(p, before[name]) for name, p in pipe.unet.named_parameters())
-    own = {id(p) for p in pipe.unet.parameters()}
+    unet_parameters = {id(p) for p in pipe.unet.parameters()}
     pipe.set_adapters("depth")
-    assert own <= {id(p) for p in pipe.student.network.parameters()}  # one backbone in memory
+    assert unet_parameters <= {id(p) for p in pipe.student.network.parameters()}  # one backbone in memory
     assert pipe.load_adapter(folder / "depth") == "depth"  # loaded already
 
 
@@ -170,10 +170,10 @@ def test_adapters_are_named_by_folder_or_as_(folder, tmp_path):
     assert (pipe.adapters, pipe.task, pipe.adapter) == ([], None, None)
     assert pipe.load_adapter(folder / "canny") == "canny" and pipe.task.name == "canny"  # type: ignore[union-attr]
     assert pipe.load_adapter(folder / "depth", as_="relief") == "relief" and list(pipe.tasks) == ["canny"]
-    other = make_adapter(tmp_path / "canny", "canny")
+    second = make_adapter(tmp_path / "canny", "canny")
     with pytest.raises(UserError, match="is loaded already: name this one with as_"):
-        pipe.load_adapter(other)
-    assert pipe.load_adapter(other, as_="other") == "other"
+        pipe.load_adapter(second)
+    assert pipe.load_adapter(second, as_="other") == "other"
     with pytest.raises(UserError, match="does 'depth', not 'canny'"):
         pipe.load_adapter(folder / "depth", as_="mine", task="canny")
     assert pipe.adapters == ["canny", "relief", "other"]

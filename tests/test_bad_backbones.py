@@ -78,7 +78,7 @@ def test_scheduler_not_set_to_flow_matching_is_refused(model):
 
 
 @pytest.mark.parametrize(
-    ("index", "words"),
+    ("index", "message"),
     [
         ({"_class_name": "FluxKontextPipeline"}, "a FluxKontextPipeline takes more than noise and a prompt"),
         ({"_class_name": "FluxFillPipeline"}, "a FluxFillPipeline takes more than noise and a prompt"),
@@ -93,9 +93,9 @@ def test_scheduler_not_set_to_flow_matching_is_refused(model):
         ),
     ],
 )
-def test_unsupported_families_and_variants_are_refused(model, index, words):
+def test_unsupported_families_and_variants_are_refused(model, index, message):
     edit(model / "model_index.json", **index)
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_backbone(model)
     assert "\n" not in str(caught.value)
 
@@ -121,7 +121,7 @@ def test_image_size_must_be_a_multiple_of_the_token(name):
 def test_invalid_recipe_values_are_refused(flux, tmp_path):
     recipe = {"out": str(tmp_path / "out"), "task": "depth", "model": str(flux), "data": "scenes:train:4",
               "held_out": "scenes:held-out:2", "train_backbone": False, "device": "cpu"}  # fmt: skip
-    for changes, words in [
+    for changes, message in [
         ({"size": 34}, "size 34: not a multiple of 4, the model's token: use 32"),
         ({"size": 32, "embedded_guidance": 3.0, "model": str(flux.parent / "schnell")}, "has no such input"),
         ({"size": 32, "backbone_precision": "bf16"}, "set train_backbone: false and precision: bf16"),
@@ -129,7 +129,7 @@ def test_invalid_recipe_values_are_refused(flux, tmp_path):
     ]:
         if "schnell" in str(changes.get("model")):
             tiny_flux(guidance=False).pipeline().save_pretrained(changes["model"])
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             distill(DistillRecipe(**{**recipe, **changes}), quiet=True)
     with pytest.raises(UserError, match="size 34: not a multiple of 4, the model's token"):
         dry_run(DistillRecipe(**{**recipe, "size": 34}))
@@ -141,10 +141,10 @@ def test_adapter_of_another_family_is_refused(flux, tmp_path):
         held_out="scenes:held-out:2", train_backbone=False, images=1, batch_size=1, device="cpu", preview_every=9,
     )  # fmt: skip
     adapter = distill(recipe, quiet=True)
-    other = tmp_path / "sd3"
-    FAMILIES["sd3"]().pipeline().save_pretrained(other)
+    sd3 = tmp_path / "sd3"
+    FAMILIES["sd3"]().pipeline().save_pretrained(sd3)
     refused(
-        lambda: CoDiPipeline.from_pretrained(other, task="depth", adapter=adapter),
+        lambda: CoDiPipeline.from_pretrained(sd3, task="depth", adapter=adapter),
         "was trained for backbone FLUX.1", "Stable Diffusion 3", "train an adapter for this one",
     )  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_absurd_layer_counts_are_refused(model, part, key, count):
 
 
 @pytest.mark.parametrize(
-    ("part", "key", "value", "words"),
+    ("part", "key", "value", "message"),
     [
         ("vae", "scaling_factor", "x", "'x' is not a number"),
         ("vae", "shift_factor", [0.1], r"\[0.1\] is not a number"),
@@ -210,10 +210,10 @@ def test_absurd_layer_counts_are_refused(model, part, key, count):
         ("scheduler", "shift", float("nan"), "is NaN"),
     ],
 )
-def test_invalid_numbers_in_configurations_are_refused(model, part, key, value, words):
+def test_invalid_numbers_in_configurations_are_refused(model, part, key, value, message):
     file = model / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     edit(file, **{key: value})
-    with pytest.raises(UserError, match=f"{file.name}: {key} {words}"):
+    with pytest.raises(UserError, match=f"{file.name}: {key} {message}"):
         load_backbone(model)
 
 

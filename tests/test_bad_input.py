@@ -52,7 +52,7 @@ def truncated(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (None, "no such file"),
         (lambda folder: b"", "empty (0 bytes)"),
@@ -62,12 +62,12 @@ def truncated(folder: Path) -> bytes:
     ],
     ids=["missing", "0-byte", "non-image", "truncated", "huge header"],
 )
-def test_unreadable_image_is_refused(shell, tiny, tmp_path, content, words):
+def test_unreadable_image_is_refused(shell, tiny, tmp_path, content, message):
     source, out = tmp_path / "in.png", tmp_path / "out.png"
     if content is not None:
         source.write_bytes(content(tmp_path))
     before = files(tmp_path)
-    shell("upscale", source, "-o", out, *tiny.options).failed(1, str(source), words)
+    shell("upscale", source, "-o", out, *tiny.options).failed(1, str(source), message)
     assert files(tmp_path) == before
 
 
@@ -104,12 +104,12 @@ def test_existing_output_is_kept_without_overwrite(shell, tiny, tmp_path):
 
 def test_unwritable_output_is_refused(shell, tiny, adapters, tmp_path):
     source = picture(tmp_path / "in.png")
-    for target, words in (
+    for target, message in (
         (source / "out.png", "is a file, not a folder"),
         (tmp_path / "out.psd", "cannot write .psd"),
         (tmp_path / ("x" * 300 + ".png"), "File name too long"),
     ):
-        shell("upscale", source, "-o", target, *tiny.options).failed(1, words)
+        shell("upscale", source, "-o", target, *tiny.options).failed(1, message)
     shell("data", "render", 2, "-o", source / "scenes").failed(1, str(source / "scenes"))
     out = ("--out", source / "figures.json")
     shell("evaluate", "--task", "upscale", "--data", "scenes:held-out:2", *out).failed(1, "is a file, not a folder")
@@ -168,9 +168,9 @@ def test_nan_weights_are_refused(shell, tiny, tmp_path):
 
 def test_incompatible_or_invalid_models_and_adapters_are_refused(shell, tiny, tmp_path):
     source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
-    other = tiny_checkpoint(tmp_path / "other", prediction="epsilon")
+    epsilon_model = tiny_checkpoint(tmp_path / "other", prediction="epsilon")
     command = ("upscale", source, "-o", out)
-    ran = shell(*command, "--model", other, "--adapter", tiny.adapter)
+    ran = shell(*command, "--model", epsilon_model, "--adapter", tiny.adapter)
     ran.failed(1, str(tiny.adapter), "was trained for backbone", "the model given is")
 
     depth = shutil.copytree(tiny.adapter, tmp_path / "depth")
@@ -221,11 +221,11 @@ def command(adapters, tmp_path):
 def test_unreadable_inputs_of_every_task_are_refused(shell, command, tmp_path, task):
     before = files(tmp_path)
     for name in ("IN", "MASK") if task == "inpaint" else ("IN",):
-        for content, words in ((None, "no such file"), (b"", "empty (0 bytes)"), (b"%PDF-1.7", "is not an image")):
+        for content, message in ((None, "no such file"), (b"", "empty (0 bytes)"), (b"%PDF-1.7", "is not an image")):
             bad = tmp_path / "bad.png"
             if content is not None:
                 bad.write_bytes(content)
-            shell(*command(task, **{name: bad})).failed(1, str(bad), words)
+            shell(*command(task, **{name: bad})).failed(1, str(bad), message)
             bad.unlink(missing_ok=True)
         shell(*command(task, **{name: tmp_path})).failed(1, "is a folder")
     assert files(tmp_path) == before
@@ -350,7 +350,7 @@ def test_unknown_or_invalid_recipes_are_refused(shell, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command_line", "right"),
+    ("command_line", "correct"),
     [
         ("distill mini", "pretrain mini"), ("distill mini-flux --ldm-images 3", "pretrain mini-flux"),
         ("distill sd-decoder", "distill-decoder sd-decoder"), ("pretrain depth", "distill depth"),
@@ -359,10 +359,10 @@ def test_unknown_or_invalid_recipes_are_refused(shell, tmp_path):
         ("data cache mini -o there", "pretrain mini"), ("evaluate mini", "pretrain mini"),
     ],
 )  # fmt: skip
-def test_recipe_of_another_command_names_that_command(shell, tmp_path, monkeypatch, command_line, right):
+def test_recipe_of_another_command_names_that_command(shell, tmp_path, monkeypatch, command_line, correct):
     monkeypatch.chdir(tmp_path)
-    shell(*command_line.split()).failed(1, f"not a recipe of codi distill-decoder: run codi {right}"
-                                 if command_line.startswith("distill-decoder") else f": run codi {right}")  # fmt: skip
+    message = "not a recipe of codi distill-decoder: " if command_line.startswith("distill-decoder") else ": "
+    shell(*command_line.split()).failed(1, f"{message}run codi {correct}")
     assert files(tmp_path) == []
 
 
@@ -373,11 +373,11 @@ def test_every_shipped_recipe_has_one_command(command):
     kinds = {"distill": DistillRecipe, "pretrain": PretrainRecipe, "distill-decoder": DecoderRecipe}
     for name in shipped_recipes():
         keys = read_recipe(name).keys()
-        right = "distill-decoder" if name.endswith("decoder") else "pretrain" if "ldm_images" in keys else "distill"
-        if command == right:
+        correct = "distill-decoder" if name.endswith("decoder") else "pretrain" if "ldm_images" in keys else "distill"
+        if command == correct:
             assert read_values(kinds[command], name)
         else:
-            with pytest.raises(UserError, match=f"not a recipe of codi {command}: run codi {right} {name}$"):
+            with pytest.raises(UserError, match=f"not a recipe of codi {command}: run codi {correct} {name}$"):
                 read_values(kinds[command], name)
 
 

@@ -29,8 +29,8 @@ def test_batches_are_a_pure_function_of_seed_and_position(photos):
     assert all(map(same, run[3:], resumed)) and [b.index for b in run[3:]] == [b.index for b in resumed]
     singles = list(islice(batches(source, 1, 32, seed=5), 32))
     assert torch.equal(torch.cat([b.image for b in singles]), torch.cat([b.image for b in run]))
-    other = next(batches(source, 12, 32, seed=6))
-    assert other.index != [i for b in run[:3] for i in b.index]
+    other_seed = next(batches(source, 12, 32, seed=6))
+    assert other_seed.index != [i for b in run[:3] for i in b.index]
 
 
 def test_each_epoch_has_a_new_permutation_and_new_crops(photos):
@@ -52,8 +52,8 @@ def test_batch_holds_images_texts_columns_and_indices(rendered):
 
 def test_zoom_crops_at_full_resolution(tmp_path):
     noise(90, 70, 3).save(tmp_path / "a.png")
-    whole = torch.from_numpy(np.asarray(noise(90, 70, 3)).copy()).permute(2, 0, 1)
-    windows = whole.unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 55, 75, 16, 16)
+    image = torch.from_numpy(np.asarray(noise(90, 70, 3)).copy()).permute(2, 0, 1)
+    windows = image.unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 55, 75, 16, 16)
     positions = set()
     for batch in islice(batches(open_source(tmp_path, zoom=(9, 9)), 1, 16, seed=0), 4):
         crop = (batch.image[0] * 255).round().byte()
@@ -62,15 +62,15 @@ def test_zoom_crops_at_full_resolution(tmp_path):
         positions.add(tuple(places[0].tolist()))
     assert len(positions) == 4
     (center,) = open_source(tmp_path, zoom=(2, 3)).read([0], 16)
-    assert torch.allclose(center.image.mean(), whole[:, 17:52, 27:62].float().mean() / 255, atol=0.02)
+    assert torch.allclose(center.image.mean(), image[:, 17:52, 27:62].float().mean() / 255, atol=0.02)
     refused(lambda: open_source("scenes:held-out:4", zoom=(4, 8)), "zoom", "scenes:held-out:4")
 
 
 def test_prefetching_gives_the_same_batches_and_stops_its_thread(photos):
     source = open_source(photos)
-    plain = list(islice(batches(source, 4, 32, seed=5), 6))
+    expected = list(islice(batches(source, 4, 32, seed=5), 6))
     stream = batches(source, 4, 32, seed=5, prefetch=True)
-    assert all(map(same, plain, islice(stream, 6)))
+    assert all(map(same, expected, islice(stream, 6)))
     assert "batches" in [t.name for t in threading.enumerate()]
     stream.close()
     assert "batches" not in [t.name for t in threading.enumerate()]

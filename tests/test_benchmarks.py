@@ -242,7 +242,7 @@ def test_depth_judge_measures_disparity_error(data):
 def test_ground_truth_is_judged_once_per_batch(data):
     means = []
 
-    def judge(output, given, batch):
+    def judge(output, condition, batch):
         means.append(float(output.mean()))
         brightness = output.mean((1, 2, 3))
         return {"brightness": brightness, "seldom": brightness.where(torch.arange(12) < 5, torch.nan)}
@@ -262,13 +262,13 @@ def test_composition_passes_each_adapter_its_input(data):
     batch.extras["conditioning_image"] = torch.full((12, 1, SIDE, SIDE), 4000.0)
     batch.extras["conditioning_image"][..., 0] = 8000.0
     task = task_figures.DepthInpaint()
-    given = task.given(batch, torch.Generator().manual_seed(0))
-    assert given.shape == (12, 5, SIDE, SIDE)
-    assert torch.equal(given[:, :4], get_task("inpaint").given(batch, torch.Generator().manual_seed(0)))
-    assert given[:, 4].amax() == 1 and given[..., 0][:, 4].amax() == 0
+    inputs = task.given(batch, torch.Generator().manual_seed(0))
+    assert inputs.shape == (12, 5, SIDE, SIDE)
+    assert torch.equal(inputs[:, :4], get_task("inpaint").given(batch, torch.Generator().manual_seed(0)))
+    assert inputs[:, 4].amax() == 1 and inputs[..., 0][:, 4].amax() == 0
     judged = []
     judge = task_figures.composition_judge(lambda images: judged.append(images) or exact_reading(data))
-    assert set(judge(batch.image, given, batch)) == {"hole_objects", "hole_colours", "hole_depth_db"}
+    assert set(judge(batch.image, inputs, batch)) == {"hole_objects", "hole_colours", "hole_depth_db"}
     assert len(judged) == 1
 
 

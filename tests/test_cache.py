@@ -50,8 +50,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_resumed_caching_equals_uninterrupted_caching(recipe, tmp_path, monkeypatch):
     """Twelve samples in shards of five; writing is interrupted at the first and third shard."""
-    whole = make_cache(recipe, tmp_path / "whole", variants=2, shard_size=5)
-    assert whole["samples"] == 12 and whole["unread"] == 0
+    uninterrupted = make_cache(recipe, tmp_path / "whole", variants=2, shard_size=5)
+    assert uninterrupted["samples"] == 12 and uninterrupted["unread"] == 0
     shards = sorted((tmp_path / "whole").glob("shard-*.safetensors"))
     assert [len(load_file(file)["row"]) for file in shards] == [5, 5, 2]
 
@@ -68,7 +68,7 @@ def test_resumed_caching_equals_uninterrupted_caching(recipe, tmp_path, monkeypa
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             make_cache(recipe, tmp_path / "parts", variants=2, shard_size=5)
-    assert make_cache(recipe, tmp_path / "parts", variants=2, shard_size=5) == whole
+    assert make_cache(recipe, tmp_path / "parts", variants=2, shard_size=5) == uninterrupted
     assert len(calls) == 5  # no shard is made twice
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -76,14 +76,14 @@ def test_resumed_caching_equals_uninterrupted_caching(recipe, tmp_path, monkeypa
 def test_truncated_or_missing_shards_are_refused_and_rebuilt(recipe, tmp_path):
     folder = tmp_path / "cached"
     make_cache(recipe, folder, shard_size=5)
-    whole, shard = contents(folder), folder / "shard-00001.safetensors"
-    shard.write_bytes(whole[shard.name][:-100])
+    complete, shard = contents(folder), folder / "shard-00001.safetensors"
+    shard.write_bytes(complete[shard.name][:-100])
     cached = replace(recipe, cache=str(folder))
     refused(lambda: distill(cached, quiet=True), shard, "truncated or damaged", "codi data cache")
     shard.unlink()
     refused(lambda: distill(cached, quiet=True), shard, "missing", "codi data cache")
     make_cache(recipe, folder, shard_size=5)
-    assert contents(folder) == whole
+    assert contents(folder) == complete
 
 
 def test_cache_of_a_single_file_checkpoint_equals_that_of_its_folder(recipe, models, tmp_path):
@@ -148,26 +148,28 @@ class SameCrops:
 )
 def test_losses_equal_those_without_a_cache(recipe, models, tmp_path, kind, changes):
     changed = replace(recipe, model=str(models[kind]), **changes)
-    plain = figures(new_job(changed, SameCrops(open_source(changed.data))))
+    uncached = figures(new_job(changed, SameCrops(open_source(changed.data))))
     for exact, tolerance in ((True, 1e-5), (False, 2e-3)):
         folder = tmp_path / f"cached-{exact}"
         make_cache(changed, folder, exact=exact, shard_size=5)
-        cached = figures(new_job(replace(changed, cache=str(folder))))
-        assert cached.keys() == plain.keys()
-        for name, value in plain.items():
-            torch.testing.assert_close(torch.as_tensor(cached[name]), torch.as_tensor(value), rtol=tolerance, atol=1e-5)
+        with_cache = figures(new_job(replace(changed, cache=str(folder))))
+        assert with_cache.keys() == uncached.keys()
+        for name, value in uncached.items():
+            torch.testing.assert_close(
+                torch.as_tensor(with_cache[name]), torch.as_tensor(value), rtol=tolerance, atol=1e-5
+            )
 
 
 def test_encoders_are_not_loaded_for_cached_data(recipe, tmp_path):
     make_cache(recipe, tmp_path / "cached")
     cached = replace(recipe, cache=str(tmp_path / "cached"))
-    plain, latents, pixels = new_job(recipe), new_job(cached), new_job(replace(cached, reads="pixels"))
+    uncached, latents, pixels = new_job(recipe), new_job(cached), new_job(replace(cached, reads="pixels"))
     parts = {"encoders", "vae.encoder", "vae.decoder"}
 
     def loaded_parts(job: DistillJob) -> set[str]:
         return {part for part in parts if any(name.startswith(part) for name, _ in job.named_parameters())}
 
-    assert (loaded_parts(plain), loaded_parts(latents), loaded_parts(pixels)) == (
+    assert (loaded_parts(uncached), loaded_parts(latents), loaded_parts(pixels)) == (
         parts,
         parts - {"encoders"},
         {"vae.decoder"},

@@ -109,8 +109,8 @@ def test_duplicates_and_near_duplicates_are_found(tmp_path):
 def test_repeated_images_are_decoded_once(rendered, monkeypatch):
     """Metadata may list one image many times; the caption of each row counts."""
     rows, decoded, original = rows_of(rendered), [], PictureSource.decode
-    other = {**rows[0], "mask_file_name": rows[1]["mask_file_name"]}
-    rows = [*({**rows[0], "text": "word " * n} for n in (1, 2, 3)), other]
+    other_mask = {**rows[0], "mask_file_name": rows[1]["mask_file_name"]}
+    rows = [*({**rows[0], "text": "word " * n} for n in (1, 2, 3)), other_mask]
     (rendered / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setattr(check.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(PictureSource, "decode", staticmethod(lambda row: decoded.append(row) or original(row)))
@@ -312,12 +312,12 @@ def test_invalid_conditions_and_targets_of_a_task_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"its condition is \(1, 1, 32, 32\), not \(1, 3, 32, 32\)"):
         first_batch(task, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
     task.condition = lambda given: given
-    for truth, words in (
+    for truth, message in (
         (lambda batch: batch.image[:, :1], r"its truth is \(1, 1, 32, 32\)"),
         (lambda batch: batch.image * 300, "its truth leaves"),
     ):
         task.truth = truth
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             first_batch(task, str(tmp_path), 32, 0, 1)  # type: ignore[arg-type]
 
 

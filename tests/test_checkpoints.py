@@ -150,9 +150,9 @@ def test_every_form_of_adapter_works_on_xl(form):
     text, added = embed_prompts(XL.text, CAPTIONS, (32, 32))
     conditioning = Conditioning(text, adapter.read(rand(2, 3, 32, 32), XL.vae), added=added)
     z, level = randn(2, LATENT_CHANNELS, 8, 8), torch.tensor([500])
-    plain = XL.unet(z, level, text, added_cond_kwargs=added).sample
-    assert torch.equal(Student(XL.unet, adapter)(z, level, conditioning), plain)
-    assert not torch.equal(influence(Student(XL.unet, adapter))(z, level, conditioning), plain)
+    expected = XL.unet(z, level, text, added_cond_kwargs=added).sample
+    assert torch.equal(Student(XL.unet, adapter)(z, level, conditioning), expected)
+    assert not torch.equal(influence(Student(XL.unet, adapter))(z, level, conditioning), expected)
 
 
 @torch.no_grad()

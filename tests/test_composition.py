@@ -169,9 +169,9 @@ def test_each_adapter_takes_its_guidance_columns(parts_of):
     assert torch.equal(inpaint.together(1, guidance=two), inpaint.alone("inpaint", 1, text))
     assert torch.equal(edit.together(1, guidance=text), edit.alone("edit", 1, torch.tensor([[3.0, 1.0]]).expand(2, 2)))
     both = parts_of("inpaint", "edit")
-    plain = both.together(1, 1)
-    assert torch.equal(both.together(1, 1, guidance=torch.ones(2, 2)), plain)
-    assert not torch.allclose(both.together(1, 1, guidance=two), plain)
+    unguided = both.together(1, 1)
+    assert torch.equal(both.together(1, 1, guidance=torch.ones(2, 2)), unguided)
+    assert not torch.allclose(both.together(1, 1, guidance=two), unguided)
     assert not torch.allclose(both.together(1, 1, guidance=two), both.together(1, 1, guidance=text))
     assert parts_of("depth").together(1, guidance=two).equal(parts_of("depth").alone("depth"))
 

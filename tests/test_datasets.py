@@ -71,8 +71,8 @@ def test_common_column_names_of_the_hub_are_recognized(tmp_path, monkeypatch):
     serve(monkeypatch, rows, ("original_image", "edited_image"))
     (sample,) = read(open_source("datasets:timbrooks/instructpix2pix-clip-filtered", ("edited_image",)), [0], 20)
     assert (sample.instruction, sample.text) == ("make it snow", "a hill")
-    for shown, picture in ((sample.image, one), (sample.extras["edited_image"], two)):
-        assert torch.equal((shown * 255).byte(), torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    for tensor, picture in ((sample.image, one), (sample.extras["edited_image"], two)):
+        assert torch.equal((tensor * 255).byte(), torch.from_numpy(np.array(picture)).permute(2, 0, 1))
     refused(lambda: open_source("datasets:x", ("mask",)), "no column mask", "original_image, edit_prompt")
 
 
@@ -131,7 +131,7 @@ def test_old_column_names_are_read(rendered):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "fragments"),
     [
         ({"image": "a.png"}, ("image is not an image column, it holds string", "image_file_name")),
         ({"image": b"a", "conditioning_image": "a.png"}, ("conditioning_image is not an image", "_image_file_name")),
@@ -141,6 +141,6 @@ def test_old_column_names_are_read(rendered):
         ({"image": b"a", "text": 3}, ("text is not a text column", "int64")),
     ],
 )
-def test_columns_of_the_wrong_type_are_refused(monkeypatch, row, words):
+def test_columns_of_the_wrong_type_are_refused(monkeypatch, row, fragments):
     serve(monkeypatch, [row], ())
-    refused(lambda: open_source("datasets:x", [c for c in row if c in COLUMNS]), "datasets:x: ", *words)
+    refused(lambda: open_source("datasets:x", [c for c in row if c in COLUMNS]), "datasets:x: ", *fragments)

@@ -74,8 +74,10 @@ def test_resumed_decoder_training_equals_uninterrupted(recipe, finished, tmp_pat
         patch.setattr(decoder.TinyJob, "forward", forward)
         with pytest.raises(KeyboardInterrupt):
             distill_decoder(interrupted, quiet=True)
-    resumed, whole = weights(distill_decoder(interrupted, quiet=True)), weights(finished)
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[k], whole[k]) for k in whole)
+    resumed, uninterrupted = weights(distill_decoder(interrupted, quiet=True)), weights(finished)
+    assert resumed.keys() == uninterrupted.keys() and all(
+        torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted
+    )
     with pytest.raises(UserError, match="width 8, not 16"):
         distill_decoder(replace(interrupted, width=16), quiet=True)
 
@@ -108,17 +110,17 @@ def test_pairs_are_written_once_and_resume(tmp_path):
 
         return make_pairs(vae, counted, 24, 32, tmp_path / name, {"mark": version}), calls
 
-    whole, _ = make("whole")
+    uninterrupted, _ = make("whole")
     with pytest.raises(KeyboardInterrupt):
         make("parts", limit=4)
-    parts, calls = make("parts")
-    assert whole and parts and calls == [16, 20]
-    assert all(np.array_equal(a, b) for a, b in zip(vars(whole).values(), vars(parts).values(), strict=True))
-    z, pictures = whole.at([3, 21])  # a scene and a texture
+    resumed, calls = make("parts")
+    assert uninterrupted and resumed and calls == [16, 20]
+    assert all(np.array_equal(a, b) for a, b in zip(vars(uninterrupted).values(), vars(resumed).values(), strict=True))
+    z, pictures = uninterrupted.at([3, 21])  # a scene and a texture
     torch.testing.assert_close(codec.decode(vae, z), pictures, atol=0.5 / 255 + 1e-5, rtol=0)
     assert make("parts")[1] == [] and make("parts", version=1)[1] == [0, 4, 8, 12, 16, 20]
     clean = codec.encode(vae, open_source("scenes:train:20").read([3], 32)[0].image[None])  # type: ignore[union-attr]
-    assert 0 < float((whole.at([3])[0] - clean).std()) < 0.25
+    assert 0 < float((uninterrupted.at([3])[0] - clean).std()) < 0.25
     assert make_pairs(vae, origin, 24, 32, tmp_path / "late", {}, deadline=1e-9) is None
 
 
@@ -153,7 +155,7 @@ def test_decoder_trains_on_samples_of_the_model(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"data": "samples:0"}, "samples:COUNT"),
         ({"data": "samples:many"}, "samples:COUNT"),
@@ -169,8 +171,8 @@ def test_decoder_trains_on_samples_of_the_model(recipe, tmp_path):
         ({"data": "samples:2", "textures": 0, "prompts": "missing.txt"}, "missing.txt: cannot be read"),
     ],
 )
-def test_invalid_decoder_recipes_are_refused(recipe, tmp_path, changes, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_decoder_recipes_are_refused(recipe, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         distill_decoder(replace(recipe, out=str(tmp_path / "run"), **changes), quiet=True)
 
 
@@ -236,10 +238,10 @@ def test_stock_diffusers_loads_the_decoder_and_gives_the_same_image(recipe, fini
     drawn: Any = pipe("", num_inference_steps=2, guidance_scale=1.0, output_type="pt")
     assert pipe.vae_scale_factor == 4 and drawn.images.shape == (1, 3, 32, 32)
     with torch.no_grad():
-        shown = pipe.image_processor.postprocess(
+        postprocessed = pipe.image_processor.postprocess(
             pipe.vae.decode(latent / pipe.vae.config.scaling_factor).sample, output_type="pt"
         )
-    torch.testing.assert_close(shown, picture)
+    torch.testing.assert_close(postprocessed, picture)
 
 
 # ---- use
@@ -256,10 +258,10 @@ def test_decoder_of_another_latent_space_is_refused(recipe, finished, tmp_path):
     vae.save_pretrained(tmp_path / "full")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text((finished / "config.json").read_text())
-    for name, words in (
+    for name, message in (
         ("full", "is of class AutoencoderKL"), ("broken", "could not be loaded"), ("missing", "no config.json there"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             open_decoder(tmp_path / name, recipe.model, vae)
     with pytest.raises(UserError, match="there is no tiny_vae in"):
         open_decoder("tiny", recipe.model, vae)

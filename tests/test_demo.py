@@ -167,16 +167,16 @@ def test_commands_on_the_page_reproduce_its_images(finished, capsys, monkeypatch
     command = shlex.split(section["commands"][1])
     ran = Shell(capsys)(*command[1:], "--overwrite", "--device", "cpu")
     assert (ran.code, ran.err) == (0, "")
-    repeated, shown = finished.pixels("again.png"), finished.pixels(section["rows"][1]["pictures"]["steps-4"])
-    assert np.abs(repeated - shown).max() <= 1
+    repeated, expected = finished.pixels("again.png"), finished.pixels(section["rows"][1]["pictures"]["steps-4"])
+    assert np.abs(repeated - expected).max() <= 1
 
 
 def test_composition_script_on_the_page_reproduces_its_image(finished, monkeypatch):
     monkeypatch.chdir(finished.out)
     section = finished.section("composition")
     exec(section["commands"][0], {})
-    shown = finished.pixels(section["rows"][0]["pictures"]["both"])
-    assert np.abs(finished.pixels("again.png") - shown).max() <= 1
+    expected = finished.pixels(section["rows"][0]["pictures"]["both"])
+    assert np.abs(finished.pixels("again.png") - expected).max() <= 1
 
 
 def test_page_names_skipped_sections_with_the_reason(capsys, tmp_path, finished, monkeypatch):

@@ -59,7 +59,7 @@ def test_diffusers_argument_names_equal_the_short_names(pipe):
     arguments = {"prompt": "a red ball", "image": image, "num_inference_steps": 3, "output_type": "pt"}
     assert torch.equal(pipe(**arguments, mask_image=mask).images, expected)
     assert torch.equal(pipe("a red ball", image, mask, num_inference_steps=3, output_type="pt").images, expected)
-    for conflict, words in (
+    for conflict, message in (
         ({"steps": 2, "num_inference_steps": 3}, "steps 2 and num_inference_steps 3"),
         ({"mask": mask, "mask_image": mask.clone()}, "mask and mask_image"),
         ({"mask": mask.numpy(), "mask_image": mask.numpy()}, "mask and mask_image"),
@@ -67,7 +67,7 @@ def test_diffusers_argument_names_equal_the_short_names(pipe):
         ({"generator": seeded(), "seed": 3}, "generator and seed"),
         ({"prompt_embeds": torch.zeros(1, 4, 8)}, "prompt and prompt_embeds"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             pipe(**{**arguments, "mask_image": mask, **conflict})
 
 
@@ -130,13 +130,13 @@ def test_each_prompt_may_have_its_negative_prompt(pipe):
     pipe.set_adapters("depth")
     options = {"image": inputs_for("depth")["image"], "guidance_scale": 3.0}
     both = run(pipe, **options, negative_prompt=["blue", "green"], seed=[1, 1])
-    for row, words in enumerate(["blue", "green"]):
-        alone = run(pipe, **options, negative_prompt=words, seed=1)
+    for row, negative in enumerate(["blue", "green"]):
+        alone = run(pipe, **options, negative_prompt=negative, seed=1)
         torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"image": []}, "image: an empty list"),
         ({"steps": 1.5}, "steps 1.5: not a whole number"),
@@ -198,9 +198,9 @@ def test_each_prompt_may_have_its_negative_prompt(pipe):
         ({"promt": "a"}, r"promt: no argument of a call \(did you mean 'prompt'\?\)"),
     ],
 )  # fmt: skip
-def test_invalid_call_arguments_are_refused(pipe, arguments, words):
+def test_invalid_call_arguments_are_refused(pipe, arguments, message):
     pipe.set_adapters("edit" if "image" in arguments else [])
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         run(pipe, **arguments)
 
 
@@ -227,10 +227,10 @@ def test_empty_prompts_beside_embeddings_change_nothing(pipe):
 
 
 def test_neutral_arguments_of_stock_pipelines_change_nothing(pipe):
-    plain = run(pipe)
+    expected = run(pipe)
     unset = dict.fromkeys(("clip_skip", "ip_adapter_image", "ip_adapter_image_embeds", "timesteps", "sigmas"))
-    assert torch.equal(run(pipe, eta=0.0, guidance_rescale=0, true_cfg_scale=1.0, prompt_2=None, **unset), plain)
-    assert torch.equal(run(pipe, max_sequence_length=pipe.tokenizer.model_max_length), plain)
+    assert torch.equal(run(pipe, eta=0.0, guidance_rescale=0, true_cfg_scale=1.0, prompt_2=None, **unset), expected)
+    assert torch.equal(run(pipe, max_sequence_length=pipe.tokenizer.model_max_length), expected)
     callback_names: list[list[str]] = []
     run(pipe, callback_on_step_end=lambda *a: callback_names.append([*a[3]]), callback_on_step_end_tensor_inputs=None)
     assert callback_names == [["latents"]] * 2
@@ -313,10 +313,10 @@ def test_replaced_scheduler_is_used_or_warned_about(folder, monkeypatch):
 def test_from_pipe_keeps_adapters_and_shares_everything(folder):
     pipe = open_with_adapter(folder, "depth")
     pipe.set_adapters("depth", 0.5)
-    other = CoDiPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
-    assert other.unet is pipe.unet and other.get_active_adapters() == ["depth"]
-    assert torch.equal(run(other, **inputs_for("depth")), run(pipe, **inputs_for("depth")))
+    copied = CoDiPipeline.from_pipe(pipe)
+    copied.set_progress_bar_config(disable=True)
+    assert copied.unet is pipe.unet and copied.get_active_adapters() == ["depth"]
+    assert torch.equal(run(copied, **inputs_for("depth")), run(pipe, **inputs_for("depth")))
     stock = StableDiffusionPipeline.from_pipe(pipe, **BLANK)
     bare = CoDiPipeline.from_pipe(stock)
     assert bare.unet is pipe.unet and bare.adapters == [] and not hasattr(bare, "transformer")
@@ -347,10 +347,10 @@ def test_options_of_from_pretrained(folder):
     )  # fmt: skip
     assert pipe.text_encoder is None and pipe.scheduler is euler and pipe.hf_device_map == "cpu"
     assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
-    wrong: Any
-    for wrong, words in (({"varient": "fp16"}, "did you mean 'variant'"), ({"use_safetensors": False}, "pickled")):
-        with pytest.raises(UserError, match=words):
-            CoDiPipeline.from_pretrained(model, **wrong)
+    options: Any
+    for options, message in (({"varient": "fp16"}, "did you mean 'variant'"), ({"use_safetensors": False}, "pickled")):
+        with pytest.raises(UserError, match=message):
+            CoDiPipeline.from_pretrained(model, **options)
 
 
 # ---- hooks, with the CPU as the accelerator
@@ -402,12 +402,12 @@ def test_transformer_caches_are_reset_at_each_call():
     pipe: Any = CoDiPipeline(**vars(tiny_flux().freeze()))
     pipe.set_progress_bar_config(disable=True)
     options = {"prompt": "a red ball", "num_inference_steps": 4, "height": 16, "width": 16, "output_type": "pt"}
-    plain = pipe(**options).images
+    uncached = pipe(**options).images
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.8))
     cached = pipe(**options).images
-    assert not torch.equal(cached, plain) and torch.equal(pipe(**options).images, cached)
+    assert not torch.equal(cached, uncached) and torch.equal(pipe(**options).images, cached)
     pipe.transformer.disable_cache()
-    assert torch.equal(pipe(**options).images, plain)
+    assert torch.equal(pipe(**options).images, uncached)
 
 
 # ---- LoRAs of other programs

@@ -38,13 +38,13 @@ def weights(tmp_path, monkeypatch):
 
 
 def test_adapters_of_the_model_take_precedence(weights, tmp_path):
-    own = tiny_checkpoint(tmp_path / "own")
+    model = tiny_checkpoint(tmp_path / "own")
     assert find_adapter("upscale", "mini") == weights / "adapters" / "upscale"
     assert find_adapter("upscale", "photo") == weights / "photo" / "adapters" / "upscale"
-    assert find_adapter("upscale", own) == weights / "adapters" / "upscale"  # it may be a fine-tune of mini
-    make_adapter(own / "adapters" / "upscale", "upscale")
-    assert find_adapter("upscale", own) == own / "adapters" / "upscale"
-    assert find_adapter("edit", own) == weights / "adapters" / "edit"
+    assert find_adapter("upscale", model) == weights / "adapters" / "upscale"  # it may be a fine-tune of mini
+    make_adapter(model / "adapters" / "upscale", "upscale")
+    assert find_adapter("upscale", model) == model / "adapters" / "upscale"
+    assert find_adapter("edit", model) == weights / "adapters" / "edit"
     pipe = CoDiPipeline.from_pretrained("photo", task="upscale")
     assert pipe.task.degradation == "bicubic" and pipe.adapters == ["upscale"]
     refused(lambda: CoDiPipeline.from_pretrained("photo", task="edit"), "edit", "one of upscale")

@@ -157,8 +157,8 @@ def test_figures_depend_on_the_seed_alone(features):
 def test_every_method_gets_the_same_inputs_and_seeds_for_any_batch_size(features):
     def recorder(inputs):
         def method(given, prompts, steps, seeds):
-            for k, (one, prompt, seed) in enumerate(zip(given, prompts, seeds, strict=True)):
-                inputs.setdefault(prompt, (one, seed))
+            for k, (condition, prompt, seed) in enumerate(zip(given, prompts, seeds, strict=True)):
+                inputs.setdefault(prompt, (condition, seed))
                 assert torch.equal(given[k], inputs[prompt][0]) and seed == inputs[prompt][1]
             return nearest(given, prompts, steps, seeds)
 
@@ -238,11 +238,11 @@ def halves(output, given, batch):
 
 def test_judge_gives_the_headline_figure_and_the_task_the_rest(features):
     results = run(features, judge=halves)
-    plain = run(features)
-    for row, other in zip(results.rows, plain.rows, strict=True):
+    unjudged = run(features)
+    for row, other in zip(results.rows, unjudged.rows, strict=True):
         assert list(row.measures) == ["brightness", "input_psnr"] and row.obedience == row.measures["brightness"]
         assert row.measures["input_psnr"] == other.obedience
-    assert "brightness" in results.obedience_unit and plain.obedience_unit == Shrink.obedience_unit
+    assert "brightness" in results.obedience_unit and unjudged.obedience_unit == Shrink.obedience_unit
     row = run(features, judge=halves, batch=1).rows[0]
     assert row.obedience == pytest.approx(results.rows[0].obedience)
     even = Pictures(8).images[0:6:2]
@@ -338,8 +338,8 @@ def test_tables_show_every_row(features):
     assert "6 held-out samples, seed 3" in lines[-1]
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(rich_table(results))
-    shown = console.export_text()
-    assert shown.count("noisy") == 3 and "bicubic" in shown
+    text = console.export_text()
+    assert text.count("noisy") == 3 and "bicubic" in text
 
 
 def test_contact_sheet_has_samples_in_rows_and_methods_in_columns(features):
@@ -349,9 +349,9 @@ def test_contact_sheet_has_samples_in_rows_and_methods_in_columns(features):
     sheet = contact_sheet(results.pictures, side=64, gap=4)
     head = sheet.height - 3 * 68
     assert sheet.width == 7 * 68 + 4 and 0 < head < 40
-    shown = np.asarray(sheet)[head : head + 64, sheet.width - 68 : sheet.width - 4]
+    cell = np.asarray(sheet)[head : head + 64, sheet.width - 68 : sheet.width - 4]
     expected = (results.pictures["truth"][0] * 255).round().byte().permute(1, 2, 0).numpy()
-    assert np.array_equal(shown, expected.repeat(2, 0).repeat(2, 1))
+    assert np.array_equal(cell, expected.repeat(2, 0).repeat(2, 1))
 
 
 def test_contact_sheet_shows_masks_and_wide_images():

@@ -91,10 +91,10 @@ def pipe(model):
     return pipe
 
 
-def ours(pipe: CoDiPipeline, adapter: Path, prompt: Any = "a red ball", steps: int = 4, **given: Any) -> Tensor:
+def ours(pipe: CoDiPipeline, adapter: Path, prompt: Any = "a red ball", steps: int = 4, **inputs: Any) -> Tensor:
     """Return codi's image for seed 0."""
     pipe.set_adapters(pipe.load_adapter(adapter, as_=str(len(pipe.adapters))))
-    return pipe(prompt=prompt, steps=steps, output_type="pt", **given).images  # type: ignore[union-attr]
+    return pipe(prompt=prompt, steps=steps, output_type="pt", **inputs).images  # type: ignore[union-attr]
 
 
 def theirs(folder: Path, condition: Tensor | None) -> Tensor:
@@ -138,12 +138,12 @@ def test_stock_diffusers_makes_the_same_image(tmp_path, model, pipe, form, optio
     if form != "lora":
         inputs = {"image": rand(1, source.adapter.config["condition_channels"], 32, 32, seed=3)}
         condition = source.task.condition(source.task.bring(inputs["image"]))
-    picture, other = ours(pipe, adapter, **inputs), theirs(tmp_path / "out", condition)
+    image, stock_image = ours(pipe, adapter, **inputs), theirs(tmp_path / "out", condition)
     if inputs and source.task.takes_mask:  # our pipeline restores the known pixels
-        other = source.task.finish(other, source.task.bring(inputs["image"]))
-    print((picture - other).abs().max())
-    assert (picture - other).abs().max() < TOLERANCE
-    assert picture.std() > 0.01
+        stock_image = source.task.finish(stock_image, source.task.bring(inputs["image"]))
+    print((image - stock_image).abs().max())
+    assert (image - stock_image).abs().max() < TOLERANCE
+    assert image.std() > 0.01
 
 
 def test_export_for_xl_names_its_pipeline(tmp_path):
@@ -159,8 +159,11 @@ def test_export_for_xl_names_its_pipeline(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     export_diffusers(load_source(adapter, model), tmp_path / "out", steps=4)
     image = rand(1, 3, 32, 32, seed=3)
-    picture, other = ours(pipe, adapter, image=image), theirs(tmp_path / "out", task.condition(task.bring(image)))
-    assert (picture - other).abs().max() < TOLERANCE and picture.std() > 0.01
+    codi_image, stock_image = (
+        ours(pipe, adapter, image=image),
+        theirs(tmp_path / "out", task.condition(task.bring(image))),
+    )
+    assert (codi_image - stock_image).abs().max() < TOLERANCE and codi_image.std() > 0.01
 
 
 def test_adapter_trained_with_loras_needs_them_at_export(tmp_path, model):
@@ -324,8 +327,8 @@ def test_diffusers_loads_exported_ldm_files(tmp_path, model):
     for exported, path in ((net, out), (unet, tmp_path / "out-unet.safetensors")):
         exported.save_config(tmp_path / type(exported).__name__)
         loaded = type(exported).from_single_file(str(path), config=str(tmp_path / type(exported).__name__))
-        state, other = exported.state_dict(), loaded.state_dict()
-        assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+        state, loaded_state = exported.state_dict(), loaded.state_dict()
+        assert state.keys() == loaded_state.keys() and all(torch.equal(state[key], loaded_state[key]) for key in state)
 
 
 def test_stock_pipeline_loads_low_rank_updates_with_kohya_names(tmp_path, model, pipe):
@@ -337,8 +340,8 @@ def test_stock_pipeline_loads_low_rank_updates_with_kohya_names(tmp_path, model,
     )
     stock.load_lora_weights(tmp_path, weight_name="out.safetensors")
     options: Any = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
-    other = stock("a red ball", generator=torch.manual_seed(0), **options).images
-    assert (ours(pipe, adapter) - other).abs().max() < TOLERANCE
+    stock_image = stock("a red ball", generator=torch.manual_seed(0), **options).images
+    assert (ours(pipe, adapter) - stock_image).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -367,10 +370,10 @@ def test_ldm_files_keep_the_precision_of_the_adapter(tmp_path, model, half):
         adapter = make(tmp_path / name, "controlnet", downscale=8, half=half, **options, **GUIDED)
         source, out = load_source(adapter, model), tmp_path / f"{name}.safetensors"
         export_ldm(source, out, steps=4)
-        other = tmp_path / f"{name}-bf16.safetensors"
-        export_ldm(source, other, 4, torch.bfloat16)
+        converted = tmp_path / f"{name}-bf16.safetensors"
+        export_ldm(source, converted, 4, torch.bfloat16)
         kind = "unet" if name == "full" else "lora"
-        for path, expected in ((out, stored), (other, torch.bfloat16)):
+        for path, expected in ((out, stored), (converted, torch.bfloat16)):
             for file in (path, path.with_name(f"{path.stem}-{kind}.safetensors")):
                 kinds = {v.dtype for key, v in load_file(file).items() if not key.endswith(".alpha")}
                 assert kinds == {expected}, file
@@ -459,8 +462,8 @@ def test_sigmas_of_a_comfyui_workflow_make_the_same_image(tmp_path, model, pipe)
             v = source.loaded.network(x / (1 + now**2) ** 0.5, level, text_features).sample
         clean = x / (1 + now**2) - v * now / (1 + now**2) ** 0.5  # ComfyUI's V_PREDICTION
         x = clean + (x - clean) * after / now
-    picture = codec.decode(source.backbone.vae, x)
-    assert (picture - ours(pipe, adapter)).abs().max() < 1e-4
+    image = codec.decode(source.backbone.vae, x)
+    assert (image - ours(pipe, adapter)).abs().max() < 1e-4
 
 
 def test_controlnet_with_another_cell_size_has_no_ldm_form(tmp_path, model):
@@ -532,8 +535,8 @@ def test_onnx_size_must_be_a_multiple_of_the_cell(tmp_path, model):
 def test_large_onnx_models_store_weights_in_a_second_file(tmp_path, monkeypatch):
     weight = onnx.numpy_helper.from_array(np.arange(1024, dtype=np.float32), "w")
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1024])
-    node, other = onnx.helper.make_node("Add", ["x", "w"], ["y"]), onnx.helper.make_tensor_value_info("y", 1, [1024])
-    graph = onnx.helper.make_graph([node], "g", [value], [other], [weight])
+    node, output = onnx.helper.make_node("Add", ["x", "w"], ["y"]), onnx.helper.make_tensor_value_info("y", 1, [1024])
+    graph = onnx.helper.make_graph([node], "g", [value], [output], [weight])
     (tmp_path / "parts").mkdir()
     config = {name: "" for name in ("name", "task", "base", "licence", "version", "steps")}
     config |= {"output": {"y": {"shape": [1024]}}}

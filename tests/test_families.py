@@ -104,7 +104,7 @@ def test_untrained_adapters_are_exactly_neutral(family, form):
     backbone = FAMILIES[family]().freeze()
     z, time = randn(2, *noise_for(backbone, 0).shape[1:]), torch.tensor([300.0, 800.0])
     text, added = embed_prompts(backbone.text, [PROMPT, "blue box"], (SIDE, SIDE))
-    plain = Student(backbone.network)(z, time, Conditioning(text, added=added))
+    expected = Student(backbone.network)(z, time, Conditioning(text, added=added))
     try:
         adapter = FORMS[form].from_backbone(backbone.network, backbone.vae, 3, guidance_scales=1, target_time=True)
     except Exception as error:
@@ -114,13 +114,13 @@ def test_untrained_adapters_are_exactly_neutral(family, form):
     inputs: dict[str, Any] = {"guidance": torch.tensor([[2.0], [3.0]]), "jump": torch.tensor([[0.5, 0.15], [1.0, 0.8]])}
     conditioning = Conditioning(text, condition, added=added, **inputs)
     student = Student(backbone.network, adapter)
-    assert torch.equal(student(z, time, conditioning), plain)
+    assert torch.equal(student(z, time, conditioning), expected)
     with torch.no_grad():
         for parameter in adapter.parameters():
             if not parameter.any():  # zero-initialized, hence neutral
                 parameter.add_(0.1)
-    assert not torch.equal(student(z, time, conditioning), plain)
-    assert torch.equal(student(z, time, conditioning, strength=0.0), plain)
+    assert not torch.equal(student(z, time, conditioning), expected)
+    assert torch.equal(student(z, time, conditioning, strength=0.0), expected)
 
 
 @pytest.mark.parametrize("limit", [VERY_LARGE_INTEGER, 2000])
@@ -172,10 +172,10 @@ def test_gradient_checkpointing_changes_nothing(family, form):
         loss = student(z, time, Conditioning(text, condition, added=added)).square().mean()
         loss.backward()
         results.append((loss, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
-    (plain, gradients), (loss, others) = results
-    assert torch.equal(loss, plain) and gradients.keys() == others.keys() and len(gradients) > 4
+    (expected_loss, gradients), (loss, other_gradients) = results
+    assert torch.equal(loss, expected_loss) and gradients.keys() == other_gradients.keys() and len(gradients) > 4
     for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_every_block_has_low_rank_updates(family):

@@ -112,9 +112,9 @@ def compare(folder: Path, model: Path, name: str, form: str, **options: Any) -> 
         image = (rand(1, 3, SIDE, SIDE, seed=3) > 0.5).float()
         condition = source.task.condition(source.task.bring(image))
     export_diffusers(source, folder / "out", steps=4)
-    picture, other = ours(source, image), theirs(folder / "out", condition)
-    assert picture.std() > 0.01
-    difference = float((picture - other).abs().max())
+    codi_image, stock_image = ours(source, image), theirs(folder / "out", condition)
+    assert codi_image.std() > 0.01
+    difference = float((codi_image - stock_image).abs().max())
     print(name, form, options, f"{difference:.1e}")
     return difference
 

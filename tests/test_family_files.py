@@ -59,13 +59,13 @@ def test_low_rank_updates_are_merged_into_the_backbone(family, tmp_path):
     adapted = tiny_lora(backbone.network, "style")
     save_lora(adapted, tmp_path, "style")
     merged = load_backbone(tmp_path / "model", loras={str(tmp_path): 0.5}).network.state_dict()
-    updates, plain = dict(adapted.named_parameters()), backbone.network.state_dict()
+    updates, original = dict(adapted.named_parameters()), backbone.network.state_dict()
     names = [key.removesuffix(".base_layer.weight") for key in updates if key.endswith(".base_layer.weight")]
     assert names
     for name in names:
         a, b = (updates[f"{name}.lora_{factor}.style.weight"] for factor in "AB")
-        change = 0.5 * (b.flatten(1) @ a.flatten(1)).view_as(plain[f"{name}.weight"])  # some are 1 x 1 convolutions
-        torch.testing.assert_close(merged[f"{name}.weight"], plain[f"{name}.weight"] + change, rtol=0, atol=1e-6)
+        change = 0.5 * (b.flatten(1) @ a.flatten(1)).view_as(original[f"{name}.weight"])  # some are 1 x 1 convolutions
+        torch.testing.assert_close(merged[f"{name}.weight"], original[f"{name}.weight"] + change, rtol=0, atol=1e-6)
 
 
 def adapter(folder: Path, backbone: Any, form: str, task: str, seed: int, lora: bool = False) -> Path:
@@ -113,12 +113,12 @@ def test_full_adapter_loads_its_own_network(family, tmp_path):
     backbone = FAMILIES[family]().freeze()
     full_adapter = FORMS["hint"].from_backbone(backbone.network, backbone.vae)
     full_adapter.register_to_config(info={"task": "depth", "family": backbone.family, "full": True})
-    other = FAMILIES[family](seed=3)
-    save_adapter(tmp_path / "full", full_adapter, other.network, full=True, half=False)
+    trained = FAMILIES[family](seed=3)
+    save_adapter(tmp_path / "full", full_adapter, trained.network, full=True, half=False)
     assert (tmp_path / "full" / "transformer" / "config.json").is_file()
     pipe = CoDiPipeline(**vars(backbone))
     pipe.load_adapter(tmp_path / "full")
-    assert same(replace(backbone, transformer=pipe.student.network), other)
+    assert same(replace(backbone, transformer=pipe.student.network), trained)
 
 
 def test_images_are_upscaled_in_tiles(family, tmp_path):

@@ -66,8 +66,8 @@ def test_recipes_train_a_tiny_model(name, tmp_path):
     }  # fmt: skip
     values = {**read_recipe(name), **overrides}
     if values.pop("loras", None):
-        plain = build(DistillRecipe, {**values, "out": str(tmp_path / "style"), "cache": None}, name)
-        values["loras"] = {str(distill(plain, quiet=True) / FILE): 0.5}
+        style_recipe = build(DistillRecipe, {**values, "out": str(tmp_path / "style"), "cache": None}, name)
+        values["loras"] = {str(distill(style_recipe, quiet=True) / FILE): 0.5}
     recipe = build(DistillRecipe, {**values, "out": str(tmp_path / "out")}, name)
     assert recipe.gradient_checkpointing and recipe.backbone_precision == "bf16" and not recipe.train_backbone
     make_cache(recipe, tmp_path / "cache")

@@ -50,17 +50,15 @@ def run(model: Path, adapter: str | Path, **changes: Any) -> torch.Tensor:
 
 
 def test_resumed_training_equals_uninterrupted_and_saved_pipelines_reload(recipe, model, tmp_path):
-    whole = distill(recipe, quiet=True)
+    uninterrupted = distill(recipe, quiet=True)
     interrupted = replace(recipe, out=str(tmp_path / "parts"))
     distill(replace(interrupted, images=2), quiet=True)
     distill(interrupted, quiet=True)
-    resumed, uninterrupted = weights(interrupted.out), weights(whole)
-    assert resumed.keys() == uninterrupted.keys() and all(
-        torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted
-    )
-    image = run(model, whole)
-    assert image.shape == (1, 3, 32, 32) and not torch.equal(image, run(model, whole, strength=0.0))
-    pipe = CoDiPipeline.from_pretrained(model, task="depth", adapter=whole)
+    resumed, expected = weights(interrupted.out), weights(uninterrupted)
+    assert resumed.keys() == expected.keys() and all(torch.equal(resumed[k], expected[k]) for k in expected)
+    image = run(model, uninterrupted)
+    assert image.shape == (1, 3, 32, 32) and not torch.equal(image, run(model, uninterrupted, strength=0.0))
+    pipe = CoDiPipeline.from_pretrained(model, task="depth", adapter=uninterrupted)
     pipe.save_pretrained(tmp_path / "saved")
     reloaded = CoDiPipeline.from_pretrained(tmp_path / "saved")
     reloaded.set_progress_bar_config(disable=True)
@@ -105,14 +103,20 @@ def test_training_with_a_cache_does_not_load_text_encoders(recipe, tmp_path, mon
     """The weights equal those of a cache without its prompt file, for which text encoders are loaded."""
     exact = replace(recipe, images=2)
     make_cache(exact, tmp_path / "cache", exact=True)
-    plain = weights(distill(replace(exact, out=str(tmp_path / "plain"), cache=str(tmp_path / "cache")), quiet=True))
+    cached_prompts = weights(
+        distill(replace(exact, out=str(tmp_path / "plain"), cache=str(tmp_path / "cache")), quiet=True)
+    )
     loaded: list[Any] = []
     original = PromptCache.of
     monkeypatch.setattr(PromptCache, "of", lambda *arguments: loaded.append(1) or original(*arguments))
     (tmp_path / "cache" / PROMPTS).rename(tmp_path / "kept")
-    without = weights(distill(replace(exact, out=str(tmp_path / "out2"), cache=str(tmp_path / "cache")), quiet=True))
+    encoded_prompts = weights(
+        distill(replace(exact, out=str(tmp_path / "out2"), cache=str(tmp_path / "cache")), quiet=True)
+    )
     assert loaded
-    assert plain.keys() == without.keys() and all(torch.equal(plain[k], without[k]) for k in plain)
+    assert cached_prompts.keys() == encoded_prompts.keys() and all(
+        torch.equal(cached_prompts[k], encoded_prompts[k]) for k in cached_prompts
+    )
 
 
 def test_low_rank_updates_are_loaded_by_the_stock_pipeline(recipe, model):

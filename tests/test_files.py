@@ -43,12 +43,12 @@ def test_file_permissions_follow_the_umask(tmp_path, mask):
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written")])
-def test_write_errors_are_one_line_and_leave_no_files(tmp_path, write, code, words):
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written")])
+def test_write_errors_are_one_line_and_leave_no_files(tmp_path, write, code, message):
     def fill(temporary):
         raise OSError(code, os.strerror(code))
 
-    with pytest.raises(UserError, match=rf"^.*/a: {words}.*: ?.*$"):
+    with pytest.raises(UserError, match=rf"^.*/a: {message}.*: ?.*$"):
         write(tmp_path / "a", fill)
     assert names(tmp_path) == []
 
