@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import bakeoff  # noqa: E402
-import vae as vae_figures  # noqa: E402
+import vae as vae_benchmark  # noqa: E402
 
 from codi.training.unet import new_scheduler  # noqa: E402
 from tiny import rand  # noqa: E402
@@ -49,6 +49,6 @@ def test_training_figures_are_read_from_the_last_checkpoint(tmp_path):
 
 
 def test_vae_judge_compares_five_resolutions():
-    judge, image = vae_figures.Judge(), rand(2, 3, 64, 64)
+    judge, image = vae_benchmark.Judge(), rand(2, 3, 64, 64)
     assert [m.shape[-1] for m in judge.maps(image)] == [128, 64, 32, 16, 8]
     assert float(judge(image, image).max()) == 0 and float(judge(image, image.flip(-1)).min()) > 0

@@ -294,7 +294,7 @@ def write_adapter(folder, task, images=16, **info_entries):
     return folder
 
 
-def measured_by(name, monkeypatch, tmp_path, pipes):
+def measure_rows(name, monkeypatch, tmp_path, pipes):
     """Return the rows (method, steps, guidance scale, adapter name) of a benchmark task, and the task measured.
 
     `pipes` maps adapter names to pipelines; "" is the backbone without an adapter.
@@ -320,7 +320,7 @@ def test_finetuned_reference_runs_with_the_adapters_guidance_and_without(monkeyp
     task = get_task("depth", soften=0.5)
     few = {"guidance": {"text": [1, 4]}, "guidance_scale": 2.0}
     pipes = {"depth": FakePipe(task, **few), "depth-finetuned": FakePipe(task), "depth-full": FakePipe(task, **few)}
-    rows, measured = measured_by("depth", monkeypatch, tmp_path, pipes)
+    rows, measured = measure_rows("depth", monkeypatch, tmp_path, pipes)
     assert measured == get_task("depth", soften=0.0)
     few = (("pe-codi-tuned", "depth"), ("codi", "depth-full"))
     assert rows[:6] == [(method, n, None, adapter) for method, adapter in few for n in (1, 2, 4)]
@@ -334,10 +334,10 @@ def test_finetuned_reference_runs_with_the_adapters_guidance_and_without(monkeyp
 def test_unguided_tasks_have_one_reference_and_generate_compares_with_the_backbone(monkeypatch, tmp_path):
     task = get_task("upscale")
     pipes = {"upscale": FakePipe(task), "upscale-finetuned": FakePipe(task)}
-    rows, _ = measured_by("upscale", monkeypatch, tmp_path, pipes)
+    rows, _ = measure_rows("upscale", monkeypatch, tmp_path, pipes)
     assert [row[:3] for row in rows[3:]] == [("finetuned", 4, 1.0), ("finetuned", 50, 1.0)]
     guided = FakePipe(get_task("generate"), guidance={"text": [1, 4]}, guidance_scale=2.0)
-    rows, _ = measured_by("generate", monkeypatch, tmp_path, {"generate": guided, "": FakePipe()})
+    rows, _ = measure_rows("generate", monkeypatch, tmp_path, {"generate": guided, "": FakePipe()})
     expected = [("backbone", 4, 2.0, ""), ("backbone", 50, 2.0, ""), ("backbone, guidance 3", 50, 3.0, "")]
     assert rows[3:] == expected
 
@@ -356,7 +356,7 @@ def test_entries_use_only_existing_adapters(monkeypatch, tmp_path):
     write_adapter(runs / "inpaint", get_task("inpaint"))
     assert list(task_figures.adapters_of("composition", args)) == ["inpaint", "depth"]
     pipes = {"upscale-x8": FakePipe(get_task("upscale", scale=8))}
-    rows, measured = measured_by("upscale-x8", monkeypatch, runs, pipes)
+    rows, measured = measure_rows("upscale-x8", monkeypatch, runs, pipes)
     assert [row[:2] for row in rows] == [("pe-codi-tuned", n) for n in (1, 2, 4)] and measured.scale == 8
 
 

@@ -271,14 +271,14 @@ def test_decoder_of_another_latent_space_is_refused(recipe, finished, tmp_path):
 def test_saved_pipeline_keeps_its_decoder(recipe, finished, tmp_path, caplog):
     pipe = CoDiPipeline.from_pretrained(recipe.model, decoder=finished)
     full_pipe = CoDiPipeline.from_pretrained(recipe.model)
-    tiny, full = (run(_quiet(p)) for p in (pipe, full_pipe))
+    tiny, full = (run(_without_progress_bar(p)) for p in (pipe, full_pipe))
     assert not torch.allclose(tiny, full, atol=1e-3)
     pipe.save_pretrained(tmp_path / "saved")
     for decoder, expected in ((None, tiny), ("tiny", tiny), ("full", full)):
-        reloaded = _quiet(CoDiPipeline.from_pretrained(tmp_path / "saved", decoder=decoder))
+        reloaded = _without_progress_bar(CoDiPipeline.from_pretrained(tmp_path / "saved", decoder=decoder))
         assert torch.equal(run(reloaded), expected)
     reloaded.save_pretrained(tmp_path / "saved")  # overwrites, now with the full decoder
-    assert torch.equal(run(_quiet(CoDiPipeline.from_pretrained(tmp_path / "saved"))), full)
+    assert torch.equal(run(_without_progress_bar(CoDiPipeline.from_pretrained(tmp_path / "saved"))), full)
     caplog.clear()
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert "not expected" not in caplog.text
@@ -286,14 +286,14 @@ def test_saved_pipeline_keeps_its_decoder(recipe, finished, tmp_path, caplog):
     assert half.tiny_vae.dtype == torch.bfloat16 and run(half).isfinite().all()
 
 
-def _quiet(pipe: CoDiPipeline) -> CoDiPipeline:
+def _without_progress_bar(pipe: CoDiPipeline) -> CoDiPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_tiles_use_the_tiny_decoder_and_conditions_the_vae(recipe, finished, tmp_path, monkeypatch):
     make_adapter(tmp_path / "upscale", "upscale")
-    pipe = _quiet(
+    pipe = _without_progress_bar(
         CoDiPipeline.from_pretrained(recipe.model, task="upscale", adapter=tmp_path / "upscale", decoder=finished)
     )
     monkeypatch.setattr(pipe.vae, "decode", None)

@@ -25,7 +25,7 @@ def metric(a: Tensor, b: Tensor) -> Tensor:
     return (encode(a) - encode(b)).abs().mean((1, 2, 3))
 
 
-FOUR = {
+DISTANCES = {
     "latent": latent,
     "pixel": pixel(decode),
     "features": features(decode, encode),
@@ -33,7 +33,7 @@ FOUR = {
 }
 
 
-@pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
+@pytest.mark.parametrize("d_x", DISTANCES.values(), ids=DISTANCES)
 def test_distances_are_0_at_the_target_and_have_a_gradient_elsewhere(d_x):
     x = randn(2, 4, 3, 3)
     batch = LatentBatch(x, None, decode(x))
@@ -47,7 +47,7 @@ def test_distances_are_0_at_the_target_and_have_a_gradient_elsewhere(d_x):
     assert nearer < distance
 
 
-@pytest.mark.parametrize("d_x", FOUR.values(), ids=FOUR)
+@pytest.mark.parametrize("d_x", DISTANCES.values(), ids=DISTANCES)
 def test_codi_loss_weights_the_distance(d_x):
     x, weight = randn(2, 4, 3, 3), torch.tensor(0.2, requires_grad=True)
     batch, t = LatentBatch(x, None, decode(x)), torch.tensor([300])

@@ -230,20 +230,20 @@ def test_progress_counts_up_to_the_total(features):
 # --- obedience and the judge -----------------------------------------------------------------------------------------
 
 
-def halves(output, given, batch):
+def nan_for_odd(output, given, batch):
     """A judge that returns NaN for odd samples."""
     odd = torch.tensor(batch.index) % 2 == 1
     return {"brightness": output.mean((1, 2, 3)).masked_fill(odd, math.nan), "nothing": odd * math.nan}
 
 
 def test_judge_gives_the_headline_figure_and_the_task_the_rest(features):
-    results = run(features, judge=halves)
+    results = run(features, judge=nan_for_odd)
     unjudged = run(features)
     for row, other in zip(results.rows, unjudged.rows, strict=True):
         assert list(row.measures) == ["brightness", "input_psnr"] and row.obedience == row.measures["brightness"]
         assert row.measures["input_psnr"] == other.obedience
     assert "brightness" in results.obedience_unit and unjudged.obedience_unit == Shrink.obedience_unit
-    row = run(features, judge=halves, batch=1).rows[0]
+    row = run(features, judge=nan_for_odd, batch=1).rows[0]
     assert row.obedience == pytest.approx(results.rows[0].obedience)
     even = Pictures(8).images[0:6:2]
     assert results.rows[0].obedience == pytest.approx(float(even.mean()), abs=0.01)

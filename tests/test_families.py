@@ -60,7 +60,7 @@ def family(request) -> str:
     return request.param
 
 
-def quiet(pipe: Any) -> Any:
+def without_progress_bar(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -79,7 +79,7 @@ def noise_for(backbone: Any, seed: int, side: int = SIDE) -> Tensor:
 def pictures(name: str, ours: dict[str, Any], theirs: dict[str, Any], steps: int) -> tuple[Tensor, Tensor]:
     """Return the images of CoDiPipeline without an adapter and of the stock pipeline, for the same noise and sigmas."""
     backbone = FAMILIES[name]().freeze()
-    stock, pipe = quiet(backbone.pipeline()), quiet(CoDiPipeline(**vars(backbone)))
+    stock, pipe = without_progress_bar(backbone.pipeline()), without_progress_bar(CoDiPipeline(**vars(backbone)))
     side = SIDES.get(name, SIDE)
     latents = backbone.kind.to_stock(noise_for(backbone, 3, side))
     expected = stock(

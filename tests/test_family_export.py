@@ -120,7 +120,7 @@ def compare(folder: Path, model: Path, name: str, form: str, **options: Any) -> 
 
 
 @pytest.fixture
-def small(monkeypatch):
+def trained_at_side(monkeypatch):
     """Set the training size of all backbones to SIDE, for exports of a fixed size."""
     for kind in KINDS:
         cells = SIDE // 4 if kind.name == "FLUX.2" else SIDE // 2
@@ -129,13 +129,13 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"shift": 3.0, **GUIDED}], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_exported_low_rank_updates_give_the_same_image(tmp_path, models, small, name, options):
+def test_exported_low_rank_updates_give_the_same_image(tmp_path, models, trained_at_side, name, options):
     """Uses `load_lora_weights` and scheduler_config.json; distilled guidance becomes a low-rank update too."""
     assert compare(tmp_path, models(name), name, "lora", task="generate", **options) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["flux", "zimage", "flux2", "sana"])
-def test_exported_full_networks_give_the_same_image(tmp_path, models, small, name):
+def test_exported_full_networks_give_the_same_image(tmp_path, models, trained_at_side, name):
     assert compare(tmp_path, models(name), name, "lora", task="generate", full=True, **GUIDED) < TOLERANCE
 
 
@@ -152,7 +152,7 @@ def test_exported_adapters_with_undistilled_guidance_give_the_same_image(tmp_pat
 
 
 @pytest.mark.parametrize("options", [{}, {"full": True}, {"shift": 2.0, **GUIDED}], ids=["lora", "full", "guided"])
-def test_hint_adapter_exports_as_a_control_lora(tmp_path, models, small, options):
+def test_hint_adapter_exports_as_a_control_lora(tmp_path, models, trained_at_side, options):
     assert compare(tmp_path, models("flux"), "flux", "hint", **options) < TOLERANCE
 
 
@@ -169,12 +169,12 @@ def test_exported_controlnets_with_a_full_network_give_the_same_image(tmp_path, 
 
 @pytest.mark.parametrize("options", [{}, {"shift": 2.0, **GUIDED}], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd35", "sana", "qwenimage"])
-def test_exported_controlnets_give_the_same_image(tmp_path, models, small, name, options):
+def test_exported_controlnets_give_the_same_image(tmp_path, models, trained_at_side, name, options):
     assert compare(tmp_path, models(name), name, "controlnet", **options) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["sd3", "sana", "flux"])
-def test_exported_consistency_sampling_draws_codis_noise(tmp_path, models, small, name, monkeypatch):
+def test_exported_consistency_sampling_draws_codis_noise(tmp_path, models, trained_at_side, name, monkeypatch):
     """For FLUX.1, packed noise is drawn in image order here, as codi draws it."""
     if name == "flux":
         monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", packed_noise)
@@ -183,7 +183,7 @@ def test_exported_consistency_sampling_draws_codis_noise(tmp_path, models, small
 
 @pytest.mark.parametrize("full", [False, True], ids=["updates", "full"])
 @pytest.mark.parametrize("name", ["sd3", "sana", "flux", "zimage"])
-def test_exported_flow_maps_give_the_same_image(tmp_path, models, small, name, full):
+def test_exported_flow_maps_give_the_same_image(tmp_path, models, trained_at_side, name, full):
     options = {"form": "controlnet"} if full and name != "zimage" else {"form": "lora", "task": "generate"}
     assert compare(tmp_path, models(name), name, full=full, sampler="map", **options) < TOLERANCE
 
@@ -191,7 +191,7 @@ def test_exported_flow_maps_give_the_same_image(tmp_path, models, small, name, f
 @pytest.mark.parametrize("steps", [1, 4, 7])
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_exported_scheduler_has_the_adapters_times(tmp_path, models, small, name, shift, steps):
+def test_exported_scheduler_has_the_adapters_times(tmp_path, models, trained_at_side, name, shift, steps):
     """With the arguments of the stock pipeline, after a round trip through scheduler_config.json."""
     source = source_without_adapter(FAMILIES[name](), shift)
     make_flow_scheduler(source, steps).save_pretrained(tmp_path)

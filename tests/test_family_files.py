@@ -27,12 +27,12 @@ def family(request) -> str:
     return request.param
 
 
-def quiet(pipe: Any) -> Any:
+def without_progress_bar(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def same(a: Any, b: Any) -> bool:
+def same_weights(a: Any, b: Any) -> bool:
     ours, theirs = a.network.state_dict(), b.network.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
@@ -41,7 +41,7 @@ def test_fp16_variants_and_sharded_weights_load(family, tmp_path):
     backbone = FAMILIES[family]()
     backbone.pipeline().save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards" / "transformer").glob("*.safetensors"))) > 1
-    assert same(load_backbone(tmp_path / "shards"), backbone)
+    assert same_weights(load_backbone(tmp_path / "shards"), backbone)
     halves = FAMILIES[family]()
     halves.network.half()
     halves.pipeline().save_pretrained(tmp_path / "fp16", variant="fp16", max_shard_size="10KB")
@@ -68,7 +68,7 @@ def test_low_rank_updates_are_merged_into_the_backbone(family, tmp_path):
         torch.testing.assert_close(merged[f"{name}.weight"], original[f"{name}.weight"] + change, rtol=0, atol=1e-6)
 
 
-def adapter(folder: Path, backbone: Any, form: str, task: str, seed: int, lora: bool = False) -> Path:
+def write_adapter(folder: Path, backbone: Any, form: str, task: str, seed: int, lora: bool = False) -> Path:
     """Save an adapter with nonzero weights."""
     network = tiny_lora(backbone.network, task, seed) if lora else backbone.network
     adapter_module = FORMS[form].from_backbone(backbone.network, backbone.vae)
@@ -83,9 +83,9 @@ def adapter(folder: Path, backbone: Any, form: str, task: str, seed: int, lora: 
 def test_two_adapters_combine_by_weight(family, tmp_path):
     """Weight 0 disables an adapter, and strength 0 gives exactly the backbone's image."""
     backbone = FAMILIES[family]().freeze()
-    first = adapter(tmp_path / "first", backbone, "fused", "depth", 1)
-    second = adapter(tmp_path / "second", backbone, "hint", "canny", 2, lora=True)
-    pipe = quiet(CoDiPipeline(**vars(backbone)))
+    first = write_adapter(tmp_path / "first", backbone, "fused", "depth", 1)
+    second = write_adapter(tmp_path / "second", backbone, "hint", "canny", 2, lora=True)
+    pipe = without_progress_bar(CoDiPipeline(**vars(backbone)))
     for folder in (first, second):
         pipe.load_adapter(folder)
 
@@ -118,14 +118,14 @@ def test_full_adapter_loads_its_own_network(family, tmp_path):
     assert (tmp_path / "full" / "transformer" / "config.json").is_file()
     pipe = CoDiPipeline(**vars(backbone))
     pipe.load_adapter(tmp_path / "full")
-    assert same(replace(backbone, transformer=pipe.student.network), trained)
+    assert same_weights(replace(backbone, transformer=pipe.student.network), trained)
 
 
 def test_images_are_upscaled_in_tiles(family, tmp_path):
     """Tiles align with tokens and share one noise field."""
     backbone = FAMILIES[family]().freeze()
-    pipe = quiet(CoDiPipeline(**vars(backbone)))
-    pipe.load_adapter(adapter(tmp_path / "upscale", backbone, "hint", "upscale", 1))
+    pipe = without_progress_bar(CoDiPipeline(**vars(backbone)))
+    pipe.load_adapter(write_adapter(tmp_path / "upscale", backbone, "hint", "upscale", 1))
     align = pipe.tiles(rand(1, 3, 999, 999)).align  # type: ignore[union-attr]
     assert 4 * align % pipe.cell == 0
     picture = rand(1, 3, 5 * align, 3 * align)
