@@ -1,4 +1,4 @@
-"""The house keeps its order: imports flow one way, everything public is explained, nothing of one machine is in it."""
+"""Rules of the repository: one-way imports between layers, docstrings, short functions, no local paths."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ LONGER = {  # functions that are still to be split, with the lines that they may
 }  # fmt: skip
 PUBLIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
-# What each room may import of codi: a room, or one module of it. Its own modules are always allowed.
+# The layers, or single modules of a layer, that each layer may import. Its own modules are always allowed.
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
@@ -49,13 +49,13 @@ MAY_IMPORT["codi"] = set(MAY_IMPORT) - {"apps"}  # the package's own __init__: w
 
 
 def module_name(path: Path) -> str:
-    """'data.images' for src/codi/data/images.py, 'data' for its __init__, '' for codi's own."""
+    """Return 'data.images' for src/codi/data/images.py, 'data' for its __init__, '' for codi's own."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str:
-    """The room a module lies in; 'codi' for the package's own __init__. `python -m codi` is the shell's door."""
+def layer_of(module: str) -> str:
+    """Return the layer of a module: 'codi' for the package's own __init__, 'apps' for `python -m codi`."""
     return "apps" if module == "__main__" else module.split(".")[0] or "codi"
 
 
@@ -63,7 +63,7 @@ MODULES = {module_name(path) for path in SOURCES}
 
 
 def imports(tree: ast.Module, path: Path) -> Iterator[tuple[int, str]]:
-    """(line, module below codi) of every import that runs; those made for type checkers alone bind nothing."""
+    """Yield (line, module below codi) of every import that runs, without those for type checkers only."""
     package = ["codi", *path.relative_to(PACKAGE).parent.parts]
     typing_only = {
         id(inner)
@@ -79,7 +79,7 @@ def imports(tree: ast.Module, path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            # `from .data import images` names a module, `from .data.images import read_image` a thing inside one.
+            # `from .data import images` names a module, `from .data.images import read_image` a name inside one.
             names = [
                 full if (full := f"{base}.{alias.name}").removeprefix("codi.") in MODULES else base
                 for alias in node.names
@@ -92,26 +92,26 @@ def imports(tree: ast.Module, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def forbidden(source: str, path: Path) -> list[str]:
-    """The imports in `source`, standing at `path`, that go against the direction."""
-    room = room_of(module_name(path))
-    allowed = MAY_IMPORT[room] | {room}
-    found = []
+    """Return the imports in `source`, a file at `path`, that its layer may not make."""
+    layer = layer_of(module_name(path))
+    allowed = MAY_IMPORT[layer] | {layer}
+    faults = []
     for line, target in imports(ast.parse(source), path):
         prefixes = {".".join(target.split(".")[:n]) for n in range(1, target.count(".") + 2)}
         if not prefixes & allowed:
-            found.append(f"{path.relative_to(ROOT)}:{line}: {room} must not import {target or 'codi'}")
-    return found
+            faults.append(f"{path.relative_to(ROOT)}:{line}: {layer} must not import {target or 'codi'}")
+    return faults
 
 
 def test_imports_flow_one_way():
     assert SOURCES
-    unknown = {room_of(module) for module in MODULES} - set(MAY_IMPORT)
-    assert not unknown, f"rooms that the map does not know: {sorted(unknown)}"
+    unknown = {layer_of(module) for module in MODULES} - set(MAY_IMPORT)
+    assert not unknown, f"layers missing from MAY_IMPORT: {sorted(unknown)}"
     assert [fault for path in SOURCES for fault in forbidden(path.read_text(), path)] == []
 
 
 @pytest.mark.parametrize(
-    ("where", "source", "faults"),
+    ("path", "source", "faults"),
     [
         ("models/x.py", "from ..schedule import alpha\nfrom . import codec", 0),
         ("models/x.py", "from ..tasks import get_task", 1),
@@ -127,8 +127,8 @@ def test_imports_flow_one_way():
         ("__init__.py", "from .apps import cli", 1),
     ],
 )
-def test_the_direction_is_read_rightly(where, source, faults):
-    assert len(forbidden(source, PACKAGE / where)) == faults
+def test_forbidden_imports_are_detected(path, source, faults):
+    assert len(forbidden(source, PACKAGE / path)) == faults
 
 
 def test_everything_public_has_a_docstring():
@@ -154,15 +154,15 @@ def test_functions_stay_short():
     assert {name: n for name, n in lengths.items() if n > LONGER.get(name, MAX_LINES)} == {}
 
 
-def test_the_map_of_the_rooms_is_complete():
+def test_contributing_lists_every_layer_and_existing_tests():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    assert {room for room in map(room_of, MODULES) if f"| `{room}" not in text} <= {"codi"}
-    named = set(re.findall(r"`(test_\w+\.py)`", text))
-    assert {name for name in named if not (ROOT / "tests" / name).is_file()} == set()
+    assert {layer for layer in map(layer_of, MODULES) if f"| `{layer}" not in text} <= {"codi"}
+    mentioned = set(re.findall(r"`(test_\w+\.py)`", text))
+    assert {name for name in mentioned if not (ROOT / "tests" / name).is_file()} == set()
 
 
 def readme_commands() -> list[str]:
-    """The shell lines of README: those that are set in by four spaces, without their remarks."""
+    """Return the shell lines of the README, those indented by four spaces, without their comments."""
     lines = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S), re.M)
     return [re.sub(r"\s#.*", "", line).strip() for line in lines]
 
@@ -170,11 +170,11 @@ def readme_commands() -> list[str]:
 def test_readme_names_only_targets_that_exist():
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
     assert {"setup", "demo", "test"} <= targets
-    named = [line.split()[1] for line in readme_commands() if line.startswith("make ")]
-    assert named == ["demo", "test"] and set(named) <= targets
+    mentioned = [line.split()[1] for line in readme_commands() if line.startswith("make ")]
+    assert mentioned == ["demo", "test"] and set(mentioned) <= targets
 
 
-def test_readme_s_commands_have_the_flags_that_it_shows():
+def test_readme_commands_have_the_flags_that_it_shows():
     from typer.main import get_command
 
     from codi.apps.cli import app
@@ -182,30 +182,32 @@ def test_readme_s_commands_have_the_flags_that_it_shows():
     shown = [line.split() for line in readme_commands() if line.startswith(".venv/bin/codi ")]
     assert len(shown) >= 9
     known: Any = get_command(app)
-    for _, name, *words in shown:
+    for _, name, *arguments in shown:
         command = known.commands[name]
         if hasattr(command, "commands"):
-            command = command.commands[words[0]]
+            command = command.commands[arguments[0]]
         flags = {flag for parameter in command.params for flag in parameter.opts}
-        assert {word for word in words if word.startswith("-")} <= flags, " ".join([name, *words])
+        assert {argument for argument in arguments if argument.startswith("-")} <= flags, " ".join([name, *arguments])
 
 
 def test_readme_names_only_recipes_that_exist():
-    named = re.findall(r"codi distill ([a-z][a-z0-9-]*)(?=[ `])", (ROOT / "README.md").read_text())
-    assert named and {name for name in named if not (PACKAGE / "recipes" / f"{name}.yaml").is_file()} <= {"my-depth"}
+    mentioned = re.findall(r"codi distill ([a-z][a-z0-9-]*)(?=[ `])", (ROOT / "README.md").read_text())
+    assert mentioned and {name for name in mentioned if not (PACKAGE / "recipes" / f"{name}.yaml").is_file()} <= {
+        "my-depth"
+    }
 
 
-def test_nothing_of_one_machine_is_in_the_repo():
+def test_no_local_paths_are_in_the_repository():
     kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".json", ".jsonl", ".html", ""}
-    made = {".git", ".venv", "demo", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
-    machine = re.compile(r"/(?:work|root|home/\w+)/")
-    found = []
+    generated = {".git", ".venv", "demo", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
+    local_path = re.compile(r"/(?:work|root|home/\w+)/")
+    faults = []
     for path in sorted(ROOT.rglob("*")):
         inside = path.relative_to(ROOT)
-        if path.suffix not in kinds or made & set(inside.parts) or not path.is_file():
+        if path.suffix not in kinds or generated & set(inside.parts) or not path.is_file():
             continue
         lines = path.read_text(errors="replace").splitlines()
-        found += [
-            f"{inside}:{number}: {line.strip()[:80]}" for number, line in enumerate(lines, 1) if machine.search(line)
+        faults += [
+            f"{inside}:{number}: {line.strip()[:80]}" for number, line in enumerate(lines, 1) if local_path.search(line)
         ]
-    assert found == []
+    assert faults == []

@@ -1,4 +1,4 @@
-"""One training at a time in a folder, and nothing left behind by one that was killed."""
+"""One training per folder at a time, and no leftovers of one that was killed."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ RUNS = {distill: DistillRecipe, pretrain: PretrainRecipe, distill_decoder: Decod
 
 @pytest.mark.parametrize("train", RUNS)
 def test_a_second_training_in_a_folder_is_refused(train, tmp_path):
-    """And writes nothing there."""
+    """It writes nothing there."""
     recipe = RUNS[train](out=str(tmp_path / "out"), device="cpu")
     with only_run(tmp_path / "out"):
-        (tmp_path / "out" / ".writing-x").mkdir()  # of the first one, at work
+        (tmp_path / "out" / ".writing-x").mkdir()  # of the first training, still running
         with pytest.raises(UserError, match=r"out: another training is at work there: wait .* --out$"):
             train(recipe, quiet=True)
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [LOCK, ".writing-x"]
 
 
-def test_a_folder_in_which_nothing_was_left_goes(tmp_path):
+def test_a_folder_that_a_run_left_empty_is_removed(tmp_path):
     with locked(tmp_path / "out", "busy"):
         assert (tmp_path / "out" / LOCK).is_file()
     assert not (tmp_path / "out").exists()
@@ -52,7 +52,7 @@ def test_a_folder_in_which_nothing_was_left_goes(tmp_path):
 
 
 def hold(folder: Path, pipe: Any) -> None:
-    """Say whether the lock was free, and keep it for as long as the other side listens."""
+    """Send whether the lock was free, and hold it until the other side answers."""
     try:
         with locked(folder, "busy"):
             pipe.send("in")
@@ -61,8 +61,8 @@ def hold(folder: Path, pipe: Any) -> None:
         pipe.send(str(error))
 
 
-def test_a_lock_goes_with_its_process(tmp_path):
-    """Of processes that start together exactly one goes on; after a SIGKILL the next does."""
+def test_a_lock_ends_with_its_process(tmp_path):
+    """Of processes that start together exactly one gets the lock; after its SIGKILL the lock is free."""
     fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
     ends = [fork.Pipe() for _ in range(3)]
     processes = [fork.Process(target=hold, args=(out, far)) for _, far in ends]
@@ -80,7 +80,7 @@ def test_a_lock_goes_with_its_process(tmp_path):
 
 
 def saved(root: Path, updates: int, keep: int = 2) -> Path:
-    """A checkpoint of a tiny network."""
+    """Save a checkpoint of a tiny network, and return its folder."""
     net = torch.nn.Linear(2, 2)
     return checkpoint.save(root, Progress(updates), net, net, torch.optim.AdamW(net.parameters()), {}, keep=keep)
 
@@ -90,19 +90,19 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("deleted", [0, 1, 3])
-def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch, deleted):
-    """Whatever was deleted of it, it is no checkpoint any more, and the next run removes the rest."""
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_partial_one(tmp_path, monkeypatch, deleted):
+    """A partly deleted checkpoint no longer counts as one, and the next run removes the rest."""
     root = tmp_path / "checkpoints"
     saved(root, 1, keep=1)
 
-    def killed(folder, **_):
+    def interrupt(folder, **_):
         if folder.is_dir():
             for file in sorted(folder.iterdir())[:deleted]:
                 file.unlink()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
-        during.setattr("codi.training.checkpoint.shutil.rmtree", killed)
+        during.setattr("codi.training.checkpoint.shutil.rmtree", interrupt)
         saved(root, 2, keep=1)
     assert [p.name for p in checkpoint.complete(root)] == ["step-00000002"] and len(names(root)) == 2
     checkpoint.clean(tmp_path)
@@ -110,20 +110,22 @@ def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch, delete
 
 
 def test_leftovers_of_earlier_versions_are_removed(tmp_path):
-    """They deleted a checkpoint under its own name."""
+    """Earlier versions deleted a checkpoint under its own name."""
     root = tmp_path / "checkpoints"
     for updates in (1, 2):
         saved(root, updates)
     (root / "step-00000001" / "state.json").unlink()
-    (tmp_path / "step-own").mkdir()  # not among the checkpoints: somebody's own
+    (tmp_path / "step-own").mkdir()  # outside checkpoints/: a folder of the user
     checkpoint.clean(tmp_path)
     assert names(root) == ["step-00000002"] and names(tmp_path) == ["checkpoints", "step-own"]
 
 
-@pytest.mark.parametrize("left", [[".finished"], [".writing-old-.finished"], [".finished", ".writing-old-.finished"]])
+@pytest.mark.parametrize(
+    "leftovers", [[".finished"], [".writing-old-.finished"], [".finished", ".writing-old-.finished"]]
+)
 @pytest.mark.parametrize("cleaned", [False, True])
-def test_leftovers_of_a_kill_while_a_model_is_placed(tmp_path, left, cleaned):
-    for name in left:
+def test_leftovers_of_a_kill_while_a_model_is_written_are_removed(tmp_path, leftovers, cleaned):
+    for name in leftovers:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("old")
     if cleaned:
@@ -159,8 +161,8 @@ def test_a_checkpoint_with_altered_files_is_refused(tmp_path, file):
         load(folder)
 
 
-def test_a_checkpoint_of_before_there_were_checksums_loads(tmp_path):
-    """With the optimizer's groups, which it kept."""
+def test_a_checkpoint_without_checksums_loads(tmp_path):
+    """With the optimizer's groups, which it stored."""
     folder = saved(tmp_path, 1)
     checkpoint.edit_json(folder / "state.json", files=None, groups=[{"lr": 1.0, "params": [0, 1]}])
     assert load(folder).updates == 1
@@ -179,7 +181,7 @@ def test_a_checkpoint_of_before_there_were_checksums_loads(tmp_path):
         *(json.dumps({"progress": {}, "recipe": {}, "scaler": scaler}) for scaler in ("x", [1], {"scale": "x"})),
     ],
 )  # fmt: skip
-def test_a_state_of_wrong_types_is_one_clear_line(tmp_path, state):
+def test_a_state_with_wrong_types_is_a_one_line_error(tmp_path, state):
     folder = saved(tmp_path, 1)
     (folder / "state.json").write_text(state)
     recipe = DistillRecipe(out="x")
@@ -190,7 +192,7 @@ def test_a_state_of_wrong_types_is_one_clear_line(tmp_path, state):
 
 
 @pytest.mark.parametrize("files", [3, [], "x", {"weights.safetensors": 3}, {"../../no-such-file": "0"}])
-def test_a_list_of_files_that_is_none(tmp_path, files):
+def test_an_invalid_list_of_files_is_refused(tmp_path, files):
     folder = saved(tmp_path, 1)
     checkpoint.edit_json(folder / "state.json", files=files)
     with pytest.raises(UserError, match="broken"):

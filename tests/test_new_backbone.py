@@ -1,4 +1,4 @@
-"""CONTRIBUTING walks through a new backbone, AuraFlow: what stands there is done here, word for word."""
+"""The guide to a new backbone in CONTRIBUTING, AuraFlow: its code is run here, word for word."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from families import stock_sigmas, tiny_kl, tiny_t5_tokenizer
 from tiny import _initialised, rand, randn
 
 ROOT = Path(__file__).resolve().parent.parent
-WALK = (ROOT / "CONTRIBUTING.md").read_text().split("## A new backbone is one file\n")[1].split("\n## ")[0]
-CODE = re.findall(r"```python\n(.*?)```", WALK, re.S)[0]
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text().split("## A new backbone is one file\n")[1].split("\n## ")[0]
+CODE = re.findall(r"```python\n(.*?)```", GUIDE, re.S)[0]
 
 
 @pytest.fixture
 def auraflow(monkeypatch) -> Any:
-    """Steps 1 and 2."""
+    """Follow steps 1 and 2."""
     name = "codi.models.backbones.auraflow"
     module = types.ModuleType(name)
     module.__package__ = backbones.__name__
@@ -56,33 +56,33 @@ def tiny_auraflow() -> Backbone:
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_without_an_adapter_it_is_the_stock_pipeline(auraflow, scale):
+def test_without_an_adapter_it_equals_the_stock_pipeline(auraflow, scale):
     backbone = tiny_auraflow().freeze()
     assert backbone.kind.name == "AuraFlow"
     stock, pipe = backbone.pipeline(), CoDiPipeline(**vars(backbone))
-    for one in (stock, pipe):
-        one.set_progress_bar_config(disable=True)
+    for each in (stock, pipe):
+        each.set_progress_bar_config(disable=True)
     expected = stock(
         prompt="a red ball", height=16, width=16, num_inference_steps=4, sigmas=stock_sigmas(4), guidance_scale=scale,
         latents=initial_noise((4, 8, 8), [3]), output_type="pt",
     ).images  # fmt: skip
-    made = pipe(
+    images = pipe(
         prompt="a red ball", height=16, width=16, steps=4, seed=3, guidance_scale=scale, output_type="pt"
     ).images
-    torch.testing.assert_close(made, expected.clamp(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, expected.clamp(0, 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["fused", "hint", "lora"])
-def test_adapters_come_with_the_protocol(auraflow, form):
+def test_adapters_work_through_the_protocol(auraflow, form):
     backbone = tiny_auraflow().freeze()
     text, added = embed_prompts(backbone.text, ["a red ball"], (16, 16))
     z, time = randn(1, 4, 8, 8), torch.tensor([600.0])
     adapter = FORMS[form].from_backbone(backbone.network, backbone.vae, 3, guidance_scales=1)
-    given = Conditioning(text, adapter.read(rand(1, 3, 16, 16), backbone.vae), added=added)
-    given.guidance = torch.tensor([[3.0]])
+    conditioning = Conditioning(text, adapter.read(rand(1, 3, 16, 16), backbone.vae), added=added)
+    conditioning.guidance = torch.tensor([[3.0]])
     plain = Student(backbone.network)(z, time, Conditioning(text, added=added))
-    assert torch.equal(Student(backbone.network, adapter)(z, time, given), plain)
+    assert torch.equal(Student(backbone.network, adapter)(z, time, conditioning), plain)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.05 * (parameter == 0))
-    assert not torch.equal(Student(backbone.network, adapter)(z, time, given), plain)
+    assert not torch.equal(Student(backbone.network, adapter)(z, time, conditioning), plain)

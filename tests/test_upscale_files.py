@@ -1,4 +1,5 @@
-"""`codi upscale` on files of people: what is kept, what is there already, what is not worth it."""
+"""`codi upscale` on users' files: metadata and profiles are kept, existing results are skipped, enlarged inputs
+noticed."""
 
 from __future__ import annotations
 
@@ -19,57 +20,57 @@ from shell import picture
 from tiny import rand
 
 
-def test_resume_makes_what_is_missing_and_no_more(tiny, shell, tmp_path):
+def test_resume_makes_only_missing_images(tiny, shell, tmp_path):
     for name in "ab":
         picture(tmp_path / "in" / f"{name}.png", seed=ord(name))
-    words = ("upscale", tmp_path / "in", "-o", tmp_path / "out", *tiny.options, "--steps", 1)
-    assert shell(*words).code == 0
+    command = ("upscale", tmp_path / "in", "-o", tmp_path / "out", *tiny.options, "--steps", 1)
+    assert shell(*command).code == 0
     first = (tmp_path / "out/a.png").read_bytes()
-    (tmp_path / "out/a.png").write_bytes(b"kept")
+    (tmp_path / "out/a.png").write_bytes(b"earlier")
     (tmp_path / "out/b.png").unlink()
-    ran = shell(*words, "--resume")
-    assert ran.code == 0 and "b.png" in ran.out and "a.png" not in ran.out and len(first) > 100
-    assert (tmp_path / "out/a.png").read_bytes() == b"kept" and (tmp_path / "out/b.png").stat().st_size > 100
-    assert shell(*words, "--resume").code == 0  # nothing is left
+    result = shell(*command, "--resume")
+    assert result.code == 0 and "b.png" in result.out and "a.png" not in result.out and len(first) > 100
+    assert (tmp_path / "out/a.png").read_bytes() == b"earlier" and (tmp_path / "out/b.png").stat().st_size > 100
+    assert shell(*command, "--resume").code == 0  # nothing is missing
     (tmp_path / "out" / "b.png").unlink()
     with locked(tmp_path / "out", "busy"):
-        shell(*words, "--resume").failed(1, "out: another codi upscale --resume is running there")
-    assert shell(*words, "--resume").code == 0 and (tmp_path / "out" / "b.png").is_file()
-    shell(*words, "--resume", "--overwrite").failed(2, "--resume --overwrite")
+        shell(*command, "--resume").failed(1, "out: another codi upscale --resume is running there")
+    assert shell(*command, "--resume").code == 0 and (tmp_path / "out" / "b.png").is_file()
+    shell(*command, "--resume", "--overwrite").failed(2, "--resume --overwrite")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_what_the_camera_noted_is_kept(tiny, shell, tmp_path, suffix):
+def test_exif_is_kept_and_the_orientation_applied(tiny, shell, tmp_path, suffix):
     exif = Image.Exif()
-    exif[0x010F], exif[0x0112] = "a camera", 6  # make; to be turned by a quarter
-    exif.get_ifd(0x8769)[0x829D] = 2.8  # aperture
+    exif[0x010F], exif[0x0112] = "a camera", 6  # the maker; the orientation, a quarter turn
+    exif.get_ifd(0x8769)[0x829D] = 2.8  # the aperture
     smooth(20, 12).save(tmp_path / "in.jpg", exif=exif)
     out = tmp_path / f"out.{suffix}"
     assert shell("upscale", tmp_path / "in.jpg", "-o", out, *tiny.options, "--steps", 1).code == 0
-    made = Image.open(out)
-    kept = made.getexif()
-    assert kept[0x010F] == "a camera" and float(kept.get_ifd(0x8769)[0x829D]) == pytest.approx(2.8)
-    assert kept.get(0x0112, 1) == 1 and made.height > made.width
+    image = Image.open(out)
+    exif_kept = image.getexif()
+    assert exif_kept[0x010F] == "a camera" and float(exif_kept.get_ifd(0x8769)[0x829D]) == pytest.approx(2.8)
+    assert exif_kept.get(0x0112, 1) == 1 and image.height > image.width
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_a_picture_stays_in_its_profile(tiny, shell, tmp_path, suffix, mode):
-    """Also one that is written row by row: the PNG."""
+def test_an_image_keeps_its_color_profile(tiny, shell, tmp_path, suffix, mode):
+    """Including the PNG, which is written row by row."""
     profile = icc(2.2) if mode == "L" else SWAPPED
     smooth(20, 12).convert(mode).save(tmp_path / "in.png", icc_profile=profile)
     smooth(20, 12).convert(mode).save(tmp_path / "plain.png")
     for name in ("in", "plain"):
         assert shell("upscale", tmp_path / f"{name}.png", "-o", tmp_path / f"made-{name}.{suffix}", *tiny.options,
                      "--steps", 1).code == 0  # fmt: skip
-    made, plain = (Image.open(tmp_path / f"made-{name}.{suffix}") for name in ("in", "plain"))
-    assert made.info["icc_profile"] == profile and "icc_profile" not in plain.info
-    assert np.array_equal(np.asarray(made), np.asarray(plain))  # the same levels, read otherwise
+    upscaled, plain = (Image.open(tmp_path / f"made-{name}.{suffix}") for name in ("in", "plain"))
+    assert upscaled.info["icc_profile"] == profile and "icc_profile" not in plain.info
+    assert np.array_equal(np.asarray(upscaled), np.asarray(plain))  # the same levels in another profile
 
 
-def test_a_picture_that_was_enlarged_before_is_told_of():
+def test_an_image_that_was_enlarged_before_is_detected():
     octaves = [n * F.interpolate(rand(1, 3, 96 // n, 96 // n, seed=n), (96, 96), mode="bicubic") for n in (1, 2, 4, 8)]
-    fine = torch.cat(octaves).sum(0) / 15  # coarse ones stronger, as in photographs
+    fine = torch.cat(octaves).sum(0) / 15  # coarse ones are stronger, as in photographs
     assert not enlarged_already(fine)
     assert enlarged_already(F.interpolate(fine[None], scale_factor=2, mode="bicubic")[0])
     assert not enlarged_already(torch.full((3, 80, 80), 0.5)) and not enlarged_already(fine[:, :20])
@@ -78,9 +79,9 @@ def test_a_picture_that_was_enlarged_before_is_told_of():
 def test_a_single_file_gets_its_configs_from_a_folder(tiny, shell, tmp_path):
     folder = tiny.options[tiny.options.index("--model") + 1]
     file = save_original(load_backbone(folder), tmp_path / "one.safetensors")
-    words = [file if word == folder else word for word in tiny.options]
+    options = [file if option == folder else option for option in tiny.options]
     source, out = picture(tmp_path / "in.png"), tmp_path / "out.png"
-    ran = shell("upscale", source, "-o", out, *words, "--steps", 1, "--config", folder)
-    assert ran.code == 0 and Image.open(out).width == 28, ran
+    result = shell("upscale", source, "-o", out, *options, "--steps", 1, "--config", folder)
+    assert result.code == 0 and Image.open(out).width == 28, result
     assert shell("upscale", source, "-o", tmp_path / "same.png", *tiny.options, "--steps", 1).code == 0
     assert (read_image(out).rgb == read_image(tmp_path / "same.png").rgb).all()

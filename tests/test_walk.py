@@ -1,4 +1,4 @@
-"""CONTRIBUTING walks through a new task, colourisation: what stands there is done here, word for word."""
+"""The guide to a new task in CONTRIBUTING, colorization: its code is run here, word for word."""
 
 import re
 import shlex
@@ -17,18 +17,18 @@ from shell import Shell, picture
 from tiny import rand, tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-WALK = (ROOT / "CONTRIBUTING.md").read_text().split("## A new task is one file\n")[1].split("\n## ")[0]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", WALK, re.S)
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text().split("## A new task is one file\n")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", GUIDE, re.S)
 
 
 def block(kind: str, number: int = 0) -> str:
-    """The walk's code blocks of one kind, in order."""
-    return [code for named, code in BLOCKS if named == kind][number]
+    """Return code block `number` of this kind in the guide."""
+    return [code for language, code in BLOCKS if language == kind][number]
 
 
 @pytest.fixture
 def colourise(tmp_path, monkeypatch):
-    """Steps 1 and 2: the file lies in the package's folder of tasks (a second such folder), and is named there."""
+    """Follow steps 1 and 2: the file is in a second folder of the package's tasks, and is registered there."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "colourise.py").write_text(block("python"))
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "tasks")])
@@ -41,28 +41,30 @@ def colourise(tmp_path, monkeypatch):
     del sys.modules["codi.tasks.colourise"]
 
 
-def test_the_line_that_names_it_is_the_one_that_stands_in_the_package():
-    def words(code: str) -> str:
+def test_the_registration_line_matches_the_package():
+    def without_spaces(code: str) -> str:
         return "".join(code.split())
 
-    there = words(Path(tasks.__file__ or "").read_text())
-    line = words(block("python", 1).split("\n\n")[1])
-    assert line.replace(",Colourise)", ")") in there
+    source = without_spaces(Path(tasks.__file__ or "").read_text())
+    line = without_spaces(block("python", 1).split("\n\n")[1])
+    assert line.replace(",Colourise)", ")") in source
 
 
-def test_the_task_is_one(colourise):
+def test_the_task_keeps_the_contract(colourise):
     batch = Batch(rand(3, 3, 16, 16), ["a", "b", "c"])
     given = colourise.given(batch, torch.Generator())
     assert given.shape == (3, 1, 16, 16) and torch.equal(colourise.bring(given), given)
     torch.testing.assert_close(colourise.bring(batch.image), given)
     condition = colourise.condition(given)
     assert condition.shape == (3, 3, 16, 16) and condition.min() >= 0 and condition.max() <= 1
-    truth, other = (colourise.obedience(image, given, batch)["luma_psnr"] for image in (batch.image, 1 - batch.image))
-    assert truth.tolist() == [60.0] * 3 and other.max() < 30
+    truth, inverted = (
+        colourise.obedience(image, given, batch)["luma_psnr"] for image in (batch.image, 1 - batch.image)
+    )
+    assert truth.tolist() == [60.0] * 3 and inverted.max() < 30
     assert tasks.get_task("colourise", **colourise.config()) == colourise
 
 
-def test_the_walk_leads_to_a_picture_in_colour(colourise, capsys, tmp_path, monkeypatch):
+def test_the_guide_ends_with_a_colored_image(colourise, capsys, tmp_path, monkeypatch):
     """Steps 3 to 5, with a tiny backbone for `mini` and two updates instead of many."""
     monkeypatch.chdir(tmp_path)
     model = str(tiny_checkpoint(tmp_path / "model"))
@@ -71,19 +73,21 @@ def test_the_walk_leads_to_a_picture_in_colour(colourise, capsys, tmp_path, monk
             picture(tmp_path / folder / f"{k}.png", 70, 66, seed=k)
     Path("colourise.yaml").write_text(block("yaml"))
     assert yaml.safe_load(block("yaml"))["task"] == colourise.name
-    instead = {
+    options = {
         "distill": ["--model", model, "--images", 4, "--batch-size", 2, "--warmup", 2, "--device", "cpu"],
         "evaluate": ["--model", model, "--count", 2, "--device", "cpu"],
     }
     shell = Shell(capsys)
     for line in block("bash").splitlines():
-        words = shlex.split(line)[1:]
-        ran = shell(*words, *instead.get(words[0], []))
-        assert ran.code == 0, ran.err
+        arguments = shlex.split(line)[1:]
+        result = shell(*arguments, *options.get(arguments[0], []))
+        assert result.code == 0, result.err
     sheet = np.asarray(Image.open("look.png"))
-    assert sheet[20:116, 4:100].std(-1).max() == 0 and sheet[20:116, 104:200].std(-1).max() > 0  # grey, then the truth
-    assert colourise.obedience_unit in " ".join(ran.out.split())
+    assert (
+        sheet[20:116, 4:100].std(-1).max() == 0 and sheet[20:116, 104:200].std(-1).max() > 0
+    )  # grey, then the original
+    assert colourise.obedience_unit in " ".join(result.out.split())
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save("old.png")
     exec(compile(block("python", 2).replace('"mini"', repr(model)), "CONTRIBUTING.md", "exec"), {})
-    made = Image.open("new.png")
-    assert made.mode == "RGB" and made.size == (64, 64)
+    image = Image.open("new.png")
+    assert image.mode == "RGB" and image.size == (64, 64)
