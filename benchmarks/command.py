@@ -1,4 +1,4 @@
-"""How a result was made: the command as it was typed, less what says where things lie on one machine."""
+"""The command recorded with a result: as it was typed, without paths of one machine."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 def public(word: str) -> str:
-    """A word of a command line; of a path that is absolute or leads out of the repository (--key=PATH and PATH@PATH
-    too), the last part."""
+    """Return a word of a command line; absolute paths and paths with `..` (also in --key=PATH and PATH@PATH) become
+    their last part."""
     key, equals, value = word.rpartition("=")
-    return key + equals + "@".join(map(_inside, value.split("@")))
+    return key + equals + "@".join(map(_last_part_if_local, value.split("@")))
 
 
-def _inside(value: str) -> str:
+def _last_part_if_local(value: str) -> str:
     path = Path(value)
     return path.name if path.is_absolute() or ".." in path.parts else value
 
 
 def command_line() -> str:
-    """The command that runs this process."""
+    """Return the command that runs this process."""
     return shlex.join(["python", *map(public, sys.argv)])

@@ -184,7 +184,7 @@ def upscalers(args: argparse.Namespace) -> list[Entrant]:
             found.append(plain(name, Upscale(SCALE).condition))
         else:
             net = ESRGAN(args.esrgan) if name == "esrgan" else RealESRGAN(args.realesrgan, args.threads)
-            found.append(plain(name, net, net.told))
+            found.append(plain(name, net, net.settings))
     return found + [entrant for word in args.ours for entrant in ours("upscale", word, args.steps)]
 
 
