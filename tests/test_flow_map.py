@@ -1,4 +1,4 @@
-"""The semigroup objective in a world where the flow map is known: data N(m, d^2)."""
+"""The semigroup objective where the flow map is known in closed form: data N(m, d^2)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SCHEDULES = {
 
 @dataclass
 class Inputs:
-    """What the networks here look at."""
+    """The conditioning of the networks here."""
 
     jump: Tensor
 
 
 class Exact:
-    """The flow map itself, (z - alpha m) / sqrt(alpha^2 d^2 + sigma^2) being constant along the flow; `blind` answers
-    with the instantaneous prediction, whatever the target time."""
+    """The exact flow map: (z - alpha m) / sqrt(alpha^2 d^2 + sigma^2) is constant along the flow. With `blind` it
+    returns the instantaneous prediction for any target time."""
 
     def __init__(self, schedule: Schedule, blind: bool = False) -> None:
         self.schedule, self.blind, self.rows = schedule, blind, 0
@@ -59,7 +59,7 @@ class Exact:
         if not self.blind and (r != t).any():
             c, e = self.schedule.alpha_sigma(r, z)
             end = c * MEAN + ((c**2 * DEVIATION**2 + e**2) / variance).sqrt() * (z - a * MEAN)
-            jump = (b * end - e * z) / torch.where(r[:, None] == t[:, None], 1.0, b * c - e * a)  # of z and end
+            jump = (b * end - e * z) / torch.where(r[:, None] == t[:, None], 1.0, b * c - e * a)  # of z and the end
             x = torch.where(r[:, None] == t[:, None], x, jump)
         return self.schedule.output(x, (z - a * x) / b.clamp_min(1e-12), t)
 
@@ -73,13 +73,13 @@ def batch(count: int = 4000, progress: float = 0.5) -> LatentBatch:
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_the_flow_map_is_a_fixed_point_and_the_denoiser_alone_is_not(schedule):
     exact, blind = Exact(schedule), Exact(schedule, blind=True)
-    found = flow_map(exact, exact, batch(), schedule, torch.Generator().manual_seed(1))
-    assert float(found["consistency"]) < 1e-10
-    other = flow_map(blind, blind, batch(), schedule, torch.Generator().manual_seed(1))
-    assert float(other["consistency"]) > 1e-3 and torch.equal(other["signal"], found["signal"])
+    exact_losses = flow_map(exact, exact, batch(), schedule, torch.Generator().manual_seed(1))
+    assert float(exact_losses["consistency"]) < 1e-10
+    blind_losses = flow_map(blind, blind, batch(), schedule, torch.Generator().manual_seed(1))
+    assert float(blind_losses["consistency"]) > 1e-3 and torch.equal(blind_losses["signal"], exact_losses["signal"])
 
 
-def test_the_data_term_is_least_at_the_velocity_of_the_ode():
+def test_the_data_term_is_minimal_at_the_velocity_of_the_ode():
     schedule = SCHEDULES["cosine"]
 
     def off_by(amount: float) -> float:
@@ -90,37 +90,37 @@ def test_the_data_term_is_least_at_the_velocity_of_the_ode():
     assert off_by(0) < min(off_by(0.05), off_by(-0.05))
 
 
-def test_first_the_data_term_alone_then_two_more_passes_for_half_of_the_rows():
+def test_after_warm_up_half_of_the_rows_take_two_more_passes():
     schedule, student, target = SCHEDULES["flow"], Exact(SCHEDULES["flow"]), Exact(SCHEDULES["flow"])
     early = flow_map(student, target, batch(100, 0.1), schedule, torch.Generator().manual_seed(0))
     assert early.keys() == {"signal"} and (student.rows, target.rows) == (100, 0)
     late = flow_map(student, target, batch(100), schedule, torch.Generator().manual_seed(0))
     assert late.keys() == {"signal", "consistency"} and (student.rows, target.rows) == (200, 100)
     sizes = [len(flow_map(student, target, batch(1), schedule, torch.Generator().manual_seed(i))) for i in range(9)]
-    assert set(sizes) == {1}  # of one image either row, now this and now that
+    assert set(sizes) == {1}  # a single image is drawn for one or the other kind of row
 
 
-def test_weight_multiplies_the_rows_that_jump():
+def test_the_weight_multiplies_the_consistency_term():
     schedule, blind = SCHEDULES["cosine"], Exact(SCHEDULES["cosine"], blind=True)
-    one, ten = (
+    plain, weighted = (
         flow_map(blind, blind, batch(50), schedule, torch.Generator().manual_seed(0), weight=weight, weight_end=weight)
         for weight in (1.0, 10.0)
     )
-    torch.testing.assert_close(ten["consistency"], 10 * one["consistency"])
-    assert torch.equal(ten["signal"], one["signal"])
+    torch.testing.assert_close(weighted["consistency"], 10 * plain["consistency"])
+    assert torch.equal(weighted["signal"], plain["signal"])
 
 
-def test_shares_and_rows():
-    found = jump_between(torch.tensor([4, 4, 4]), torch.tensor([4, 1, 0]), 8)
-    assert found.tolist() == [[0, 0], [0.75, 0.375], [1, 0.5]]
-    part = conditioning_rows(Inputs(torch.arange(6)), slice(2, 4))
-    assert part.jump.tolist() == [2, 3]
+def test_jumps_are_fractions_and_rows_can_be_selected():
+    jumps = jump_between(torch.tensor([4, 4, 4]), torch.tensor([4, 1, 0]), 8)
+    assert jumps.tolist() == [[0, 0], [0.75, 0.375], [1, 0.5]]
+    rows = conditioning_rows(Inputs(torch.arange(6)), slice(2, 4))
+    assert rows.jump.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("schedule", [SCHEDULES["cosine"], SCHEDULES["flow"]], ids=["cosine", "flow"])
 def test_the_exact_map_samples_the_data_in_any_number_of_steps(schedule, steps):
-    """Every latent is m + d eps of its own noise; without the target time a step is the denoiser's mean."""
+    """Every sample is m + d eps of its noise; without the target time a step gives the denoiser's mean."""
 
     class Network(Student):
         def __init__(self, exact: Exact) -> None:
@@ -139,7 +139,7 @@ def test_the_exact_map_samples_the_data_in_any_number_of_steps(schedule, steps):
     torch.testing.assert_close(mean, torch.full_like(mean, MEAN), rtol=0, atol=1e-6)
 
 
-def test_adapters_of_before_give_the_target_time_as_a_share_of_the_way():
+def test_older_adapters_take_the_target_time_as_a_fraction_of_the_way():
     old, new = (HintAdapter(network_config(tiny_unet()), target_time=new, jumps=not new) for new in (False, True))
     jump = jump_between(torch.tensor([500.0]), torch.tensor([250.0]), 1000)
     for adapter, way in ((old, 0.5), (new, 0.25)):
@@ -151,13 +151,13 @@ def test_adapters_of_before_give_the_target_time_as_a_share_of_the_way():
     ]  # fmt: skip
 
 
-def test_the_weight_of_the_map_falls_geometrically_and_low_noise_counts_little():
+def test_the_weight_of_the_consistency_term_falls_geometrically():
     schedule, blind = SCHEDULES["flow"], Exact(SCHEDULES["flow"], blind=True)
 
     def loss(progress: float, **options: float) -> float:
-        given = batch(500, progress)
-        found = flow_map(blind, blind, given, schedule, torch.Generator().manual_seed(0), **options)
-        return float(found["consistency"])
+        data = batch(500, progress)
+        losses = flow_map(blind, blind, data, schedule, torch.Generator().manual_seed(0), **options)
+        return float(losses["consistency"])
 
     plain = loss(0.2, weight=1.0, weight_end=1.0)
     for progress, weight in ((0.2, 8.0), (0.6, 4.0), (1.0, 2.0)):

@@ -1,4 +1,4 @@
-"""FLUX.2's own: the latent space, klein's flag, the shift, what is refused, and files in the authors' layout."""
+"""FLUX.2's specifics: the latent space, klein's flag, the shift, refused variants, and files in the authors' layout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PARTS = {
 
 
 def authors_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of black-forest-labs' own files, which diffusers converts."""
+    """Return the weights under the keys of black-forest-labs' own files, which diffusers converts."""
     out: dict[str, Tensor] = {}
     for key, value in weights.items():
         if key == "norm_out.linear.weight":
@@ -46,10 +46,10 @@ def authors_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if any(f"attn.{name}." in key for name in ("to_k", "to_v", "add_k_proj", "add_v_proj")):
             continue
-        for first, others, stream in (("to_q", ("to_k", "to_v"), "img"), ("add_q_proj", ("add_k_proj", "add_v_proj"),
+        for first, joined, stream in (("to_q", ("to_k", "to_v"), "img"), ("add_q_proj", ("add_k_proj", "add_v_proj"),
                                                                             "txt")):  # fmt: skip
             if f"attn.{first}." in key:
-                value = torch.cat([value, *(weights[key.replace(first, other)] for other in others)])
+                value = torch.cat([value, *(weights[key.replace(first, projection)] for projection in joined)])
                 key = key.replace(f"attn.{first}", f"{stream}_attn.qkv")
         norm = "norm" if key.startswith("single") else "img_attn.norm"
         for old, new in {**PARTS, "attn.norm_q.weight": f"{norm}.query_norm.scale",
@@ -59,12 +59,12 @@ def authors_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def drawn(pipe: Any, **options: Any) -> Tensor:
+def generate(pipe: Any, **options: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompt="a red ball", height=16, width=16, output_type="pt", **options).images
 
 
-def test_latents_are_the_stock_pipelines():
+def test_latents_equal_those_of_the_stock_pipeline():
     backbone, image = tiny_flux2().freeze(), rand(2, 3, 16, 24)
     stock = backbone.pipeline()
     latent = codec.encode(backbone.vae, image)
@@ -78,7 +78,7 @@ def test_latents_are_the_stock_pipelines():
     assert (samples.mean(0) - latent).abs().mean() < 0.2 * deviation.mean()
 
 
-def test_predicts_as_the_network():
+def test_predictions_equal_those_of_the_network():
     """Bit for bit, also with guidance as an input."""
     for dev in (False, True):
         backbone = tiny_flux2(dev=dev).freeze()
@@ -89,12 +89,12 @@ def test_predicts_as_the_network():
         tokens = network(
             z.flatten(2).transpose(1, 2), text, time / 1000, ids[1], ids[0], torch.full((2,), 3.0) if dev else None
         ).sample
-        made = Student(network)(z, time, Conditioning(text, added=added))
-        assert torch.equal(made.flatten(2).transpose(1, 2), tokens)
+        output = Student(network)(z, time, Conditioning(text, added=added))
+        assert torch.equal(output.flatten(2).transpose(1, 2), tokens)
 
 
 def test_distilled_klein_keeps_its_flag(tmp_path):
-    """From a folder to the stock pipeline, and through a pipeline that is saved."""
+    """From a folder to the stock pipeline, and through saving a pipeline."""
     tiny_flux2(distilled=True).pipeline().save_pretrained(tmp_path / "model")
     backbone = load_backbone(tmp_path / "model")
     assert backbone.is_distilled and backbone.pipeline().config["is_distilled"]
@@ -106,20 +106,20 @@ def test_distilled_klein_keeps_its_flag(tmp_path):
     assert Flux2KleinPipeline.from_pretrained(tmp_path / "saved").config["is_distilled"]
     assert CoDiPipeline.from_pretrained(tmp_path / "saved").config["is_distilled"]
     with pytest.raises(UserError, match="guidance_scale 4: this FLUX.2 is distilled"):
-        drawn(pipe, guidance_scale=4.0)
+        generate(pipe, guidance_scale=4.0)
     latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    stock = drawn(backbone.pipeline(), num_inference_steps=4, latents=latents, sigmas=stock_sigmas(4))
-    torch.testing.assert_close(drawn(pipe, steps=4), stock, rtol=0, atol=1e-5)
+    stock = generate(backbone.pipeline(), num_inference_steps=4, latents=latents, sigmas=stock_sigmas(4))
+    torch.testing.assert_close(generate(pipe, steps=4), stock, rtol=0, atol=1e-5)
 
 
-def test_base_saves_no_flag(tmp_path):
+def test_a_base_model_saves_no_distilled_flag(tmp_path):
     CoDiPipeline(**vars(tiny_flux2())).save_pretrained(tmp_path)
     assert "is_distilled" not in json.loads((tmp_path / "model_index.json").read_text())
     assert not load_backbone(tmp_path).is_distilled
 
 
-def test_shift_by_steps():
-    """Without a number of steps that of the stock pipeline's default."""
+def test_the_shift_depends_on_the_step_count():
+    """Without a step count, the default of the stock pipeline applies."""
     for distilled, steps in ((True, 4), (False, 50)):
         backbone: Any = tiny_flux2(distilled=distilled)
         shifts = {n: backbone.schedule_for((64, 64), n).shift for n in (None, 4, 50)}
@@ -135,24 +135,24 @@ def test_variants_are_refused(pipeline):
         family_of_index(index, "here")
 
 
-def test_dev_is_opened_as_dev(tmp_path):
+def test_a_dev_folder_opens_as_dev(tmp_path):
     tiny_flux2(dev=True).pipeline().save_pretrained(tmp_path)
     assert isinstance(load_backbone(tmp_path).pipeline(), Flux2Pipeline)
     assert isinstance(load_backbone(tmp_path, text=False).pipeline(), Flux2Pipeline)
 
 
-def test_a_file_in_the_authors_layout(tmp_path):
+def test_a_file_in_the_authors_layout_loads(tmp_path):
     backbone = tiny_flux2(distilled=True)
     backbone.pipeline().save_pretrained(tmp_path / "model")
-    other = tiny_flux2(seed=1).network.state_dict()
-    save_file(authors_layout(other), tmp_path / "klein.safetensors")
-    found = load_backbone(tmp_path / "klein.safetensors", config=tmp_path / "model")
-    weights = found.network.state_dict()
-    assert found.kind.name == "FLUX.2" and found.is_distilled and weights.keys() == other.keys()
-    assert all(torch.equal(weights[key], other[key]) for key in other)
+    expected = tiny_flux2(seed=1).network.state_dict()
+    save_file(authors_layout(expected), tmp_path / "klein.safetensors")
+    loaded = load_backbone(tmp_path / "klein.safetensors", config=tmp_path / "model")
+    weights = loaded.network.state_dict()
+    assert loaded.kind.name == "FLUX.2" and loaded.is_distilled and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_updates_in_every_block():
+def test_every_block_gets_low_rank_updates():
     network = add_lora(tiny_flux2().network, 2, "generate")
     for name in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(network, name):
@@ -160,13 +160,13 @@ def test_updates_in_every_block():
             assert len(layers) == (12 if name == "transformer_blocks" else 2), layers
 
 
-def test_warns_of_long_prompts():
+def test_long_prompts_are_a_warning():
     backbone = tiny_flux2()
     with pytest.warns(UserWarning, match="prompt of 512 tokens: the text encoder reads 509, so this is cut: 'end'"):
         backbone.text.encode(["a" * 509 + "end"])
 
 
-def test_channels_of_other_variants(tmp_path: Path):
+def test_channels_of_other_variants_are_refused(tmp_path: Path):
     backbone = tiny_flux2(in_channels=20)
     with pytest.raises(UserError, match="its network takes 20 channels where latents have 16"):
         backbone.kind.require_usable(backbone, "here")

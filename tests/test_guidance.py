@@ -1,4 +1,4 @@
-"""Distilled guidance: what it is trained towards, in closed form; 1 is none; a network learns its direction."""
+"""Distilled guidance: its training target in closed form, scale 1 as no guidance, and a network that learns it."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def denoiser(z: Tensor, alpha: Tensor, sigma: Tensor, c: tuple[float, float]) ->
 
 
 def exact(schedule: Schedule):
-    """The perfectly trained network, for every conditioning."""
+    """Return a perfectly trained network, for any conditioning."""
 
     def forward(z: Tensor, timestep: Tensor, c: tuple[float, float]) -> Tensor:
         alpha, sigma = schedule.alpha_sigma(timestep + 1, z)
@@ -56,8 +56,8 @@ def exact(schedule: Schedule):
 
 
 def guided(z: Tensor, t: Tensor, schedule: Schedule, scales: tuple[float, ...]) -> Tensor:
-    """Classifier-free guidance as its papers write it, of exact predictions: Ho & Salimans (2022) for one scale;
-    Brooks et al. (2023), eq. 3, for text and image."""
+    """Classifier-free guidance of exact predictions: Ho & Salimans (2022) for one scale; Brooks et al. (2023), eq.
+    3, for text and image."""
     alpha, sigma = schedule.alpha_sigma(t, z)
     full, less, none = (denoiser(z, alpha, sigma, c) for c in (FULL, LESS, NONE))
     if len(scales) == 1:
@@ -67,7 +67,7 @@ def guided(z: Tensor, t: Tensor, schedule: Schedule, scales: tuple[float, ...]) 
 
 
 def lattice() -> tuple[Tensor, Tensor, Tensor]:
-    """(x, eps, weights) (144, 1, 1, 1): Gauss-Hermite nodes of x ~ N(FULL) and eps ~ N(0, 1)."""
+    """Return (x, eps, weights), each (144, 1, 1, 1): Gauss-Hermite nodes of x ~ N(FULL) and eps ~ N(0, 1)."""
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(12))
     x, eps = torch.meshgrid(FULL[0] + FULL[1] * nodes, nodes, indexing="ij")
     shape = (-1, 1, 1, 1)
@@ -84,8 +84,8 @@ LADDERS = {
 
 @pytest.mark.parametrize("schedule", [LEVELS, EPSILON], ids=["v", "eps"])
 @pytest.mark.parametrize(("scales", "ladder"), LADDERS.values(), ids=LADDERS)
-def test_the_target_s_mean_is_classifier_free_guidance(scales, ladder, schedule):
-    """The best prediction from z_t, a straight line here by weighted least squares, is the guided exact one."""
+def test_the_mean_of_the_target_is_classifier_free_guidance(scales, ladder, schedule):
+    """The best prediction from z_t, here a line by weighted least squares, is the guided exact prediction."""
     x, eps, weights = lattice()
     batch = LatentBatch(x, FULL, guidance=Guidance(torch.tensor([scales]).expand(len(x), -1), ladder))
     for level in (50, 400, 950):
@@ -106,8 +106,8 @@ def test_without_guidance_the_target_is_the_data():
     z = LEVELS.mix(x, eps, t)
     plain = LatentBatch(x, FULL)
     assert guided_signal(plain, exact(LEVELS), z, t, LEVELS) is x
-    one = replace(plain, guidance=Guidance(torch.ones(len(x), 2), [FULL, LESS, NONE]))
-    assert torch.equal(guided_signal(one, exact(LEVELS), z, t, LEVELS), x)
+    unit_scales = replace(plain, guidance=Guidance(torch.ones(len(x), 2), [FULL, LESS, NONE]))
+    assert torch.equal(guided_signal(unit_scales, exact(LEVELS), z, t, LEVELS), x)
 
 
 def test_each_sample_has_its_own_scales():
@@ -124,7 +124,7 @@ def test_each_sample_has_its_own_scales():
 
 @pytest.mark.parametrize("schedule", [LEVELS, EPSILON], ids=["v", "eps"])
 @pytest.mark.parametrize("objective", ["codi", "codi by velocity", "finetune"])
-def test_the_losses_are_least_at_classifier_free_guidance(objective, schedule):
+def test_the_losses_are_minimal_at_classifier_free_guidance(objective, schedule):
     scales, t, count = (3.0, 1.5), torch.tensor([600]), 200_000
     x = FULL[0] + FULL[1] * randn(1, 1, 1, count, seed=4, dtype=torch.float64)
     batch = LatentBatch(x, FULL, guidance=Guidance(torch.tensor([scales]), [FULL, LESS, NONE]))
@@ -171,7 +171,7 @@ def test_the_embedding_is_0_at_1_and_odd_around_it():
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_guidance_1_is_none_bit_for_bit_whatever_was_learnt(form):
+def test_guidance_1_is_exactly_no_guidance_after_training(form):
     unet, vae = tiny_unet(), tiny_vae()
     adapter = trained(FORMS[form].from_backbone(unet, vae, 3, 2))
     student = Student(tiny_lora(unet), adapter)
@@ -181,13 +181,13 @@ def test_guidance_1_is_none_bit_for_bit_whatever_was_learnt(form):
     expected = student(z, timestep, plain)
     assert torch.equal(student(z, timestep, replace(plain, guidance=torch.ones(2, 2))), expected)
     for scales in ([3.0, 1.0], [1.0, 3.0]):
-        told = replace(plain, guidance=torch.tensor([scales, [1.0, 1.0]]))
-        for conditioning in (told, student.prepare(told)):
-            found = student(z, timestep, conditioning)
-            assert not torch.allclose(found[0], expected[0])  # the first asks for guidance, the second does not
-            torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-6)
-        # Without influence no guidance either.
-        assert torch.equal(student(z, timestep, told, 0.0), unet(z, timestep, plain.text).sample)
+        guided_conditioning = replace(plain, guidance=torch.tensor([scales, [1.0, 1.0]]))
+        for conditioning in (guided_conditioning, student.prepare(guided_conditioning)):
+            output = student(z, timestep, conditioning)
+            assert not torch.allclose(output[0], expected[0])  # the first sample has guidance, the second has not
+            torch.testing.assert_close(output[1], expected[1], rtol=0, atol=1e-6)
+        # At strength 0 guidance has no effect.
+        assert torch.equal(student(z, timestep, guided_conditioning, 0.0), unet(z, timestep, plain.text).sample)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -195,26 +195,26 @@ def test_guidance_1_is_none_bit_for_bit_whatever_was_learnt(form):
 def test_an_adapter_without_guidance_ignores_it(form):
     unet, vae = tiny_unet(), tiny_vae()
     adapter = FORMS[form].from_backbone(unet, vae, 3, 0)
-    if isinstance(adapter, LoraAdapter):  # it always knows one scale; before training that says nothing
+    if isinstance(adapter, LoraAdapter):  # it always has one scale, which has no effect before training
         assert adapter.guidance is not None and adapter.guidance.scales == 1
     else:
         assert adapter.guidance is None
     condition = adapter.read(rand(2, 3, 32, 32), vae)
     plain = Conditioning(randn(2, 5, TEXT_WIDTH, seed=1), condition)
-    z, told = randn(2, LATENT_CHANNELS, 8, 8), replace(plain, guidance=torch.full((2, 1), 4.0))
+    z, guided_conditioning = randn(2, LATENT_CHANNELS, 8, 8), replace(plain, guidance=torch.full((2, 1), 4.0))
     student, timestep = Student(unet, trained(adapter) if adapter.guidance is None else adapter), torch.tensor([9])
-    assert torch.equal(student(z, timestep, told), student(z, timestep, plain))
+    assert torch.equal(student(z, timestep, guided_conditioning), student(z, timestep, plain))
 
 
 @torch.no_grad()
-def test_guidance_costs_one_forward_pass_a_step():
+def test_guidance_costs_one_forward_pass_per_step():
     unet, vae = tiny_unet(), tiny_vae()
     adapter = trained(FORMS["fused"].from_backbone(unet, vae, 3, 1))
     batches: list[int] = []
     unet.conv_in.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
     condition = adapter.read(rand(2, 3, 32, 32), vae)
-    told = Conditioning(randn(2, 5, TEXT_WIDTH, seed=1), condition, guidance=torch.full((2, 1), 4.0))
-    result = sample(Student(unet, adapter), LEVELS, randn(2, LATENT_CHANNELS, 8, 8), told, 4)
+    conditioning = Conditioning(randn(2, 5, TEXT_WIDTH, seed=1), condition, guidance=torch.full((2, 1), 4.0))
+    result = sample(Student(unet, adapter), LEVELS, randn(2, LATENT_CHANNELS, 8, 8), conditioning, 4)
     assert batches == [2, 2, 2, 2] and result.isfinite().all()
 
 
@@ -222,8 +222,8 @@ def test_guidance_costs_one_forward_pass_a_step():
 
 
 def test_a_student_learns_the_direction_of_guidance():
-    """The prompt means +X, no prompt -X: guided by g the answer is X + 2 (g - 1) X. After some training the output
-    moves along (with - without) prompt, and the further the larger g; both figures come from the student itself."""
+    """The prompt means +X, no prompt -X: guided by g the prediction is X + 2 (g - 1) X. After some training the
+    output moves along (with - without) prompt, further for larger g; both predictions come from the student itself."""
     unet = tiny_unet(
         block_out_channels=(8,),
         down_block_types=("CrossAttnDownBlock2D",),
@@ -237,18 +237,20 @@ def test_a_student_learns_the_direction_of_guidance():
     prompt, meaning = randn(1, 5, TEXT_WIDTH, seed=1).repeat(count, 1, 1), randn(1, 4, 1, 1, seed=3) / 2
     nothing = torch.zeros(count, 0, 8, 8)
     with_, without = (Conditioning(text, nothing) for text in (prompt, torch.zeros_like(prompt)))
-    asked = Conditioning(prompt.where(~empty, torch.tensor(0.0)), nothing)
+    conditioning = Conditioning(prompt.where(~empty, torch.tensor(0.0)), nothing)
     x = torch.where(empty[..., None], -meaning, meaning).expand(count, LATENT_CHANNELS, 2, 2)
-    # As for mu, zero weights with far to go: at the network's own rate, guided answers would leak into plain ones.
+    # Like mu, the zero weights have far to go: at the network's rate, guided predictions would leak into plain ones.
     guidance = list(student.adapter.guidance.parameters())  # type: ignore[union-attr]
     groups = [{"params": list(unet.parameters())}, {"params": guidance, "lr": 0.1}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3)
     for step in range(200):
         generator = seeded(step)
         scales = torch.where(empty[..., 0], 1.0, 1 + 2 * torch.rand(count, 1, generator=generator))
-        batch = LatentBatch(x, asked)
+        batch = LatentBatch(x, conditioning)
         if step % 2:
-            batch = LatentBatch(x, replace(asked, guidance=scales), None, Guidance(scales, [asked, without]))
+            batch = LatentBatch(
+                x, replace(conditioning, guidance=scales), None, Guidance(scales, [conditioning, without])
+            )
         loss = codi(student, average, batch, LEVELS, generator, t=t, consistency_weight=0)["signal"]
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""Low-rank updates: nothing before training, nothing of the backbone touched, and files that diffusers reads."""
+"""Low-rank updates: no effect before training, an unchanged backbone, and files that diffusers reads."""
 
 import copy
 import json
@@ -61,21 +61,21 @@ def test_before_training_nothing_changes_and_everything_is_shared():
     added = {name for name, p in mine.items() if id(p) not in shared}
     assert added and all(".lora_A.depth." in name or ".lora_B.depth." in name for name in added)
     assert {name for name, p in mine.items() if p.requires_grad} == added
-    # The backbone is what it was: the same modules, the same bytes, no updates.
+    # The backbone is unchanged: the same modules, the same bytes, no updates.
     assert lora_names(UNET) == [] and not any("lora" in name for name, _ in UNET.named_modules())
     assert all(torch.equal(before[name], value) for name, value in UNET.state_dict().items())
     assert lora_names(adapted) == ["depth"]
 
 
-def test_the_start_belongs_to_its_seed():
+def test_the_initial_updates_depend_only_on_their_seed():
     state = torch.get_rng_state()
-    one, again, other = (dict(add_lora(UNET, 2, "depth", seed).named_parameters()) for seed in (1, 1, 2))
+    first, again, reseeded = (dict(add_lora(UNET, 2, "depth", seed).named_parameters()) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], reseeded[name]) for name in first)
 
 
-def test_training_changes_the_updates_alone():
+def test_training_changes_only_the_updates():
     before = {name: value.clone() for name, value in UNET.state_dict().items()}
     adapted = add_lora(UNET, 2, "depth")
     start = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
@@ -89,7 +89,7 @@ def test_training_changes_the_updates_alone():
     assert torch.equal(predicted(UNET), EXPECTED) and not torch.equal(predicted(adapted), EXPECTED)
 
 
-def test_weight_0_is_the_backbone_and_more_weight_is_more_influence():
+def test_weight_0_is_the_backbone_and_larger_weights_have_more_influence():
     adapted = tiny_lora(UNET)
     full = predicted(adapted)
     away = [float((predicted(adapted, weight) - EXPECTED).norm()) for weight in (0.0, 0.1, 0.3, 0.6, 1.0)]
@@ -99,7 +99,7 @@ def test_weight_0_is_the_backbone_and_more_weight_is_more_influence():
     assert torch.equal(predicted(adapted), full)
 
 
-def test_scaling_leaves_what_trains_alone():
+def test_scaling_keeps_the_trainable_flags():
     for trains in (False, True):
         adapted = add_lora(UNET, 2, "depth")
         for name, p in adapted.named_parameters():
@@ -110,7 +110,7 @@ def test_scaling_leaves_what_trains_alone():
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-def test_round_trip_by_us_and_by_stock_diffusers(half, tmp_path):
+def test_saved_updates_load_here_and_in_stock_diffusers(half, tmp_path):
     adapted = tiny_lora(UNET, "depth")
     save_lora(adapted, tmp_path, "depth", half)
     stored = load_file(tmp_path / FILE)
@@ -120,29 +120,31 @@ def test_round_trip_by_us_and_by_stock_diffusers(half, tmp_path):
     assert lora_names(loaded) == ["anything"] and not any(p.requires_grad for p in loaded.parameters())
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     assert {id(p) for p in UNET.parameters()} <= {id(p) for p in loaded.parameters()}
-    stock = tiny_unet()  # a U-Net of its own, with no code of ours
+    stock = tiny_unet()  # a separate U-Net, without our code
     stock.load_lora_adapter(tmp_path, adapter_name="stock", weight_name=FILE, prefix="unet")
-    for found in (predicted(loaded), predicted(stock)):
+    for output in (predicted(loaded), predicted(stock)):
         if half:
-            torch.testing.assert_close(found, predicted(adapted), rtol=0, atol=2e-3)
+            torch.testing.assert_close(output, predicted(adapted), rtol=0, atol=2e-3)
         else:
-            assert torch.equal(found, predicted(adapted))
+            assert torch.equal(output, predicted(adapted))
     assert torch.equal(predicted(loaded), predicted(stock)) and torch.equal(predicted(UNET), EXPECTED)
 
 
-def test_the_same_updates_make_the_same_bytes(tmp_path):
+def test_equal_updates_are_saved_as_equal_bytes(tmp_path):
     adapted = tiny_lora(UNET, "depth")
     for i in range(6):
         save_lora(adapted, tmp_path / str(i), "depth", half=i % 2 == 1)
     for parity in (0, 1):
         assert len({(tmp_path / str(i) / FILE).read_bytes() for i in range(parity, 6, 2)}) == 1
     with safe_open(tmp_path / "0" / FILE, "pt") as file:
-        (notes,) = file.metadata().values()  # several would be written in random order
-    assert json.loads(notes)["unet.target_modules"] == StableDiffusion.lora_targets  # and so would peft's sets
+        (notes,) = file.metadata().values()  # several keys would be written in random order
+    assert (
+        json.loads(notes)["unet.target_modules"] == StableDiffusion.lora_targets
+    )  # a list: the sets of peft would be in random order too
 
 
 def test_updates_fit_a_fine_tune_of_the_backbone(tmp_path):
-    """Another family member's weights, the same updates: what they change is theirs, and 0 is exactly it."""
+    """The same updates change a fine-tune in a similar direction, and at weight 0 it is exactly itself."""
     save_lora(tiny_lora(UNET), tmp_path, "generate")
     tuned = shared_copy(UNET)
     tuned.load_state_dict({k: v + 0.005 * randn(*v.shape, seed=3) for k, v in UNET.state_dict().items()}, assign=True)
@@ -154,7 +156,7 @@ def test_updates_fit_a_fine_tune_of_the_backbone(tmp_path):
     assert torch.cosine_similarity(moved.flatten(), original.flatten(), dim=0) > 0.8
 
 
-def test_updates_of_several_are_joined_and_backbones_without_any_add_none():
+def test_updates_of_several_adapters_are_joined():
     joined = join_lora(UNET, {"a": tiny_lora(UNET, "depth"), "nothing": UNET, "b": tiny_lora(UNET, "x", seed=1)})
     assert lora_names(joined) == ["a", "b"] and lora_names(UNET) == []
     scale_lora(joined, {"a": 1.0, "b": 0.0})
@@ -162,7 +164,7 @@ def test_updates_of_several_are_joined_and_backbones_without_any_add_none():
     assert torch.equal(predicted(join_lora(UNET, {"nothing": UNET})), EXPECTED)
 
 
-def test_half_an_update_is_refused(tmp_path):
+def test_an_incomplete_update_is_refused(tmp_path):
     save_lora(tiny_lora(UNET, "depth"), tmp_path, "depth")
     weights = load_file(tmp_path / FILE)
     gone = next(key for key in weights if "lora_B" in key)
@@ -188,7 +190,7 @@ def test_every_form_carries_updates_through_its_folder(form, tmp_path):
         assert torch.equal(student(Z, LEVELS, Conditioning(WORDS)), EXPECTED)  # no condition: no adapter
         half = (student(Z, LEVELS, c, 0.5) - EXPECTED).norm()
         assert 0 < half < (student(Z, LEVELS, c) - EXPECTED).norm()
-    # Another adapter in the same folder, this time without updates, leaves none behind.
+    # Another adapter saved into the folder without updates leaves none behind.
     save_adapter(tmp_path, adapter, UNET, full=False, half=False)
     assert load_adapter(tmp_path, "depth", None, UNET)[1] is UNET
 
@@ -201,16 +203,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(form):
         p.requires_grad_("lora_" in name)
     saving = copy.deepcopy(plain)
     saving.network.enable_gradient_checkpointing()
-    found = []
+    gradients = []
     for student in (plain, saving):
         student(Z, LEVELS, conditioning(adapter)).square().mean().backward()
-        found.append({name: p.grad for name, p in student.named_parameters() if "lora_" in name})
-    for name, gradient in found[0].items():
+        gradients.append({name: p.grad for name, p in student.named_parameters() if "lora_" in name})
+    for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.any(), name
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_merged_updates_compute_the_same_beside_the_backbone():
+def test_merged_updates_give_the_same_output_and_keep_the_backbone():
     joined = join_lora(UNET, {"a": tiny_lora(UNET, "depth"), "b": tiny_lora(UNET, "x", seed=1)})
     scale_lora(joined, {"a": 0.5, "b": 2.0})
     merged = merge_lora(joined)
@@ -223,7 +225,7 @@ def test_merged_updates_compute_the_same_beside_the_backbone():
     assert merged.conv_in.weight is UNET.conv_in.weight
 
 
-def test_merging_takes_updates_of_different_layers():
+def test_updates_of_different_layers_can_be_merged():
     few = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False, use_dora=True)
     joined = join_lora(UNET, {"all": tiny_lora(UNET, "depth")})
     joined.add_adapter(few, adapter_name="few")
@@ -232,8 +234,8 @@ def test_merging_takes_updates_of_different_layers():
     assert torch.equal(predicted(without_lora(joined)), EXPECTED)
 
 
-def test_the_stock_pipeline_reads_every_embedded_file():
-    """Without the prefix of the network it would load nothing, silently."""
+def test_the_stock_pipeline_reads_every_shipped_file():
+    """Without the prefix of the network it would silently load nothing."""
     files = sorted(EMBEDDED.rglob(FILE))
     assert len(files) > 7
     for file in files:
@@ -248,12 +250,12 @@ def test_the_stock_pipeline_reads_every_embedded_file():
     with torch.no_grad():
         plain, expected = backbone.unet(*inputs).sample, ours(*inputs).sample
         stock.load_lora_weights(find_adapter("generate"))
-        made = stock.unet(*inputs).sample
-    assert (made - plain).abs().max() > 1e-3 and (made - expected).abs().max() < 1e-6
+        output = stock.unet(*inputs).sample
+    assert (output - plain).abs().max() > 1e-3 and (output - expected).abs().max() < 1e-6
 
 
-def test_a_saved_pipeline_s_updates_are_read_by_the_stock_one(tmp_path):
-    """Also those of an old file, whose keys lack the network's name: stock pipelines read that as nothing."""
+def test_the_stock_pipeline_reads_the_updates_of_a_saved_pipeline(tmp_path):
+    """Including those of an old file, whose keys lack the network's name, which stock pipelines silently ignore."""
     adapter = FORMS["lora"].from_backbone(UNET, VAE)
     adapter.register_to_config(info={"task": "generate"})
     save_adapter(tmp_path / "old", adapter, tiny_lora(UNET), full=False, half=False)
@@ -264,13 +266,13 @@ def test_a_saved_pipeline_s_updates_are_read_by_the_stock_one(tmp_path):
     weights = {key.removeprefix("unet."): value for key, value in load_file(old).items()}
     save_file(weights, old, {"lora_adapter_metadata": note, "format": "pt"})
     config = json.loads((old.parent / "config.json").read_text())
-    config["info"].pop("files", None)  # old adapters list none
+    config["info"].pop("files", None)  # old adapters have no list of files
     (old.parent / "config.json").write_text(json.dumps(config))
     before = old.read_bytes()
     pipe = CoDiPipeline(**vars(tiny_backbone()))
     pipe.load_adapter(tmp_path / "old")
     pipe.save_pretrained(tmp_path / "saved")
-    assert old.read_bytes() == before  # the user's own stays
+    assert old.read_bytes() == before  # the user's own file is unchanged
     stock = tiny_backbone().pipeline()
     stock.load_lora_weights(tmp_path / "saved" / "adapters" / "old", weight_name=FILE)
     expected = predicted(load_adapter(tmp_path / "old", "generate", None, UNET)[1])

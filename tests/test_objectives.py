@@ -1,4 +1,4 @@
-"""CoDi's loss and plain diffusion training: by hand in float64, then real (tiny) networks."""
+"""CoDi's loss and plain diffusion training: by hand in float64, then on tiny real networks."""
 
 import copy
 from dataclasses import replace
@@ -27,7 +27,7 @@ LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
 
 
 class Recorder:
-    """A network with a fixed answer a z + b that remembers what it was asked."""
+    """A network with the fixed output a z + b that records its inputs."""
 
     def __init__(self, a: float, b: float) -> None:
         self.a, self.b = a, b
@@ -35,24 +35,24 @@ class Recorder:
         self.timesteps: list[Tensor] = []
 
     def __call__(self, z: Tensor, timestep: Tensor, conditioning) -> Tensor:
-        assert conditioning == "what to look at"
+        assert conditioning == "conditioning"
         self.z.append(z)
         self.timesteps.append(timestep)
         return self.a * z + self.b
 
 
-def trio() -> tuple[Recorder, Recorder, Recorder]:
+def recorders() -> tuple[Recorder, Recorder, Recorder]:
     return Recorder(0.3, 0.1), Recorder(0.5, -0.2), Recorder(-0.4, 0.05)
 
 
 def float64_batch(count: int = 3) -> LatentBatch:
-    return LatentBatch(randn(count, 4, 3, 3, seed=2, dtype=torch.float64), "what to look at")
+    return LatentBatch(randn(count, 4, 3, 3, seed=2, dtype=torch.float64), "conditioning")
 
 
 @pytest.mark.parametrize("ode", ["own", "teacher"])
 @pytest.mark.parametrize("consistency", ["noise", "signal"])
-def test_one_step_by_hand(consistency, ode):
-    student, target, teacher = trio()
+def test_one_step_equals_a_computation_by_hand(consistency, ode):
+    student, target, teacher = recorders()
     batch, t, dt = float64_batch(), torch.tensor([300, 620, 11]), 10
     losses = codi(
         student, target, batch, LEVELS, seeded(3), dt=dt, consistency=consistency, ode=ode, teacher=teacher, t=t
@@ -75,35 +75,39 @@ def test_one_step_by_hand(consistency, ode):
 
 
 def test_the_paper_s_choices_are_the_defaults():
-    default = codi(*trio()[:2], float64_batch(), LEVELS, seeded(3))
+    default = codi(*recorders()[:2], float64_batch(), LEVELS, seeded(3))
     spelled_out = codi(
-        *trio()[:2], float64_batch(), LEVELS, seeded(3), dt=1, shared_t=True, consistency="noise", ode="own",
+        *recorders()[:2], float64_batch(), LEVELS, seeded(3), dt=1, shared_t=True, consistency="noise", ode="own",
         d_x=latent, consistency_weight=1.0, signal_weight=1.0, signal_weighting="signal",
     )  # fmt: skip
     assert default.keys() == {"consistency", "signal"}
     assert all(torch.equal(default[name], spelled_out[name]) for name in default)
-    again, other = (codi(*trio()[:2], float64_batch(), LEVELS, seeded(seed))["signal"] for seed in (3, 4))
-    assert torch.equal(default["signal"], again) and not torch.equal(default["signal"], other)
+    again, reseeded = (codi(*recorders()[:2], float64_batch(), LEVELS, seeded(seed))["signal"] for seed in (3, 4))
+    assert torch.equal(default["signal"], again) and not torch.equal(default["signal"], reseeded)
 
 
 @pytest.mark.parametrize("consistency", ["noise", "signal"])
 @pytest.mark.parametrize("dt", [1, 100])
 @pytest.mark.parametrize("shared", [True, False])
-def test_times_of_a_batch(shared, dt, consistency):
-    student, target, _ = trio()
+def test_the_times_of_a_batch_lie_dt_apart(shared, dt, consistency):
+    student, target, _ = recorders()
     for seed in range(200):
         codi(student, target, float64_batch(4), LEVELS, seeded(seed), dt=dt, shared_t=shared, consistency=consistency)
-    asked, later = torch.stack(student.timesteps), torch.stack(target.timesteps)
-    assert asked.shape == (200, 1 if shared else 4)
-    assert shared or (asked.diff(dim=1) != 0).any(dim=1).all()
-    # The network is told t - 1, and the first level's number where s = 0 is below it.
-    assert torch.equal(later, (asked - dt).clamp_min(0))
-    # No noise is asked for where s = 0: a clean latent has none.
-    assert asked.min() >= dt - (consistency == "signal") and asked.max() <= 999 and asked.max() - asked.min() > 850 - dt
+    timesteps, target_timesteps = torch.stack(student.timesteps), torch.stack(target.timesteps)
+    assert timesteps.shape == (200, 1 if shared else 4)
+    assert shared or (timesteps.diff(dim=1) != 0).any(dim=1).all()
+    # The network gets t - 1, and the number of the first level where s = 0 is below it.
+    assert torch.equal(target_timesteps, (timesteps - dt).clamp_min(0))
+    # With a noise loss s = 0 does not occur: a clean latent has no noise.
+    assert (
+        timesteps.min() >= dt - (consistency == "signal")
+        and timesteps.max() <= 999
+        and timesteps.max() - timesteps.min() > 850 - dt
+    )
 
 
 def test_times_on_a_grid_are_its_multiples():
-    student, target, _ = trio()
+    student, target, _ = recorders()
     for seed in range(100):
         codi(student, target, float64_batch(4), LEVELS, seeded(seed), dt=50, shared_t=False, on_grid=True)
     times = 1 + torch.stack(student.timesteps).flatten()
@@ -131,7 +135,7 @@ def test_every_time_gives_a_finite_loss_and_gradient(prediction, boundary):
 
 def test_weights_scale_their_terms_and_0_leaves_them_out():
     def run(**weights):
-        student, target, _ = trio()
+        student, target, _ = recorders()
         losses = codi(student, target, float64_batch(), LEVELS, seeded(3), **weights)
         return losses, len(target.z)
 
@@ -139,8 +143,8 @@ def test_weights_scale_their_terms_and_0_leaves_them_out():
     scaled, _ = run(consistency_weight=3.0, signal_weight=0.1)
     torch.testing.assert_close(scaled["consistency"], 3 * plain["consistency"])
     torch.testing.assert_close(scaled["signal"], 0.1 * plain["signal"])
-    only_signal, asked = run(consistency_weight=0.0)
-    assert only_signal.keys() == {"signal"} and asked == 0
+    only_signal, target_calls = run(consistency_weight=0.0)
+    assert only_signal.keys() == {"signal"} and target_calls == 0
     assert torch.equal(only_signal["signal"], plain["signal"])
     only_consistency, _ = run(signal_weight=0.0)
     assert only_consistency.keys() == {"consistency"}
@@ -150,15 +154,15 @@ def test_weights_scale_their_terms_and_0_leaves_them_out():
 @pytest.mark.parametrize(
     "wrong", [{"consistency": "both"}, {"signal_weighting": "both"}, {"ode": "theirs"}, {"ode": "teacher"}]
 )
-def test_unknown_choices_are_errors(wrong):
+def test_unknown_options_are_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        codi(*trio()[:2], float64_batch(), LEVELS, seeded(), **wrong)
+        codi(*recorders()[:2], float64_batch(), LEVELS, seeded(), **wrong)
 
 
 # ---- boundary scaling
 
 
-def test_boundary_scaling():
+def test_boundary_scaling_has_its_closed_form():
     t = torch.tensor([0, 1, 2, 500, 999, 1000])
     x, z = randn(6, 4, 2, 2, seed=1, dtype=torch.float64), randn(6, 4, 2, 2, seed=2, dtype=torch.float64)
     scaled, eps = LEVELS.boundary_scaling(x, z, t)
@@ -171,7 +175,7 @@ def test_boundary_scaling():
 
 
 def test_in_the_unit_of_the_authors_release_boundary_scaling_is_the_identity():
-    """Theirs is that of diffusers' LCM: its unit is 10 times the level, numbered from 0."""
+    """The release uses the unit of diffusers' LCM: 10 times the level, numbered from 0."""
     scheduler = LCMScheduler()
     for level in range(1, 1000):
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(torch.tensor(float(level)))
@@ -179,11 +183,11 @@ def test_in_the_unit_of_the_authors_release_boundary_scaling_is_the_identity():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_signals_are_compared_with_the_teacher_s_own_where_no_noise_is_left(prediction):
-    """At t = dt: x(z_0, 0) = z_0 whatever the target network says, so the loss is |x_t - x_T|^2."""
+def test_signals_at_the_clean_end_are_compared_with_the_teacher_s(prediction):
+    """At t = dt, x(z_0, 0) = z_0 for any output of the target network, so the loss is |x_t - x_T|^2."""
     schedule = DiscreteSchedule(LEVELS.alphas[1:].square(), prediction)
     batch, t = float64_batch(), torch.tensor([20])
-    student, target, teacher = trio()
+    student, target, teacher = recorders()
     loss = consistency(student, target, batch, schedule, seeded(3), teacher=teacher, dt=20, t=t)["consistency"]
     z_t = student.z[0]
     x_t, taught = (schedule.signal_noise(net(z_t, t, batch.conditioning), z_t, t)[0] for net in (student, teacher))
@@ -191,7 +195,7 @@ def test_signals_are_compared_with_the_teacher_s_own_where_no_noise_is_left(pred
 
 
 def test_codi_uses_the_boundary_scaling_for_both_networks():
-    student, target, _ = trio()
+    student, target, _ = recorders()
     batch, t = float64_batch(), torch.tensor([600])
     losses = codi(student, target, batch, LEVELS, seeded(3), dt=50, t=t, boundary=True)
     z = student.z[0]
@@ -206,9 +210,9 @@ def test_codi_uses_the_boundary_scaling_for_both_networks():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_finetune_by_hand(prediction):
+def test_finetune_equals_a_computation_by_hand(prediction):
     schedule = DiscreteSchedule.from_config(tiny_scheduler(prediction).config)
-    student, target, _ = trio()
+    student, target, _ = recorders()
     batch, t = float64_batch(), torch.tensor([1, 500, 1000])
     loss = finetune(student, target, batch, schedule, seeded(6), t=t)
     assert loss.keys() == {"diffusion"} and not target.z
@@ -222,13 +226,13 @@ def test_finetune_by_hand(prediction):
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_codi_s_data_term_by_velocity_is_the_loss_of_a_velocity_network(guided):
-    """|x_t - x|^2 / sigma_t^2 = |v_t - v|^2, so that both give every noise level the same weight."""
+    """|x_t - x|^2 / sigma_t^2 = |v_t - v|^2, so both give every noise level the same weight."""
     for t in (torch.tensor([1, 500, 1000]), torch.tensor([300])):
-        student, target, _ = trio()
+        student, target, _ = recorders()
         batch = float64_batch()
-        if guided:  # by a network that takes any conditioning
+        if guided:  # the network takes any conditioning
             batch = replace(batch, guidance=Guidance(torch.tensor([[2.0], [3.0], [1.0]]), [0.0, 1.0]))
-            target = network_of_numbers
+            target = numeric_network
         fine = finetune(student, target, batch, LEVELS, seeded(6), t=t)["diffusion"]
         options: dict[str, Any] = {"t": t, "consistency_weight": 0}
         signal = codi(student, target, batch, LEVELS, seeded(6), signal_weighting="velocity", **options)["signal"]
@@ -238,24 +242,25 @@ def test_codi_s_data_term_by_velocity_is_the_loss_of_a_velocity_network(guided):
             torch.testing.assert_close(plain, fine * LEVELS.sigmas[t].square().squeeze(), rtol=1e-9, atol=0)
 
 
-def network_of_numbers(z: Tensor, timestep: Tensor, conditioning: float) -> Tensor:
+def numeric_network(z: Tensor, timestep: Tensor, conditioning: float) -> Tensor:
     return 0.2 * z + conditioning
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_finetune_draws_all_levels(shared):
-    student, target, _ = trio()
+    student, target, _ = recorders()
     for seed in range(200):
         finetune(student, target, float64_batch(4), LEVELS, seeded(seed), shared_t=shared)
-    asked = torch.stack(student.timesteps)
-    assert asked.shape == (200, 1 if shared else 4) and asked.min() < 30 and asked.max() > 970
+    timesteps = torch.stack(student.timesteps)
+    assert timesteps.shape == (200, 1 if shared else 4) and timesteps.min() < 30 and timesteps.max() > 970
 
 
 # ---- real networks
 
 
 def tiny_students(form: str, full: bool) -> tuple[Student, Student, LatentBatch]:
-    """(student, target, batch); `full`: the backbone trains too; the form lora has low-rank updates that do."""
+    """Return (student, target, batch). With `full` the backbone trains too; the form lora has trainable low-rank
+    updates."""
     unet, vae = tiny_unet(), tiny_vae()
     unet.requires_grad_(full)
     updated = add_lora(unet, 2, "generate") if form == "lora" else unet
@@ -268,7 +273,7 @@ def tiny_students(form: str, full: bool) -> tuple[Student, Student, LatentBatch]
 
 @pytest.mark.parametrize("ode", ["own", "teacher"])
 @pytest.mark.parametrize("form", FORMS)
-def test_gradient_reaches_the_student_alone(form, ode):
+def test_only_the_student_gets_gradients(form, ode):
     student, target, batch = tiny_students(form, full=True)
     teacher = copy.deepcopy(target)
     sum(codi(student, target, batch, LEVELS, seeded(), ode=ode, teacher=teacher).values()).backward()  # type: ignore[union-attr]
@@ -289,7 +294,7 @@ def test_gradient_reaches_the_student_alone(form, ode):
 )
 @pytest.mark.parametrize("objective", [codi, finetune])
 def test_what_training_changes(objective, form, full):
-    """Parameter-efficient training leaves the backbone's bytes alone, full training does not."""
+    """Parameter-efficient training leaves the backbone's bytes unchanged, full training does not."""
     student, target, batch = tiny_students(form, full)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     target_before = {name: p.detach().clone() for name, p in target.named_parameters()}

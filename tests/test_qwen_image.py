@@ -1,4 +1,4 @@
-"""Qwen-Image's own: the latent space, masks, guidance that keeps the norm, the ControlNet, and what is refused."""
+"""Qwen-Image's specifics: the latent space, masks, norm-keeping guidance, the ControlNet, and refused variants."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tiny import rand, randn
 TIME = torch.tensor([300.0, 800.0])
 
 
-def test_latents_are_the_stock_pipelines():
+def test_latents_equal_those_of_the_stock_pipeline():
     backbone, image = tiny_qwen_image().freeze(), rand(1, 3, 16, 24)
     parts = {name: getattr(backbone, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")}
     stock = QwenImageImg2ImgPipeline(**parts)
     latent = codec.encode(backbone.vae, image)
     assert latent.shape == (1, 4, 8, 12)
-    # Its picture is a frame, and it draws from the posterior.
+    # The stock pipeline treats an image as a frame, and samples the posterior.
     posterior = backbone.vae.encode(image[:, :, None] * 2 - 1).latent_dist
     drawn = stock._encode_vae_image(image[:, :, None] * 2 - 1, torch.Generator().manual_seed(0))[:, :, 0]
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
@@ -36,8 +36,8 @@ def test_latents_are_the_stock_pipelines():
     torch.testing.assert_close(space.denormalize(backbone.vae, latent), posterior.mean[:, :, 0], rtol=0, atol=1e-6)
 
 
-def test_predicts_as_the_network():
-    """Bit for bit: with prompts of two lengths by the mask, of one length without it."""
+def test_predictions_equal_those_of_the_network():
+    """Bit for bit, with a mask for prompts of two lengths, without one for equal lengths."""
     backbone = tiny_qwen_image().freeze()
     network, z, stock = backbone.network, randn(2, 4, 8, 12), backbone.pipeline()
     for prompts in (["a red ball", "a box"], ["a ball", "my box"]):
@@ -46,13 +46,13 @@ def test_predicts_as_the_network():
         tokens = network(pack(z), features, mask, TIME / 1000, [[(1, 4, 6)]] * 2).sample
         text, added = embed_prompts(backbone.text, prompts)
         assert text.shape == (2, 512, 8) and added is not None and added["mask"].shape == (2, 512)
-        made = Student(network)(z, TIME, Conditioning(text, added=added))
-        assert torch.equal(pack(made), tokens)
+        output = Student(network)(z, TIME, Conditioning(text, added=added))
+        assert torch.equal(pack(output), tokens)
         if mask is None:
             assert torch.equal(pack(Student(network)(z, TIME, Conditioning(features))), tokens)
 
 
-def test_guidance_keeps_the_norm_of_a_token():
+def test_guidance_keeps_the_norm_of_each_token():
     with_, without = randn(2, 4, 8, 12, seed=1), randn(2, 4, 8, 12, seed=2)
     guided = tiny_qwen_image().kind.guide(with_, without, 4.0)
     torch.testing.assert_close(pack(guided).norm(dim=-1), pack(with_).norm(dim=-1))
@@ -60,13 +60,13 @@ def test_guidance_keeps_the_norm_of_a_token():
     torch.testing.assert_close(torch.cosine_similarity(pack(guided), combined, dim=-1), torch.ones(2, 24))
 
 
-def test_the_last_of_the_steps_is_the_terminal():
+def test_the_last_step_is_at_the_terminal_sigma():
     schedule = tiny_qwen_image().schedule_for((128, 128), 4)
     sigma = schedule.timestep(torch.tensor([1000.0, 250.0, 0.0], dtype=torch.float64)) / 1000
     torch.testing.assert_close(sigma, torch.tensor([1.0, 0.02, 0.0], dtype=torch.float64))
 
 
-def test_its_controlnet_is_the_stock_one():
+def test_its_controlnet_equals_the_stock_one():
     backbone = tiny_qwen_image().freeze()
     network, z = backbone.network, randn(2, 4, 8, 12)
     adapter = FORMS["controlnet"].from_backbone(network, backbone.vae)
@@ -81,21 +81,21 @@ def test_its_controlnet_is_the_stock_one():
     shapes = [[(1, 4, 6)]] * 2
     with torch.no_grad():
         samples = net(pack(z), pack(condition), 1.0, features, mask, TIME / 1000, shapes, return_dict=False)
-        given = {"controlnet_block_samples": samples, "img_shapes": shapes, "timestep": TIME / 1000}
-        tokens = network(pack(z), features, mask, **given).sample
-        made = Student(network, adapter)(z, TIME, Conditioning(text, condition, added=added))
-    torch.testing.assert_close(pack(made), tokens, rtol=0, atol=1e-6)
+        arguments = {"controlnet_block_samples": samples, "img_shapes": shapes, "timestep": TIME / 1000}
+        tokens = network(pack(z), features, mask, **arguments).sample
+        output = Student(network, adapter)(z, TIME, Conditioning(text, condition, added=added))
+    torch.testing.assert_close(pack(output), tokens, rtol=0, atol=1e-6)
 
 
-def test_its_controlnet_takes_maps():
+def test_its_controlnet_accepts_maps():
     backbone = tiny_qwen_image().freeze()
     adapter = FORMS["controlnet"].from_backbone(backbone.network, backbone.vae, 4)
     condition = adapter.read(rand(2, 4, 16, 24), backbone.vae)
     text, added = embed_prompts(backbone.text, ["a red ball", "a box"])
-    given = Conditioning(text, condition, added=added)
+    conditioning = Conditioning(text, condition, added=added)
     z = randn(2, 4, 8, 12)
     plain = Student(backbone.network)(z, TIME, Conditioning(text, added=added))
-    assert torch.equal(Student(backbone.network, adapter)(z, TIME, given), plain)
+    assert torch.equal(Student(backbone.network, adapter)(z, TIME, conditioning), plain)
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_other_networks_are_refused():
         fill.kind.require_usable(fill, "here")
 
 
-def test_a_file_of_the_network(tmp_path):
+def test_a_file_of_the_network_loads(tmp_path):
     tiny_qwen_image().pipeline().save_pretrained(tmp_path / "model")
-    other = tiny_qwen_image(seed=1).network.state_dict()
-    save_file(other, tmp_path / "qwen.safetensors")
-    found = load_backbone(tmp_path / "qwen.safetensors", config=tmp_path / "model")
-    weights = found.network.state_dict()
-    assert found.kind.name == "Qwen-Image" and weights.keys() == other.keys()
-    assert all(torch.equal(weights[key], other[key]) for key in other)
+    expected = tiny_qwen_image(seed=1).network.state_dict()
+    save_file(expected, tmp_path / "qwen.safetensors")
+    loaded = load_backbone(tmp_path / "qwen.safetensors", config=tmp_path / "model")
+    weights = loaded.network.state_dict()
+    assert loaded.kind.name == "Qwen-Image" and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-def test_warns_of_long_prompts():
+def test_long_prompts_are_a_warning():
     with pytest.warns(UserWarning, match="prompt of 515 tokens: the text encoder reads 512, so this is cut: 'end'"):
         tiny_qwen_image().text.encode(["a" * 512 + "end"])

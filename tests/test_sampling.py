@@ -1,4 +1,4 @@
-"""Samplers, first where everything is known in closed form, then on tiny real networks; and the moving average."""
+"""Samplers, first in closed form, then on tiny real networks; and the moving average."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ M, S = 0.7, 0.5  # the data of the Gaussian world
 
 
 class Formula(Student):
-    """A student whose signal prediction is `x(z, alpha, sigma, conditioning)`; remembers the batch sizes it saw."""
+    """A student whose signal prediction is `x(z, alpha, sigma, conditioning)`, and which records its batch sizes."""
 
     def __init__(self, schedule: Schedule, x: Callable[..., Tensor]) -> None:
         nn.Module.__init__(self)
@@ -47,7 +47,7 @@ NOTHING = Conditioning(torch.zeros(1, 1, 1))
 
 
 @pytest.mark.parametrize("schedule", [LEVELS, ZERO_SNR, EPSILON, CosineSchedule()], ids=["v", "zero snr", "eps", "cos"])
-def test_ddim_nears_the_end_of_the_probability_flow(schedule):
+def test_ddim_converges_to_the_end_of_the_probability_flow(schedule):
     """x = m + s (z_T - alpha_T m) / sqrt(alpha_T^2 s^2 + sigma_T^2), and Euler's error is of first order."""
     z = randn(1, 1, 1, 500, dtype=torch.float64)
     alpha, sigma = schedule.alpha_sigma(torch.tensor([schedule.horizon]), z)
@@ -59,8 +59,8 @@ def test_ddim_nears_the_end_of_the_probability_flow(schedule):
 
 
 @pytest.mark.parametrize("schedule", [LEVELS, ZERO_SNR, CosineSchedule()], ids=["v", "zero snr", "cos"])
-def test_boundary_scaling_is_sampled_with_as_it_is_trained_with(schedule):
-    """A network whose scaled signal is the denoiser's is sampled as the denoiser is."""
+def test_sampling_applies_boundary_scaling_as_training_does(schedule):
+    """A network whose scaled signal is the denoiser's gives the samples of the denoiser."""
     z = randn(1, 1, 1, 50, dtype=torch.float64)
 
     def unscaled(z: Tensor, alpha: Tensor, sigma: Tensor, _: Any) -> Tensor:
@@ -75,13 +75,13 @@ def test_boundary_scaling_is_sampled_with_as_it_is_trained_with(schedule):
         torch.testing.assert_close(*same, rtol=0, atol=1e-9)
 
 
-def test_many_steps_give_the_data_s_mean_and_spread():
+def test_many_steps_give_the_mean_and_spread_of_the_data():
     z = randn(1, 1, 1, 20_000, seed=1, dtype=torch.float64)
     z = (z - z.mean()) / z.std()
     few, many = (sample(Formula(ZERO_SNR, denoiser), ZERO_SNR, z, NOTHING, steps) for steps in (2, 1000))
     assert float(many.mean()) == pytest.approx(M, abs=1e-3)
     assert float(many.std()) == pytest.approx(S, abs=3e-3)
-    assert float(few.std()) < 0.8 * S  # a mean is what one gets in too few steps
+    assert float(few.std()) < 0.8 * S  # too few steps give the mean
 
 
 def test_a_self_consistent_student_needs_one_step():
@@ -110,7 +110,7 @@ def test_one_step_is_the_prediction_itself(schedule):
 
 
 def towards_the_prompt(z: Tensor, alpha: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-    """Predicts what the prompt's features say: 1 with a prompt, 0 without."""
+    """Return the mean of the prompt's features: 1 with a prompt, 0 without."""
     return conditioning.text.mean((1, 2)).view(-1, 1, 1, 1).to(z).expand_as(z)
 
 
@@ -137,7 +137,7 @@ def test_guidance_1_is_no_guidance_and_costs_nothing():
     assert student.batches == [3] * 12 + [6] * 4
 
 
-def test_predicting_at_a_time_of_its_own_for_each_sample():
+def test_each_sample_may_have_its_own_time():
     z, student, t = randn(3, 1, 2, 2), Formula(LEVELS, towards_the_prompt), torch.tensor([10, 500, 1000])
     for scale, unconditional in ((1.0, None), (3.0, BLANK)):
         x, _ = predict(student, LEVELS, z, t, PROMPT, scale, unconditional)
@@ -148,7 +148,7 @@ def test_predicting_at_a_time_of_its_own_for_each_sample():
 
 
 def tiny_student(form: str, count: int = 3) -> tuple[Student, Conditioning, Conditioning]:
-    """(student with an adapter that matters, conditioning, the same without the prompt)."""
+    """Return (student with a trained-like adapter, conditioning, the same without the prompt)."""
     unet, vae = tiny_unet(), tiny_vae()
     adapter = FORMS[form].from_backbone(unet, vae)
     with torch.no_grad():
@@ -156,46 +156,46 @@ def tiny_student(form: str, count: int = 3) -> tuple[Student, Conditioning, Cond
             if name.startswith(("mu.", "entry.2.")) or "controlnet_" in name:
                 p.copy_(0.3 * rand(*p.shape))
     condition = adapter.read(rand(count, 3, 6 * DOWNSCALE, 6 * DOWNSCALE), vae)
-    words, blank = randn(count, 5, TEXT_WIDTH, seed=1), randn(1, 5, TEXT_WIDTH, seed=2).repeat(count, 1, 1)
+    features, blank = randn(count, 5, TEXT_WIDTH, seed=1), randn(1, 5, TEXT_WIDTH, seed=2).repeat(count, 1, 1)
     unet = tiny_lora(unet) if isinstance(adapter, LoraAdapter) else unet
-    return Student(unet, adapter).eval(), Conditioning(words, condition), Conditioning(blank, condition)
+    return Student(unet, adapter).eval(), Conditioning(features, condition), Conditioning(blank, condition)
 
 
-def only(conditioning: Conditioning, index: slice) -> Conditioning:
+def rows_of(conditioning: Conditioning, index: slice) -> Conditioning:
     assert conditioning.condition is not None
     return Conditioning(conditioning.text[index], conditioning.condition[index])
 
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_guidance_of_a_network_is_the_formula(form):
+def test_guidance_of_a_network_equals_the_formula(form):
     student, conditioning, blank = tiny_student(form)
     z, t = randn(3, LATENT_CHANNELS, 6, 6), torch.tensor([600])
     with_, without = (student(z, t - 1, c) for c in (conditioning, blank))
     expected = LEVELS.signal_noise(without + 3 * (with_ - without), z, t)
-    found = predict(student, LEVELS, z, t, conditioning, 3.0, blank)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    prediction = predict(student, LEVELS, z, t, conditioning, 3.0, blank)
+    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_picture_does_not_depend_on_its_batch(form, guidance_scale):
+def test_an_image_does_not_depend_on_its_batch(form, guidance_scale):
     student, conditioning, blank = tiny_student(form)
     seeds = [11, 12, 13]
     noise = initial_noise((LATENT_CHANNELS, 6, 6), seeds)
     together = sample(student, LEVELS, noise, conditioning, 2, guidance_scale, blank)
     for i, seed in enumerate(seeds):
-        one, alone = slice(i, i + 1), initial_noise((LATENT_CHANNELS, 6, 6), [seed])
-        assert torch.equal(alone, noise[one])
-        result = sample(student, LEVELS, alone, only(conditioning, one), 2, guidance_scale, only(blank, one))
-        torch.testing.assert_close(result, together[one], rtol=0, atol=1e-5)
+        row, alone = slice(i, i + 1), initial_noise((LATENT_CHANNELS, 6, 6), [seed])
+        assert torch.equal(alone, noise[row])
+        result = sample(student, LEVELS, alone, rows_of(conditioning, row), 2, guidance_scale, rows_of(blank, row))
+        torch.testing.assert_close(result, together[row], rtol=0, atol=1e-5)
     assert torch.equal(sample(student, LEVELS, noise, conditioning, 2, guidance_scale, blank), together)
 
 
 @pytest.mark.parametrize(("form", "guidance_scale", "runs"), [
     ("fused", 1.0, 1), ("fused", 2.0, 2), ("controlnet", 1.0, 4), ("controlnet", 2.0, 4),
 ])  # fmt: skip
-def test_how_often_the_condition_encoder_runs(form, guidance_scale, runs):
+def test_the_condition_encoder_runs_once_or_at_every_step(form, guidance_scale, runs):
     """The fused form once per picture (and once for the blank prompt), a ControlNet at every step."""
     student, conditioning, blank = tiny_student(form)
     assert student.adapter is not None
@@ -205,16 +205,16 @@ def test_how_often_the_condition_encoder_runs(form, guidance_scale, runs):
     z = randn(3, LATENT_CHANNELS, 6, 6)
     result = sample(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
     assert len(calls) == runs
-    assert conditioning.prepared is None and blank.prepared is None  # the caller's are left alone
-    # Cached or not, the same picture: a student that prepares anew at every step.
+    assert conditioning.prepared is None and blank.prepared is None  # the caller's conditionings are unchanged
+    # Without the cache, in a student that prepares at every step, the image is the same.
     student.prepare = lambda c: c  # type: ignore[method-assign]
     forward = student.forward
-    student.forward = lambda z, t, c, s=1.0: forward(z, t, prepare_anew(student, c), s)  # type: ignore[method-assign]
+    student.forward = lambda z, t, c, s=1.0: forward(z, t, prepare_uncached(student, c), s)  # type: ignore[method-assign]
     again = sample(student, LEVELS, z, conditioning, 4, guidance_scale, blank)
     torch.testing.assert_close(again, result, rtol=0, atol=1e-5)
 
 
-def prepare_anew(student: Student, conditioning: Conditioning) -> Conditioning:
+def prepare_uncached(student: Student, conditioning: Conditioning) -> Conditioning:
     return Student.prepare(student, conditioning)
 
 
@@ -240,7 +240,7 @@ def test_sampling_builds_no_graph_and_keeps_the_dtype():
     ("steps", "grid"),
     [(1, [1000, 0]), (2, [1000, 500, 0]), (3, [1000, 667, 333, 0]), (4, [1000, 750, 500, 250, 0])],
 )
-def test_the_grid_of_levels(steps, grid):
+def test_the_time_grid_is_even(steps, grid):
     assert time_grid(1000, steps).tolist() == grid
 
 
@@ -254,7 +254,7 @@ def test_every_grid_falls_from_noise_to_clean():
 
 
 @pytest.mark.parametrize("horizon", [1000, CosineSchedule.horizon], ids=["levels", "cosine"])
-def test_shifted_grids(horizon):
+def test_a_shift_moves_the_grid_towards_noise(horizon):
     """u = s v / (s v + 1 - v): above 1 more of the times are noisy, below 1 fewer; 1 changes nothing."""
     for steps in (1, 2, 4, 50, 333, 1000):
         plain = time_grid(horizon, steps)
@@ -268,7 +268,7 @@ def test_shifted_grids(horizon):
     assert time_grid(1000, 2, 1 / 3).tolist() == [1000, 250, 0]
 
 
-def test_sampling_walks_the_shifted_grid():
+def test_sampling_follows_the_shifted_grid():
     z, student, times = randn(1, 1, 2, 2), Formula(LEVELS, denoiser), []
     shifted = sample(
         student,
@@ -286,7 +286,7 @@ def test_sampling_walks_the_shifted_grid():
     ) and not torch.equal(shifted, plain)
 
 
-def test_noise_belongs_to_its_seed():
+def test_noise_depends_only_on_its_seed():
     noise = initial_noise((4, 8, 8), [3, 5, 3])
     assert noise.shape == (3, 4, 8, 8) and torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
     assert torch.equal(noise[1], randn(4, 8, 8, seed=5))
@@ -297,12 +297,12 @@ def test_noise_belongs_to_its_seed():
 
 def test_the_callback_sees_every_step_and_may_replace_the_latent():
     z, student = randn(1, 1, 2, 2), Formula(LEVELS, denoiser)
-    seen: list[tuple[int, int, Tensor, Tensor]] = []
-    result = sample(student, LEVELS, z, NOTHING, 4, callback=lambda *step: seen.append(step))  # type: ignore[func-returns-value]
-    assert [(i, t) for i, t, _, _ in seen] == [(0, 1000), (1, 750), (2, 500), (3, 250)]
-    assert torch.equal(seen[-1][2], result) and torch.equal(seen[-1][3], result)
+    calls: list[tuple[int, int, Tensor, Tensor]] = []
+    result = sample(student, LEVELS, z, NOTHING, 4, callback=lambda *step: calls.append(step))  # type: ignore[func-returns-value]
+    assert [(i, t) for i, t, _, _ in calls] == [(0, 1000), (1, 750), (2, 500), (3, 250)]
+    assert torch.equal(calls[-1][2], result) and torch.equal(calls[-1][3], result)
     start = z
-    for (_, t, latent, x), s in zip(seen, (750, 500, 250, 0), strict=True):
+    for (_, t, latent, x), s in zip(calls, (750, 500, 250, 0), strict=True):
         x_t, eps = predict(student, LEVELS, start, torch.tensor([t]), NOTHING)
         assert torch.equal(x, x_t) and torch.equal(latent, LEVELS.mix(x_t, eps, torch.tensor([s])))
         start = latent
@@ -321,7 +321,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latent():
 # ---- the moving average
 
 
-def test_the_average_s_values():
+def test_the_average_has_its_closed_form():
     online = nn.Linear(1, 1, bias=False).double()
     average = ema.average_copy(online)
     start, values = float(average.weight), [2.0, -1.0, 5.0]
@@ -340,7 +340,7 @@ def test_the_average_s_values():
     assert float(average.weight) == 5.0
 
 
-def test_the_average_of_halves_is_kept_in_its_own_precision():
+def test_the_average_of_half_precision_weights_is_kept_in_float32():
     average = nn.Linear(1, 1, bias=False).requires_grad_(False)
     online = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
@@ -369,15 +369,15 @@ def test_the_average_shares_what_is_frozen_and_copies_what_trains(form):
     for (name, a), p in zip(average.named_parameters(), student.parameters(), strict=True):
         assert (a is p) == (name.startswith("network.") and "lora_" not in name) and torch.equal(a, p)
     trained = [p for p in student.parameters() if p.requires_grad]
-    assert trained  # averaging left the student's own flags alone
-    kept = {name: p for name, p in student.network.named_parameters() if not p.requires_grad}
+    assert trained  # averaging left the student's own flags unchanged
+    shared = {name: p for name, p in student.network.named_parameters() if not p.requires_grad}
     z, t = randn(3, LATENT_CHANNELS, 6, 6), torch.tensor([500])
     with torch.no_grad():
-        before, frozen = average(z, t, conditioning), {name: p.clone() for name, p in kept.items()}
+        before, frozen = average(z, t, conditioning), {name: p.clone() for name, p in shared.items()}
         for p in trained:
             p.add_(0.1 * randn(*p.shape, seed=3))
         assert torch.equal(average(z, t, conditioning), before)
         ema.update(average, student, 0.5)
         assert not torch.equal(average(z, t, conditioning), before)
-    assert frozen and all(torch.equal(p, frozen[name]) for name, p in kept.items())
+    assert frozen and all(torch.equal(p, frozen[name]) for name, p in shared.items())
     assert not any(p.requires_grad for p in average.parameters())

@@ -1,5 +1,4 @@
-"""SANA's own: its schedulers, the two ways prompts are read, the latent space, its ControlNet in the stock network,
-what is refused, and files in the authors' layout."""
+"""SANA's specifics: schedulers, prompt encoding, the latent space, its ControlNet, refused variants, authors' files."""
 
 from __future__ import annotations
 
@@ -41,17 +40,18 @@ BLOCKS = {
 
 
 def authors_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of NVIDIA's own files, which diffusers converts; both tensors that it leaves out are there."""
+    """Return the weights under the keys of NVIDIA's own files, which diffusers converts, with the two tensors that
+    it drops."""
     out = {"pos_embed": torch.zeros(1, 64, 16), "y_embedder.y_embedding": torch.zeros(300, 12)}
     for key, value in weights.items():
         start, end, names = "", key, SHARED
         if key.startswith("transformer_blocks."):
             _, number, end = key.split(".", 2)
             start, names = f"blocks.{number}.", BLOCKS
-        others = {"attn1.to_q": ("to_k", "to_v"), "attn2.to_k": ("to_v",)}
-        for first, more in others.items():
+        joined = {"attn1.to_q": ("to_k", "to_v"), "attn2.to_k": ("to_v",)}
+        for first, more in joined.items():
             if end.startswith(first):
-                value = torch.cat([value, *(weights[key.replace(first[-4:], other)] for other in more)])
+                value = torch.cat([value, *(weights[key.replace(first[-4:], projection)] for projection in more)])
         if end.startswith(("attn1.to_k", "attn1.to_v", "attn2.to_v")):
             continue
         name = next(old for old in names if f"{end}.".startswith(f"{old}."))
@@ -60,40 +60,40 @@ def authors_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dpm(**changes: Any) -> DPMSolverMultistepScheduler:
-    """As the checkpoints have it."""
+    """Return the solver with the settings of the checkpoints."""
     settings: dict[str, Any] = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
     return DPMSolverMultistepScheduler(**{**settings, **changes})
 
 
-def drawn(pipe: Any, **options: Any) -> Tensor:
+def generate(pipe: Any, **options: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompt=PROMPT, height=SIDE, width=SIDE, output_type="pt", **options).images
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20])
 @pytest.mark.parametrize("guidance", [{"guidance_scale": 1.0}, {"guidance_scale": 4.5, "negative_prompt": "blue box"}])
-def test_with_its_stock_scheduler_it_is_the_stock_pipeline(guidance, steps):
+def test_with_its_stock_scheduler_it_equals_the_stock_pipeline(guidance, steps):
     backbone = tiny_sana(scheduler=dpm()).freeze()
-    latents, seen = initial_noise((8, 8, 8), [3]), []
+    latents, denoised = initial_noise((8, 8, 8), [3]), []
     stock: Any = backbone.pipeline()
-    expected = drawn(stock, num_inference_steps=steps, latents=latents, use_resolution_binning=False, **guidance)
+    expected = generate(stock, num_inference_steps=steps, latents=latents, use_resolution_binning=False, **guidance)
 
-    def note(pipe: Any, index: int, t: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(given["denoised"])
+    def record(pipe: Any, index: int, t: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        denoised.append(tensors["denoised"])
         return {}
 
     pipe = CoDiPipeline(**vars(backbone))
     names = ("latents", "denoised")
-    made = drawn(
-        pipe, steps=steps, seed=3, **guidance, callback_on_step_end=note, callback_on_step_end_tensor_inputs=names
+    images = generate(
+        pipe, steps=steps, seed=3, **guidance, callback_on_step_end=record, callback_on_step_end_tensor_inputs=names
     )
-    torch.testing.assert_close(made, expected.clamp(0, 1), rtol=0, atol=1e-5)
-    assert len(seen) == steps and seen[-1].shape == latents.shape
-    pipe.shift = 1.0  # an explicit grid is ours
-    assert steps == 1 or not torch.equal(drawn(pipe, steps=steps, seed=3, **guidance), made)
+    torch.testing.assert_close(images, expected.clamp(0, 1), rtol=0, atol=1e-5)
+    assert len(denoised) == steps and denoised[-1].shape == latents.shape
+    pipe.shift = 1.0  # an explicit shift selects our own grid
+    assert steps == 1 or not torch.equal(generate(pipe, steps=steps, seed=3, **guidance), images)
 
 
-def test_both_schedulers_have_one_schedule():
+def test_both_schedulers_give_the_same_schedule():
     flow, solver = tiny_sana().schedule, tiny_sana(scheduler=dpm()).schedule
     t = torch.tensor([0.0, 250.0, 500.0, 1000.0])
     assert torch.equal(flow.timestep(t), solver.timestep(t))
@@ -109,27 +109,27 @@ def test_schedulers_for_other_paths_are_refused(scheduler, tmp_path):
         load_backbone(tmp_path)
 
 
-def test_prompts_are_read_behind_an_instruction_and_negative_ones_are_not():
-    """The empty prompt is always the one that guidance leads away from."""
+def test_only_positive_prompts_are_prefixed_with_the_instruction():
+    """The empty prompt always counts as a negative one, which guidance leads away from."""
     backbone = tiny_sana().freeze()
     stock: Any = backbone.pipeline()
     instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
     instructed = stock.encode_prompt(["a red ball", "blue box"], False, complex_human_instruction=instruction)[:2]
     plain = stock.encode_prompt(["blue box", ""], False)[:2]
     text = backbone.text
-    for made, (features, mask), rows in (
+    for encoded, (features, mask), rows in (
         (text.encode(["a red ball", "", "blue box"]), instructed, ([0, 2], [0, 1])),
         (text.encode(["a red ball", "", "blue box"]), plain, ([1], [1])),
         (text.encode(["blue box", ""], negative=True), plain, ([0, 1], [0, 1])),
     ):
-        torch.testing.assert_close(made["features"][rows[0]], features[rows[1]], rtol=0, atol=1e-5)
-        assert torch.equal(made["mask"][rows[0]], mask[rows[1]])
+        torch.testing.assert_close(encoded["features"][rows[0]], features[rows[1]], rtol=0, atol=1e-5)
+        assert torch.equal(encoded["mask"][rows[0]], mask[rows[1]])
     assert not torch.allclose(text.encode(["blue box"])["features"], plain[0][:1], atol=1e-2)
     with pytest.warns(UserWarning, match="prompt of 302 tokens: the text encoder reads 299, so this is cut: 'xyz'"):
         text.encode(["a" * 298 + "xyz"])
 
 
-def test_latents_are_the_stock_pipelines():
+def test_latents_equal_those_of_the_stock_pipeline():
     backbone, image = tiny_sana().freeze(), rand(2, 3, 16, 24)
     vae = backbone.vae
     expected = vae.encode(image * 2 - 1).latent * vae.config["scaling_factor"]
@@ -143,9 +143,9 @@ def test_latents_are_the_stock_pipelines():
 
 @pytest.mark.parametrize("build", [tiny_sana, tiny_sana15])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("side", [8, 6])  # of positions that are kept, and new ones
-def test_predicts_as_the_network(build, dtype, side):
-    """Bit for bit; another scale of the time too."""
+@pytest.mark.parametrize("side", [8, 6])  # stored positions, and computed ones
+def test_predictions_equal_those_of_the_network(build, dtype, side):
+    """Bit for bit, also with another timestep scale."""
     backbone = build(timestep_scale=0.5).freeze()
     text, added = embed_prompts(backbone.text, [PROMPT, ""])
     network, z, time = backbone.network.to(dtype), randn(2, 8, side, side).to(dtype), torch.tensor([300.0, 800.0])
@@ -156,8 +156,8 @@ def test_predicts_as_the_network(build, dtype, side):
 
 
 @pytest.mark.parametrize("blocks", [3, 10])
-def test_its_controlnet_is_the_stock_one(blocks, tmp_path):
-    """A stock network gives the same picture with it; it starts as a copy."""
+def test_its_controlnet_equals_the_stock_one(blocks, tmp_path):
+    """A stock network gives the same output with it; it starts as a copy."""
     backbone = tiny_sana(num_layers=blocks).freeze()
     adapter = ControlNetAdapter.from_backbone(backbone.network, backbone.vae, 3)
     assert len(adapter.net.transformer_blocks) == min(7, blocks - 1)
@@ -173,12 +173,12 @@ def test_its_controlnet_is_the_stock_one(blocks, tmp_path):
     inputs = {"encoder_hidden_states": text, "encoder_attention_mask": added["mask"], "timestep": time}
     samples = stock(z, controlnet_cond=condition, **inputs).controlnet_block_samples
     expected = backbone.network(z, controlnet_block_samples=tuple(samples), **inputs).sample
-    made = student(z, time, Conditioning(text, condition, added=added))
-    assert torch.equal(made, expected) and not torch.equal(made, backbone.network(z, **inputs).sample)
+    output = student(z, time, Conditioning(text, condition, added=added))
+    assert torch.equal(output, expected) and not torch.equal(output, backbone.network(z, **inputs).sample)
 
 
 @pytest.mark.parametrize(("build", "channels", "why"), [(tiny_sana, 4, "a mask too"), (tiny_sana15, 3, "SANA 1.5")])
-def test_what_its_controlnet_cannot_do(build, channels, why):
+def test_unsupported_controlnets_are_refused(build, channels, why):
     backbone = build()
     with pytest.raises(UserError, match=f"adapter controlnet: .*{why}"):
         ControlNetAdapter.from_backbone(backbone.network, backbone.vae, channels)
@@ -197,22 +197,22 @@ def test_sprint_and_other_variants_are_refused():
         wide.kind.require_usable(wide, "here")
 
 
-def test_10_and_15_do_not_share_adapters():
+def test_sana_10_and_15_do_not_share_adapters():
     assert tiny_sana().family == "SANA-8ch-f4-16x3-flow" != tiny_sana15().family
 
 
-def test_a_file_in_the_authors_layout(tmp_path):
+def test_a_file_in_the_authors_layout_loads(tmp_path):
     tiny_sana().pipeline().save_pretrained(tmp_path / "model")
-    other = tiny_sana(seed=1).network.state_dict()
-    save_file(authors_layout(other), tmp_path / "sana.safetensors")
-    found = load_backbone(tmp_path / "sana.safetensors", config=tmp_path / "model")
-    weights = found.network.state_dict()
-    assert found.kind.name == "SANA" and weights.keys() == other.keys()
-    assert all(torch.equal(weights[key], other[key]) for key in other)
+    expected = tiny_sana(seed=1).network.state_dict()
+    save_file(authors_layout(expected), tmp_path / "sana.safetensors")
+    loaded = load_backbone(tmp_path / "sana.safetensors", config=tmp_path / "model")
+    weights = loaded.network.state_dict()
+    assert loaded.kind.name == "SANA" and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def test_a_file_of_15_in_the_authors_layout_is_refused(tmp_path):
-    """diffusers leaves out the norms of queries and keys."""
+    """diffusers drops the norms of queries and keys."""
     tiny_sana15().pipeline().save_pretrained(tmp_path / "model")
     save_file(authors_layout(tiny_sana15(seed=1).network.state_dict()), tmp_path / "sana.safetensors")
     with pytest.raises(UserError, match="diffusers cannot read SANA 1.5 in its authors' layout"):

@@ -1,4 +1,4 @@
-"""The change of variables, in float64, and the noise levels of real scheduler configs."""
+"""The change of variables in float64, and the noise levels of real scheduler configs."""
 
 import math
 
@@ -31,7 +31,7 @@ def discrete(prediction: str = "v_prediction", **changes) -> DiscreteSchedule:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_round_trip_at_every_level(prediction):
+def test_signal_and_noise_are_restored_at_every_level(prediction):
     schedule = discrete(prediction)
     x, eps = randn(1000, 2, 3, seed=1, dtype=torch.float64), randn(1000, 2, 3, seed=2, dtype=torch.float64)
     z = schedule.mix(x, eps, LEVELS)
@@ -43,15 +43,15 @@ def test_round_trip_at_every_level(prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_any_output_names_a_point_on_z(prediction):
-    """Whatever the network says, alpha x + sigma eps is z: a DDIM step of no length goes nowhere."""
+def test_any_output_mixes_back_to_z(prediction):
+    """For any output, alpha x + sigma eps is z, so a DDIM step of zero length changes nothing."""
     schedule = discrete(prediction)
     z, output = randn(1000, 2, 3, seed=3, dtype=torch.float64), randn(1000, 2, 3, seed=4, dtype=torch.float64)
     x, eps = schedule.signal_noise(output, z, LEVELS)
     torch.testing.assert_close(schedule.mix(x, eps, LEVELS), z, rtol=0, atol=1e-12)
 
 
-def test_velocity_is_the_derivative_of_z_along_its_angle():
+def test_velocity_is_the_derivative_of_z():
     """With alpha = cos t, sigma = sin t: v = dz/dt."""
     schedule, t, h = CosineSchedule(), torch.linspace(0.1, 1.5, 7, dtype=torch.float64), 1e-6
     x, eps = randn(7, 3, seed=1, dtype=torch.float64), randn(7, 3, seed=2, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_variance_is_preserved_and_time_0_is_clean(zero_snr):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_time_0_gives_back_what_it_was_given(prediction):
+def test_time_0_returns_the_clean_latent(prediction):
     schedule, clean = discrete(prediction), torch.tensor([0])
     x, eps = randn(2, 4, 3, 3, seed=1), randn(2, 4, 3, 3, seed=2)
     z = schedule.mix(x, eps, clean)
@@ -88,13 +88,13 @@ def test_shapes_and_dtypes_follow_the_latent():
         alpha, sigma = schedule.alpha_sigma(torch.tensor([1, 500, 1000]), like)
         assert alpha.shape == sigma.shape == (3, *[1] * (like.ndim - 1))
         assert alpha.dtype == sigma.dtype == like.dtype
-    one, _ = schedule.alpha_sigma(torch.tensor([7]), randn(3, 4, 5, 5))
-    assert one.shape == (1, 1, 1, 1)
+    latent, _ = schedule.alpha_sigma(torch.tensor([7]), randn(3, 4, 5, 5))
+    assert latent.shape == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_levels_are_those_of_diffusers(scheduler, beta_schedule):
+def test_levels_equal_those_of_diffusers(scheduler, beta_schedule):
     config = {"beta_schedule": beta_schedule, "num_train_timesteps": 50, "prediction_type": "v_prediction"}
     theirs = scheduler(**config)
     ours = DiscreteSchedule.from_config(theirs.config)
@@ -102,7 +102,7 @@ def test_levels_are_those_of_diffusers(scheduler, beta_schedule):
     torch.testing.assert_close(ours.alphas[1:] ** 2, theirs.alphas_cumprod.double(), rtol=0, atol=1e-15)
 
 
-def test_zero_terminal_snr_is_honoured():
+def test_zero_terminal_snr_is_respected():
     theirs = tiny_scheduler("v_prediction", rescale_betas_zero_snr=True)
     ours = DiscreteSchedule.from_config(theirs.config)
     torch.testing.assert_close(ours.alphas[1:] ** 2, theirs.alphas_cumprod.double(), rtol=0, atol=1e-15)
@@ -127,7 +127,7 @@ def test_unknown_prediction_is_refused(prediction):
             attempt()
 
 
-def test_the_network_is_told_the_checkpoint_s_own_level():
+def test_the_network_gets_the_timestep_of_the_checkpoint():
     schedule = discrete()
     assert schedule.timestep(torch.tensor([0, 1, 2, 1000])).tolist() == [0, 0, 1, 999]
     t = torch.tensor([0.5])
@@ -168,7 +168,7 @@ def test_a_shared_time_is_one_time_and_seeds_decide(schedule):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
-def test_flow_round_trip(shift):
+def test_flow_signal_and_noise_are_restored(shift):
     schedule, t = FlowSchedule(shift), torch.linspace(0, 1000, 101, dtype=torch.float64)
     x, eps = randn(101, 2, 3, seed=1, dtype=torch.float64), randn(101, 2, 3, seed=2, dtype=torch.float64)
     z = schedule.mix(x, eps, t)
@@ -176,8 +176,8 @@ def test_flow_round_trip(shift):
     torch.testing.assert_close(z, (1 - s) * x + s * eps, rtol=0, atol=1e-14)
     output = schedule.output(x, eps, t)
     assert torch.equal(output, eps - x)
-    for found, wanted in zip(schedule.signal_noise(output, z, t), (x, eps), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    for restored, original in zip(schedule.signal_noise(output, z, t), (x, eps), strict=True):
+        torch.testing.assert_close(restored, original, rtol=0, atol=1e-12)
     assert schedule.timestep(t)[[0, -1]].tolist() == [0, 1000] and bool((schedule.timestep(t).diff() > 0).all())
 
 
@@ -194,15 +194,15 @@ def test_the_linear_path_is_one_affine_map_away(prediction):
     u = flow_from_velocity(v, z, alpha, sigma)
     torch.testing.assert_close(u, eps - x, rtol=0, atol=1e-12)
     torch.testing.assert_close(velocity_from_flow(u, z, alpha, sigma), v, rtol=0, atol=1e-12)
-    found = schedule.signal_noise(schedule.output(x, eps, LEVELS), z, LEVELS)
-    torch.testing.assert_close(found[1] - found[0], u, rtol=0, atol=1e-10)
+    signal_and_noise = schedule.signal_noise(schedule.output(x, eps, LEVELS), z, LEVELS)
+    torch.testing.assert_close(signal_and_noise[1] - signal_and_noise[0], u, rtol=0, atol=1e-10)
 
 
 def sigmas(schedule: FlowSchedule, steps: int) -> list[float]:
     return (schedule.timestep(time_grid(schedule.horizon, steps, whole=schedule.whole)) / 1000).tolist()
 
 
-def test_a_static_shift_counts_once():
+def test_a_static_shift_is_applied_once():
     """Where set_timesteps(4) of diffusers 0.42 gives 1, .858, .602, .0089, 0 (diffusers #13243)."""
     schedule = flow_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0).config, 0.0, 4)
     assert sigmas(schedule, 4) == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-12)
@@ -218,14 +218,14 @@ def test_a_static_shift_counts_once():
         ({"use_dynamic_shifting": True, "shift_terminal": 0.02}, 0.8),
     ],
 )
-def test_sigmas_are_those_of_diffusers(config, mu, steps):
+def test_sigmas_equal_those_of_diffusers(config, mu, steps):
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     if steps == 1 and "shift_terminal" in config:
-        return  # there the one sigma would be the terminal one
+        return  # with one step, the one sigma would be the terminal one
     evenly = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
     scheduler.set_timesteps(sigmas=evenly, mu=mu if config.get("use_dynamic_shifting") else None)
-    found = sigmas(flow_schedule(scheduler.config, mu, steps), steps)
-    assert found == pytest.approx(scheduler.sigmas.tolist(), abs=2e-7)
+    computed = sigmas(flow_schedule(scheduler.config, mu, steps), steps)
+    assert computed == pytest.approx(scheduler.sigmas.tolist(), abs=2e-7)
 
 
 def test_schedulers_of_the_wrong_kind_are_refused():

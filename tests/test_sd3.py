@@ -1,5 +1,4 @@
-"""Stable Diffusion 3's own: the third text encoder, sizes, its ControlNet in the stock pipeline's network, files in the
-authors' layout."""
+"""Stable Diffusion 3's specifics: the third text encoder, sizes, its ControlNet, and files in the authors' layout."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ PARTS = {
 
 
 def authors_layout(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
-    """The keys of Stability AI's own files, which diffusers converts: queries, keys and values as one, shift before
-    scale in the last norms."""
+    """Return the weights under the keys of Stability AI's own files, which diffusers converts: queries, keys and
+    values are joined, and shift comes before scale in the last norms."""
     out: dict[str, Tensor] = {}
     for key, value in weights.items():
         if any(f".{name}." in key for name in ("to_k", "to_v", "add_k_proj", "add_v_proj")):
@@ -58,26 +57,26 @@ def authors_layout(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("build", [tiny_sd3, tiny_sd35])
-def test_a_file_in_the_authors_layout(build, tmp_path):
+def test_a_file_in_the_authors_layout_loads(build, tmp_path):
     backbone = build()
     backbone.pipeline().save_pretrained(tmp_path / "model")
-    other = build(seed=1).network.state_dict()
-    save_file(authors_layout(other, 3), tmp_path / "sd3.safetensors")
-    found = load_backbone(tmp_path / "sd3.safetensors", config=tmp_path / "model")
-    weights = found.network.state_dict()
-    assert found.family == backbone.family and weights.keys() == other.keys()
-    assert all(torch.equal(weights[key], other[key]) for key in other)
+    expected = build(seed=1).network.state_dict()
+    save_file(authors_layout(expected, 3), tmp_path / "sd3.safetensors")
+    loaded = load_backbone(tmp_path / "sd3.safetensors", config=tmp_path / "model")
+    weights = loaded.network.state_dict()
+    assert loaded.family == backbone.family and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
     with pytest.raises(UserError, match="has a network of Stable Diffusion 3 alone: pass config"):
         load_backbone(tmp_path / "sd3.safetensors")
 
 
-def test_3_and_35_do_not_share_adapters():
+def test_sd_3_and_35_do_not_share_adapters():
     assert tiny_sd3().family == "Stable Diffusion 3-16ch-f2-16x3-flow"
     assert tiny_sd35().family == "Stable Diffusion 3-16ch-f2-16x3-flow-qknorm-dual2"
 
 
-def test_without_its_third_text_encoder_a_folder_loads(tmp_path):
-    """It reads zeros there; the other two it needs."""
+def test_a_folder_without_the_third_text_encoder_loads(tmp_path):
+    """Its features are then zeros; the other two encoders are required."""
     backbone = tiny_sd3(t5=False)
     backbone.pipeline().save_pretrained(tmp_path)
     loaded = load_backbone(tmp_path)
@@ -90,7 +89,7 @@ def test_without_its_third_text_encoder_a_folder_loads(tmp_path):
         loaded.kind.require_text(loaded, "here")
 
 
-def test_prompts_are_cut_where_the_longest_reader_ends():
+def test_prompts_are_cut_at_the_limit_of_the_longest_encoder():
     long = "a red ball " * 100
     with pytest.warns(UserWarning, match="prompt of 301 tokens: the text encoder reads 256"):
         tiny_sd3().text.encode([long])
@@ -99,7 +98,7 @@ def test_prompts_are_cut_where_the_longest_reader_ends():
         clip.text.encode([long])
 
 
-def test_a_picture_larger_than_the_positions_is_refused():
+def test_an_image_larger_than_the_positions_is_refused():
     pipe: Any = CoDiPipeline(**vars(tiny_sd3(pos_embed_max_size=6)))
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(UserError, match="size of 7 x 4 tokens: this Stable Diffusion 3 has positions for 6 a side"):
@@ -109,9 +108,9 @@ def test_a_picture_larger_than_the_positions_is_refused():
 
 @pytest.mark.parametrize("build", [tiny_sd3, tiny_sd35])
 @pytest.mark.parametrize("blocks", [3, 6, 7])
-def test_its_controlnet_is_the_stock_one(build, blocks, tmp_path):
-    """A stock network gives the same picture with it, mask and all; it starts as a copy that leaves the network's
-    configuration alone."""
+def test_its_controlnet_equals_the_stock_one(build, blocks, tmp_path):
+    """A stock network gives the same output with it, mask included; it starts as a copy, and leaves the network's
+    configuration unchanged."""
     backbone = build(num_layers=blocks).freeze()
     before = dict(backbone.network.config)
     adapter = ControlNetAdapter.from_backbone(backbone.network, backbone.vae, 4)
@@ -133,8 +132,8 @@ def test_its_controlnet_is_the_stock_one(build, blocks, tmp_path):
     inputs = {"encoder_hidden_states": text, "pooled_projections": added["pooled"], "timestep": time}
     samples = stock(z, condition, **inputs).controlnet_block_samples
     expected = backbone.network(z, block_controlnet_hidden_states=samples, **inputs).sample
-    made = student(z, time, Conditioning(text, condition, added=added))
-    assert torch.equal(made, expected) and not torch.equal(made, backbone.network(z, **inputs).sample)
+    output = student(z, time, Conditioning(text, condition, added=added))
+    assert torch.equal(output, expected) and not torch.equal(output, backbone.network(z, **inputs).sample)
 
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusion3InpaintPipeline", "StableDiffusion3ControlNetPipeline"])
@@ -144,7 +143,7 @@ def test_variants_are_refused(pipeline):
         family_of_index(index, "here")
 
 
-def test_channels_of_other_variants():
+def test_channels_of_other_variants_are_refused():
     backbone = tiny_sd3(in_channels=33)
     with pytest.raises(UserError, match="its network takes 33 channels where latents have 16"):
         backbone.kind.require_usable(backbone, "here")

@@ -1,5 +1,5 @@
-"""Z-Image's own: groups of tokens in a batch of different prompts, its ControlNet in the stock network, what is
-refused, and files in the authors' layout."""
+"""Z-Image's specifics: batches of different prompt lengths, its ControlNet, refused variants, and the authors'
+files."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ RENAMED = {
 
 
 def stock_output(backbone: Backbone, z: Tensor, text: Tensor, mask: Tensor | None, **more) -> Tensor:
-    """The output of the network's own forward pass in our sign."""
+    """Return the output of the network's own forward pass, in our sign."""
     rows = list(text) if mask is None else [row[real] for row, real in zip(text, mask, strict=True)]
     times = (1000 - TIMES[: len(z)]) / 1000
-    made = backbone.transformer(list(z.unsqueeze(2)), times, rows, return_dict=False, **more)[0]
-    return -torch.stack(made).squeeze(2)
+    outputs = backbone.transformer(list(z.unsqueeze(2)), times, rows, return_dict=False, **more)[0]
+    return -torch.stack(outputs).squeeze(2)
 
 
 @pytest.mark.parametrize(("high", "wide"), [(8, 8), (8, 16), (10, 14)])  # 16, 32 and 35 image tokens
-def test_a_batch_of_different_prompts_is_the_stock_network(high, wide):
+def test_a_batch_of_different_prompts_equals_the_stock_network(high, wide):
     backbone, z = tiny_zimage().freeze(), randn(4, 16, high, wide)
     text, added = embed_prompts(backbone.text, PROMPTS)
     assert added["mask"].sum(1).tolist() == [46, 27, 235, 19]
-    made = Student(backbone.network)(z, TIMES, Conditioning(text, added=added))
-    torch.testing.assert_close(made, stock_output(backbone, z, text, added["mask"]), rtol=0, atol=1e-6)
-    cached = Conditioning(text, added={"mask": added["mask"].half()})  # as a cache keeps it
-    assert torch.equal(Student(backbone.network)(z, TIMES, cached), made)
+    output = Student(backbone.network)(z, TIMES, Conditioning(text, added=added))
+    torch.testing.assert_close(output, stock_output(backbone, z, text, added["mask"]), rtol=0, atol=1e-6)
+    cached = Conditioning(text, added={"mask": added["mask"].half()})  # as a cache stores it
+    assert torch.equal(Student(backbone.network)(z, TIMES, cached), output)
 
 
 def test_without_a_mask_all_features_are_read():
     backbone, z, text = tiny_zimage().freeze(), randn(2, 16, 8, 8), randn(2, 40, 12)
-    made = Student(backbone.network)(z, TIMES[:2], Conditioning(text))
-    torch.testing.assert_close(made, stock_output(backbone, z, text, None), rtol=0, atol=1e-6)
+    output = Student(backbone.network)(z, TIMES[:2], Conditioning(text))
+    torch.testing.assert_close(output, stock_output(backbone, z, text, None), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("prompt", [PROMPT * 6, PROMPT * 30])  # the second is cut
-def test_other_sizes_long_prompts_and_shifts_by_size(prompt):
+@pytest.mark.parametrize("prompt", [PROMPT * 6, PROMPT * 30])  # the second prompt is truncated
+def test_the_pipeline_equals_the_stock_one_at_other_sizes_and_long_prompts(prompt):
     backbone = tiny_zimage(dynamic=True).freeze()
     stock, pipe = backbone.pipeline(), CoDiPipeline(**vars(backbone))
     for each in (stock, pipe):
@@ -65,18 +65,18 @@ def test_other_sizes_long_prompts_and_shifts_by_size(prompt):
         prompt, height=24, width=32, num_inference_steps=4, sigmas=stock_sigmas(4), guidance_scale=1.5,
         latents=initial_noise((16, 12, 16), [3]), output_type="pt",
     ).images  # fmt: skip
-    asked = {"prompt": prompt, "height": 24, "width": 32, "seed": 3, "guidance_scale": 2.5, "output_type": "pt"}
+    arguments = {"prompt": prompt, "height": 24, "width": 32, "seed": 3, "guidance_scale": 2.5, "output_type": "pt"}
     if len(prompt) > 512:
         with pytest.warns(UserWarning, match="the text encoder reads 509, so this is cut: .*floor'"):
-            made = pipe(**asked).images
+            images = pipe(**arguments).images
     else:
-        made = pipe(**asked).images
-    torch.testing.assert_close(made, expected.clamp(0, 1), rtol=0, atol=1e-5)
+        images = pipe(**arguments).images
+    torch.testing.assert_close(images, expected.clamp(0, 1), rtol=0, atol=1e-5)
 
 
-def test_the_controlnet_in_the_stock_network():
-    """Its samples for image tokens, given to the stock network, make our output; captions get none. A condition may
-    bring a mask."""
+def test_the_controlnet_works_in_the_stock_network():
+    """The stock network, with the ControlNet's samples for image tokens only, gives our output. A condition may
+    include a mask."""
     backbone = tiny_zimage(n_layers=7).freeze()
     adapter = ControlNetAdapter.from_backbone(backbone.network, backbone.vae, 4).requires_grad_(False)
     for parameter in adapter.parameters():
@@ -84,19 +84,20 @@ def test_the_controlnet_in_the_stock_network():
             parameter.add_(0.2 * randn(*parameter.shape))
     z, (text, added) = randn(4, 16, 8, 8), embed_prompts(backbone.text, PROMPTS)
     condition = adapter.read(rand(4, 4, 16, 16), backbone.vae)
-    made = Student(backbone.network, adapter)(z, TIMES, Conditioning(text, condition, added=added))
+    output = Student(backbone.network, adapter)(z, TIMES, Conditioning(text, condition, added=added))
     rows = [row[real] for row, real in zip(text, added["mask"], strict=True)]
     samples = adapter.net(list(z.unsqueeze(2)), (1000 - TIMES) / 1000, rows, list(condition.unsqueeze(2)))
     assert sorted(samples) == [0, 5]
     for sample in samples.values():
         sample[:, 16:] = 0
     expected = stock_output(backbone, z, text, added["mask"], controlnet_block_samples=samples)
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
-    assert (made - stock_output(backbone, z, text, added["mask"])).abs().max() > 0.1
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    assert (output - stock_output(backbone, z, text, added["mask"])).abs().max() > 0.1
 
 
-def test_the_controlnet_trains_apart_from_the_backbone():
-    """It starts as a copy, shares nothing, and every weight gets a gradient, in bfloat16 and with checkpointing too."""
+def test_the_controlnet_trains_separately_from_the_backbone():
+    """It starts as a copy, shares no weight, and every weight gets a gradient, in bfloat16 and with checkpointing
+    too."""
     backbone = tiny_zimage().freeze()
     adapter = ControlNetAdapter.from_backbone(backbone.network, backbone.vae)
     own, weights = adapter.net.state_dict(), backbone.network.state_dict()
@@ -113,10 +114,12 @@ def test_the_controlnet_trains_apart_from_the_backbone():
             if "_proj." in name:
                 parameter.add_(0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        told = Conditioning(text, condition, added=added)
-        Student(backbone.network, adapter)(randn(2, 16, 8, 8), TIMES[:2], told).float().square().mean().backward()
-    still = [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
-    assert still == []
+        conditioning = Conditioning(text, condition, added=added)
+        Student(backbone.network, adapter)(
+            randn(2, 16, 8, 8), TIMES[:2], conditioning
+        ).float().square().mean().backward()
+    untrained = [name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untrained == []
 
 
 def test_variants_are_refused(tmp_path):
@@ -132,7 +135,7 @@ def test_variants_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_file_in_the_authors_layout(tmp_path, prefix):
+def test_a_file_in_the_authors_layout_loads(tmp_path, prefix):
     backbone = tiny_zimage()
     backbone.pipeline().save_pretrained(tmp_path / "model")
     weights, stored = backbone.network.state_dict(), {}

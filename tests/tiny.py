@@ -1,4 +1,4 @@
-"""Models of the real classes, a few kilobytes in size, with seeded random weights: what the tests run on."""
+"""Test models of the real classes, a few kilobytes in size, with seeded random weights."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from codi.training.tokenizer import train_tokenizer
 
 TEXT_WIDTH = 8
 LATENT_CHANNELS = 4
-DOWNSCALE = 4  # pixels a latent cell
+DOWNSCALE = 4  # pixels per latent cell
 CAPTIONS = ("a red ball on a plain floor", "a blue box and a green cone at dusk")
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """N(0, I) of its own seed."""
+    """Return N(0, I) noise of this seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform on [0, 1): a picture, a condition."""
+    """Return uniform values in [0, 1) of this seed: an image or a condition."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    """A generator of its own."""
+    """Return a new generator of this seed."""
     return torch.Generator().manual_seed(seed)
 
 
 def _initialised(build, seed: int) -> Any:
-    """Calls `build` with the global seed set: the models' own initialisation knows no other."""
+    """Call `build` under this global seed, which is the only one that the models' initialization uses."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build().eval()
 
 
 def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
-    """A U-Net of 8 and 16 channels with cross attention at the lower resolution; `changes` go to its config."""
+    """Return a U-Net of 8 and 16 channels with cross attention at the lower resolution; `changes` go to its config."""
     config: dict[str, Any] = {
         "sample_size": 8,
         "in_channels": LATENT_CHANNELS,
@@ -64,7 +64,7 @@ def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
-    """f = 4, four latent channels."""
+    """Return a VAE of downscale 4 with four latent channels."""
     config: dict[str, Any] = {
         "block_out_channels": (4, 8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -79,15 +79,15 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
 
 @functools.cache
 def tiny_tokenizer() -> CLIPTokenizer:
-    """Learnt from CAPTIONS; the alphabet alone is most of it."""
+    """Return a tokenizer trained on CAPTIONS; most of its vocabulary is the alphabet."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer(CAPTIONS, Path(folder), vocabulary=900)
-    tokenizer.model_max_length = 128  # captions of scenes are long in so small a vocabulary
+    tokenizer.model_max_length = 128  # captions of scenes have many tokens in so small a vocabulary
     return tokenizer
 
 
 def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
-    """One layer, for `tiny_tokenizer`."""
+    """Return a text encoder of one layer for `tiny_tokenizer`."""
     tokenizer: Any = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -105,7 +105,7 @@ def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
 
 
 def tiny_scheduler(prediction: str = "v_prediction", **changes: Any) -> DDIMScheduler:
-    """Stable Diffusion's noise levels."""
+    """Return a scheduler with Stable Diffusion's noise levels."""
     config: dict[str, Any] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -119,18 +119,18 @@ def tiny_scheduler(prediction: str = "v_prediction", **changes: Any) -> DDIMSche
 
 
 def tiny_backbone(prediction: str = "v_prediction", seed: int = 0, **unet: Any) -> Backbone:
-    """The parts together; `unet` changes the U-Net's config."""
+    """Return a backbone of these parts; `unet` changes the U-Net's config."""
     return Backbone(
         tiny_vae(seed), tiny_unet(seed, **unet), tiny_text_encoder(seed), tiny_tokenizer(), tiny_scheduler(prediction)
     )
 
 
 def tiny_xl(seed: int = 0) -> Backbone:
-    """XL's kind: a second text encoder with pooled features, and sizes, which the U-Net is told."""
+    """Return a backbone of XL's kind: a second text encoder with pooled features, and image sizes as U-Net input."""
     tokenizer: Any = tiny_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=12,  # another width than the first's, by which diffusers tells them apart
+        hidden_size=12,  # the width by which diffusers distinguishes it from the first
         intermediate_size=16,
         projection_dim=6,
         num_hidden_layers=2,
@@ -155,13 +155,13 @@ def tiny_xl(seed: int = 0) -> Backbone:
 
 
 def tiny_checkpoint(folder: Path, prediction: str = "v_prediction", seed: int = 0) -> Path:
-    """Writes `tiny_backbone` as a Stable Diffusion folder, by diffusers itself. Returns the folder."""
+    """Write `tiny_backbone` with diffusers as a Stable Diffusion folder. Return the folder."""
     tiny_backbone(prediction, seed).pipeline().save_pretrained(folder)
     return folder
 
 
 def tiny_lora(unet: UNet2DConditionModel, name: str = "generate", seed: int = 0, rank: int = 2) -> UNet2DConditionModel:
-    """A shared copy of `unet` with low-rank updates as training leaves them: they matter."""
+    """Return a shared copy of `unet` with non-zero low-rank updates, as after training."""
     adapted = add_lora(unet, rank, name, seed)
     with torch.no_grad():
         for i, (key, p) in enumerate(adapted.named_parameters()):
@@ -171,7 +171,7 @@ def tiny_lora(unet: UNet2DConditionModel, name: str = "generate", seed: int = 0,
 
 
 def influence(student: Student, seed: int = 5) -> Student:
-    """What training does: gives the adapter a say. The form without a condition has it through low-rank updates."""
+    """Give the adapter non-zero weights, as training does; the form without a condition gets low-rank updates."""
     adapter = student.adapter
     with torch.no_grad():
         if isinstance(adapter, FusedAdapter):
