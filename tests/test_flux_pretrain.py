@@ -1,4 +1,4 @@
-"""A backbone of one's own in the FLUX.1 layout: it trains, resumes bit for bit, and diffusers opens the folder."""
+"""Pretraining in the FLUX.1 layout: it trains, resumes bit for bit, and diffusers opens the folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tiny import rand
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> PretrainRecipe:
-    """Codec and transformer in seconds."""
+    """Return a recipe that trains codec and transformer in seconds."""
     folder = tmp_path_factory.mktemp("flux")
     return PretrainRecipe(
         out=str(folder / "model"), data="scenes:train:12", held_out="scenes:held-out:4", scene_store=str(folder),
@@ -35,7 +35,7 @@ def recipe(tmp_path_factory) -> PretrainRecipe:
     )  # fmt: skip
 
 
-def test_a_folder_in_the_flux_layout_draws_the_same_picture_in_the_stock_pipeline(recipe):
+def test_the_stock_pipeline_generates_from_a_pretrained_folder(recipe):
     out = pretrain(recipe, quiet=True)
     pipe = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipe, FluxPipeline)
@@ -48,7 +48,7 @@ def test_a_folder_in_the_flux_layout_draws_the_same_picture_in_the_stock_pipelin
     assert (out / "training" / "ldm" / "previews" / "samples-0000016.png").is_file()
 
 
-def test_training_goes_on_from_a_folder_in_the_flux_layout(recipe, tmp_path):
+def test_training_continues_from_a_folder_in_the_flux_layout(recipe, tmp_path):
     start = pretrain(recipe, quiet=True)
     out = pretrain(replace(recipe, start=str(start), out=str(tmp_path), ldm_images=8), quiet=True)
     assert json.loads((out / "training.json").read_text()) == {"images": 24}
@@ -63,7 +63,7 @@ def test_the_codec_alone_can_be_trained(recipe, tmp_path):
     assert (out / "vae" / "config.json").is_file() and not (out / "model_index.json").exists()
 
 
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(recipe, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe, tmp_path):
     whole = replace(recipe, out=str(tmp_path / "whole"), vae=f"{pretrain(recipe, quiet=True)}/vae")
     broken = replace(whole, out=str(tmp_path / "broken"), decay_to=1.0)
     whole = replace(whole, decay_to=1.0)
@@ -95,7 +95,7 @@ def test_the_feature_and_adversarial_losses_train_the_codec(tmp_path):
     assert all(p.grad is not None for p in job.online.parameters())
 
 
-def test_the_adversarial_loss_leaves_the_discriminator_alone():
+def test_the_adversarial_loss_does_not_train_the_discriminator():
     discriminator, rebuilt = new_discriminator(16), rand(2, 3, 32, 32).requires_grad_(True)
     losses = adversarial_losses(discriminator, rebuilt, rand(2, 3, 32, 32), 1.0)
     losses["adversarial"].backward()
@@ -111,7 +111,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
         assert values.min() > 0.5 and values.max() < 1.3
 
 
-def test_muon_minimizes_with_matrices_and_without():
+def test_muon_minimizes_matrices_and_other_parameters():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2))
     groups = muon_groups(network, 1e-2)
@@ -127,12 +127,12 @@ def test_muon_minimizes_with_matrices_and_without():
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_stored_scenes_are_those_that_are_rendered(tmp_path):
+def test_stored_scenes_equal_rendered_ones(tmp_path):
     plain = open_source("scenes:train:6:1", ("edited_image",))
-    kept = stored(plain, tmp_path)
-    assert isinstance(kept, StoredScenes) and stored(plain, None) is plain
-    for _ in range(2):  # rendered, then read
-        for a, b in zip(plain.read([4, 1], 32), kept.read([4, 1], 32), strict=True):
+    cached = stored(plain, tmp_path)
+    assert isinstance(cached, StoredScenes) and stored(plain, None) is plain
+    for _ in range(2):  # the first time rendered, then read
+        for a, b in zip(plain.read([4, 1], 32), cached.read([4, 1], 32), strict=True):
             assert torch.equal(a.image, b.image) and torch.equal(a.extras["edited_image"], b.extras["edited_image"])
             assert (a.text, a.instruction, a.name) == (b.text, b.instruction, b.name)
     more = stored(open_source("scenes:train:9:1"), tmp_path)
@@ -140,21 +140,21 @@ def test_stored_scenes_are_those_that_are_rendered(tmp_path):
     assert torch.equal(more.read([8], 32)[0].image, open_source("scenes:train:9:1").read([8], 32)[0].image)
 
 
-def test_times_are_those_of_their_distribution():
+def test_times_follow_their_distribution():
     share = (torch.arange(1000) + 0.5) / 1000
     assert torch.equal(flow_times(share, "uniform"), share)
     logit = flow_times(share, "logit-normal").logit()
     assert abs(float(logit.mean())) < 1e-3 and abs(float(logit.std()) - 1) < 1e-2
 
 
-def test_unigram_pieces_are_words_and_any_latin_text_has_pieces(tmp_path):
+def test_unigram_pieces_are_words_and_cover_any_latin_text(tmp_path):
     tokenizer = train_unigram(["a shiny red sphere, and a red box"] * 2, tmp_path, vocabulary=500)
     assert tokenizer.tokenize("a red sphere, box") == ["▁a", "▁red", "▁sphere", ",", "▁box"]
     assert tokenizer.unk_token_id not in tokenizer("zigzag café, 12!").input_ids
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
-def test_values_that_no_run_can_have_are_refused():
+def test_unusable_recipe_values_are_refused():
     good = PretrainRecipe(out="x", network="flux")
     for change, message in (
         ({"network": "dit"}, "network 'dit'"), ({"optimizer": "sgd"}, "optimizer"),

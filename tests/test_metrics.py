@@ -1,4 +1,4 @@
-"""The metrics against closed forms."""
+"""Image metrics against closed forms."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SIZE = 32
 
 
 def pictures(count: int, seed: int = 0, size: int = SIZE) -> torch.Tensor:
-    """Random smooth pictures with a sharp edge each, (count, 3, size, size)."""
+    """Return random smooth images with a sharp edge each, (count, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     smooth = F.interpolate(torch.rand(count, 3, 6, 6, generator=generator), (size, size), mode="bicubic").clamp(0, 1)
     smooth[..., size // 3 :] = 1 - smooth[..., size // 3 :]
@@ -26,7 +26,7 @@ def blur(images: torch.Tensor, amount: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def features() -> Features:
-    return Features(size=96)  # a fifth of the work of 224 px, the same code
+    return Features(size=96)  # a fifth of the work of 224 px, with the same code
 
 
 def test_psnr_of_a_known_error():
@@ -50,8 +50,8 @@ def test_enlite0_distance_grows_with_blur_from_zero(features):
     assert torch.allclose(strong, enlite0_distance(truth, blur(truth, 4), features), rtol=1e-4)
 
 
-def test_features_are_the_real_network_and_know_a_cat():
-    """ImageNet classes 281, 282 and 285 are cats: wrong weights or scaling would not find one."""
+def test_features_come_from_the_real_network_and_recognize_a_cat():
+    """Classes 281, 282 and 285 of ImageNet are cats: wrong weights or scaling would not find one."""
     from skimage import data
 
     photo = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None].float() / 255
@@ -77,13 +77,13 @@ def test_pooled_features_do_not_depend_on_the_batch(features):
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_feature_size_must_fit_the_network(size):
+def test_a_feature_size_that_does_not_fit_the_network_is_refused(size):
     with pytest.raises(ValueError, match="multiple of 32"):
         Features(size=size)
 
 
 def exact_gaussian(count: int, mean: torch.Tensor, root: torch.Tensor, seed: int) -> torch.Tensor:
-    """`count` vectors whose sample mean and unbiased sample covariance are exactly `mean` and `root' root`."""
+    """Return `count` vectors whose sample mean and unbiased sample covariance are exactly `mean` and `root' root`."""
     raw = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     basis = torch.linalg.qr(raw - raw.mean(0)).Q * (count - 1) ** 0.5
     return basis @ root + mean
@@ -118,13 +118,13 @@ def test_frechet_distance_with_fewer_samples_than_dimensions():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(a, a + 2) == pytest.approx(4 * 1280, rel=1e-6)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
-    # More copies of the same vectors change the count, hardly the fitted Gaussian: both branches meet.
+    # More copies of the same vectors hardly change the fitted Gaussian, only the count: both branches agree.
     many = a.repeat(400, 1)
     assert frechet_distance(many, many.flip(0)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("other", [torch.zeros(1, 4), torch.zeros(3, 5), torch.zeros(4)])
-def test_frechet_distance_refuses_what_has_no_covariance(other):
+def test_frechet_distance_refuses_unusable_features(other):
     with pytest.raises(ValueError, match="at least 2 feature vectors"):
         frechet_distance(torch.zeros(3, 4), other)
 

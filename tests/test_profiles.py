@@ -1,4 +1,4 @@
-"""Colour profiles of users' pictures: what is read is sRGB, and a broken profile is a warning."""
+"""Color profiles of users' images: they are converted to sRGB, and a broken profile is a warning."""
 
 import struct
 import zlib
@@ -14,21 +14,21 @@ from codi.data.images import read_image
 from pixels import RGB, SRGB_COLUMNS, SWAPPED, icc, levels
 
 
-def test_profile_is_converted_to_srgb(tmp_path: Path):
+def test_a_profile_is_converted_to_srgb(tmp_path: Path):
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "a.png", icc_profile=SWAPPED)
     picture = read_image(tmp_path / "a.png")
     assert picture.icc is None
     assert np.abs(levels(picture.rgb)[0, 0] - (0, 255, 0)).max() <= 3
 
 
-def test_alpha_passes_a_profile_untouched(tmp_path: Path):
+def test_a_profile_does_not_change_alpha(tmp_path: Path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 77)).save(tmp_path / "a.png", icc_profile=SWAPPED)
     picture = read_image(tmp_path / "a.png")
     assert picture.alpha is not None and np.all(levels(picture.alpha) == 77)
     assert np.abs(levels(picture.rgb)[0, 0] - (0, 255, 0)).max() <= 3
 
 
-def test_grey_profile_and_rgb_profile_on_grey(tmp_path: Path):
+def test_grey_images_take_grey_and_rgb_profiles(tmp_path: Path):
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     for name, profile in (("grey.png", icc(1.0)), ("rgb.png", icc(1.0, SRGB_COLUMNS))):
         ramp.save(tmp_path / name, icc_profile=profile)
@@ -42,16 +42,16 @@ def test_grey_profile_and_rgb_profile_on_grey(tmp_path: Path):
      ("L", SWAPPED, False), ("RGB", b"rubbish", False)],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*profile not usable")
-def test_colours_may_stay_in_their_own_profile(tmp_path: Path, mode: str, profile: bytes, stays: bool):
-    """As far as they look like sRGB's to a network, linear light does not, and fit what will be written."""
+def test_colors_may_stay_in_their_own_profile(tmp_path: Path, mode: str, profile: bytes, stays: bool):
+    """Only if they look like sRGB to a network, unlike linear light, and fit the file to be written."""
     image = Image.fromarray(RGB).convert(mode)
     image.save(tmp_path / "a.png", icc_profile=profile)
-    kept, turned = read_image(tmp_path / "a.png", own_profile=True), read_image(tmp_path / "a.png")
-    assert turned.icc is None and kept.icc == (profile if stays else None)
+    own, converted = read_image(tmp_path / "a.png", own_profile=True), read_image(tmp_path / "a.png")
+    assert converted.icc is None and own.icc == (profile if stays else None)
     if stays:
-        assert np.array_equal(levels(kept.rgb), np.asarray(image.convert("RGB")))
+        assert np.array_equal(levels(own.rgb), np.asarray(image.convert("RGB")))
     else:
-        assert torch.equal(kept.rgb, turned.rgb)
+        assert torch.equal(own.rgb, converted.rgb)
 
 
 def test_an_srgb_profile_changes_nothing(tmp_path: Path):
@@ -71,7 +71,7 @@ def test_deep_profiles_keep_more_than_eight_bits(tmp_path: Path, channels: int):
     got = read_image(tmp_path / "a.png").rgb[1, 0]
     linear = torch.from_numpy(ramp[0] / 65535)
     assert torch.allclose(got.double(), 1.055 * linear ** (1 / 2.4) - 0.055, atol=0.006)
-    assert len(got.unique()) > 400 and (got.diff() >= 0).all()  # 8 bits would leave some seven levels
+    assert len(got.unique()) > 400 and (got.diff() >= 0).all()  # 8 bits would leave about seven levels
 
 
 @pytest.mark.parametrize("profile", [b"rubbish", SWAPPED[:200], icc(2.2)])

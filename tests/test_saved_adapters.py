@@ -1,4 +1,4 @@
-"""What a saved pipeline keeps of its adapters: whole files with right checksums, or nothing and one clear line."""
+"""Adapters in a saved pipeline: whole files with right checksums, or no files and a one-line error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pipeline(*adapters: Path) -> CoDiPipeline:
 
 
 def without_prefix(folder: Path, listed: bool) -> Path:
-    """Make an adapter's updates an old file, whose keys lack the network's name."""
+    """Turn an adapter's updates into an old file, whose keys lack the network's name."""
     updates = folder / FILE
     with safe_open(updates, "pt") as file:
         note = {key.removeprefix("unet."): value for key, value in json.loads(file.metadata()[NOTE]).items()}
@@ -46,7 +46,7 @@ def without_prefix(folder: Path, listed: bool) -> Path:
 
 
 def unlisted(folder: Path) -> Path:
-    """Make an adapter an old one, which does not list its files."""
+    """Turn an adapter into an old one, which does not list its files."""
     config = json.loads((folder / "config.json").read_text())
     del config["info"]["files"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -54,7 +54,7 @@ def unlisted(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_checksums_are_right_after_every_save(listed, tmp_path):
+def test_checksums_match_after_every_save(listed, tmp_path):
     old = without_prefix(make_adapter(tmp_path / "old", "generate"), listed)
     full = make_adapter(tmp_path / "full", "upscale", full=True)
     pipe, before = pipeline(old, full), (old / FILE).read_bytes()
@@ -65,7 +65,9 @@ def test_checksums_are_right_after_every_save(listed, tmp_path):
             saved = tmp_path / turn / "adapters" / adapter
             files = json.loads((saved / "config.json").read_text())["info"].get("files")
             assert files == (checksums(saved, "config.json") if listed or adapter == "full" else None)
-            assert len({file.stat().st_mode for file in saved.rglob("*") if file.is_file()}) == 1  # anyone reads all
+            assert (
+                len({file.stat().st_mode for file in saved.rglob("*") if file.is_file()}) == 1
+            )  # all files have the same permissions
         pipe = CoDiPipeline.from_pretrained(tmp_path / turn)
         pipe.set_progress_bar_config(disable=True)
         assert pipe.adapters == ["full", "old"]
@@ -74,8 +76,8 @@ def test_checksums_are_right_after_every_save(listed, tmp_path):
     assert (old / FILE).read_bytes() == before and (find_fault(old, checksums(old, "config.json")) is None)
 
 
-def test_all_that_an_adapter_lists_is_saved(tmp_path):
-    """Also what is not called .safetensors, as the index of weights in several files."""
+def test_every_listed_file_of_an_adapter_is_saved(tmp_path):
+    """Including files that are not .safetensors, such as the index of weights in several files."""
     adapter = make_adapter(tmp_path / "adapter", "generate")
     (adapter / "notes").mkdir()
     (adapter / "notes" / "index.json").write_text("{}")
@@ -93,7 +95,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def train_again(folder: Path) -> None:
-    """Other weights of the same sizes take an adapter's place."""
+    """Replace the adapter by other weights of the same sizes."""
     shutil.rmtree(folder)
     make_adapter(folder, "generate")
     save_file({k: v + 1 for k, v in load_file(folder / FILE).items()}, folder / FILE)
@@ -114,7 +116,7 @@ def train_again(folder: Path) -> None:
         ("unlisted-full", lambda folder: shutil.rmtree(folder / "unet"), "the network that belongs to it is missing"),
     ],
 )
-def test_an_adapter_whose_files_are_gone_stops_saving_before_it_begins(kind, change, fault, tmp_path):
+def test_missing_files_of_an_adapter_are_refused_before_anything_is_written(kind, change, fault, tmp_path):
     full = kind.endswith("full")
     adapter = make_adapter(tmp_path / "adapter", "upscale" if full else "generate", full=full)
     pipe = pipeline(unlisted(adapter) if kind.startswith("unlisted") else adapter)
@@ -130,7 +132,7 @@ def test_an_adapter_whose_files_are_gone_stops_saving_before_it_begins(kind, cha
     assert sorted(path.name for path in tmp_path.iterdir() if path != adapter) == ["before"]
 
 
-def test_a_file_is_no_folder_to_save_in(tmp_path):
+def test_saving_to_a_path_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(UserError, match="taken: is a file: name a folder"):
         pipeline().save_pretrained(tmp_path / "taken")
@@ -139,7 +141,7 @@ def test_a_file_is_no_folder_to_save_in(tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_who_opens_a_saved_pipeline_finds_its_adapters_and_its_decoder(tmp_path, monkeypatch):
+def test_a_saved_pipeline_opens_with_its_adapters_and_its_decoder(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     pipe = pipeline(make_adapter(tmp_path / "one", "generate"), make_adapter(tmp_path / "two", "upscale"))
     pipe.set_adapters("two", 0.5)
@@ -153,12 +155,12 @@ def test_who_opens_a_saved_pipeline_finds_its_adapters_and_its_decoder(tmp_path,
     for name, again in opened.items():
         assert again.adapters == ["one", "two"] and again.get_active_adapters() == ["two"], name
         assert (again.tiny_vae is None) == (name == "full")
-    pipe.register_to_config(note="mine")  # a setting alone loads nothing
+    pipe.register_to_config(note="mine")  # registering a setting loads nothing
     assert pipe.adapters == ["one", "two"] and pipeline().adapters == []
 
 
-def test_a_lora_that_is_part_of_the_backbone_is_saved(tmp_path):
-    """As the README says to do with those of users."""
+def test_a_lora_merged_into_the_backbone_is_saved(tmp_path):
+    """As the README recommends for users' LoRAs."""
     pipeline().save_pretrained(tmp_path / "model")
     save_lora(tiny_lora(tiny_unet(), "x", seed=3), tmp_path / "lora", "x")
     styled = pipeline()

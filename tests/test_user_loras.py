@@ -1,4 +1,4 @@
-"""LoRAs that users load, by us or by a stock pipeline: whichever parts carry them, they are listed, set and removed."""
+"""Users' LoRAs, loaded here or by a stock pipeline: listed, set and removed, whichever parts they change."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def stock_pipeline() -> Any:
     return stock
 
 
-def quiet(pipe: Any) -> Any:
+def without_progress(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def stock_run(stock: Any) -> Tensor:
-    """What `run` makes without an adapter, by a stock pipeline."""
+    """Return the image that `own_run` generates without an adapter, from a stock pipeline."""
     noise = randn(1, 4, 8, 8, seed=7)
     return stock(prompt="a red ball", num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="pt").images
 
@@ -68,7 +68,7 @@ def lora(folder: Path, parts: list[str], seed: int = 3) -> str:
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_loras_of_a_stock_pipeline_are_known(parts, adapter, tmp_path):
+def test_loras_of_a_stock_pipeline_are_recognized(parts, adapter, tmp_path):
     stock = stock_pipeline()
     plain = stock_run(stock)
     stock.load_lora_weights(lora(tmp_path / "lora", parts), adapter_name="style")
@@ -76,25 +76,25 @@ def test_loras_of_a_stock_pipeline_are_known(parts, adapter, tmp_path):
     styled = stock_run(stock)
     assert not torch.allclose(styled, plain, atol=1e-3)
     for pipe in (
-        quiet(CoDiPipeline.from_pipe(stock)),
-        quiet(CoDiPipeline(**vars(CoDiPipeline.from_pipe(stock).parts))),
+        without_progress(CoDiPipeline.from_pipe(stock)),
+        without_progress(CoDiPipeline(**vars(CoDiPipeline.from_pipe(stock).parts))),
     ):
         torch.testing.assert_close(own_run(pipe), styled, rtol=0, atol=1e-4)
         assert pipe.get_active_adapters() == ["style"]
         assert pipe.get_list_adapters() == {part: ["style"] for part in sorted(parts, reverse=True)}
-    pipe = quiet(CoDiPipeline.from_pipe(stock))
+    pipe = without_progress(CoDiPipeline.from_pipe(stock))
     pipe.load_adapter(adapter)
     adapted = own_run(pipe)
     pipe.disable_lora()
     assert pipe.get_active_adapters() == ["generate"] and not torch.allclose(own_run(pipe), adapted, atol=1e-3)
     torch.testing.assert_close(run_without_adapter(pipe), plain, rtol=0, atol=1e-4)
     pipe.enable_lora()
-    assert torch.equal(own_run(pipe), adapted)  # with the weight of before
+    assert torch.equal(own_run(pipe), adapted)  # with the earlier weight
     pipe.set_adapters(["style"], 0.0)
     torch.testing.assert_close(run_without_adapter(pipe), plain, rtol=0, atol=1e-4)
     with pytest.warns(UserWarning, match="the LoRA style is not saved"):
         pipe.save_pretrained(tmp_path / "saved")
-    saved = quiet(CoDiPipeline.from_pretrained(tmp_path / "saved"))
+    saved = without_progress(CoDiPipeline.from_pretrained(tmp_path / "saved"))
     assert saved.get_list_adapters() == {"codi": ["generate"]}
     pipe.unload_lora_weights()
     assert pipe.get_list_adapters() == {"codi": ["generate"]}
@@ -108,46 +108,46 @@ def run_without_adapter(pipe: Any) -> Tensor:
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_loras_of_any_parts_are_loaded_and_deleted_one_by_one(parts, tmp_path):
-    pipe = quiet(CoDiPipeline(**vars(tiny_backbone())))
+    pipe = without_progress(CoDiPipeline(**vars(tiny_backbone())))
     plain = own_run(pipe)
     pipe.load_lora_weights(lora(tmp_path / "one", parts))
-    one = own_run(pipe)
+    with_one = own_run(pipe)
     pipe.load_lora_weights(lora(tmp_path / "two", parts, seed=4))
-    both = own_run(pipe)
+    with_both = own_run(pipe)
     assert pipe.get_active_adapters() == ["default_0", "default_1"]
     pipe.set_adapters("default_0")
-    assert torch.equal(own_run(pipe), one) and not torch.allclose(one, plain, atol=1e-3)
+    assert torch.equal(own_run(pipe), with_one) and not torch.allclose(with_one, plain, atol=1e-3)
     pipe.set_adapters(["default_1", "default_0"])
-    torch.testing.assert_close(own_run(pipe), both, rtol=0, atol=1e-5)
-    assert not torch.allclose(both, one, atol=1e-3)
+    torch.testing.assert_close(own_run(pipe), with_both, rtol=0, atol=1e-5)
+    assert not torch.allclose(with_both, with_one, atol=1e-3)
     pipe.delete_adapters("default_1")
-    assert torch.equal(own_run(pipe), one) and pipe.get_active_adapters() == ["default_0"]
+    assert torch.equal(own_run(pipe), with_one) and pipe.get_active_adapters() == ["default_0"]
     with pytest.raises(UserError, match="default_1: no such LoRA loaded: use default_0"):
         pipe.delete_adapters("default_1")
     pipe.unload_lora_weights()
     assert torch.equal(own_run(pipe), plain) and pipe.get_list_adapters() == {}
 
 
-def test_changes_by_a_stock_pipeline_of_the_same_parts_are_followed(adapter, tmp_path):
-    """Each layer keeps a weight of its own, as a stock pipeline can give it."""
+def test_changes_through_a_stock_pipeline_on_shared_parts_take_effect(adapter, tmp_path):
+    """Each layer keeps its own weight, as a stock pipeline can set it."""
     stock = stock_pipeline()
-    pipe = quiet(CoDiPipeline.from_pipe(stock))
+    pipe = without_progress(CoDiPipeline.from_pipe(stock))
     pipe.load_adapter(adapter)
     plain = own_run(pipe)
     stock.load_lora_weights(lora(tmp_path / "lora", ["unet"]), adapter_name="style")
     styled = own_run(pipe)
     assert pipe.get_active_adapters() == ["generate", "style"]
     stock.set_adapters("style", {"unet": {"down": 0.3, "mid": 1.0, "up": 0.0}})
-    assert not any(torch.allclose(own_run(pipe), other, atol=1e-3) for other in (plain, styled))
-    expected = shared_copy(stock.unet)  # by peft alone: the adapter's updates beside the LoRA
+    assert not any(torch.allclose(own_run(pipe), image, atol=1e-3) for image in (plain, styled))
+    expected = shared_copy(stock.unet)  # with peft alone: the adapter's updates beside the LoRA
     expected.load_lora_adapter(adapter, adapter_name="own", weight_name=FILE, prefix="unet")
     for layer in expected.modules():
         if hasattr(layer, "lora_A"):
             layer.set_adapter(["style", "own"])  # type: ignore[operator]
     inputs = (randn(1, 4, 8, 8), torch.tensor([500]), randn(1, 5, expected.config["cross_attention_dim"]))
     with torch.no_grad():
-        found, wanted = (unet(*inputs).sample for unet in (pipe.student.network, expected))
-    torch.testing.assert_close(found, wanted)
+        output, expected_output = (unet(*inputs).sample for unet in (pipe.student.network, expected))
+    torch.testing.assert_close(output, expected_output)
     stock.disable_lora()
     torch.testing.assert_close(own_run(pipe), plain, rtol=0, atol=1e-5)
     stock.enable_lora()
@@ -158,7 +158,7 @@ def test_changes_by_a_stock_pipeline_of_the_same_parts_are_followed(adapter, tmp
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_fused_loras_are_refused_until_they_are_part_of_the_weights(parts, adapter, tmp_path):
+def test_fused_loras_are_refused_until_they_are_unloaded(parts, adapter, tmp_path):
     stock = stock_pipeline()
     stock.load_lora_weights(lora(tmp_path / "lora", parts), adapter_name="style")
     styled = stock_run(stock)
@@ -166,13 +166,13 @@ def test_fused_loras_are_refused_until_they_are_part_of_the_weights(parts, adapt
     with pytest.raises(UserError, match="^LoRA style: is fused into the weights of a [^\n]+ call unload_lora_weights"):
         CoDiPipeline.from_pipe(stock)
     stock.unload_lora_weights()
-    pipe = quiet(CoDiPipeline.from_pipe(stock))
+    pipe = without_progress(CoDiPipeline.from_pipe(stock))
     torch.testing.assert_close(own_run(pipe), styled, rtol=0, atol=1e-4)
     assert pipe.get_list_adapters() == {} and pipe.load_adapter(adapter) == "generate"
 
 
-def test_a_lora_that_fails_half_way_leaves_nothing(tmp_path):
-    pipe = quiet(CoDiPipeline(**vars(tiny_backbone())))
+def test_a_lora_that_fails_while_loading_leaves_no_trace(tmp_path):
+    pipe = without_progress(CoDiPipeline(**vars(tiny_backbone())))
     plain, file = own_run(pipe), Path(lora(tmp_path / "lora", PARTS["both"])) / FILE
     weights = load_file(file)
     wrong = {k: torch.zeros(2, 3) if k.startswith("text_encoder") and "lora_A" in k else v for k, v in weights.items()}
@@ -186,7 +186,7 @@ def test_a_lora_that_fails_half_way_leaves_nothing(tmp_path):
     assert pipe.get_active_adapters() == ["style"] and not torch.allclose(own_run(pipe), plain, atol=1e-3)
 
 
-def test_names_of_loras_and_adapters_differ(adapter, tmp_path):
+def test_loras_and_adapters_may_not_share_a_name(adapter, tmp_path):
     stock = stock_pipeline()
     stock.load_lora_weights(lora(tmp_path / "lora", ["unet"]), adapter_name="generate")
     pipe = CoDiPipeline.from_pipe(stock)
@@ -201,15 +201,15 @@ def test_names_of_loras_and_adapters_differ(adapter, tmp_path):
         pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="mine")
 
 
-def test_a_scale_of_loras_holds_where_they_are_fused_too(adapter, tmp_path):
-    pipe = quiet(CoDiPipeline(**vars(tiny_backbone())))
+def test_a_lora_scale_applies_to_fused_loras_too(adapter, tmp_path):
+    pipe = without_progress(CoDiPipeline(**vars(tiny_backbone())))
     pipe.load_adapter(adapter)
     pipe.load_lora_weights(lora(tmp_path / "lora", ["unet"]), adapter_name="style")
     plain = {scale: run(pipe, cross_attention_kwargs={"scale": scale}) for scale in (1.0, 0.5)}
     pipe.fuse_lora()
     for scale, expected in plain.items():
-        made = run(pipe, cross_attention_kwargs={"scale": scale})
-        torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+        image = run(pipe, cross_attention_kwargs={"scale": scale})
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)
     assert not torch.allclose(plain[1.0], plain[0.5], atol=1e-3)
     pipe.set_adapters("style", 0.5)
     torch.testing.assert_close(run(pipe), plain[0.5], rtol=0, atol=1e-4)
