@@ -18,7 +18,7 @@ from family_qwen_image import tiny_qwen_image
 from family_sana import tiny_sana, tiny_sana15
 from family_sd3 import tiny_sd3, tiny_sd35
 from family_zimage import tiny_zimage
-from tiny import _initialised, tiny_text_encoder, tiny_tokenizer
+from tiny import initialized, tiny_text_encoder, tiny_tokenizer
 
 WORDS = ("a", "red", "ball", "on", "plain", "floor", "blue", "box", "and", "green", "cone", "at", "dusk")
 
@@ -31,7 +31,7 @@ def tiny_kl(channels: int = 16, seed: int = 0, **changes: Any) -> AutoencoderKL:
         "norm_num_groups": 4, "sample_size": 16, "scaling_factor": 0.4, "shift_factor": 0.1,
         "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": False,
     }  # fmt: skip
-    return _initialised(lambda: AutoencoderKL(**{**config, **changes}), seed)
+    return initialized(lambda: AutoencoderKL(**{**config, **changes}), seed)
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
@@ -42,7 +42,7 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
 
 def tiny_t5(seed: int = 0, width: int = 12) -> T5EncoderModel:
     config = T5Config(vocab_size=32, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    return _initialised(lambda: T5EncoderModel(config), seed)
+    return initialized(lambda: T5EncoderModel(config), seed)
 
 
 def tiny_flux(seed: int = 0, guidance: bool = True, **changes: Any) -> Backbone:
@@ -53,7 +53,7 @@ def tiny_flux(seed: int = 0, guidance: bool = True, **changes: Any) -> Backbone:
     }  # fmt: skip
     return Backbone(
         vae=tiny_kl(seed=seed),
-        transformer=_initialised(lambda: FluxTransformer2DModel(**{**config, **changes}), seed),
+        transformer=initialized(lambda: FluxTransformer2DModel(**{**config, **changes}), seed),
         text_encoder=tiny_text_encoder(seed), tokenizer=tiny_tokenizer(),
         text_encoder_2=tiny_t5(seed), tokenizer_2=tiny_t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),

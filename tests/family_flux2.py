@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from codi.models.backbones import Backbone
-from tiny import _initialised, rand, randn
+from tiny import initialized, rand, randn
 
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = (
@@ -40,7 +40,7 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
 
 def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
     """Return 28 layers: klein reads the output of the 27th."""
-    return _initialised(lambda: Qwen3ForCausalLM(Qwen3Config(**QWEN, num_hidden_layers=28)), seed)
+    return initialized(lambda: Qwen3ForCausalLM(Qwen3Config(**QWEN, num_hidden_layers=28)), seed)
 
 
 def tiny_mistral3(seed: int = 0) -> Mistral3ForConditionalGeneration:
@@ -48,7 +48,7 @@ def tiny_mistral3(seed: int = 0) -> Mistral3ForConditionalGeneration:
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**QWEN, "num_hidden_layers": 31, "model_type": "mistral"}
     config = Mistral3Config(text_config=text, vision_config={**vision, "model_type": "pixtral"})
-    return _initialised(lambda: Mistral3ForConditionalGeneration(config), seed)
+    return initialized(lambda: Mistral3ForConditionalGeneration(config), seed)
 
 
 def tiny_flux2_vae(seed: int = 0) -> AutoencoderKLFlux2:
@@ -58,7 +58,7 @@ def tiny_flux2_vae(seed: int = 0) -> AutoencoderKLFlux2:
         "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "layers_per_block": 1,
         "norm_num_groups": 4, "sample_size": 16,
     }  # fmt: skip
-    vae = _initialised(lambda: AutoencoderKLFlux2(**config), seed)
+    vae = initialized(lambda: AutoencoderKLFlux2(**config), seed)
     vae.bn.running_mean.copy_(0.3 * randn(16, seed=seed))
     vae.bn.running_var.copy_(0.5 + rand(16, seed=seed))
     return vae
@@ -77,7 +77,7 @@ def tiny_flux2(seed: int = 0, distilled: bool = False, dev: bool = False, **chan
     with torch.no_grad():
         return Backbone(
             vae=tiny_flux2_vae(seed),
-            transformer=_initialised(lambda: Flux2Transformer2DModel(**{**config, **changes}), seed),
+            transformer=initialized(lambda: Flux2Transformer2DModel(**{**config, **changes}), seed),
             text_encoder=tiny_mistral3(seed) if dev else tiny_qwen3(seed), tokenizer=tiny_qwen_tokenizer(),
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), is_distilled=distilled,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from codi.models.backbones import Backbone
 from family_flux2 import tiny_qwen_tokenizer
-from tiny import _initialised
+from tiny import initialized
 
 
 def tiny_qwen_vl(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
@@ -24,7 +24,7 @@ def tiny_qwen_vl(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
         "fullatt_block_indexes": [0],
     }  # fmt: skip
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return _initialised(lambda: Qwen2_5_VLForConditionalGeneration(config), seed)
+    return initialized(lambda: Qwen2_5_VLForConditionalGeneration(config), seed)
 
 
 def tiny_qwen_vae(seed: int = 0) -> AutoencoderKLQwenImage:
@@ -33,7 +33,7 @@ def tiny_qwen_vae(seed: int = 0) -> AutoencoderKLQwenImage:
         "base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True],
         "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.5, 0.8, 1.2],
     }  # fmt: skip
-    return _initialised(lambda: AutoencoderKLQwenImage(**config), seed)
+    return initialized(lambda: AutoencoderKLQwenImage(**config), seed)
 
 
 def tiny_qwen_image(seed: int = 0, **changes: Any) -> Backbone:
@@ -47,6 +47,6 @@ def tiny_qwen_image(seed: int = 0, **changes: Any) -> Backbone:
     )
     return Backbone(
         vae=tiny_qwen_vae(seed),
-        transformer=_initialised(lambda: QwenImageTransformer2DModel(**{**config, **changes}), seed),
+        transformer=initialized(lambda: QwenImageTransformer2DModel(**{**config, **changes}), seed),
         text_encoder=tiny_qwen_vl(seed), tokenizer=tiny_qwen_tokenizer(), scheduler=scheduler,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransf
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from codi.models.backbones import Backbone
-from tiny import _initialised
+from tiny import initialized
 
 
 def tiny_gemma_tokenizer() -> GemmaTokenizer:
@@ -23,7 +23,7 @@ def tiny_gemma(seed: int = 0) -> Gemma2Model:
         vocab_size=64, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4, query_pre_attn_scalar=4, initializer_range=0.3,
     )  # fmt: skip
-    return _initialised(lambda: Gemma2Model(config), seed)
+    return initialized(lambda: Gemma2Model(config), seed)
 
 
 def tiny_dc(seed: int = 0, channels: int = 8) -> AutoencoderDC:
@@ -35,7 +35,7 @@ def tiny_dc(seed: int = 0, channels: int = 8) -> AutoencoderDC:
             f"{part}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), f"{part}_layers_per_block": (1, 1, 1),
             f"{part}_block_out_channels": (8, 16, 16), f"{part}_qkv_multiscales": ((), (), (5,)),
         }  # fmt: skip
-    return _initialised(lambda: AutoencoderDC(**config), seed)
+    return initialized(lambda: AutoencoderDC(**config), seed)
 
 
 def tiny_sana(seed: int = 0, scheduler: Any = None, **changes: Any) -> Backbone:
@@ -47,7 +47,7 @@ def tiny_sana(seed: int = 0, scheduler: Any = None, **changes: Any) -> Backbone:
     }  # fmt: skip
     return Backbone(
         vae=tiny_dc(seed),
-        transformer=_initialised(lambda: SanaTransformer2DModel(**{**config, **changes}), seed),
+        transformer=initialized(lambda: SanaTransformer2DModel(**{**config, **changes}), seed),
         text_encoder=tiny_gemma(seed), tokenizer=tiny_gemma_tokenizer(),
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from codi.models.backbones import Backbone
-from tiny import _initialised, tiny_tokenizer
+from tiny import initialized, tiny_tokenizer
 
 
 def tiny_clip(width: int, seed: int = 0) -> CLIPTextModelWithProjection:
@@ -19,7 +19,7 @@ def tiny_clip(width: int, seed: int = 0) -> CLIPTextModelWithProjection:
         num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return _initialised(lambda: CLIPTextModelWithProjection(config), seed)
+    return initialized(lambda: CLIPTextModelWithProjection(config), seed)
 
 
 def tiny_sd3(seed: int = 0, t5: bool = True, **changes: Any) -> Backbone:
@@ -32,7 +32,7 @@ def tiny_sd3(seed: int = 0, t5: bool = True, **changes: Any) -> Backbone:
     }  # fmt: skip
     return Backbone(
         vae=tiny_kl(seed=seed),
-        transformer=_initialised(lambda: SD3Transformer2DModel(**{**config, **changes}), seed),
+        transformer=initialized(lambda: SD3Transformer2DModel(**{**config, **changes}), seed),
         text_encoder=tiny_clip(8, seed), tokenizer=tiny_tokenizer(),
         text_encoder_2=tiny_clip(6, seed + 1), tokenizer_2=tiny_tokenizer(),
         text_encoder_3=tiny_t5(seed, width=20) if t5 else None, tokenizer_3=tiny_t5_tokenizer() if t5 else None,

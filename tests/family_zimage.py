@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from codi.models.backbones import Backbone
-from tiny import _initialised
+from tiny import initialized
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -30,7 +30,7 @@ def tiny_qwen3(seed: int = 0) -> Qwen3Model:
         vocab_size=264, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4,
     )  # fmt: skip
-    return _initialised(lambda: Qwen3Model(config), seed)
+    return initialized(lambda: Qwen3Model(config), seed)
 
 
 def tiny_zimage(seed: int = 0, shift: float = 3.0, dynamic: bool = False, **changes: Any) -> Backbone:
@@ -43,7 +43,7 @@ def tiny_zimage(seed: int = 0, shift: float = 3.0, dynamic: bool = False, **chan
     }  # fmt: skip
     return Backbone(
         vae=tiny_kl(seed=seed),
-        transformer=_initialised(lambda: _with_random_padding(ZImageTransformer2DModel(**{**config, **changes})), seed),
+        transformer=initialized(lambda: _with_random_padding(ZImageTransformer2DModel(**{**config, **changes})), seed),
         text_encoder=tiny_qwen3(seed), tokenizer=tiny_qwen2_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, shift=shift),
     )  # fmt: skip

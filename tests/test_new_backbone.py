@@ -21,7 +21,7 @@ from codi.models.student import Conditioning, Student
 from codi.models.text import embed_prompts
 from codi.sampling.sampler import initial_noise
 from families import stock_sigmas, tiny_kl, tiny_t5_tokenizer
-from tiny import _initialised, rand, randn
+from tiny import initialized, rand, randn
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text().split("## A new backbone is one file\n")[1].split("\n## ")[0]
@@ -49,8 +49,8 @@ def tiny_auraflow() -> Backbone:
     text = UMT5Config(vocab_size=32, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return Backbone(
         vae=tiny_kl(4, shift_factor=None),
-        transformer=_initialised(lambda: AuraFlowTransformer2DModel(**network), 0),
-        text_encoder=_initialised(lambda: UMT5EncoderModel(text), 0), tokenizer=tiny_t5_tokenizer(),
+        transformer=initialized(lambda: AuraFlowTransformer2DModel(**network), 0),
+        text_encoder=initialized(lambda: UMT5EncoderModel(text), 0), tokenizer=tiny_t5_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     )  # fmt: skip
 

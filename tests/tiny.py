@@ -39,7 +39,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _initialised(build, seed: int) -> Any:
+def initialized(build, seed: int) -> Any:
     """Call `build` under this global seed, which is the only one that the models' initialization uses."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
         "attention_head_dim": 2,
         "cross_attention_dim": TEXT_WIDTH,
     }
-    return _initialised(lambda: UNet2DConditionModel(**{**config, **changes}), seed)
+    return initialized(lambda: UNet2DConditionModel(**{**config, **changes}), seed)
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
@@ -74,7 +74,7 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
         "norm_num_groups": 4,
         "sample_size": 32,
     }
-    return _initialised(lambda: AutoencoderKL(**config), seed)
+    return initialized(lambda: AutoencoderKL(**config), seed)
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def tiny_text_encoder(seed: int = 0) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _initialised(lambda: CLIPTextModel(config), seed)
+    return initialized(lambda: CLIPTextModel(config), seed)
 
 
 def tiny_scheduler(prediction: str = "v_prediction", **changes: Any) -> DDIMScheduler:
@@ -149,7 +149,7 @@ def tiny_xl(seed: int = 0) -> Backbone:
         use_linear_projection=True,
         transformer_layers_per_block=(1, 2),
     )
-    second = _initialised(lambda: CLIPTextModelWithProjection(config), seed + 1)
+    second = initialized(lambda: CLIPTextModelWithProjection(config), seed + 1)
     first = tiny_text_encoder(seed)
     return Backbone(tiny_vae(seed), unet, first, tokenizer, tiny_scheduler("epsilon"), second, tokenizer)
 
