@@ -35,8 +35,10 @@ class Inputs:
 
 
 class Exact:
-    """The exact flow map: (z - alpha m) / sqrt(alpha^2 d^2 + sigma^2) is constant along the flow. With `blind` it
-    returns the instantaneous prediction for any target time."""
+    """The exact flow map: (z - alpha m) / sqrt(alpha^2 d^2 + sigma^2) is constant along the flow.
+
+    With `blind` it returns the instantaneous prediction for any target time.
+    """
 
     def __init__(self, schedule: Schedule, blind: bool = False) -> None:
         self.schedule, self.blind, self.rows = schedule, blind, 0

@@ -56,8 +56,10 @@ def exact(schedule: Schedule):
 
 
 def guided(z: Tensor, t: Tensor, schedule: Schedule, scales: tuple[float, ...]) -> Tensor:
-    """Classifier-free guidance of exact predictions: Ho & Salimans (2022) for one scale; Brooks et al. (2023), eq.
-    3, for text and image."""
+    """Return the exact prediction with classifier-free guidance.
+
+    Ho & Salimans (2022) for one scale; Brooks et al. (2023), eq. 3, for text and image.
+    """
     alpha, sigma = schedule.alpha_sigma(t, z)
     full, less, none = (denoiser(z, alpha, sigma, c) for c in (FULL, LESS, NONE))
     if len(scales) == 1:

@@ -90,10 +90,7 @@ def test_a_full_adapter_loads_its_own_unet(tmp_path):
 def test_hub_options_are_passed_on(tmp_path, monkeypatch):
     built, passed = StableDiffusionPipeline.from_pretrained(tiny_checkpoint(tmp_path / "plain")), {}
     built.save_pretrained(tmp_path / "halves", variant="fp16")
-    for options in (
-        {"variant": "fp16", "local_files_only": True},
-        {},
-    ):  # the only variant in the folder is found without the option
+    for options in ({"variant": "fp16", "local_files_only": True}, {}):  # a folder's only variant is the default
         loaded = load_backbone(tmp_path / "halves", **options)
         assert digest(loaded.unet) == digest(built.unet)  # type: ignore[attr-defined]
     refused(lambda: load_backbone(tmp_path / "plain", revison="main"), "revison: no such option", "'revision'")  # type: ignore[call-arg]

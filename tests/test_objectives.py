@@ -259,8 +259,7 @@ def test_finetune_draws_all_levels(shared):
 
 
 def tiny_students(form: str, full: bool) -> tuple[Student, Student, LatentBatch]:
-    """Return (student, target, batch). With `full` the backbone trains too; the form lora has trainable low-rank
-    updates."""
+    """Return (student, target, batch). `full`: the backbone trains too. Form lora: its low-rank updates train."""
     unet, vae = tiny_unet(), tiny_vae()
     unet.requires_grad_(full)
     updated = add_lora(unet, 2, "generate") if form == "lora" else unet

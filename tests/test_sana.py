@@ -40,8 +40,7 @@ BLOCKS = {
 
 
 def authors_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under the keys of NVIDIA's own files, which diffusers converts, with the two tensors that
-    it drops."""
+    """Return the weights under the keys of NVIDIA's own files, with the two tensors that diffusers drops."""
     out = {"pos_embed": torch.zeros(1, 64, 16), "y_embedder.y_embedding": torch.zeros(300, 12)}
     for key, value in weights.items():
         start, end, names = "", key, SHARED

@@ -36,8 +36,10 @@ PARTS = {
 
 
 def authors_layout(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
-    """Return the weights under the keys of Stability AI's own files, which diffusers converts: queries, keys and
-    values are joined, and shift comes before scale in the last norms."""
+    """Return the weights under the keys of Stability AI's own files, which diffusers converts.
+
+    Queries, keys and values are joined, and shift comes before scale in the last norms.
+    """
     out: dict[str, Tensor] = {}
     for key, value in weights.items():
         if any(f".{name}." in key for name in ("to_k", "to_v", "add_k_proj", "add_v_proj")):
@@ -109,8 +111,7 @@ def test_an_image_larger_than_the_positions_is_refused():
 @pytest.mark.parametrize("build", [tiny_sd3, tiny_sd35])
 @pytest.mark.parametrize("blocks", [3, 6, 7])
 def test_its_controlnet_equals_the_stock_one(build, blocks, tmp_path):
-    """A stock network gives the same output with it, mask included; it starts as a copy, and leaves the network's
-    configuration unchanged."""
+    """Outputs agree, mask included; it starts as a copy, and leaves the network's configuration unchanged."""
     backbone = build(num_layers=blocks).freeze()
     before = dict(backbone.network.config)
     adapter = ControlNetAdapter.from_backbone(backbone.network, backbone.vae, 4)

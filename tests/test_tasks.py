@@ -389,8 +389,7 @@ def test_generate_takes_only_a_size(batch: Batch):
 
 
 def test_a_membrane_continues_known_values_smoothly() -> None:
-    """A linear surface is harmonic, so it is reproduced; no value exceeds those around the hole; without known
-    values the result is 0."""
+    """A linear surface is harmonic, so it is reproduced; no value exceeds its surroundings; nothing known gives 0."""
     known = torch.ones(1, 1, 33, 17)
     known[..., 9:20, 5:12] = 0
     plane = torch.linspace(-1, 1, 17).expand(1, 3, 33, 17)

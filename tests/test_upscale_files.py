@@ -1,5 +1,4 @@
-"""`codi upscale` on users' files: metadata and profiles are kept, existing results are skipped, enlarged inputs
-noticed."""
+"""`codi upscale` on users' files: kept metadata and profiles, resumed folders, and inputs enlarged before."""
 
 from __future__ import annotations
 

@@ -64,8 +64,10 @@ def test_resizing_is_separable_for_any_memory_format(sides: tuple[int, int], acr
 @pytest.mark.parametrize("old", [(12, 20), (9, 7), (1, 16), (16, 1), (1, 1), (2, 5)])
 @pytest.mark.parametrize("new", [(48, 80), (3, 5), (5, 30), (12, 20), (1, 16), (16, 1), (1, 1)])
 def test_exported_resizing_matrices_resize_as_torch_does(monkeypatch, old: tuple[int, int], new: tuple[int, int]):
-    """ONNX has no antialiased bicubic resizing. The reference is torch's along one axis after the other, as a row,
-    since torch repeats a row when it resizes to one column."""
+    """ONNX has no antialiased bicubic resizing.
+
+    The reference is torch's along one axis after the other, as a row: to one column it repeats a row.
+    """
 
     def along_rows(image: torch.Tensor, length: int) -> torch.Tensor:
         size = (image.shape[-2], length)
@@ -113,7 +115,7 @@ def test_the_generator_decides_every_byte():
     assert torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(3)))
 
 
-def test_samples_differ_and_do_not_depend_on_their_neighbours():
+def test_samples_differ_and_do_not_depend_on_their_neighbors():
     image = pictures(1).expand(5, -1, -1, -1)
     low = second_order(image, 4, generator())
     assert all(not torch.equal(low[i], low[j]) for i in range(5) for j in range(i))

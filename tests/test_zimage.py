@@ -1,5 +1,4 @@
-"""Z-Image's specifics: batches of different prompt lengths, its ControlNet, refused variants, and the authors'
-files."""
+"""Z-Image's specifics: prompts of different lengths, its ControlNet, refused variants, and the authors' files."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ def test_the_pipeline_equals_the_stock_one_at_other_sizes_and_long_prompts(promp
 
 
 def test_the_controlnet_works_in_the_stock_network():
-    """The stock network, with the ControlNet's samples for image tokens only, gives our output. A condition may
-    include a mask."""
+    """With the ControlNet's samples for image tokens only it gives our output, also for a condition with a mask."""
     backbone = tiny_zimage(n_layers=7).freeze()
     adapter = ControlNetAdapter.from_backbone(backbone.network, backbone.vae, 4).requires_grad_(False)
     for parameter in adapter.parameters():
@@ -96,8 +94,7 @@ def test_the_controlnet_works_in_the_stock_network():
 
 
 def test_the_controlnet_trains_separately_from_the_backbone():
-    """It starts as a copy, shares no weight, and every weight gets a gradient, in bfloat16 and with checkpointing
-    too."""
+    """It starts as a copy, shares no weight, and trains every weight, also in bfloat16 with checkpointing."""
     backbone = tiny_zimage().freeze()
     adapter = ControlNetAdapter.from_backbone(backbone.network, backbone.vae)
     own, weights = adapter.net.state_dict(), backbone.network.state_dict()
