@@ -292,7 +292,7 @@ def test_faults_are_printed_last_and_listed_in_json(shell, rendered):
     assert shell("data", "check", rendered, "--task", "depth", "--size", 32).code == 0
 
 
-def test_flat_conditions_and_missing_captions_are_remarked(shell, tmp_path):
+def test_uninformative_conditions_and_missing_captions_are_remarked(shell, tmp_path):
     for k in range(3):
         Image.new("RGB", (40, 40), (k, k, k)).save(tmp_path / f"{k}.png")
     ran = shell("data", "check", tmp_path, "--task", "canny", "--size", 32)
