@@ -33,7 +33,7 @@ LEVELS = DiscreteSchedule.from_config(tiny_scheduler().config)
 EPSILON = DiscreteSchedule.from_config(tiny_scheduler("epsilon").config)
 
 
-# ---- the Gaussian world: a conditioning is the (mean, spread) of the data that it leaves possible
+# ---- the Gaussian world: a conditioning is the (mean, spread) of its data
 
 FULL, LESS, NONE = (0.7, 0.5), (0.2, 0.8), (-0.4, 1.1)
 
@@ -148,7 +148,7 @@ def test_the_losses_are_minimal_at_classifier_free_guidance(objective, schedule)
         assert loss(scale, offset) > best
 
 
-# ---- the input
+# ---- the scales as input
 
 
 def trained(adapter, seed: int = 3):
@@ -220,7 +220,7 @@ def test_guidance_costs_one_forward_pass_per_step():
     assert batches == [2, 2, 2, 2] and result.isfinite().all()
 
 
-# ---- learning it
+# ---- learning guidance
 
 
 def test_a_student_learns_the_direction_of_guidance():

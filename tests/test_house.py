@@ -174,7 +174,7 @@ def test_readme_names_only_targets_that_exist():
     assert mentioned == ["demo", "test"] and set(mentioned) <= targets
 
 
-def test_readme_commands_have_the_flags_that_it_shows():
+def test_readme_commands_use_existing_flags():
     from typer.main import get_command
 
     from codi.apps.cli import app

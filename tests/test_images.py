@@ -34,7 +34,7 @@ def float_tiff(array: np.ndarray) -> bytes:
     return data.tobytes()
 
 
-# --- which files are pictures -----------------------------------------------------------------------------------------
+# --- which files are images -------------------------------------------------------------------------------------------
 
 
 def test_a_folder_lists_the_images_that_can_be_read(tmp_path: Path):
@@ -63,7 +63,7 @@ def test_a_folder_lists_the_images_that_can_be_read(tmp_path: Path):
     assert all(isinstance(sample, Sample) for sample in source.read(range(len(source)), 16))
 
 
-# --- what files become ---------------------------------------------------------------------------------------------
+# --- how files are decoded -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.bmp", "a.tif", "a.ppm"])
@@ -163,7 +163,7 @@ def test_sixteen_bits_keep_every_level(tmp_path: Path, extension: str, channels:
         assert picture.alpha is not None and np.array_equal(levels(picture.alpha, 65535), DEEP[..., 3:])
 
 
-def test_sixteen_bit_grey_with_alpha_and_pgm(tmp_path: Path):
+def test_sixteen_bit_grey_with_alpha_and_pgm_are_read(tmp_path: Path):
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in DEEP[..., :2])
     (tmp_path / "la.png").write_bytes(png(5, 7, rows, bits=16, colour=4))
     picture = read_image(tmp_path / "la.png")
@@ -174,7 +174,7 @@ def test_sixteen_bit_grey_with_alpha_and_pgm(tmp_path: Path):
     assert picture.bits == 16 and np.array_equal(levels(picture.rgb, 65535)[..., 0], DEEP[..., 0])
 
 
-def test_float_tiff_within_0_and_1(tmp_path: Path):
+def test_float_tiffs_within_0_and_1_are_read(tmp_path: Path):
     for name, values in (("grey.tif", DEEP[..., 0]), ("rgb.tif", DEEP[..., :3]), ("double.tif", DEEP[..., 0])):
         values = (values / 65535).astype(np.float64 if name == "double.tif" else np.float32)
         (tmp_path / name).write_bytes(float_tiff(values if values.ndim == 2 else values[..., ::-1]))

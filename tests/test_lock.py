@@ -138,7 +138,7 @@ def test_leftovers_of_a_kill_while_a_model_is_written_are_removed(tmp_path, left
     assert names(tmp_path) == ["config.json"]
 
 
-# --- checkpoints that were damaged ------------------------------------------------------------------------------------
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
 
 
 def load(folder: Path) -> Progress:

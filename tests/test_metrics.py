@@ -29,7 +29,7 @@ def features() -> Features:
     return Features(size=96)  # a fifth of the work of 224 px, with the same code
 
 
-def test_psnr_of_a_known_error():
+def test_psnr_has_its_closed_form():
     truth = torch.full((3, 3, 8, 8), 0.5)
     output = truth + torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
     assert torch.allclose(psnr(output, truth), torch.tensor([20.0, 40.0, 100.0]), atol=1e-3)
@@ -111,7 +111,7 @@ def test_frechet_distance_agrees_with_the_matrix_root():
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-8)
 
 
-def test_frechet_distance_with_fewer_samples_than_dimensions():
+def test_frechet_distance_accepts_fewer_samples_than_dimensions():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(5, 1280, generator=generator)
     b = torch.randn(7, 1280, generator=generator)

@@ -68,7 +68,7 @@ def adapted(form: str, channels: int = 3, unet=UNET) -> tuple[Student, Condition
     return Student(unet, adapter), Conditioning(WORDS, condition)
 
 
-# ---- the seam
+# ---- encoder and decoder halves
 
 
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -91,7 +91,7 @@ def test_a_student_without_adapter_or_condition_is_the_backbone():
         assert torch.equal(student(z, LEVELS, Conditioning(WORDS)), expected)
 
 
-# ---- before training, and switched off: the backbone
+# ---- equal to the backbone before training and at strength 0
 
 
 # diffusers' ControlNet needs a middle block and the same number of layers at every level.

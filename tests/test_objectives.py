@@ -133,7 +133,7 @@ def test_every_time_gives_a_finite_loss_and_gradient(prediction, boundary):
         assert weight.grad is not None and weight.grad.isfinite() and weight.grad != 0
 
 
-def test_weights_scale_their_terms_and_0_leaves_them_out():
+def test_weights_scale_their_terms_and_0_omits_them():
     def run(**weights):
         student, target, _ = recorders()
         losses = codi(student, target, float64_batch(), LEVELS, seeded(3), **weights)
@@ -292,7 +292,7 @@ def test_only_the_student_gets_gradients(form, ode):
     ],
 )
 @pytest.mark.parametrize("objective", [codi, finetune])
-def test_what_training_changes(objective, form, full):
+def test_only_full_training_changes_the_backbone(objective, form, full):
     """Parameter-efficient training leaves the backbone's bytes unchanged, full training does not."""
     student, target, batch = tiny_students(form, full)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}

@@ -23,7 +23,7 @@ from folders import refused, smooth, write_tar  # noqa: E402
 from shell import make_adapter  # noqa: E402
 from tiny import rand, randn, tiny_checkpoint  # noqa: E402
 
-# --- nets of others ------------------------------------------------------------------------------------------------
+# --- networks of other projects ------------------------------------------------------------------------------------
 
 LAYERS = [  # name, kind, config, inputs: a dense residual block, enlarged twofold
     ("in", "InputLayer", {}, []),

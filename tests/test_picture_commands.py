@@ -115,7 +115,7 @@ def test_an_image_written_in_rows_equals_the_one_written_whole(shell, tiny, tmp_
     assert whole.text == rows.text  # type: ignore[attr-defined]
 
 
-def test_the_scale_is_the_adapter_s_own(shell, tmp_path):
+def test_the_default_scale_is_the_adapter_s(shell, tmp_path):
     tiny, source = make_models(tmp_path, scale=8), picture(tmp_path / "in.png")
     for scale, size in (((), (56, 40)), (("--scale", 8), (56, 40)), (("--scale", 6), (42, 30))):
         result = shell(

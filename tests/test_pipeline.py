@@ -238,7 +238,7 @@ def test_guidance_is_resolved_from_arguments_and_adapters():
             resolve(wrong, None, [])
 
 
-# ---- callers
+# ---- callbacks, inputs and outputs
 
 
 def test_callbacks_see_every_step_and_may_replace_the_latents(pipe):

@@ -165,7 +165,7 @@ def test_silhouette_of_a_sphere_is_the_tangent_cone():
     assert (mask.bool().numpy() != expected).sum() <= 2  # single precision at the rim
 
 
-def test_box_cylinder_and_cone_depths_on_the_middle_column():
+def test_depths_of_box_cylinder_and_cone_are_exact():
     directions, _ = rays(512)
     middle = directions[:, 256]
     radius, z = 0.72, 5.5
@@ -342,7 +342,7 @@ def test_unknown_names_are_refused():
         sample_edit(with_solid("box"), 0, "train", 0, "paint")
 
 
-def test_the_vocabulary_is_used_whole():
+def test_every_word_of_the_vocabulary_occurs():
     drawn = scenes(count=300)
     solids = [s for scene in drawn for s in scene.solids]
     assert {s.shape for s in solids} == set(SHAPES) and {s.colour for s in solids} == set(COLOURS)

@@ -154,7 +154,7 @@ def test_drawn_continuous_times_are_uniform():
 
 
 @pytest.mark.parametrize("schedule", [discrete(), CosineSchedule()])
-def test_a_shared_time_is_one_time_and_seeds_decide(schedule):
+def test_shared_times_are_one_time_and_draws_are_seeded(schedule):
     def draw(seed, shared):
         return schedule.draw(16, 1, shared, torch.Generator().manual_seed(seed))
 
@@ -182,7 +182,7 @@ def test_flow_signal_and_noise_are_restored(shift):
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "flow_prediction"])
-def test_the_linear_path_is_one_affine_map_away(prediction):
+def test_linear_and_variance_preserving_paths_convert_exactly(prediction):
     """Both directions at every level: z_lin = (1 - s) x + s eps, u = eps - x, from a variance-preserving network."""
     schedule = discrete(prediction)
     x, eps = randn(1000, 2, 3, seed=1, dtype=torch.float64), randn(1000, 2, 3, seed=2, dtype=torch.float64)

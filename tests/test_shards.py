@@ -45,7 +45,7 @@ def split(photos, folder, count, each=3):
     return folder
 
 
-def test_braces():
+def test_brace_patterns_are_expanded():
     assert expand("a-{008..010}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar"]
     assert expand("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
     assert expand("plain{}.tar") == ["plain{}.tar"]
@@ -261,7 +261,7 @@ def test_unknown_protocols_are_refused():
     refused(lambda: open_source("nothing://x/a.tar"), "nothing://x/a.tar", "nothing")
 
 
-def test_shards_over_http(parts, cache, monkeypatch):
+def test_shards_are_read_over_http(parts, cache, monkeypatch):
     """At the start only the uploaded indexes are downloaded."""
     local = open_source(parts)
     requests = []

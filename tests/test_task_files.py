@@ -127,7 +127,7 @@ def test_rendered_depth_files_equal_the_training_input(rendered: Path):
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int32, np.uint16])
 @pytest.mark.parametrize("shape", [(12, 16), (1, 12, 16), (12, 16, 1)])
-def test_arrays_of_any_type_range_and_layout(kind, shape: tuple, tmp_path: Path):
+def test_depth_arrays_of_any_type_range_and_layout_are_read(kind, shape: tuple, tmp_path: Path):
     np.save(tmp_path / "depth.npy", (GROUND * 1000).astype(kind).reshape(shape))
     depth = read_depth(tmp_path / "depth.npy", near="dark")
     assert depth.shape == (1, 12, 16) and depth.aminmax() == (0, 1) and depth[0, -1, 0] == 1

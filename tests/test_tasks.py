@@ -161,7 +161,7 @@ def test_region_psnr_ignores_pixels_outside():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_of_every_kind_are_binary_seeded_and_various(kind: str, batch: Batch):
+def test_masks_of_every_kind_are_binary_seeded_and_varied(kind: str, batch: Batch):
     seeds, ids = list(range(60)), batch.extras["mask"].repeat(10, 1, 1, 1)
     masks = draw_masks([kind], SIDE, SIDE, seeds, ids)
     assert masks.shape == (60, 1, SIDE, SIDE) and set(masks.unique().tolist()) == {0, 1}

@@ -219,7 +219,7 @@ def test_a_teacher_with_straight_paths_is_the_fixed_point_of_guided():
     assert float(loss["distillation"]) > 1e-4
 
 
-# ---- what a training costs
+# ---- the cost of training
 
 
 @pytest.mark.parametrize("scales", [0, 1, 2])
@@ -251,7 +251,7 @@ def test_the_recipe_counts_the_passes_of_the_objective(objective, options, scale
     assert recipe.passes == pytest.approx(passes / 4 / 20)
 
 
-def test_consistency_weighting_and_the_averaged_target():
+def test_consistency_weighting_and_the_averaged_target_take_effect():
     """Weighting "signal" drops the division by sigma; with `averaged` the average network gives the target."""
     x, conditioning = randn(2, 1, 4, 4), Conditioning(torch.zeros(2, 1, 1))
     mine, average = (lambda z, t, c, k=k: k * z + c.jump[:, :1, None, None] for k in (0.3, 0.6))

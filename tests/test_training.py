@@ -171,7 +171,7 @@ def test_accumulation_equals_one_large_batch_of_the_plain_loss(tiny_run, tmp_pat
 @pytest.mark.parametrize(
     "changes", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"adapter": "controlnet"}, {"shift": 3.0}]
 )
-def test_options_train(tiny_run, tmp_path, changes):
+def test_optional_settings_train(tiny_run, tmp_path, changes):
     out = distill(replace(tiny_run, out=str(tmp_path / "run"), images=4, **changes), quiet=True)
     assert all(bool(torch.isfinite(v).all()) for v in weights(out).values())
     assert (out / "log.jsonl").read_text().count("\n") >= 1 and list((out / "tensorboard").iterdir())
@@ -470,7 +470,7 @@ def test_invalid_gradient_clips_are_refused():
         ({"objective_options": {"signal_weighting": "velocity", "d_x": "pixel"}}, "use it with d_x: latent"),
     ],
 )
-def test_values_that_no_run_can_have_are_refused(tiny_run, tmp_path, changes, message):
+def test_unusable_recipe_values_are_refused(tiny_run, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         distill(replace(tiny_run, out=str(tmp_path / "run"), **changes), quiet=True)
     assert "\n" not in str(error.value)

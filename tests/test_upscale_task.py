@@ -104,7 +104,7 @@ def test_degraded_images_have_the_exact_size_range_and_eight_bit_levels(height: 
     assert torch.allclose(low * 255, (low * 255).round(), atol=1e-4)
 
 
-def test_the_generator_decides_every_byte():
+def test_degradations_depend_only_on_the_generator():
     image = pictures()
     assert torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(3)))
     assert not torch.equal(second_order(image, 4, generator(3)), second_order(image, 4, generator(4)))
@@ -214,7 +214,7 @@ def test_small_images_get_small_kernels():
 # --- the task ------------------------------------------------------------------------------------------------------
 
 
-def test_get_task_and_its_config_round_trip():
+def test_a_task_is_rebuilt_from_its_config():
     task = get_task("upscale", scale=2, degradation="bicubic")
     assert task == Upscale(2, "bicubic") and task.name == "upscale" and task.condition_channels == 3
     assert get_task(task.name, **json.loads(json.dumps(task.config()))) == task
@@ -238,7 +238,7 @@ def test_unknown_tasks_and_options_are_refused(name: str, options: dict, message
 
 
 @pytest.mark.parametrize("degradation", ["real", "bicubic"])
-def test_given_and_condition_have_the_promised_shapes(degradation: str):
+def test_input_and_condition_have_the_documented_shapes(degradation: str):
     task = Upscale(4, degradation)
     given = task.given(batch(pictures(2, 64, 32)), generator())
     condition = task.condition(given)
