@@ -73,7 +73,7 @@ def test_resumed_caching_equals_uninterrupted_caching(recipe, tmp_path, monkeypa
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_truncated_or_missing_shards_are_refused_and_rebuilt(recipe, tmp_path):
+def test_unusable_shards_are_refused_and_rebuilt(recipe, tmp_path):
     folder = tmp_path / "cached"
     make_cache(recipe, folder, shard_size=5)
     complete, shard = contents(folder), folder / "shard-00001.safetensors"
