@@ -84,12 +84,12 @@ def test_the_flow_map_is_a_fixed_point_and_the_denoiser_alone_is_not(schedule):
 def test_the_data_term_is_minimal_at_the_velocity_of_the_ode():
     schedule = SCHEDULES["cosine"]
 
-    def off_by(amount: float) -> float:
+    def loss_at_offset(amount: float) -> float:
         exact = Exact(schedule)
         shifted = lambda z, t, inputs: exact(z, t, inputs) + amount  # noqa: E731
         return float(flow_map(shifted, exact, batch(40_000), schedule, torch.Generator().manual_seed(1))["signal"])
 
-    assert off_by(0) < min(off_by(0.05), off_by(-0.05))
+    assert loss_at_offset(0) < min(loss_at_offset(0.05), loss_at_offset(-0.05))
 
 
 def test_after_warm_up_half_of_the_rows_take_two_more_passes():

@@ -179,8 +179,8 @@ def test_float_tiffs_within_0_and_1_are_read(tmp_path: Path):
         values = (values / 65535).astype(np.float64 if name == "double.tif" else np.float32)
         (tmp_path / name).write_bytes(float_tiff(values if values.ndim == 2 else values[..., ::-1]))
         picture = read_image(tmp_path / name)
-        want = values if values.ndim == 3 else np.repeat(values[..., None], 3, 2)
-        assert picture.bits == 16 and np.allclose(picture.rgb.permute(1, 2, 0).numpy(), want, atol=1e-6)
+        expected = values if values.ndim == 3 else np.repeat(values[..., None], 3, 2)
+        assert picture.bits == 16 and np.allclose(picture.rgb.permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
 def test_the_first_frame_of_an_animation_is_read(tmp_path: Path):

@@ -64,11 +64,11 @@ def hold(folder: Path, pipe: Any) -> None:
 def test_a_lock_ends_with_its_process(tmp_path):
     """Of processes that start together exactly one gets the lock; after its SIGKILL the lock is free."""
     fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
-    ends = [fork.Pipe() for _ in range(3)]
-    processes = [fork.Process(target=hold, args=(out, far)) for _, far in ends]
+    connections = [fork.Pipe() for _ in range(3)]
+    processes = [fork.Process(target=hold, args=(out, far)) for _, far in connections]
     for process in processes:
         process.start()
-    answers = [near.recv() for near, _ in ends]
+    answers = [near.recv() for near, _ in connections]
     assert sorted(answers) == [f"{out}: busy", f"{out}: busy", "in"]
     with pytest.raises(UserError, match="busy"), locked(out, "busy"):
         pass

@@ -65,8 +65,8 @@ def test_features_come_from_the_real_network_and_recognize_a_cat():
         (112, 14, 14),
         (320, 7, 7),
     ]
-    chances = network.network._fc(maps.pooled).softmax(1)[0]
-    assert chances[[281, 282, 285]].sum() > 0.7
+    probabilities = network.network._fc(maps.pooled).softmax(1)[0]
+    assert probabilities[[281, 282, 285]].sum() > 0.7
 
 
 def test_pooled_features_do_not_depend_on_the_batch(features):

@@ -120,15 +120,15 @@ def test_a_digest_identifies_weights_but_adapters_load_into_others(tmp_path):
 
 def test_the_shipped_adapters_fit_mini_and_all_weights_are_small():
     mini = load_backbone("mini")
-    made_on = digest(mini.unet)
+    backbone_digest = digest(mini.unet)
     adapters = {folder.parent.name for folder in (EMBEDDED / "adapters").glob("*/config.json")}
     assert adapters >= {"upscale", "inpaint", "depth", "canny", "edit", "generate", "upscale-x8", "upscale-real"}
     for name in adapters:
         info = load_adapter(name, None, mini.family, mini.unet)[0].config["info"]
-        assert info["backbone"] == made_on and info["finished"] and not info["full"], name
+        assert info["backbone"] == backbone_digest and info["finished"] and not info["full"], name
     sizes = {path: path.stat().st_size for path in EMBEDDED.rglob("*.safetensors")}
-    of_photo = sum(size for path, size in sizes.items() if EMBEDDED / "photo" in path.parents)
-    assert of_photo <= 90e6 and sum(sizes.values()) - of_photo <= 120e6
+    photo_size = sum(size for path, size in sizes.items() if EMBEDDED / "photo" in path.parents)
+    assert photo_size <= 90e6 and sum(sizes.values()) - photo_size <= 120e6
 
 
 def refused(attempt, *parts: str) -> str:

@@ -190,8 +190,8 @@ def test_signals_at_the_clean_end_are_compared_with_the_teacher_s(prediction):
     student, target, teacher = recorders()
     loss = consistency(student, target, batch, schedule, seeded(3), teacher=teacher, dt=20, t=t)["consistency"]
     z_t = student.z[0]
-    x_t, taught = (schedule.signal_noise(net(z_t, t, batch.conditioning), z_t, t)[0] for net in (student, teacher))
-    torch.testing.assert_close(loss, (x_t - taught).square().mean(), rtol=1e-12, atol=0)
+    x_t, x_teacher = (schedule.signal_noise(net(z_t, t, batch.conditioning), z_t, t)[0] for net in (student, teacher))
+    torch.testing.assert_close(loss, (x_t - x_teacher).square().mean(), rtol=1e-12, atol=0)
 
 
 def test_codi_uses_the_boundary_scaling_for_both_networks():

@@ -68,10 +68,12 @@ def test_deep_profiles_keep_more_than_eight_bits(tmp_path: Path, channels: int):
     body = b"iCCPx\0\0" + zlib.compress(icc(1.0, None if channels == 1 else SRGB_COLUMNS))
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     (tmp_path / "a.png").write_bytes(data[:33] + chunk + data[33:])
-    got = read_image(tmp_path / "a.png").rgb[1, 0]
+    converted_row = read_image(tmp_path / "a.png").rgb[1, 0]
     linear = torch.from_numpy(ramp[0] / 65535)
-    assert torch.allclose(got.double(), 1.055 * linear ** (1 / 2.4) - 0.055, atol=0.006)
-    assert len(got.unique()) > 400 and (got.diff() >= 0).all()  # 8 bits would leave about seven levels
+    assert torch.allclose(converted_row.double(), 1.055 * linear ** (1 / 2.4) - 0.055, atol=0.006)
+    assert (
+        len(converted_row.unique()) > 400 and (converted_row.diff() >= 0).all()
+    )  # 8 bits would leave about seven levels
 
 
 @pytest.mark.parametrize("profile", [b"rubbish", SWAPPED[:200], icc(2.2)])

@@ -100,10 +100,10 @@ def test_a_render_killed_at_any_moment_is_not_read_as_complete(tmp_path, monkeyp
             assert contents(folder).items() >= whole.items() and moment > 12
             return
         listed = (folder / "metadata.jsonl").exists()
-        renewed = listed and [row["text"] for row in rows_of(folder)] == texts
-        if renewed or (before and not old.items() <= contents(folder).items()):
+        complete = listed and [row["text"] for row in rows_of(folder)] == texts
+        if complete or (before and not old.items() <= contents(folder).items()):
             refused(lambda: open_source(folder, COLUMNS), "which is missing")  # noqa: B023
-        render_folder(3, folder, size=32, seed=1, overwrite=overwrite and not renewed)
+        render_folder(3, folder, size=32, seed=1, overwrite=overwrite and not complete)
         assert contents(folder).items() >= whole.items() and not list(folder.rglob("*.tmp"))
     pytest.fail("the render needs more steps than were tried")
 

@@ -59,16 +59,16 @@ def test_checksums_match_after_every_save(listed, tmp_path):
     full = make_adapter(tmp_path / "full", "upscale", full=True)
     pipe, before = pipeline(old, full), (old / FILE).read_bytes()
     expected = run(pipe)
-    for turn in ("first", "second"):
-        pipe.save_pretrained(tmp_path / turn)
+    for name in ("first", "second"):
+        pipe.save_pretrained(tmp_path / name)
         for adapter in ("old", "full"):
-            saved = tmp_path / turn / "adapters" / adapter
+            saved = tmp_path / name / "adapters" / adapter
             files = json.loads((saved / "config.json").read_text())["info"].get("files")
             assert files == (checksums(saved, "config.json") if listed or adapter == "full" else None)
             assert (
                 len({file.stat().st_mode for file in saved.rglob("*") if file.is_file()}) == 1
             )  # all files have the same permissions
-        pipe = CoDiPipeline.from_pretrained(tmp_path / turn)
+        pipe = CoDiPipeline.from_pretrained(tmp_path / name)
         pipe.set_progress_bar_config(disable=True)
         assert pipe.adapters == ["full", "old"]
         torch.testing.assert_close(run(pipe), expected, rtol=0, atol=1e-5)

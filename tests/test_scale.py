@@ -205,13 +205,13 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(recipe, one, tmp_pa
     forward, calls = DistillJob.forward, []
 
     def before(rank: int) -> None:
-        def signalled(self, batch, generator):
+        def forward_or_signal(self, batch, generator):
             calls.append(1)
             if rank == 1 and len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             return forward(self, batch, generator)
 
-        DistillJob.forward = signalled
+        DistillJob.forward = forward_or_signal
 
     out = tmp_path / "run"
     ended = launch(tmp_path / "logs", *command_line(recipe, out=out), before=before)

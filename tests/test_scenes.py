@@ -59,7 +59,7 @@ def with_solid(shape, **change):
     return replace(EMPTY, solids=(replace(Solid(shape, "red", "matte", "large", 0.0, 5.5, 0.0), **change),))
 
 
-def grown(mask):
+def dilated(mask):
     """Return a boolean mask with its neighboring pixels, which mix both sides of an edge."""
     return torch.nn.functional.max_pool2d(mask.float()[None, None], 3, 1, 1)[0, 0] > 0
 
@@ -293,9 +293,9 @@ def test_an_edit_changes_only_its_pixels(kind):
             assert torch.equal(depth_a, depth_b) and torch.equal(mask_a, mask_b)
         if kind in ("recolour", "material"):
             which = next(k for k, s in enumerate(before.solids) if s != after.solids[k]) + 1
-            assert not differs[~grown(mask_a == which)].any()
+            assert not differs[~dilated(mask_a == which)].any()
         if kind == "floor":
-            inside = ~grown(mask_a == 0)
+            inside = ~dilated(mask_a == 0)
             assert not differs[inside].any()
         if kind == "shape":
             which = next(k for k, s in enumerate(before.solids) if s != after.solids[k]) + 1
@@ -311,9 +311,9 @@ def test_supersampling_smooths_edges_but_keeps_depths_and_ids():
     for i in range(6):
         scene = sample_scene(4, "train", i)
         (image_1, depth_1, mask_1), (image_3, depth_3, mask_3) = pixels(scene, 64, 1), pixels(scene, 64, 3)
-        edge = grown(mask_1 != 0) & grown(mask_1 == 0)
+        edge = dilated(mask_1 != 0) & dilated(mask_1 == 0)
         for k in range(1, len(scene.solids) + 1):
-            edge |= grown(mask_1 == k) & grown(mask_1 != k)
+            edge |= dilated(mask_1 == k) & dilated(mask_1 != k)
         # An odd factor has one sample at the pixel's center, the same one.
         assert torch.equal(mask_1[~edge], mask_3[~edge]) and (mask_1 != mask_3).float().mean() < 1e-3
         torch.testing.assert_close(depth_1[mask_1 == mask_3], depth_3[mask_1 == mask_3], rtol=1e-4, atol=2e-3)

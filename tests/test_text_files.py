@@ -38,12 +38,12 @@ def bomb(line):
     ],
 )
 def test_yaml_is_bounded(tmp_path, text, fragment):
-    file, began = tmp_path / "recipe.yaml", time.perf_counter()
+    file, start_time = tmp_path / "recipe.yaml", time.perf_counter()
     file.write_text(text)
     for read in (read_recipe, load_suite):
         message = refused(lambda read=read: read(file), file, fragment)
         assert len(message) < 800
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - start_time < 5
 
 
 @pytest.mark.parametrize(

@@ -314,12 +314,12 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(tiny_run, finished,
 
     forward, calls = DistillJob.forward, []
 
-    def explodes(self, *args, **kwargs):
+    def return_nan(self, *args, **kwargs):
         calls.append(1)
         losses = forward(self, *args, **kwargs)
         return losses if len(calls) < 4 else {k: v * float("nan") for k, v in losses.items()}
 
-    monkeypatch.setattr(DistillJob, "forward", explodes)
+    monkeypatch.setattr(DistillJob, "forward", return_nan)
     run = replace(tiny_run, out=str(tmp_path / "run"))
     with pytest.raises(UserError, match="not finite.*step-00000002"):
         distill(run, quiet=True)

@@ -185,8 +185,8 @@ def test_sinc_kernel_is_the_circular_low_pass():
     kernel = sinc_kernel(21, np.pi / 2)
     assert kernel.sum() == pytest.approx(1, abs=1e-6) and kernel.min() < 0  # it has negative lobes
     r = np.array([1.0, 3.0, 7.0])
-    want = special.j1(np.pi / 2 * r) / r / (np.pi / 4)  # relative to its centre
-    assert np.allclose(kernel[10, [11, 13, 17]] / kernel[10, 10], want, atol=1e-6)
+    expected = special.j1(np.pi / 2 * r) / r / (np.pi / 4)  # relative to its centre
+    assert np.allclose(kernel[10, [11, 13, 17]] / kernel[10, 10], expected, atol=1e-6)
     spectrum = np.abs(np.fft.fft2(kernel, (64, 64)))
     assert spectrum[0, 4] > 0.85 and spectrum[0, 30] < 0.15  # passes below the cut-off (bin 16), stops above
 
