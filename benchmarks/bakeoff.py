@@ -56,7 +56,8 @@ def levels(count: int, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def velocity(pipe: Any, z: Tensor, t: Tensor, level: Tensor, captions: list[str]) -> Tensor:
-    """Return the model's u (B, C, h, w) at `z` on the linear path, times `t` (B,); a U-Net gets timesteps `level` (B,)."""
+    """Return the model's u (B, C, h, w) at `z` on the linear path, times `t` (B,); a U-Net gets timesteps `level`
+    (B,)."""
     if isinstance(pipe, FluxPipeline):
         clip, t5 = (
             tokenizer(captions, padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids

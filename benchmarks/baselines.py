@@ -29,7 +29,8 @@ OPENCV = {"telea": cv2.INPAINT_TELEA, "ns": cv2.INPAINT_NS}  # Telea 2004; Berta
 
 
 def in_tiles(net: Callable[[Tensor], Tensor], image: Tensor, scale: int, tile: int = TILE, pad: int = PAD) -> Tensor:
-    """Apply `net`, (1, C, h, w) -> (1, 3, scale h, scale w), to an image of any size in tiles of `tile` + 2 `pad` or less.
+    """Apply `net`, (1, C, h, w) -> (1, 3, scale h, scale w), to an image of any size in tiles of `tile` + 2 `pad` or
+    less.
 
     The padding is cropped from each tile's output; tiles at the image's edge have no padding there.
     """
@@ -185,8 +186,8 @@ def depth_to_space(x: Tensor, block: int) -> Tensor:
 
 
 def read_weights(manifest: list[dict[str, Any]], folder: Path) -> dict[str, Tensor]:
-    """Return {name: float32 tensor in Keras' layout} from files that hold tensors back to back. Raises UserError for other
-    types and for truncated files."""
+    """Return {name: float32 tensor in Keras' layout} from files that hold tensors back to back. Raises UserError for
+    other types and for truncated files."""
     weights: dict[str, Tensor] = {}
     for group in manifest:
         data, offset = b"".join((folder / name).read_bytes() for name in group["paths"]), 0

@@ -1,15 +1,16 @@
-"""The accelerator on a backbone it never saw: `generate`, distilled on one, set on a fine-tune of it.
+"""Measure the adapter `generate` on a fine-tune of the backbone that it was distilled on.
 
     python benchmarks/finetune.py                                # minutes on two cores
     python benchmarks/finetune.py --adapter runs/generate --updates 600
 
-The fine-tune knows only night: the U-Net is trained on night scenes under captions that do not say so. Held-out night
-scenes are then asked for by captions as silent. A fine-tune whose knowledge survives draws nights in few steps too; the
-backbone as it was, in the last row, draws what time of day it likes.
+The fine-tune knows only night: the U-Net is trained on night scenes whose captions do not mention it. Both models then
+sample captions of held-out night scenes that do not mention it either. If the adapter preserves what the fine-tune
+learned, its few-step samples are at night too; the original backbone, in the last row, samples any time of day.
 
-`fine-tune` is the trained backbone with classifier-free guidance, two passes a step, at the adapter's text scale;
-`fine-tune + generate` the adapter on it, untouched, and `backbone + generate` the adapter where it was made. FD-ENLite0
-is to the true renders. `night` is the share of pictures whose sky is dark; the reader says the share of captions right.
+`fine-tune` is the fine-tuned backbone with classifier-free guidance, two passes per step, at the adapter's text scale;
+`fine-tune + generate` is the unchanged adapter on it, `backbone + generate` the adapter on its own backbone. FD-ENLite0
+is to the true renders. `night` is the share of images with a dark sky; the scene reader measures the share of correct
+captions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from command import command_line, public
 from judges import Judge, Read, caption_judge
 from reading import WEIGHTS, load_reader, read
-from tasks import MANY, Witness, described
+from tasks import MANY, RecordingJudge, described
 from torch import Tensor
 
 from codi.data.batches import Batch, collate
@@ -47,59 +48,61 @@ from codi.tasks import get_task, means
 
 RESULTS = Path("benchmarks/results/finetune.json")
 FEW = 4
-DARK = 0.45  # brightness of the upper eighth: of true renders nights are below 0.3 there, other times above 0.6
+DARK = 0.45  # threshold of mean brightness of the upper eighth: true night renders are below 0.3, others above 0.6
 
 
 class NightScenes:
-    """The first `count` night scenes of a split, under captions without the time of day."""
+    """The first `count` night scenes of a split, with captions that omit the time of day."""
 
     def __init__(self, split: str, count: int) -> None:
-        nights = (i for i in itertools.count() if sample_scene(0, split, i).time == "night")
-        self.numbers = list(itertools.islice(nights, count))
+        night_indices = (i for i in itertools.count() if sample_scene(0, split, i).time == "night")
+        self.numbers = list(itertools.islice(night_indices, count))
         self.scenes = SceneSource(split, self.numbers[-1] + 1)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return a one-line description."""
         return f"{self.scenes.describe()}: {len(self):,} of night"
 
     def read(
         self, indices: Sequence[int], size: int, crops: Sequence[np.random.Generator] | None = None
     ) -> list[Sample | CorruptSample]:
-        """As `Source.read`."""
-        found = self.scenes.read([self.numbers[i] for i in indices], size)
-        return [replace(s, text=s.text.removesuffix(" at night")) for s in found if isinstance(s, Sample)]
+        """Read samples as `Source.read` does."""
+        samples = self.scenes.read([self.numbers[i] for i in indices], size)
+        return [
+            replace(sample, text=sample.text.removesuffix(" at night"))
+            for sample in samples
+            if isinstance(sample, Sample)
+        ]
 
 
 def night_judge(read: Read) -> Judge:
-    """Whether a picture shows its caption, and whether its sky is dark (0 or 1)."""
+    """Return a judge of whether an image shows its caption and whether its sky is dark (0 or 1)."""
     captions = caption_judge(read)
 
-    def judge(output: Tensor, given: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def judge(output: Tensor, inputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         sky = output[:, :, : output.shape[2] // 8].mean((1, 2, 3))
-        return {**captions(output, given, batch), "night": (sky < DARK).double()}
+        return {**captions(output, inputs, batch), "night": (sky < DARK).double()}
 
     return judge
 
 
-def finetune(
-    pipe: CoDiPipeline, pictures: Batch, updates: int, batch: int, learning_rate: float, seed: int = 0
-) -> None:
-    """Trains the U-Net in place by the plain diffusion loss, |v - v_hat|^2; every tenth prompt is left out, so that
-    guidance has its other pass."""
+def finetune(pipe: CoDiPipeline, data: Batch, updates: int, batch: int, learning_rate: float, seed: int = 0) -> None:
+    """Train the U-Net in place by the plain diffusion loss, |v - v_hat|^2; every tenth prompt is dropped for
+    classifier-free guidance."""
     generator = torch.Generator().manual_seed(seed)
     schedule = DiscreteSchedule.from_config(pipe.scheduler.config)
     with torch.no_grad():
-        latents = torch.cat([codec.encode(pipe.vae, part) for part in pictures.image.split(32)])
+        latents = torch.cat([codec.encode(pipe.vae, part) for part in data.image.split(32)])
     unet = pipe.unet.requires_grad_(True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate)
     for update in range(updates):
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        silent = torch.rand(batch, generator=generator) < 0.1
-        prompts = ["" if s else pictures.text[i] for i, s in zip(chosen.tolist(), silent.tolist(), strict=True)]
-        x, t = latents[chosen], schedule.draw(batch, 1, False, generator)
+        indices = torch.randint(len(latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        prompts = ["" if s else data.text[i] for i, s in zip(indices.tolist(), dropped.tolist(), strict=True)]
+        x, t = latents[indices], schedule.draw(batch, 1, False, generator)
         eps = torch.randn(x.shape, generator=generator)
         text = embed_prompts(pipe.text, prompts)[0]
         output = Student(unet)(schedule.mix(x, eps, t), schedule.timestep(t), Conditioning(text))
@@ -113,37 +116,40 @@ def finetune(
 
 
 def load(model: str) -> CoDiPipeline:
-    """The backbone alone, without bars."""
+    """Return a pipeline of the backbone alone, without progress bars."""
     pipe = CoDiPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def methods_of(before: CoDiPipeline, after: CoDiPipeline, adapter: Path) -> list[Method]:
-    """The fine-tune `after` in many steps and few, the adapter on it, and on the backbone `before`."""
-    few = [(after, "fine-tune + generate"), (before, "backbone + generate")]
-    for pipe, _ in few:
+    """Return the methods: the fine-tune `after` in many and few steps, the adapter on it and on the backbone
+    `before`."""
+    accelerated = [(after, "fine-tune + generate"), (before, "backbone + generate")]
+    for pipe, _ in accelerated:
         pipe.load_adapter(adapter, as_="generate", task="generate")
     scale = before.guidance().scales["text"]
 
-    def with_(adapters: Sequence[str], pipe: CoDiPipeline, method: Method) -> Method:
-        def run(given: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
+    def with_adapters(adapters: Sequence[str], pipe: CoDiPipeline, method: Method) -> Method:
+        def run(inputs: Tensor, prompts: list[str], steps: int, seeds: list[int]) -> Tensor:
             pipe.set_adapters(adapters)
-            return method.run(given, prompts, steps, seeds)
+            return method.run(inputs, prompts, steps, seeds)
 
         return replace(method, run=run)
 
     return [
-        with_([], after, pipeline_method(after, (MANY, FEW), "fine-tune", scale)),
-        *(with_(["generate"], pipe, pipeline_method(pipe, (FEW,), name)) for pipe, name in few),
+        with_adapters([], after, pipeline_method(after, (MANY, FEW), "fine-tune", scale)),
+        *(with_adapters(["generate"], pipe, pipeline_method(pipe, (FEW,), name)) for pipe, name in accelerated),
     ]
 
 
 def main() -> None:
-    """Fine-tunes, measures and writes."""
+    """Fine-tune, measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--adapter", type=Path, default=Path("generate"), help="embedded, or a folder")
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("generate"), help="name of an embedded adapter, or a folder"
+    )
     parser.add_argument("--scenes", type=int, default=1000, help="night scenes to fine-tune on")
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
@@ -154,34 +160,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    before, after, adapter = load(args.model), load(args.model), find_adapter(args.adapter, args.model)
-    shown = NightScenes("train", args.scenes).read(range(args.scenes), args.size)
-    pictures = collate([s for s in shown if isinstance(s, Sample)])
-    finetune(after, pictures, args.updates, args.batch, args.learning_rate)
+    backbone, finetuned, adapter = load(args.model), load(args.model), find_adapter(args.adapter, args.model)
+    samples = NightScenes("train", args.scenes).read(range(args.scenes), args.size)
+    training_data = collate([s for s in samples if isinstance(s, Sample)])
+    finetune(finetuned, training_data, args.updates, args.batch, args.learning_rate)
     task = get_task("generate")
-    witness = Witness(night_judge(functools.partial(read, load_reader(args.reader))), task)
+    judge = RecordingJudge(night_judge(functools.partial(read, load_reader(args.reader))), task)
     results = evaluate(
-        methods_of(before, after, adapter), task, NightScenes("held-out", args.count), args.count, batch=25,
-        size=args.size, judge=witness, keep=1,
+        methods_of(backbone, finetuned, adapter), task, NightScenes("held-out", args.count), args.count, batch=25,
+        size=args.size, judge=judge, keep=1,
         progress=lambda done, total: print(f"\rmeasuring {done:,}/{total:,}", end="", file=sys.stderr),
     )  # fmt: skip
     print(file=sys.stderr)
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "count": results.count,
         "model": public(args.model),
-        "backbone": digest(before.unet),
+        "backbone": digest(backbone.unet),
         "adapter": described({"generate": adapter})["generate"],
         "scenes": args.scenes,
         "updates": args.updates,
         "batch": args.batch,
         "learning_rate": args.learning_rate,
-        "guidance_scale": before.guidance().scales["text"],
-        "judge_on_truth": means(witness.figures()),
+        "guidance_scale": backbone.guidance().scales["text"],
+        "judge_on_truth": means(judge.figures()),
         "rows": [asdict(row) for row in results.rows],
         "command": command_line(),
         "machine": describe_machine(),
     }
-    write_json(told, args.out)
+    write_json(result, args.out)
 
 
 if __name__ == "__main__":

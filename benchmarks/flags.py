@@ -1,12 +1,11 @@
-"""What each way to run the same adapter is worth: seconds of one picture, beside the plain pipeline, in turns.
+"""Time each way to run the same adapter against the plain pipeline: seconds per image, in turns.
 
     python benchmarks/flags.py --threads 1 --repeats 9 --out benchmarks/results/flags-cpu.json
 
-`plain`: as `CoDiPipeline.from_pretrained` gives it, whose attention is torch's own, scaled_dot_product_attention. Each
-of the others is one change of it: `fused`, low-rank updates made part of the weights, as the commands do;
-`channels-last`, `bfloat16`, `tiny-decoder`, `compiled`; `plain-attention`, diffusers' classic attention, product by
-product. A round runs all of them once, in an order of its own; the first `--warm` are not measured. Ratios are medians
-of the rounds' ratios.
+`plain`: as `CoDiPipeline.from_pretrained` returns it, with torch's scaled_dot_product_attention. Each other way is one
+change of it: `fused`, low-rank updates merged into the weights, as the commands do; `channels-last`, `bfloat16`,
+`tiny-decoder`, `compiled`; `plain-attention`, diffusers' classic attention as separate matrix products. A round runs
+all of them once in random order; the first `--warm` rounds are not measured. Ratios are medians of per-round ratios.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WAYS = ("plain", "fused", "channels-last", "bfloat16", "tiny-decoder", "plain-at
 
 
 def pipeline(way: str, model: str, adapter: str, device: str) -> CoDiPipeline:
-    """The pipeline run in this way."""
+    """Return a pipeline set up for one of WAYS."""
     dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
     decoder = "tiny" if way == "tiny-decoder" else "full"
     pipe = CoDiPipeline.from_pretrained(model, task="upscale", adapter=adapter, dtype=dtype, decoder=decoder)
@@ -51,13 +50,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini")
     parser.add_argument("--adapter", default="upscale")
-    parser.add_argument("--size", type=int, default=256, help="of the picture made, in pixels")
+    parser.add_argument("--size", type=int, default=256, help="output pixels")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--warm", type=int, default=2, help="rounds before that")
+    parser.add_argument("--warm", type=int, default=2, help="unmeasured rounds before those")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -68,14 +67,22 @@ def main() -> None:
     for number in range(args.warm + args.repeats):
         for way in random.Random(number).sample(list(pipes), len(pipes)):
             started = time.perf_counter()
-            pipes[way](image=picture, steps=args.steps, tile=0, output_type="pt")  # on the CPU: it has waited
+            pipes[way](
+                image=picture, steps=args.steps, tile=0, output_type="pt"
+            )  # output on the CPU: waits for the GPU
             if number >= args.warm:
                 seconds[way].append(time.perf_counter() - started)
-    told: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in ("out", "ways")}
-    plain = seconds["plain"]
-    ratios = {w: statistics.median(s / p for s, p in zip(seconds[w], plain, strict=True)) for w in pipes}
+    settings: dict[str, Any] = {key: value for key, value in vars(args).items() if key not in ("out", "ways")}
+    plain_seconds = seconds["plain"]
+    ratios = {w: statistics.median(s / p for s, p in zip(seconds[w], plain_seconds, strict=True)) for w in pipes}
     medians = {way: statistics.median(values) for way, values in seconds.items()}
-    result = {"command": command_line(), **told, "seconds": medians, "ratios": ratios, "machine": describe_machine()}
+    result = {
+        "command": command_line(),
+        **settings,
+        "seconds": medians,
+        "ratios": ratios,
+        "machine": describe_machine(),
+    }
     write_json(result, args.out)
     print(ratios)
 

@@ -1,11 +1,11 @@
-"""Stable Diffusion at full size from its published configuration, with random weights: speed, memory, shapes and file
+"""Full-size Stable Diffusion of the published configurations with random weights: speed, memory, shapes and file
 layouts do not depend on the weights' values.
 
     python benchmarks/fullsize.py --kinds sd15 sd21 sdxl --out benchmarks/results/fullsize.json
 
-checks for each that what works on `mini` works there: diffusers' own pipeline and ours make the same latent of the same
-noise; an adapter of each form leaves the U-Net's answer as it is, bit for bit, before training; the family is its own;
-the parts survive their folder.
+checks for each kind: diffusers' own pipeline and ours sample the same latent from the same noise; an untrained adapter
+of each form leaves the U-Net's output unchanged, bit for bit; the family is recognized; a saved folder loads to equal
+weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from codi.sampling.sampler import initial_noise
 from codi.training.tokenizer import train_tokenizer
 
 PROMPTS = ["a red ball on a plain floor", "a blue box and a green cone at dusk"]
-WORDS = 49408  # of CLIP's vocabulary
+WORDS = 49408  # size of CLIP's vocabulary
 _DOWN, _UP = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
@@ -62,7 +62,7 @@ PREDICTIONS = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
 
 
 def vae(kind: str) -> AutoencoderKL:
-    """The autoencoder of f = 8 and 4 channels that all of them have."""
+    """Return the autoencoder that all kinds share, f = 8 with 4 channels."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=512,
@@ -71,27 +71,28 @@ def vae(kind: str) -> AutoencoderKL:
 
 
 @contextlib.contextmanager
-def built_in(dtype: torch.dtype) -> Iterator[None]:
-    """What is built within it is built as it is needed: XL in float32 would not fit where it fits in halves."""
-    before = torch.get_default_dtype()
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default dtype, to build modules in it directly: XL may fit in bfloat16 where it does not in
+    float32."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Backbone:
-    """The whole checkpoint, frozen. Its tokenizer knows few words; the text encoders have CLIP's size all the same."""
+    """Return the whole checkpoint, frozen. Its tokenizer knows few words; the text encoders have CLIP's full size."""
     torch.manual_seed(seed)
-    with built_in(dtype):
+    with default_dtype(dtype):
         encoders = []
         for number, config in enumerate(TEXTS[kind]):
             cls: Any = CLIPTextModelWithProjection if number else CLIPTextModel
-            told = CLIPTextConfig(
+            text_config = CLIPTextConfig(
                 vocab_size=WORDS, projection_dim=config["hidden_size"], bos_token_id=0, eos_token_id=1, **config
             )
-            encoders.append(cls(told))
+            encoders.append(cls(text_config))
         parts = vae(kind), UNet2DConditionModel(**UNETS[kind])
     with tempfile.TemporaryDirectory() as folder:
         tokenizer: Any = train_tokenizer(PROMPTS, Path(folder), vocabulary=900)
@@ -99,13 +100,13 @@ def build(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Backb
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
         set_alpha_to_one=True, prediction_type=PREDICTIONS[kind], timestep_spacing="leading",
     )  # fmt: skip
-    second = (encoders[1], tokenizer) if len(encoders) > 1 else (None, None)
-    return Backbone(*parts, encoders[0], tokenizer, scheduler, *second).freeze()
+    second_encoder = (encoders[1], tokenizer) if len(encoders) > 1 else (None, None)
+    return Backbone(*parts, encoders[0], tokenizer, scheduler, *second_encoder).freeze()
 
 
 @torch.no_grad()
 def check(kind: str, dtype: torch.dtype, size: int, forms: list[str]) -> dict[str, Any]:
-    """What the module's docstring says, for one kind, at `size` pixels."""
+    """Run the module's checks for one kind at `size` pixels and return its row of results."""
     started = time.perf_counter()
     backbone = build(kind, dtype)
     row: dict[str, Any] = {"kind": kind, "dtype": str(dtype).removeprefix("torch."), "family": backbone.family}
@@ -121,39 +122,42 @@ def check(kind: str, dtype: torch.dtype, size: int, forms: list[str]) -> dict[st
     ).images.float()  # fmt: skip
     ours: Any = CoDiPipeline(**vars(backbone))
     ours.set_progress_bar_config(disable=True)
-    made = ours(prompt=PROMPTS[0], steps=2, guidance_scale=3.0, height=size, width=size, seed=0, output_type="latent")
-    row["latent_difference_to_diffusers"] = float((made.images.float() - expected).norm() / expected.norm())
+    output = ours(prompt=PROMPTS[0], steps=2, guidance_scale=3.0, height=size, width=size, seed=0, output_type="latent")
+    row["latent_difference_to_diffusers"] = float((output.images.float() - expected).norm() / expected.norm())
     text, added = embed_prompts(backbone.text, PROMPTS[:1], (size, size))
-    z, level = noise.to(dtype), torch.tensor([500])
-    plain = backbone.unet(z, level, text, added_cond_kwargs=added).sample
+    z, timestep = noise.to(dtype), torch.tensor([500])
+    unet_output = backbone.unet(z, timestep, text, added_cond_kwargs=added).sample
     row["adapters"] = {}
     for form in forms:
-        with built_in(dtype):
+        with default_dtype(dtype):
             adapter: Any = FORMS[form].from_backbone(backbone.unet, backbone.vae)
         condition = adapter.read(torch.rand(1, 3, size, size).to(dtype), backbone.vae)
-        answer = Student(backbone.unet, adapter)(z, level, Conditioning(text, condition, added=added))
-        row["adapters"][form] = {"parameters": count(adapter), "equals_backbone": bool(torch.equal(answer, plain))}
-        del adapter, condition, answer
-    row["folder_survives"] = survives(backbone, dtype)
+        adapted_output = Student(backbone.unet, adapter)(z, timestep, Conditioning(text, condition, added=added))
+        row["adapters"][form] = {
+            "parameters": count(adapter),
+            "equals_backbone": bool(torch.equal(adapted_output, unet_output)),
+        }
+        del adapter, condition, adapted_output
+    row["folder_survives"] = reloads_equal(backbone, dtype)
     row["seconds"] = round(time.perf_counter() - started, 1)
     return row
 
 
 def count(module: torch.nn.Module) -> int:
-    """Parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
-def survives(backbone: Backbone, dtype: torch.dtype) -> bool:
-    """Whether diffusers' folder, and the same as the variant fp16 alone, load to weights that are equal bit for bit."""
+def reloads_equal(backbone: Backbone, dtype: torch.dtype) -> bool:
+    """Return whether saved folders, without a variant and as variant fp16, load to weights equal bit for bit."""
     equal = True
     for variant in (None, "fp16"):
         with tempfile.TemporaryDirectory() as folder:
             backbone.pipeline().save_pretrained(folder, variant=variant)
-            again = load_backbone(folder, dtype)
-            for mine, other in zip(backbone.modules, again.modules, strict=True):
-                state = other.state_dict()
-                equal &= all(torch.equal(value, state[name]) for name, value in mine.state_dict().items())
+            reloaded = load_backbone(folder, dtype)
+            for module, reloaded_module in zip(backbone.modules, reloaded.modules, strict=True):
+                state = reloaded_module.state_dict()
+                equal &= all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     return equal
 
 

@@ -1,10 +1,10 @@
-"""The scene reader: a small network that reads objects with colour, shape and material, and depth, from a picture.
+"""The scene reader: a small network that detects objects with color, shape and material, and depth, in an image.
 
-A U-Net maps a picture to colour class (background or one of eight), shape, material and normalised disparity for each
-pixel, a heat map of object centres (as in CenterNet, Zhou et al. 2019) and, for each object pixel, the way to its
-object's centre. `read` groups pixels by centre into objects, and an object's attributes are the classes with the
-highest mean log-probability over its pixels. An object counts when at least `LEAST_PIXELS` of 64 x 64 show it: fewer
-(hidden behind another one) are neither asked for nor reported. `reader.py` trains it.
+A U-Net maps an image to color class (background or one of eight), shape, material and normalized disparity for each
+pixel, a heat map of object centers (as in CenterNet, Zhou et al. 2019) and, for each object pixel, the offset to its
+object's center. `read` groups pixels by center into objects, and an object's attributes are the classes with the
+highest mean log-probability over its pixels. An object counts if it has at least `LEAST_PIXELS` visible pixels of
+64 x 64: smaller ones (hidden behind another) are neither expected nor reported. `reader.py` trains it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from codi.data.scenes import COLOURS, MATERIALS, SHAPES
 WEIGHTS = Path(__file__).with_name("reader.safetensors")
 HEADS = {"colour": 1 + len(COLOURS), "shape": len(SHAPES), "material": len(MATERIALS), "offset": 2, "disparity": 1}
 LEAST_PIXELS = 12  # of 64 x 64
-THRESHOLD = 0.4  # least probability of a centre
-OFFSET_UNIT = 16  # offsets are counted in sixteenths of the picture's side
+THRESHOLD = 0.4  # minimum probability of a center
+OFFSET_UNIT = 16  # offsets are in sixteenths of the image's side
 
 
 @dataclass(frozen=True)
-class Found:
-    """One object read: attributes as captions name them, its share of the picture and centre (x, y) in [0, 1]."""
+class DetectedObject:
+    """One detected object: attributes as captions name them, share of the image's area and center (x, y) in [0, 1]."""
 
     colour: str
     shape: str
@@ -44,16 +44,16 @@ class Found:
 
 @dataclass
 class Reading:
-    """`objects[b]` from left to right; `instances` (B, S, S): 0 or 1 + the index in `objects[b]`; `disparity` (B, S, S)
-    in [0, 1], near is bright."""
+    """Detections in a batch: `objects[b]` from left to right; `instances` (B, S, S), 0 or 1 + the index in
+    `objects[b]`; `disparity` (B, S, S) in [0, 1], near is bright."""
 
-    objects: list[list[Found]]
+    objects: list[list[DetectedObject]]
     instances: Tensor
     disparity: Tensor
 
 
 class _Block(nn.Module):
-    """Residual: two 3x3 convolutions."""
+    """A residual block of two 3x3 convolutions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,11 +65,12 @@ class _Block(nn.Module):
 
 
 class Reader(nn.Module):
-    """(B, 3, S, S) in [0, 1] -> {head: (B, C, S, S)} for HEADS and "centre" (B, 1, S/2, S/2); S a multiple of 16."""
+    """The network: (B, 3, S, S) in [0, 1] to {head: (B, C, S, S)} for HEADS and "centre" (B, 1, S/2, S/2); S is a
+    multiple of 16."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 64)) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(12, widths[0], 3, padding=1)  # pixels of 2x2: nothing runs at full resolution
+        self.stem = nn.Conv2d(12, widths[0], 3, padding=1)  # 2x2 pixels unshuffled: nothing runs at full resolution
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.first = _Block(widths[0])
         for a, b in zip(widths, widths[1:], strict=False):
@@ -94,8 +95,8 @@ class Reader(nn.Module):
 
 @torch.no_grad()
 def read(reader: Reader, images: Tensor, batch: int = 50, device: str = "cpu") -> Reading:
-    """Reads pictures (B, 3, S, S) in [0, 1]. `device` is where the reader is; what it sees is grouped on the CPU, in
-    steps too small for anything else."""
+    """Read images (B, 3, S, S) in [0, 1]. `device` is the reader's; grouping runs on the CPU, as its steps are too
+    small for a GPU."""
     parts = []
     for part in images.split(batch):
         maps = reader(part.to(device, memory_format=torch.channels_last))
@@ -108,54 +109,58 @@ def read(reader: Reader, images: Tensor, batch: int = 50, device: str = "cpu") -
 
 
 def decode(maps: dict[str, Tensor]) -> Reading:
-    """What the network's output says: see the module's docstring."""
+    """Return the objects and disparity of the network's output, as the module's docstring explains."""
     heat = maps["centre"].sigmoid()
     batch, _, side, _ = maps["colour"].shape
     peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > THRESHOLD)
-    colour = maps["colour"].argmax(1)
-    likely = {
-        "colour": maps["colour"][:, 1:].log_softmax(1),  # an object is no background
+    color_class = maps["colour"].argmax(1)
+    log_probabilities = {
+        "colour": maps["colour"][:, 1:].log_softmax(1),  # an object is never background
         "shape": maps["shape"].log_softmax(1),
         "material": maps["material"].log_softmax(1),
     }
     votes = pixels(side, heat.device) + maps["offset"] * (side / OFFSET_UNIT)
-    least = LEAST_PIXELS * side**2 / 64**2
+    min_pixels = LEAST_PIXELS * side**2 / 64**2
     instances = torch.zeros(batch, side, side, dtype=torch.long, device=heat.device)
-    objects: list[list[Found]] = []
+    objects: list[list[DetectedObject]] = []
     for b in range(batch):
         y, x = peaks[b, 0].nonzero().T
-        centres = torch.stack((2 * x + 1, 2 * y + 1)).float()  # pixels (2, N); a cell's middle
+        centers = torch.stack((2 * x + 1, 2 * y + 1)).float()  # pixels (2, N); the center of a cell
         objects.append([])
         if not len(y):
             continue
-        nearest = (votes[b, :, None] - centres[:, :, None, None]).square().sum(0).argmin(0)
-        members = [(colour[b] > 0) & (nearest == n) for n in range(len(y))]
-        kept = [m for m in members if m.sum() >= least]
-        place = [[float(axis.float().mean() + 0.5) / side for axis in m.nonzero().T] for m in kept]
-        for n in sorted(range(len(kept)), key=lambda n: place[n][1]):
-            mine = kept[n]
-            said = [int(likely[key][b][:, mine].mean(1).argmax()) for key in ("colour", "shape", "material")]
-            names = tuple(COLOURS)[said[0]], SHAPES[said[1]], MATERIALS[said[2]]
-            objects[b].append(Found(*names, x=place[n][1], y=place[n][0], area=float(mine.float().mean())))
-            instances[b][mine] = len(objects[b])
+        nearest = (votes[b, :, None] - centers[:, :, None, None]).square().sum(0).argmin(0)
+        members = [(color_class[b] > 0) & (nearest == n) for n in range(len(y))]
+        masks = [m for m in members if m.sum() >= min_pixels]
+        centroids = [[float(axis.float().mean() + 0.5) / side for axis in m.nonzero().T] for m in masks]
+        for n in sorted(range(len(masks)), key=lambda n: centroids[n][1]):
+            mask = masks[n]
+            classes = [
+                int(log_probabilities[key][b][:, mask].mean(1).argmax()) for key in ("colour", "shape", "material")
+            ]
+            names = tuple(COLOURS)[classes[0]], SHAPES[classes[1]], MATERIALS[classes[2]]
+            objects[b].append(
+                DetectedObject(*names, x=centroids[n][1], y=centroids[n][0], area=float(mask.float().mean()))
+            )
+            instances[b][mask] = len(objects[b])
     return Reading(objects, instances, maps["disparity"][:, 0].clamp(0, 1))
 
 
 def pixels(side: int, device: torch.device | str = "cpu") -> Tensor:
-    """Pixel middles (2, S, S): x, y."""
+    """Return pixel centers (x, y) as (2, S, S)."""
     at = torch.arange(side, device=device) + 0.5
     return torch.stack(torch.meshgrid(at, at, indexing="xy"))
 
 
 def load_reader(path: Path = WEIGHTS) -> Reader:
-    """The trained reader that stands beside this file."""
+    """Return the trained reader, by default the one next to this file."""
     reader = Reader()
     reader.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return reader.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
 
 
 def save_reader(reader: Reader, path: Path = WEIGHTS, how: dict[str, str] | None = None) -> None:
-    """Writes the weights in float16, whole or not at all; `how` they were made becomes the file's metadata."""
+    """Write the weights in float16, atomically; `how` they were trained becomes the file's metadata."""
     partial = path.with_suffix(".partial")
     save_file({name: value.half().contiguous() for name, value in reader.state_dict().items()}, partial, how)
     partial.chmod(0o644)

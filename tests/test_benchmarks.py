@@ -20,7 +20,7 @@ import reader as training  # noqa: E402
 import reading  # noqa: E402
 import readme  # noqa: E402
 import tasks as task_figures  # noqa: E402
-from reading import Found, Reader, Reading, decode  # noqa: E402
+from reading import DetectedObject, Reader, Reading, decode  # noqa: E402
 
 from codi.data.batches import Batch  # noqa: E402
 from codi.data.scenes import MAX_OBJECTS, sample_scene  # noqa: E402
@@ -64,7 +64,7 @@ def exact_reading(data):
         objects = []
         for index, solid in enumerate(scene.solids, 1):
             y, x = (data.mask[b] == index).nonzero().float().mean(0).tolist()
-            objects.append((Found(solid.colour, solid.shape, solid.material, x / SIDE, y / SIDE, 0.1), index))
+            objects.append((DetectedObject(solid.colour, solid.shape, solid.material, x / SIDE, y / SIDE, 0.1), index))
         objects.sort(key=lambda entry: entry[0].x)
         for instance, (_, index) in enumerate(objects, 1):
             instances[b][data.mask[b] == index] = instance
@@ -158,13 +158,13 @@ def test_measure_scores_exact_output_1_and_counts_missed_objects(data):
 def test_captions_list_objects_in_the_order_of_instance_ids():
     for index in range(20):
         scene = sample_scene(0, "held-out", index)
-        assert judges.asked(scene.caption) == [(s.colour, s.shape, s.material) for s in scene.solids]
-    assert judges.asked("nothing on a white plain floor at noon") == []
+        assert judges.caption_objects(scene.caption) == [(s.colour, s.shape, s.material) for s in scene.solids]
+    assert judges.caption_objects("nothing on a white plain floor at noon") == []
 
 
 def detected(*attributes):
     """Return detected objects with these attributes, from left to right."""
-    return [Found(*a, x=0.2 * i, y=0.5, area=0.1) for i, a in enumerate(attributes)]
+    return [DetectedObject(*a, x=0.2 * i, y=0.5, area=0.1) for i, a in enumerate(attributes)]
 
 
 RED_BOX, RED_CONE, BLUE_CONE = ("red", "box", "matte"), ("red", "cone", "matte"), ("blue", "cone", "shiny")
@@ -185,7 +185,7 @@ def test_matching_prefers_agreement_then_order():
 def test_caption_figures_count_each_attribute_separately(data):
     scenes = [sample_scene(0, "held-out", i, 2) for i in range(4)]
     captions = [scene.caption for scene in scenes]
-    objects = [detected(*judges.asked(caption)) for caption in captions]
+    objects = [detected(*judges.caption_objects(caption)) for caption in captions]
     objects[1][0] = replace(objects[1][0], colour="red" if objects[1][0].colour != "red" else "blue")
     objects[2] = objects[2][:1]
     objects[3] = objects[3] + detected(BLUE_CONE)
@@ -248,7 +248,7 @@ def test_ground_truth_is_judged_once_per_batch(data):
         return {"brightness": brightness, "seldom": brightness.where(torch.arange(12) < 5, torch.nan)}
 
     batch = batch_of(data)
-    witness = task_figures.Witness(judge, get_task("depth"))
+    witness = task_figures.RecordingJudge(judge, get_task("depth"))
     for _ in range(2):
         assert witness(torch.zeros_like(batch.image), torch.zeros(12, 1, SIDE, SIDE), batch)["brightness"].max() == 0
     assert len(means) == 3
@@ -399,7 +399,9 @@ def test_night_scenes_are_complete_and_captions_omit_the_night():
     assert source.numbers == nights and len(source) == 5
     (sample,) = source.read([3], 32)
     caption = sample_scene(0, "held-out", nights[3]).caption
-    assert caption == f"{sample.text} at night" and judges.asked(sample.text) == judges.asked(caption)
+    assert caption == f"{sample.text} at night" and judges.caption_objects(sample.text) == judges.caption_objects(
+        caption
+    )
 
 
 def row(method, steps, fd, obedience, **more):
