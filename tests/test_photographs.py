@@ -304,7 +304,7 @@ def test_a_ratio_to_zero_is_none():
     assert tables.ratio([(1.0, 0.0), (3.0, 2.0)]) == {"median": None, "of_means": 2.0}
     assert tables.ratio([(1.0, 0.0)]) == {"median": None, "of_means": None}
     with pytest.raises(UserError):
-        tables.opened(Path(__file__), {})
+        tables.load_results(Path(__file__), {})
 
 
 def test_adapter_and_model_are_named_without_their_folders():
