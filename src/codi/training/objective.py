@@ -32,7 +32,9 @@ def require_options(objective: str, chosen: Mapping[str, Any]) -> None:
         if value not in values:
             raise UserError(f"{key} {value!r}: not known{nearest(str(value), values)}: use one of {', '.join(values)}")
     if options.get("signal_weighting") == "velocity" and chosen.get("d_x", "latent") != "latent":
-        raise UserError("signal_weighting 'velocity': applies to latents only: use it with d_x: latent, or set it to signal")
+        raise UserError(
+            "signal_weighting 'velocity': applies to latents only: use it with d_x: latent, or set it to signal"
+        )
     for key in ("dt", "dt_end"):
         dt = options.get(key)
         if dt is not None and (not isinstance(dt, int) or not 1 <= dt < 1000):
