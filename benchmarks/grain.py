@@ -1,4 +1,4 @@
-"""Grain of `codi upscale` in flat areas, and what its removal does to photographs.
+"""Measure the grain of `codi upscale` in flat areas, and the effect of its removal on photographs.
 
     python benchmarks/grain.py --photographs folder --out benchmarks/results/grain.json
 
@@ -28,11 +28,11 @@ from codi.models import codec
 from codi.sampling import colour
 from codi.sampling.colour import low_frequencies, match_colour
 
-TEXTURE = 6 / 255  # local standard deviation of the true picture's finest detail, from which it counts as texture
+TEXTURE = 6 / 255  # minimum local standard deviation of the true image's finest detail to count as texture
 
 
 def wall(side: int = 96) -> Tensor:
-    """Return a picture (1, 3, side, side) of 8 bits: a bluish wall that gets darker from top to bottom."""
+    """Return an 8-bit image (1, 3, side, side): a bluish wall that gets darker from top to bottom."""
     ramp = torch.linspace(0.05, -0.05, side)[None, None, :, None]
     return ((torch.tensor([0.80, 0.82, 0.85])[None, :, None, None] + ramp).expand(-1, -1, -1, side) * 255).round() / 255
 
@@ -54,7 +54,8 @@ def detail(picture: Tensor) -> Tensor:
 
 
 def photograph(path: Path, scale: int, most: int = 256) -> Tensor:
-    """Return the middle (1, 3, H, W) of a picture file, of at most `most` px and whole small pixels."""
+    """Return the center (1, 3, H, W) of an image file, with sides of at most `most` px that are multiples of
+    `scale`."""
     picture = read_image(path).rgb[None]
     height, width = (min(side, most) // scale * scale for side in picture.shape[-2:])
     top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
@@ -80,25 +81,25 @@ def measure(pipe: CoDiPipeline, files: list[Path], steps: int, method: str) -> d
     enlarged, before, after = compare(pipe, wall(), steps, method)
     row: dict[str, Any] = {"steps": steps, "method": method}
     row["wall"] = {"input": power(enlarged, cell), "before": power(before, cell), "after": power(after, cell)}
-    found = []
+    figures = []
     for file in files:
         truth = photograph(file, pipe.task.scale)  # type: ignore[union-attr]
         small = F.interpolate(truth, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
-        pair = compare(pipe, small, steps, method)[1:]
+        results = compare(pipe, small, steps, method)[1:]
         textured = low_frequencies(detail(truth), 4).sqrt() > TEXTURE
-        found.append(
-            [psnr(one, truth).item() for one in pair]
-            + [enlite0_distance(one, truth).item() for one in pair]
-            + [float(detail(one)[textured].sum()) for one in pair]
+        figures.append(
+            [psnr(result, truth).item() for result in results]
+            + [enlite0_distance(result, truth).item() for result in results]
+            + [float(detail(result)[textured].sum()) for result in results]
         )
-    if found:
-        sums = torch.tensor(found, dtype=torch.float64)
-        means = sums.mean(0).tolist()
+    if figures:
+        table = torch.tensor(figures, dtype=torch.float64)
+        means = table.mean(0).tolist()
         row["photographs"] = {
-            "count": len(found),
+            "count": len(figures),
             "psnr_db": means[:2],
             "enlite0_distance": means[2:4],
-            "texture_power_kept": float(sums[:, 5].sum() / sums[:, 4].sum()),
+            "texture_power_kept": float(table[:, 5].sum() / table[:, 4].sum()),
         }
     return row
 

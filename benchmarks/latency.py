@@ -1,22 +1,23 @@
-"""Seconds a batch at full size, random weights: diffusers' ControlNet pipeline and ours, in turns in one process.
+"""Time a batch at full size with random weights: diffusers' ControlNet pipeline and ours, in turns in one process.
 
     python benchmarks/latency.py --size 256 --repeats 3 --out benchmarks/results/latency-cpu.json
     python benchmarks/latency.py --device cuda --dtype bfloat16 --size 512 --repeats 20 --variants eager compile graph \
         --out latency-cuda.json
 
-`lcm`: StableDiffusionControlNetPipeline with the LCM scheduler, 4 steps, no second pass. `ddim`: the same with 50 DDIM
-steps and guidance in two passes. `codi`: ours in 4 steps, an adapter that reads pixels (`--reads latent`: latents, by
-the VAE's encoder). `...-loop`: up to the latent, prompt and condition included. `codi-tiny`: decoded by a tiny decoder
-(AutoencoderTiny as it stands in diffusers, TAESD's). `bare`: the bare modules of `codi` in a row, nothing around them.
+`lcm`: StableDiffusionControlNetPipeline with the LCM scheduler, 4 steps, one pass per step. `ddim`: the same with 50
+DDIM steps and guidance in two passes. `codi`: ours in 4 steps, with an adapter that reads pixels (`--reads latent`:
+latents from the VAE's encoder). `...-loop`: without decoding; prompt and condition are encoded. `codi-tiny`: with a
+tiny decoder (AutoencoderTiny of diffusers, TAESD's architecture). `bare`: only the modules of `codi`, without its
+pipeline.
 
-Variants, `NAME/VARIANT`, of theirs as of ours: `channels-last` lays the weights out so, `compile` is torch.compile,
-`graph` its mode "reduce-overhead", which on a GPU is CUDA graphs.
+Variants, `NAME/VARIANT`, of both pipelines: `channels-last` memory format, `compile`: torch.compile, `graph`: its mode
+"reduce-overhead", which on a GPU uses CUDA graphs.
 
-A round runs every one of them once, in an order of its own; the first `--warm` are not measured (compiled networks
-settle in the second). After each round --out is written: what is cut off keeps its rounds, and who fails (out of
-memory, a compiler's error) is named in `failed` and left out. Ratios are medians of the rounds' ratios, with the least
-and the greatest. `rates`: what the machine does at best in this precision, a large product of matrices and a large
-copy; `share`: the arithmetic of each over its time, as a share of that rate.
+A round runs each contestant once in random order; the first `--warm` rounds are not measured (compiled networks settle
+in the second). --out is written after each round, so an interrupted run keeps its rounds; contestants that fail (out of
+memory, a compiler's error) are listed in `failed` and skipped. Ratios are medians of per-round ratios, with the
+smallest and the largest. `rates`: the machine's best rates in this precision, for a large matrix product and a large
+copy; `share`: the arithmetic rate of each contestant as a share of the former.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from codi.sampling.sampler import initial_noise, time_grid
 from codi.tasks import get_task
 
 STEPS = 4
-# (faster, slower, what is owed)
+# (faster, slower, required ratio of their times)
 GOALS = (
     ("codi-loop", "lcm-loop", 1.22), ("codi", "lcm", 1.12), ("codi-tiny", "lcm", 1.8), ("codi", "ddim", 18),
     ("codi-tiny", "ddim", 30), ("bare", "codi", 1.02),
@@ -57,11 +58,11 @@ GOALS = (
 COMPILED: dict[str, dict[str, Any]] = {"compile": {}, "graph": {"mode": "reduce-overhead"}}
 VARIANTS = ("eager", "channels-last", *COMPILED)
 Run = Callable[..., Any]
-Seconds = dict[str, list[float]]  # by contestant, of each round
+Seconds = dict[str, list[float]]  # by contestant, one value per round
 
 
 def theirs(backbone: Backbone, picture: Tensor, variant: str) -> dict[str, Run]:
-    """diffusers' ControlNet pipeline on the backbone's parts."""
+    """Return runs of diffusers' ControlNet pipeline on the backbone's parts, by name."""
     parts = {key: getattr(backbone, key) for key in ("vae", "unet", "text_encoder", "tokenizer")}
     net = ControlNetModel.from_unet(backbone.unet).to(backbone.unet.device, backbone.unet.dtype).eval()
     networks: Any = (backbone.unet, net, backbone.vae.decoder)
@@ -91,9 +92,9 @@ def theirs(backbone: Backbone, picture: Tensor, variant: str) -> dict[str, Run]:
 
 
 def ours(backbone: Backbone, picture: Tensor, reads: str, variant: str) -> dict[str, Run]:
-    """Our pipeline with an adapter of CoDi's form, with the VAE's decoder and with a tiny one; and its bare modules."""
-    form: Any = FORMS["fused"]
-    adapter = form.from_backbone(backbone.unet, backbone.vae, reads=reads).to(backbone.unet.dtype).eval()
+    """Return runs of our pipeline with a `fused` adapter, with the VAE's or a tiny decoder, and of its bare modules."""
+    adapter_class: Any = FORMS["fused"]
+    adapter = adapter_class.from_backbone(backbone.unet, backbone.vae, reads=reads).to(backbone.unet.dtype).eval()
     adapter.requires_grad_(False)
     tiny = AutoencoderTiny().to(backbone.unet.device, backbone.unet.dtype).eval()
     runs: dict[str, Run] = {}
@@ -119,19 +120,19 @@ def ours(backbone: Backbone, picture: Tensor, reads: str, variant: str) -> dict[
 
 
 def bare(backbone: Backbone, adapter: Any, picture: Tensor) -> Run:
-    """What cannot be left out: text encoder, condition once, U-Net and fusion at each step, decoder."""
-    student, cells = Student(backbone.unet, adapter).eval(), picture.shape[-1] // codec.downscale(backbone.vae)
-    noise = initial_noise((4, cells, cells), range(len(picture))).to(picture)
+    """Return a run of the necessary modules only: text encoder, condition once, U-Net and fusion each step, decoder."""
+    student, latent_size = Student(backbone.unet, adapter).eval(), picture.shape[-1] // codec.downscale(backbone.vae)
+    noise = initial_noise((4, latent_size, latent_size), range(len(picture))).to(picture)
     tokens = tokenize(backbone.tokenizer, PROMPTS[:1] * len(picture)).to(picture.device)
-    levels = (time_grid(1000, STEPS)[:-1] - 1).to(picture.device)
+    timesteps = (time_grid(1000, STEPS)[:-1] - 1).to(picture.device)
 
     @torch.no_grad()
     def run() -> Any:
         text = backbone.text_encoder(tokens)[0]
-        told = student.prepare(Conditioning(text, adapter.read(picture, backbone.vae)))
-        for level in levels:
-            made = student(noise, level[None], told)
-        return codec.decode(backbone.vae, made)
+        prepared = student.prepare(Conditioning(text, adapter.read(picture, backbone.vae)))
+        for timestep in timesteps:
+            output = student(noise, timestep[None], prepared)
+        return codec.decode(backbone.vae, output)
 
     return run
 
@@ -145,7 +146,7 @@ def seconds_of(run: Run, device: str) -> float:
 
 
 def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine does at best: arithmetic in a product of matrices, and bytes read and written in a copy."""
+    """Return the machine's best rates: arithmetic of a matrix product, and bytes read and written by a copy."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out, large = torch.empty_like(a), torch.empty(2**28, device=device, dtype=torch.uint8)
@@ -156,7 +157,7 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def flops(runs: dict[str, Run]) -> dict[str, int]:
-    """The arithmetic of ours, of which a compiled variant has as much."""
+    """Return the FLOPs of our runs; compiled variants have the same."""
     counts = {}
     for name in ("codi", "codi-loop", "codi-tiny", "bare"):
         if name in runs:
@@ -167,14 +168,14 @@ def flops(runs: dict[str, Run]) -> dict[str, int]:
 
 
 def shares(seconds: Seconds, flop: dict[str, int], rates: dict[str, float]) -> dict[str, float]:
-    """Of the machine's best rate."""
+    """Return each contestant's FLOP rate as a share of the machine's best."""
     counted = {name: flop[base] for name in seconds if (base := name.split("/")[0]) in flop}
     return {name: n / rates["flop_per_second"] / statistics.median(seconds[name]) for name, n in counted.items()}
 
 
 def contest(runs: dict[str, Run], device: str, warm: int, repeats: int) -> Iterator[tuple[Seconds, dict[str, str]]]:
-    """After each measured round: seconds of every round so far, and who failed, and why. Raises RuntimeError where all
-    have."""
+    """Yield after each measured round the seconds of all rounds so far, and the failed contestants with their errors.
+    Raises RuntimeError if all failed."""
     seconds: Seconds = {name: [] for name in runs}
     failed: dict[str, str] = {}
     for number in range(warm + repeats):
@@ -182,12 +183,12 @@ def contest(runs: dict[str, Run], device: str, warm: int, repeats: int) -> Itera
             if name in failed:
                 continue
             try:
-                taken = seconds_of(runs[name], device)
-            except Exception as error:  # of as many kinds as there are compilers; the others can be measured
+                elapsed = seconds_of(runs[name], device)
+            except Exception as error:  # compilers raise many types; the others can still be measured
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
             if number >= warm:
-                seconds[name].append(taken)
+                seconds[name].append(elapsed)
         if len(failed) == len(runs):
             raise RuntimeError(f"nobody finished a round: {failed}")
         if number >= warm:
@@ -195,13 +196,13 @@ def contest(runs: dict[str, Run], device: str, warm: int, repeats: int) -> Itera
 
 
 def summary(seconds: Seconds, failed: dict[str, str]) -> dict[str, Any]:
-    """Medians and ratios of the rounds so far."""
+    """Return medians and ratios of the rounds so far."""
 
     def ratio(fast: str, slow: str) -> dict[str, float]:
-        found = [s / f for f, s in zip(seconds[fast], seconds[slow], strict=True)]
-        return {"ratio": statistics.median(found), "least": min(found), "greatest": max(found)}
+        ratios = [s / f for f, s in zip(seconds[fast], seconds[slow], strict=True)]
+        return {"ratio": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
 
-    owed = [
+    goals = [
         {"faster": fast, "slower": slow, "goal": goal, **ratio(fast, slow)}
         for fast, slow, goal in GOALS
         if fast in seconds and slow in seconds
@@ -210,7 +211,7 @@ def summary(seconds: Seconds, failed: dict[str, str]) -> dict[str, Any]:
     return {
         "repeats": len(next(iter(seconds.values()))),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratios": owed,
+        "ratios": goals,
         "variants": {name: ratio(name, eager)["ratio"] for name, eager in plain if eager in seconds},
         "failed": failed,
     }
@@ -220,9 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default="sd15", choices=["sd15", "sd21"])
     parser.add_argument("--size", type=int, default=256, help="pixels")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=1, help="images per batch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warm", type=int, default=2, help="rounds before that")
+    parser.add_argument("--warm", type=int, default=2, help="unmeasured rounds before those")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--reads", default="pixels", choices=["pixels", "latent"])
@@ -236,17 +237,17 @@ def main() -> None:
     runs: dict[str, Run] = {}
     for variant in args.variants:
         backbone = build(args.kind, dtype).to(args.device)
-        made = theirs(backbone, picture, variant)
-        if variant != "eager":  # networks of its own, as these are changed in place
+        variant_runs = theirs(backbone, picture, variant)
+        if variant != "eager":  # new networks, as variants change them in place
             backbone = build(args.kind, dtype).to(args.device)
-        made |= ours(backbone, picture, args.reads, variant)
-        ending = "" if variant == "eager" else f"/{variant}"
-        runs |= {f"{name}{ending}": run for name, run in made.items() if name not in args.skip}
-    told = {key: value for key, value in vars(args).items() if key not in ("out", "skip", "variants", "repeats")}
-    told = {"command": command_line(), **told, "steps": STEPS, "machine": describe_machine()}
-    work = {"flop": flops(runs), "rates": rates(args.device, dtype)}
+        variant_runs |= ours(backbone, picture, args.reads, variant)
+        suffix = "" if variant == "eager" else f"/{variant}"
+        runs |= {f"{name}{suffix}": run for name, run in variant_runs.items() if name not in args.skip}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "skip", "variants", "repeats")}
+    settings = {"command": command_line(), **settings, "steps": STEPS, "machine": describe_machine()}
+    compute = {"flop": flops(runs), "rates": rates(args.device, dtype)}
     for seconds, failed in contest(runs, args.device, args.warm, args.repeats):
-        result = {**told, **summary(seconds, failed), **work, "share": shares(seconds, **work)}
+        result = {**settings, **summary(seconds, failed), **compute, "share": shares(seconds, **compute)}
         write_json(result, args.out)
     print({key: result[key] for key in ("seconds", "ratios", "variants", "share", "failed")})
 

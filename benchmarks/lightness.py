@@ -1,11 +1,11 @@
-"""How long a user waits before anything happens: importing codi, its help, a first small picture.
+"""Measure start-up times: importing codi, its help, and a first small image.
 
     python benchmarks/lightness.py --repeats 9 --out benchmarks/results/lightness.json
 
-Each is a process of its own; a round runs all of them once, in an order of its own, and the first is not measured.
-`wall` and `cpu`: medians of the rounds, in seconds, with the interpreter's own start in them (`python`). `imports` is
-what `upscale` cannot do without, torch and the classes of diffusers that it loads; `upscale` enlarges one picture of
-32 px on `mini` in 4 steps.
+Each command is a new process; a round runs all of them once in random order, and the first round is not measured.
+`wall` and `cpu`: medians of the rounds in seconds, including the interpreter's own start (`python`). `imports` is the
+minimum that `upscale` imports: torch and the classes of diffusers that it loads; `upscale` enlarges one image of 32 px
+with `mini` in 4 steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PARTS = "AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """By name."""
+    """Return the arguments of each measured Python process, by name."""
     Image.new("RGB", (32, 32), (90, 60, 30)).save(folder / "in.png")
     files = [str(folder / "in.png"), "-o", str(folder / "out.png"), "--overwrite"]
     upscale = ["-m", "codi", "upscale", *files, "--model", "mini"]
@@ -47,12 +47,12 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def seconds_of(words: list[str]) -> tuple[float, float]:
-    """Wall and processor time."""
-    used, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, env=os.environ)
-    wall, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+def seconds_of(arguments: list[str]) -> tuple[float, float]:
+    """Return wall time and CPU time of a Python process with these arguments."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -62,16 +62,16 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = commands(Path(folder))
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for number in range(1 + args.repeats):
             for name in random.Random(number).sample(list(runs), len(runs)):
-                taken[name].append(seconds_of(runs[name]))
+                times[name].append(seconds_of(runs[name]))
     rows: list[dict[str, Any]] = []
-    for name, pairs in taken.items():
+    for name, pairs in times.items():
         wall, cpu = (round(statistics.median(values), 3) for values in zip(*pairs[1:], strict=True))
         rows.append({"what": name, "wall": wall, "cpu": cpu, "goal": GOALS.get(name)})
         print(rows[-1])
-    share = statistics.median(few[0] / all_[0] for few, all_ in zip(taken["imports"], taken["upscale"], strict=True))
+    share = statistics.median(few[0] / all_[0] for few, all_ in zip(times["imports"], times["upscale"], strict=True))
     write_json(
         {"command": command_line(), "repeats": args.repeats, "rows": rows, "share_of_imports_in_upscale": share,
          "machine": describe_machine()}, args.out,

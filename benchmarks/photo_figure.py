@@ -1,4 +1,4 @@
-"""The README's first picture: photographs of scikit-image's, made small and enlarged again.
+"""Make the README's first figure: photographs of scikit-image, downscaled and enlarged again.
 
     python benchmarks/photo_figure.py --out docs/photo.png
 
@@ -20,11 +20,11 @@ from codi.tasks.degradations import bicubic
 from codi.tasks.upscale import Upscale
 
 SCALE, SIDE = 4, 256
-PARTS = {"chelsea": (20, 110), "astronaut": (10, 120), "coffee": (110, 150)}  # top and left of what is shown
+PARTS = {"chelsea": (20, 110), "astronaut": (10, 120), "coffee": (110, 150)}  # top and left of the visible crop
 
 
 def main() -> None:
-    """Columns: the small picture as bicubic enlarges it, codi in 1 and 4 steps, the photograph."""
+    """Save the figure. Columns: bicubic enlargement, codi in 1 and 4 steps, the photograph."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -35,10 +35,10 @@ def main() -> None:
         pixels = torch.from_numpy(getattr(data, name)()).permute(2, 0, 1)[None].float() / 255
         truth = pixels[..., : pixels.shape[-2] // SCALE * SCALE, : pixels.shape[-1] // SCALE * SCALE]
         small = bicubic(truth, SCALE)
-        made = {"bicubic": Upscale(SCALE).condition(small)}
+        results = {"bicubic": Upscale(SCALE).condition(small)}
         for steps, label in ((1, "codi, 1 step"), (4, "codi, 4 steps")):
-            made[label] = pipe(image=small, steps=steps, output_type="pt").images  # type: ignore[union-attr]
-        for label, picture in {**made, "photograph": truth}.items():
+            results[label] = pipe(image=small, steps=steps, output_type="pt").images  # type: ignore[union-attr]
+        for label, picture in {**results, "photograph": truth}.items():
             columns.setdefault(label, []).append(picture[0, :, top : top + SIDE, left : left + SIDE])
     contact_sheet({label: torch.stack(parts) for label, parts in columns.items()}, SIDE).save(args.out)
 

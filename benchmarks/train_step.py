@@ -1,14 +1,14 @@
-"""What one optimiser step costs: CoDi's, against the LCM distillation of diffusers' example, at full size.
+"""Measure time and memory of one optimizer step at full size: CoDi against LCM distillation of diffusers' example.
 
     python benchmarks/train_step.py --kind sd15 --size 256 --batch 1 --steps 3 --out benchmarks/results/train_step.json
 
-Each contestant runs in a process of its own, so that peak memory is its own; the processes take turns, step by step, so
-that the machine's moods hit all alike, unless `--alone` has one finish before the next starts, where memory is short.
+Each contestant runs in its own process, so that peak memory is measured separately; the processes take turns, step by
+step, so that varying load affects all equally, unless `--alone` runs one after the other, where memory is short.
 Peak memory is the process's largest resident set on a CPU and the allocator's peak on a GPU. Latents and text features
-are made once: nobody's step encodes. The reference, step by step as diffusers' train_lcm_distill_sd_wds.py defines it:
-teacher with and without the prompt, online network forward and backward with every weight trained, target network at
-the teacher's solver step, moving average. `pe-codi-guided`: each of its updates distils guidance too; with
-`guidance_share: 0.5`, as in the recipes for Stable Diffusion, every other one does.
+are computed once, so no step encodes. The reference follows diffusers' train_lcm_distill_sd_wds.py: teacher with and
+without the prompt, online network forward and backward with all weights trained, target network at the teacher's solver
+step, moving average. `pe-codi-guided` distills guidance in every update; with `guidance_share: 0.5`, as in the recipes
+for Stable Diffusion, every other update does.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ Step = Callable[[Tensor, dict[str, Any], Tensor], None]
 DECAY, RATE = 0.95, 1e-6
 
 
-def optimiser(parameters: Any) -> torch.optim.AdamW:
-    """The same for all."""
+def make_optimizer(parameters: Any) -> torch.optim.AdamW:
+    """Return the optimizer that all contestants use."""
     return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=RATE)
 
 
 def lcm(backbone: Backbone, checkpointing: bool) -> Step:
-    """The reference. Its U-Net gets the guidance scale as an embedding, as theirs (`time_cond_proj_dim` 256)."""
+    """Return the reference's step. As in diffusers, its U-Net gets the guidance scale as an embedding
+    (`time_cond_proj_dim` 256)."""
     teacher = backbone.unet
     online: Any = type(teacher).from_config(teacher.config, time_cond_proj_dim=256)
     online.load_state_dict(teacher.state_dict(), strict=False)
@@ -59,7 +60,7 @@ def lcm(backbone: Backbone, checkpointing: bool) -> Step:
     target = copy.deepcopy(online).requires_grad_(False)
     if checkpointing:
         online.enable_gradient_checkpointing()
-    trained, schedule = optimiser(online.parameters()), backbone.schedule
+    optimizer, schedule = make_optimizer(online.parameters()), backbone.schedule
     skip = int(schedule.horizon) // 50
 
     def step(x: Tensor, text: dict[str, Any], blank: Tensor) -> None:
@@ -67,37 +68,39 @@ def lcm(backbone: Backbone, checkpointing: bool) -> Step:
         end = start - skip
         z = schedule.mix(x, torch.randn_like(x), start)
         scale = torch.rand(len(x), 1, 1, 1).to(x) * 10 + 5
-        embedded = scale[:, 0, 0] * torch.ones(1, 256).to(x)
+        scale_embedding = scale[:, 0, 0] * torch.ones(1, 256).to(x)
         level = schedule.timestep(start).to(x.device)
         added = {"added_cond_kwargs": text["added"]}
-        output = online(z, level, text["text"], timestep_cond=embedded, **added).sample
+        output = online(z, level, text["text"], timestep_cond=scale_embedding, **added).sample
         x_t, _ = schedule.signal_noise(output, z, start)
         with torch.no_grad():
-            with_, without = (
+            conditional, unconditional = (
                 schedule.signal_noise(teacher(z, level, words, **added).sample, z, start)
                 for words in (text["text"], blank)
             )
-            signal, noise = (a + scale * (a - b) for a, b in zip(with_, without, strict=True))
+            signal, noise = (a + scale * (a - b) for a, b in zip(conditional, unconditional, strict=True))
             z_s = schedule.mix(signal, noise, end)
             level = schedule.timestep(end).to(x.device)
             x_s, _ = schedule.signal_noise(
-                target(z_s, level, text["text"], timestep_cond=embedded, **added).sample, z_s, end
+                target(z_s, level, text["text"], timestep_cond=scale_embedding, **added).sample, z_s, end
             )
         loss = ((x_t.float() - x_s.float()) ** 2 + 0.001**2).sqrt().mean() - 0.001
         loss.backward()
         torch.nn.utils.clip_grad_norm_(online.parameters(), 1.0)
-        trained.step()
-        trained.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         ema.update(target, online, DECAY)
 
     return step
 
 
 def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int = 0, guided: bool = False) -> Step:
-    """CoDi's, with a condition; `full` trains the backbone too, `rank` its low-rank updates; `guided`: an update that
-    distils guidance by the prompt."""
-    form: Any = FORMS["fused"]
-    adapter = form.from_backbone(backbone.unet, backbone.vae, guidance_scales=int(guided)).to(backbone.unet.dtype)
+    """Return CoDi's step, with a condition; `full` trains the backbone too, `rank` low-rank updates of it; `guided`
+    distills text guidance."""
+    adapter_class: Any = FORMS["fused"]
+    adapter = adapter_class.from_backbone(backbone.unet, backbone.vae, guidance_scales=int(guided)).to(
+        backbone.unet.dtype
+    )
     unet = add_lora(backbone.unet, rank, "task") if rank else backbone.unet
     student = Student(unet, adapter).train()
     adapter.requires_grad_(True)
@@ -107,7 +110,7 @@ def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int 
         unet.enable_gradient_checkpointing()
         adapter.encoder.enable_gradient_checkpointing()
     average = ema.average_copy(student)
-    trained, schedule = optimiser(student.parameters()), backbone.schedule
+    optimizer, schedule = make_optimizer(student.parameters()), backbone.schedule
 
     def step(x: Tensor, text: dict[str, Any], blank: Tensor) -> None:
         conditioning = Conditioning(text["text"], torch.randn_like(x), added=text["added"])
@@ -121,8 +124,8 @@ def ours(backbone: Backbone, checkpointing: bool, full: bool = False, rank: int 
         )
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
-        trained.step()
-        trained.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         ema.update(average, student, DECAY)
 
     return step
@@ -138,13 +141,16 @@ CONTESTANTS: dict[str, Callable[[Backbone, bool], Step]] = {
 
 
 def work(name: str, args: argparse.Namespace, pipe: Any) -> None:
-    """One contestant's process: a step each time it is asked, (seconds, bytes at the peak) in answer."""
+    """Run one contestant's process: for each True from `pipe` take a step and send (seconds, peak bytes)."""
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     backbone = build(args.kind, dtype)
     text, added = embed_prompts(backbone.text, [PROMPTS[0]] * args.batch, (args.size, args.size))
     blank, _ = embed_prompts(backbone.text, [""] * args.batch, (args.size, args.size))
-    told = {"text": text.to(args.device), "added": added and {k: v.to(args.device) for k, v in added.items()}}
+    prompt_features = {
+        "text": text.to(args.device),
+        "added": added and {k: v.to(args.device) for k, v in added.items()},
+    }
     backbone.unet.to(args.device)
     step = CONTESTANTS[name](backbone, args.checkpointing)
     backbone.vae, backbone.text_encoder, backbone.text_encoder_2 = None, None, None  # type: ignore[assignment]
@@ -152,12 +158,12 @@ def work(name: str, args: argparse.Namespace, pipe: Any) -> None:
     cuda = args.device == "cuda"
     while pipe.recv():
         started = time.perf_counter()
-        step(x, told, blank.to(args.device))
+        step(x, prompt_features, blank.to(args.device))
         if cuda:
             torch.cuda.synchronize()
-        taken = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send((taken, peak))
+        pipe.send((seconds, peak))
 
 
 def main() -> None:
@@ -166,7 +172,7 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", default=["lcm", "pe-codi"], choices=list(CONTESTANTS))
     parser.add_argument("--size", type=int, default=256, help="pixels")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3, help="measured, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up step")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--checkpointing", action="store_true")
@@ -174,24 +180,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    told: dict[str, list[tuple[float, int]]] = {name: [] for name in args.contestants}
+    measurements: dict[str, list[tuple[float, int]]] = {name: [] for name in args.contestants}
     for group in [[name] for name in args.contestants] if args.alone else [args.contestants]:
         pipes = {name: context.Pipe() for name in group}
         workers = [context.Process(target=work, args=(name, args, pipes[name][1]), daemon=True) for name in group]
         for name, worker in zip(group, workers, strict=True):
             worker.start()
-            pipes[name][1].close()  # the worker's alone now: where that fails, recv does too, and does not wait
+            pipes[name][
+                1
+            ].close()  # keep only the worker's copy open, so that recv fails instead of waiting if the worker dies
         for _ in range(args.steps + 1):
             for name in group:
                 pipes[name][0].send(True)
-                told[name].append(pipes[name][0].recv())
+                measurements[name].append(pipes[name][0].recv())
         for name in group:
             pipes[name][0].send(False)
         for worker in workers:
             worker.join()
     rows = {
         name: {"seconds": statistics.median(t for t, _ in steps[1:]), "peak_bytes": max(peak for _, peak in steps)}
-        for name, steps in told.items()
+        for name, steps in measurements.items()
     }
     first = rows[args.contestants[0]]
     for row in rows.values():
