@@ -495,7 +495,7 @@ def test_readme_shows_every_row_between_its_markers(tmp_path, monkeypatch):
     assert "| canny | pe-codi-tuned | 5,000 | 3.1 | finetuned | x1.10 · x0.89 · x12 | missed: FD, obedience |" in text
     assert "on 1 of 2 CPU cores or H100." in text
     assert text.count("`python tasks.py`") == text.count("`python gpu.py`") == 1
-    assert text.count("(3 of the scenes ask for any)") == 2 and "colour 50.0% (25.0%)" in text
+    assert text.count("(3 of the scenes have any)") == 2 and "colour 50.0% (25.0%)" in text
     assert "| inpaint + 1 depth | 4 | 9.0 | 50% | 17.0 |" in text
     assert "| 1 to 4 | 50% (50%) |" in text
     assert "3.5 times at 64 px and 4.0 times at 256 px" in text and "| 33.0 | 30.0 | 31.0 |" in text
