@@ -194,9 +194,9 @@ def reader_lines(result: dict[str, Any]) -> list[str]:
         f"{name} {held[name]:.1%} ({soft[name]:.1%})" for name in ("colour", "shape", "material", "count")
     )
     return [
-        f"Accuracy of the scene reader, the judge, on held-out renders: {accuracies}; the mean error of its disparity is "
-        f"{held['disparity_error']:.3f} ({soft['disparity_error']:.3f}) of the range. In brackets: renders decoded "
-        "from their latents with added noise.",
+        f"Accuracy of the scene reader, the judge, on held-out renders: {accuracies}; the mean error of its disparity "
+        f"is {held['disparity_error']:.3f} ({soft['disparity_error']:.3f}) of the range. In brackets: renders "
+        "decoded from their latents with added noise.",
         "",
     ]
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Purpose: adapters of $TASKS, the fine-tuned many-step ones with the same budget, and the figures of both on held-out
-# scenes. Recipes beside the six tasks' can be trained too: upscale-x8, depth-full, depth-hint; those without a
-# fine-tuned counterpart go without, and what is called -full or -hint is measured along with its task.
-# In two stages, each for as few tasks as a call has time and room for (two, at ten minutes and 64 MiB):
+# Purpose: train the adapters of $TASKS and fine-tuned many-step adapters with the same budget, and measure both on
+# held-out scenes. Other recipes can be trained too: upscale-x8, depth-full, depth-hint; a fine-tuned counterpart is
+# trained if its recipe exists, and recipes named -full or -hint are measured with their task.
+# Two stages, each for as many tasks as a call has time and space for (two in ten minutes and 64 MiB):
 #   STAGE=train   TASKS="inpaint depth" OUT=runs/gpu bash gpu/distill-tasks.sh [--key value ...]    (overrides of recipes)
 #   STAGE=measure TASKS="inpaint depth composition" bash gpu/distill-tasks.sh [--key value ...]     (of benchmarks/tasks.py)
-# Result: $OUT/shard-*.bin, this call's adapters and their last previews, written anew after each of them;
-# $OUT/tasks.json, written after each task: what benchmarks/results/tasks.json holds, and the new figures.
-# Resume: the same command, while $RUNS is there; on another machine with the last result's shards in $SHARDS: finished
-# adapters stay, the others go on from their weights.
+# Result: $OUT/shard-*.bin, this call's adapters and their last previews, rewritten after each adapter;
+# $OUT/tasks.json, written after each task: the content of benchmarks/results/tasks.json and the new figures.
+# Resume: the same command with the same $RUNS; on another machine with the last result's shards in $SHARDS: finished
+# adapters are kept, the others continue from their weights.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${STAGE:?train or measure}" "${TASKS:?the tasks of this call}"
@@ -49,7 +49,7 @@ measure)
     fi
     rows=()
     for folder in "$RUNS"/*-full "$RUNS"/*-hint; do
-        if [ ! -f "$folder/config.json" ]; then continue; fi # none matches, or unfinished
+        if [ ! -f "$folder/config.json" ]; then continue; fi # no match, or unfinished
         case "$folder" in *-full) rows+=("codi=$folder") ;; *) rows+=("hint=$folder") ;; esac
     done
     # shellcheck disable=SC2086 # a list of words

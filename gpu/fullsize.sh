@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Purpose: latency and training step at the size of Stable Diffusion 1.5 beside diffusers' own, random weights: 512 px,
-# batch 1 and 16; eager, compiled, CUDA graphs; one optimiser step and its memory beside LCM distillation; the card's
-# memory over the size of an upscaled picture.
+# Purpose: latency and training step at the size of Stable Diffusion 1.5 compared with diffusers, random weights: 512
+# px, batch 1 and 16; eager, compiled, CUDA graphs; time and memory of one optimizer step against LCM distillation; GPU
+# memory by size of an upscaled image.
 #   OUT=runs/gpu bash gpu/fullsize.sh [latency] [step] [big]
-# Result: $OUT/latency-cuda-1.json, latency-cuda-16.json, train_step-cuda.json, big-cuda.json; with the card's rate.
-# Resume: the same command with the part that is missing; a file that is there stays.
+# Result: $OUT/latency-cuda-1.json, latency-cuda-16.json, train_step-cuda.json, big-cuda.json; with the GPU's best rates.
+# Resume: the same command with the missing part; existing files are kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${OUT:=runs/gpu}" "${DEVICE:=cuda}" "${DTYPE:=bfloat16}" "${SIZE:=512}" "${BATCHES:=1 16}" "${REPEATS:=20}"

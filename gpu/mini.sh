@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Purpose: the embedded backbone at 128 px in ONE call of ten minutes: the VAE (unless $VAE is the folder of one), the
-# text-to-image transformer for as long as there is time, then adapters for the last $ADAPTER_SECONDS each.
+# Purpose: train the embedded backbone at 128 px in ONE call of ten minutes: the VAE (unless $VAE is the folder of one),
+# the text-to-image transformer for the remaining time, then adapters for $ADAPTER_SECONDS each at the end.
 #   OUT=runs/gpu bash gpu/mini.sh [--key value ...]                           (overrides of the recipe, RECIPE)
 # Result, in at most 8 files of 16 MiB: $OUT/shard-*.bin (a folder in diffusers' layout, adapters below adapters/),
 # $OUT/log.jsonl (all stages) and $OUT/preview-*.png.
-# Resume: the same command with the last result's shards in $SHARDS: the VAE stays, the transformer goes on.
+# Resume: the same command with the last result's shards in $SHARDS: the VAE is kept, the transformer continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${WORK:=runs}"
 : "${OUT:=$WORK/gpu}" "${SECONDS_IN_ALL:=590}" "${DEVICE:=cuda}" "${RECIPE:=mini-128}" "${RUN:=$WORK/mini-128}"
 : "${ADAPTERS=depth}" "${ADAPTER_SECONDS:=75}" "${COMPILE:=true}" "${PYTHON:=python3}"
-SECONDS=0                             # bash counts from here
-reserve=25                            # to export and to pack
+SECONDS=0                             # restart bash's timer
+reserve=25                            # seconds to export and pack
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
@@ -31,7 +31,7 @@ minutes=$(awk "BEGIN { print $left / 60 }")
     "${begin[@]}" "$@"
 
 rm -rf "$WORK/pack" && mkdir -p "$WORK/pack"
-collect() { # copies what there is to $OUT, so that a call that is cut off leaves something
+collect() { # copies the results so far to $OUT, for calls that are interrupted
     for stage in codec decoder ldm; do
         if [ -f "$RUN/training/$stage/log.jsonl" ]; then sed "s/^{/{\"stage\": \"$stage\", /" "$RUN/training/$stage/log.jsonl"; fi
         last=$(ls -1 "$RUN/training/$stage/previews/"*.png 2>/dev/null | tail -n 1 || true)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Purpose: the embedded backbone at 128 px. Result: $OUT/shard-*.bin (a Stable Diffusion folder), $OUT/log-*.jsonl, previews.
-# Resume: run it again with the last result's shards in $SHARDS: the text-to-image stage goes on from those weights.
+# Purpose: train the embedded backbone at 128 px. Result: $OUT/shard-*.bin (a Stable Diffusion folder), $OUT/log-*.jsonl, previews.
+# Resume: run it again with the last result's shards in $SHARDS: the text-to-image stage continues from those weights.
 #   OUT=runs/gpu MINUTES=9 bash gpu/pretrain-mini.sh [--key value ...]     (overrides of the recipe, RECIPE)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,9 +1,9 @@
-"""Cuts a folder into files small enough to carry (16 MiB each, 4 in all) and puts it together again.
+"""Split a folder into at most 4 files of 16 MiB, and restore it.
 
     python gpu/shards.py pack FOLDER TARGET       TARGET/shard-0.bin ...
     python gpu/shards.py unpack SOURCE FOLDER
 
-What is packed is an uncompressed tar: float16 weights do not compress.
+The shards form an uncompressed tar: float16 weights do not compress.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST = 4
 
 
 def pack(folder: Path, target: Path) -> list[Path]:
-    """Writes the shards; raises ValueError where the folder is too large for them."""
+    """Write the shards. Raises ValueError if the folder is too large for them."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         tar.add(folder, arcname=".")
@@ -26,7 +26,7 @@ def pack(folder: Path, target: Path) -> list[Path]:
     if len(data) > SHARD * MOST:
         raise ValueError(f"{folder}: {len(data) / 2**20:.0f} MiB does not fit {MOST} shards of 16 MiB")
     target.mkdir(parents=True, exist_ok=True)
-    for old in target.glob("shard-*.bin"):  # there may have been more of them
+    for old in target.glob("shard-*.bin"):  # a previous call may have written more
         old.unlink()
     shards = []
     for number, start in enumerate(range(0, len(data), SHARD)):
@@ -36,7 +36,7 @@ def pack(folder: Path, target: Path) -> list[Path]:
 
 
 def unpack(source: Path, folder: Path) -> None:
-    """Joins SOURCE/shard-*.bin and unpacks them into `folder`."""
+    """Join SOURCE/shard-*.bin and unpack them into `folder`."""
     data = b"".join(path.read_bytes() for path in sorted(source.glob("shard-*.bin")))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         tar.extractall(folder, filter="data")
