@@ -191,17 +191,17 @@ def test_load_vae_takes_fp16_variants_and_revisions(tmp_path, monkeypatch):
     vae = load_vae(tmp_path / "model")
     assert vae.dtype == torch.float32
     assert torch.equal(next(vae.parameters()), next(tiny_vae().half().float().parameters()))
-    options = {}
+    requested = {}
 
     def fetch(source, **options):
-        options.update(options, source=source)
+        requested.update(options, source=source)
         return tiny_vae()
 
     monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", fetch)
     config = {"_class_name": "AutoencoderKL"}
     monkeypatch.setattr("diffusers.AutoencoderKL.load_config", lambda *_, **__: config)
     load_vae("owner/model@v2")
-    assert (options["source"], options["revision"]) == ("owner/model", "v2") and "variant" not in options
+    assert (requested["source"], requested["revision"]) == ("owner/model", "v2") and "variant" not in requested
 
 
 # ---- the layout
