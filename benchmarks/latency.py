@@ -190,7 +190,7 @@ def contest(runs: dict[str, Run], device: str, warm: int, repeats: int) -> Itera
             if number >= warm:
                 seconds[name].append(elapsed)
         if len(failed) == len(runs):
-            raise RuntimeError(f"nobody finished a round: {failed}")
+            raise RuntimeError(f"no contestant finished a round: {failed}")
         if number >= warm:
             yield {name: values for name, values in seconds.items() if name not in failed}, failed
 

@@ -18,7 +18,7 @@ GOALS = {"1": 0.95, "4": 0.85}  # ratio to Real-ESRGAN's distance, by step count
 INTRODUCTION = """\
 # Photographs
 
-Written by `benchmarks/photo_page.py` from `benchmarks/results/photographs*.json`, made by `benchmarks/photographs.py`.
+Written by `benchmarks/photo_page.py` from `benchmarks/results/photographs*.json`, measured by `benchmarks/photographs.py`.
 
 `photo · N` is what `codi upscale` does by default in N steps, `photo-real · N` the same with `--adapter upscale-real`.
 Distance: ENLite0 distance to the true image, smaller is better; of patches: the same for patches of 224 px, where
@@ -52,7 +52,7 @@ package: neither fills large holes of photographs convincingly.""",
 GRAIN = """\
 ## Grain in flat areas
 
-Part of the sampler's noise stays in its result: about 3 % of a latent's standard deviation, whatever the number of
+Part of the sampler's noise stays in its result: about 3 % of a latent's standard deviation, for any number of
 steps. Neither the VAE nor the tiles cause it: encoding and decoding the enlarged input leaves a wall as flat as before.
 Decoded, it is a pattern of one level of 255 at the scale of latent cells, visible on walls and skies as soon as
 contrast is raised. So detail that the model adds is multiplied by v / (v + g^2), with v the local variance of the

@@ -265,9 +265,11 @@ class Bench:
         output = entrant.make(inputs, prompt, seed)
         seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
         if output.shape != batch.image.shape:
-            raise ValueError(f"{entrant.label}: made {tuple(output.shape)}, the truth is {tuple(batch.image.shape)}")
+            raise ValueError(
+                f"{entrant.label}: output has shape {tuple(output.shape)}, the true image {tuple(batch.image.shape)}"
+            )
         if not output.isfinite().all():
-            raise UserError(f"{entrant.label}: made a picture with non-finite values: check its weights")
+            raise UserError(f"{entrant.label}: output has non-finite values: check its weights")
         return output.clone().float().clamp(0, 1), seconds
 
     def _part(self, name: str, entrant: Entrant, record: JSONDict) -> Path | None:

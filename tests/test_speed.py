@@ -71,7 +71,7 @@ def test_a_failing_contestant_is_named_and_the_others_continue():
     assert all(row["seconds"].keys() == {"codi", "lcm"} for row in summaries)
     (ratio,) = summaries[1]["ratios"]
     assert ratio["least"] <= ratio["ratio"] <= ratio["greatest"] and ratio["goal"] == 1.12
-    with pytest.raises(RuntimeError, match="nobody finished a round"):
+    with pytest.raises(RuntimeError, match="no contestant finished a round"):
         next(latency.contest({"ddim": fail}, "cpu", warm=0, repeats=1))
 
 
