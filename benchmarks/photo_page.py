@@ -18,7 +18,8 @@ GOALS = {"1": 0.95, "4": 0.85}  # ratio to Real-ESRGAN's distance, by step count
 INTRODUCTION = """\
 # Photographs
 
-Written by `benchmarks/photo_page.py` from `benchmarks/results/photographs*.json`, measured by `benchmarks/photographs.py`.
+Written by `benchmarks/photo_page.py` from `benchmarks/results/photographs*.json`, measured by
+`benchmarks/photographs.py`.
 
 `photo · N` is what `codi upscale` does by default in N steps, `photo-real · N` the same with `--adapter upscale-real`.
 Distance: ENLite0 distance to the true image, smaller is better; of patches: the same for patches of 224 px, where
