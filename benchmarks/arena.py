@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
 from codi.models.guidance import TargetTimeEmbedding, jump_between
+from codi.objectives import OBJECTIVES
 from codi.objectives.batch import LatentBatch
 from codi.objectives.codi import codi
 from codi.objectives.consistency import consistency
@@ -249,8 +250,8 @@ def methods() -> dict[str, Method]:
         "CM-II": two_stage_consistency,
         "tuning on data": one_stage(partial(tuning, dt=250 * LEVEL, dt_end=2.5 * LEVEL), 4, "consistency"),
         "central difference": one_stage(central, 4, "map"),
-        "flow-map": one_stage(flow_map, 4, "map"),
-        "flow-map, re-noised": one_stage(flow_map, 4, "jump"),
+        "flow-map": one_stage(flow_map, OBJECTIVES["flow-map"].cost({}, 0, 0), "map"),
+        "flow-map, re-noised": one_stage(flow_map, OBJECTIVES["flow-map"].cost({}, 0, 0), "jump"),
     }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from codi.evaluation.evaluate import describe_machine
 from codi.evaluation.report import write_json
+from codi.objectives import OBJECTIVES
 from codi.objectives.batch import LatentBatch, Network
 from codi.objectives.finetune import finetune
 from codi.objectives.flow_map import flow_map
@@ -28,7 +29,7 @@ from codi.schedule import CosineSchedule, Schedule
 from codi.training.muon import Muon, muon_groups
 
 Losses = dict[str, Tensor]
-COST = 4  # network passes an image, as in arena.py
+COST = OBJECTIVES["flow-map"].cost({}, 0, 0)  # network passes of an image
 
 
 class LogitNormal(CosineSchedule):
@@ -104,7 +105,7 @@ def main() -> None:
         for name, (objective, options) in VARIANTS.items():
             if (name, seed) in there:
                 continue
-            net = train(backbone, world, objective, args.passes // COST, seed, **options)
+            net = train(backbone, world, objective, int(args.passes / COST), seed, **options)
             found = distances(net, world, "map")
             print(name, seed, " / ".join(f"{d:.4f}" for d in found.values()), flush=True)
             key = {"variant": name, "seed": seed, "passes": args.passes * BATCH}

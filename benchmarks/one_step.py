@@ -187,16 +187,17 @@ def arena_tables(rows: list[dict[str, Any]]) -> list[str]:
 
 def picture_table(rows: list[dict[str, Any]]) -> list[str]:
     """Return FD by task, form and objective over steps; means over the seeds."""
-    found: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    found: dict[tuple[str, str, str, int], dict[int, list[float]]] = {}
     for row in rows:
-        steps = found.setdefault((row["task"], row["form"], row["method"]), {})
-        steps.setdefault(row["steps"], []).append(row["fd"])
+        key = row["task"], row["form"], row["method"].removesuffix("-36k"), row["images"]
+        found.setdefault(key, {}).setdefault(row["steps"], []).append(row["fd"])
     counts = sorted({row["steps"] for row in rows})
     body = []
-    for (task, form, method), steps in found.items():
+    for (task, form, method, images), steps in sorted(found.items(), key=lambda item: (item[0][3], item[0][:2])):
         cells = [f"{statistics.fmean(steps[n]):.1f}" if n in steps else "-" for n in counts]
-        body.append([f"{task}, {form}: {method}", str(len(steps[1])), *cells])
-    return table(["task, form: objective", "seeds", *(f"{n} steps" if n > 1 else "1 step" for n in counts)], body)
+        body.append([f"{task}, {form}: {method}", f"{images:,}", str(len(steps[1])), *cells])
+    names = [f"{n} steps" if n > 1 else "1 step" for n in counts]
+    return table(["task, form: objective", "images", "seeds", *names], body)
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:

@@ -69,9 +69,8 @@ def _codi_passes(options: Options) -> float:
     return 4 + (options["ode"] == "teacher") - (options["consistency_weight"] == 0)
 
 
-def _instant_share(options: Options) -> float:
-    """Return the fraction of a flow map's samples whose target time equals their own time."""
-    return options["warmup"] + (1 - options["warmup"]) * options["instant"]
+def _flow_map_passes(options: Options) -> float:
+    return 3 + 5 * (1 - options["warmup"]) * options["share"]
 
 
 # `codi` has the settings of the paper; `codi-release` those of the authors' released code: a time for each sample,
@@ -86,10 +85,7 @@ OBJECTIVES: dict[str, Objective] = {
         functools.partial(codi, **_RELEASE), _codi_passes, "codi-release", teacher="backbone"
     ),
     "codi-tuned": Objective(functools.partial(codi, **_TUNED), _codi_passes, "codi-tuned"),
-    "flow-map": Objective(
-        flow_map, lambda options: 3 + 2 * (1 - _instant_share(options)), "flow-map", sampler="map", target_time=True,
-        guided=lambda options, scales: _instant_share(options) * _data_term(options, scales),
-    ),
+    "flow-map": Objective(flow_map, _flow_map_passes, "flow-map", sampler="map", target_time=True),
     "decoupled": Objective(decoupled, lambda options: 7, "decoupled", sampler="renoise", target_time=True),
     "finetune": Objective(finetune, lambda options: 3, "ldm"),
     "guided": Objective(

@@ -16,8 +16,8 @@ not spoil the accuracy of the others, which many steps show.
 
 The network gets the target time as `jump` (Conditioning). In terms of its (x, eps) at z_t a step to r is
 alpha_r x + sigma_r eps, so DDIM samples it, on any path. Both terms regress u; there is no derivative and no division
-by a small step, so it suits bf16. Half of the rows need two more passes of the average network: 4 passes an image, the
-price of `codi`.
+by a small step, so it suits bf16. Every image is a row r = s, as in plain fine-tuning: the data term is the adaptation.
+A share of the images is also a row r < s, which costs 3 passes of the network and 2 of the average one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from ..models.guidance import jump_between
-from ..models.student import conditioning_rows
+from ..models.student import cat_conditionings, conditioning_rows
 from ..schedule import Schedule
-from .batch import Guidance, LatentBatch, Network, guided_signal, mean_square, prepared
+from .batch import LatentBatch, Network, guided_signal, mean_square, prepared
 
 
 def flow_map(
@@ -42,47 +42,46 @@ def flow_map(
     generator: torch.Generator | None = None,
     *,
     weight: float = 10.0,
-    weight_end: float = 2.0,
-    power: float = 1.0,
-    instant: float = 0.5,
+    weight_end: float = 1.0,
+    power: float = 0.0,
+    share: float = 0.3,
     ends: float = 0.5,
-    noisiest: float = 0.15,
+    noisiest: float = 0.3,
     warmup: float = 0.15,
 ) -> dict[str, Tensor]:
     """Return the losses {"signal", "consistency"} of one batch, whose conditioning has a field `jump`.
 
-    `student` trains, `target` is its average. The weight of the rows r < t falls from `weight` to `weight_end`,
-    geometrically, after the warm-up. `power`: p. Of the batch a share `instant` has
-    r = t; of the other rows a share `ends` has r = 0 and `noisiest` starts from pure noise, t = T. For the first
-    `warmup` of the training all rows have r = t: a map is learned of an ODE that is there.
+    `student` trains, `target` is its average. Every image has a row r = t; a `share` of the images has a row r < t too.
+    Of these a share `ends` has r = 0 and a share `noisiest` starts from pure noise, t = T. Their weight falls from
+    `weight` to `weight_end`, geometrically, after the first `warmup` of the training, which has none of them: a map is
+    learned of an ODE that is there. `power`: p.
     """
-    x, count = batch.x, len(batch.x)
+    count = len(batch.x)
+    uniform = torch.rand(5, 2 * count, generator=generator, dtype=torch.float64)
+    extra = 0 if batch.progress < warmup else int(share * count + float(uniform[0, 0]))  # rounded at random
+    x, conditioning = batch.x, batch.conditioning
+    if extra:
+        x = torch.cat([x, x[:extra]])
+        conditioning = cat_conditionings(conditioning, conditioning_rows(conditioning, slice(extra)))
+    uniform = uniform[:, : len(x)]
+    data, maps = slice(count), slice(count, None)
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    uniform = torch.rand(4, count, generator=generator, dtype=torch.float64)
-    first = count if batch.progress < warmup else int(instant * count + float(uniform[0, 0]))  # rounded at random
-    t = schedule.draw(count, schedule.least, False, generator)
-    later = torch.arange(count) >= first
-    t = torch.where(later & (uniform[1] < noisiest), torch.full_like(t, schedule.horizon), t)
+    is_map = torch.arange(len(x)) >= count
+    t = schedule.draw(len(x), schedule.least, False, generator)
+    t = torch.where(is_map & (uniform[1] < noisiest), torch.full_like(t, schedule.horizon), t)
     r = torch.where(uniform[2] < ends, torch.zeros_like(t), schedule.between(torch.zeros_like(t), t, uniform[3]))
-    r = torch.where(later, r, t)
+    r = torch.where(is_map, r, t)
     z = schedule.mix(x, noise, t)
-    conditioned = replace(batch.conditioning, jump=jump_between(t, r, schedule.horizon).to(x.device))
-    u, scale = (
-        velocity(student, z, t, conditioned, schedule),
-        ((1 + power) * linear_time(schedule, t, x) ** power).sqrt(),
-    )
+    u = velocity(student, z, t, _with_target_time(conditioning, t, r, schedule, x), schedule)
+    scale = ((1 + power) * linear_time(schedule, t, x) ** power).sqrt()
 
-    losses: dict[str, Tensor] = {}
-    if first:
-        goal = (noise - x)[:first] + guidance_push(target, batch, z, t, schedule, slice(first))
-        losses["signal"] = mean_square(scale[:first] * u[:first], scale[:first] * goal)
-    if first < count:
-        rows = slice(first, count)
-        conditioning = conditioning_rows(batch.conditioning, rows)
-        middle = schedule.between(r[rows], t[rows], torch.rand(count - first, generator=generator, dtype=torch.float64))
-        goal = two_steps(target, z[rows], (t[rows], middle, r[rows]), conditioning, schedule)
-        fallen = weight * (weight_end / weight) ** ((batch.progress - warmup) / (1 - warmup))
-        losses["consistency"] = fallen * mean_square(scale[rows] * u[rows], scale[rows] * goal)
+    goal = (noise - x)[data] + guidance_push(target, batch, z[data], t[data], schedule)
+    losses = {"signal": mean_square(scale[data] * u[data], scale[data] * goal)}
+    if extra:
+        times = t[maps], schedule.between(r[maps], t[maps], uniform[4][maps]), r[maps]
+        goal = two_steps(target, z[maps], times, conditioning_rows(conditioning, maps), schedule)
+        current = weight * (weight_end / weight) ** ((batch.progress - warmup) / (1 - warmup))
+        losses["consistency"] = current * mean_square(scale[maps] * u[maps], scale[maps] * goal)
     return losses
 
 
@@ -93,16 +92,12 @@ def velocity(network: Network, z: Tensor, t: Tensor, conditioning: Any, schedule
 
 
 @torch.no_grad()
-def guidance_push(
-    target: Network, batch: LatentBatch, z: Tensor, t: Tensor, schedule: Schedule, rows: slice
-) -> Tensor | float:
-    """Return the change of u at z_t by guidance, for these rows: (x - guided x) / s at s of the linear path."""
+def guidance_push(target: Network, batch: LatentBatch, z: Tensor, t: Tensor, schedule: Schedule) -> Tensor | float:
+    """Return the change of u at z_t by the batch's guidance: (x - guided x) / s at s of the linear path."""
     if batch.guidance is None:
         return 0.0
-    ladder = [conditioning_rows(c, rows) for c in batch.guidance.ladder]
-    some = LatentBatch(batch.x[rows], None, guidance=Guidance(batch.guidance.scales[rows], ladder))
-    signal = guided_signal(some, target, z[rows], t[rows], schedule)
-    return (some.x - signal) / linear_time(schedule, t[rows], some.x)
+    signal = guided_signal(batch, target, z, t, schedule)
+    return (batch.x - signal) / linear_time(schedule, t, batch.x)
 
 
 @torch.no_grad()
@@ -123,10 +118,14 @@ def step(
     network: Network, z: Tensor, t: Tensor, r: Tensor, conditioning: Any, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
     """Return the mean velocity from t to r and z_r = alpha_r x + sigma_r eps. With t = 0, z_r = z."""
-    jump = jump_between(t.clamp_min(schedule.least), r, schedule.horizon).clamp(0, 1)
-    conditioned = replace(conditioning, jump=jump.to(z.device))
+    conditioned = _with_target_time(conditioning, t.clamp_min(schedule.least), r, schedule, z)
     x, eps = schedule.signal_noise(network(z, schedule.timestep(t).to(z.device), conditioned), z, t)
     return eps - x, schedule.mix(x, eps, r)
+
+
+def _with_target_time(conditioning: Any, t: Tensor, r: Tensor, schedule: Schedule, like: Tensor) -> Any:
+    """Return the conditioning for steps from t to r, on the device of `like`."""
+    return replace(conditioning, jump=jump_between(t, r, schedule.horizon).clamp(0, 1).to(like.device))
 
 
 def linear_time(schedule: Schedule, t: Tensor, like: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def _require_shares(options: Mapping[str, Any]) -> None:
             raise UserError(f"{key} {options[key]!r}: must be a number above 0: use for example 10")
     if not isinstance(options["power"], int | float) or not 0 <= options["power"] < math.inf:
         raise UserError(f"power {options['power']!r}: must be a number from 0: use for example 1")
-    for key in ("instant", "ends", "noisiest", "warmup"):
+    for key in ("share", "ends", "noisiest", "warmup"):
         if not isinstance(options[key], int | float) or not 0 <= options[key] < 1:
             raise UserError(f"{key} {options[key]!r}: must be a share from 0 to below 1: use for example 0.5")
 
