@@ -125,7 +125,8 @@ def test_start_up_times_are_summarized(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightness.py", "--repeats", "2", "--out", str(tmp_path / "light.json")])
     lightness.main()
     page = "\n".join(speed.light_lines(json.loads((tmp_path / "light.json").read_text())))
-    assert "| `import codi` | 0.10 | 0.10 | 0.15: met |" in page and "0.3: missed" in page and "50% of the last row" in page
+    assert "| `import codi` | 0.10 | 0.10 | 0.15: met |" in page
+    assert "0.3: missed" in page and "50% of the last row" in page
 
 
 def test_peak_memory_is_that_of_the_command_process(tmp_path):
