@@ -130,5 +130,5 @@ def test_frechet_distance_refuses_unusable_features(other):
 
 
 def test_pictures_of_two_shapes_are_refused():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="of the same shape"):
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 16, 16))
